@@ -1,0 +1,43 @@
+# PYTHON is used once, to create the virtual environment. PIP_ARGS goes to pip install, for example to name the index of
+# torch's CPU wheels. ARGS goes to the command that a target runs: make serve ARGS="--port 9000".
+PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+BIN := .venv/bin
+INSTALLED := .venv/.stamp-setup
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test check bench train
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) ## install into .venv; instant when nothing changed
+
+demo: setup ## start a server, draw four prompts at five budgets, write demo/contact_sheet.png
+	$(BIN)/python -m service.demo --out demo $(ARGS)
+
+serve: setup ## serve on 127.0.0.1:8000
+	$(BIN)/elastic-dit serve $(ARGS)
+
+test: setup ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup ## formatting, lint, types, import directions
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup ## time dense, exact and every preset, with their quality
+	$(BIN)/python -m benchmarks.engine $(ARGS)
+
+train: setup ## train tiny-flux again, resuming where it stopped
+	$(BIN)/python -m training.tiny_flux $(ARGS)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or newer, or name one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "$(PYTHON) is Python %d.%d, 3.11 or newer is needed; name one: make PYTHON=python3.12" % sys.version_info[:2])'
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt $(PIP_ARGS) -e '.[test,dev]'
+	@touch $@

@@ -1,0 +1,83 @@
+"""From pixels to the bytes of a picture file. No torch: it runs beside the device thread."""
+
+import json
+from collections.abc import Mapping
+from enum import StrEnum
+from io import BytesIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+# Pillow's documentation of JPEG: values above 95 should be avoided, larger files with hardly any gain.
+DEFAULT_LOSSY_QUALITY = 95
+
+_EXIF_IFD = 0x8769
+_EXIF_USER_COMMENT = 0x9286
+
+
+class OutputFormat(StrEnum):
+    PNG = "png"
+    WEBP = "webp"
+    JPEG = "jpeg"
+
+    @property
+    def content_type(self) -> str:
+        return f"image/{self.value}"
+
+    @property
+    def is_lossy(self) -> bool:
+        return self is not OutputFormat.PNG
+
+
+def encode_picture(
+    pixels: NDArray[np.uint8],
+    output_format: OutputFormat,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    quality: int | None = None,
+) -> bytes:
+    """The file for `pixels` `(height, width, 3)` uint8.
+
+    `quality`, 0 to 100, is of WebP and JPEG only. `metadata` goes into PNG as one text chunk for each key and into WebP
+    as the EXIF user comment, JSON in ASCII; JPEG carries none.
+    """
+    picture = Image.fromarray(pixels)
+    lossy_quality = DEFAULT_LOSSY_QUALITY if quality is None else quality
+    file = BytesIO()
+    match output_format:
+        case OutputFormat.PNG:
+            picture.save(file, "PNG", pnginfo=_png_text(metadata or {}))
+        case OutputFormat.WEBP:
+            picture.save(file, "WEBP", quality=lossy_quality, exif=_user_comment(metadata) if metadata else b"")
+        case OutputFormat.JPEG:
+            picture.save(file, "JPEG", quality=lossy_quality)
+    return file.getvalue()
+
+
+def read_metadata(data: bytes) -> dict[str, str]:
+    """The metadata that `encode_picture` wrote into a PNG or WebP file; empty if there is none."""
+    with Image.open(BytesIO(data)) as picture:
+        picture.load()
+        if picture.format == "PNG":
+            return {str(key): str(value) for key, value in picture.info.items() if isinstance(value, str)}
+        comment = picture.getexif().get_ifd(_EXIF_IFD).get(_EXIF_USER_COMMENT)
+    if not isinstance(comment, bytes):
+        return {}
+    return {str(key): str(value) for key, value in json.loads(comment[8:]).items()}
+
+
+def _png_text(metadata: Mapping[str, str]) -> PngInfo:
+    text = PngInfo()
+    for key, value in metadata.items():
+        # NUL ends a text chunk's fields. What Latin-1 cannot hold, Pillow writes as iTXt, in UTF-8.
+        text.add_text(key, value.replace("\0", "\N{REPLACEMENT CHARACTER}"))
+    return text
+
+
+def _user_comment(metadata: Mapping[str, str]) -> bytes:
+    """EXIF 2.3, section 4.6.5: the comment opens with its character code in eight bytes."""
+    exif = Image.Exif()
+    exif.get_ifd(_EXIF_IFD)[_EXIF_USER_COMMENT] = b"ASCII\0\0\0" + json.dumps(dict(metadata)).encode("ascii")
+    return exif.tobytes()

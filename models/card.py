@@ -1,0 +1,86 @@
+"""What a loaded model is and can do, as plain data: no torch here, since the API side reads it too."""
+
+from dataclasses import dataclass
+
+from models.request import Preset
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A rule's settings for one request.
+
+    Rule `router`: a block whose depth probability is under `skip_threshold` is skipped; from there up to
+    `skip_threshold + reuse_band` its stored residual is added again, at most `max_reuses` times after it was computed
+    and from step `reuse_from_step` on; otherwise it runs. `width_bias` is added to the logits of narrower MLP widths.
+
+    Rule `residual_cache`: all blocks after the first re-use their residuals while the first block's residual moved by
+    less than `residual_threshold` since the last computed step, at most `max_reuses` times.
+
+    Both: the first `protected_first` and last `protected_last` steps run every block in full.
+    """
+
+    skip_threshold: float = 0.0
+    reuse_band: float = 0.0
+    max_reuses: int = 0
+    reuse_from_step: int = 0
+    width_bias: float = 0.0
+    residual_threshold: float = 0.0
+    protected_first: int = 0
+    protected_last: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """One measured point of a calibration curve.
+
+    `compute_ratio` is the mean share of dense block compute, `relative_seconds` denoise time over dense time, `quality`
+    the mean similarity to the exact result, all over the calibration set. `preset` names the point, if it has a name.
+    """
+
+    rule: str
+    policy: Policy
+    compute_ratio: float
+    relative_seconds: float
+    quality: float
+    preset: Preset | None = None
+
+
+EXACT = CurvePoint("dense", Policy(), 1.0, 1.0, 1.0, Preset.EXACT)
+
+
+@dataclass(frozen=True, slots=True)
+class SizeLimits:
+    """Heights and widths in pixels that a model serves: multiples of `multiple_of` from `minimum` to `maximum`."""
+
+    multiple_of: int
+    minimum: int
+    maximum: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """Identity, defaults, limits and curve of one model, as `/v1/models` shows them.
+
+    `curve` begins with EXACT and descends in both compute and quality. `dense_step_seconds` is the time of one dense
+    denoise step at the default size on this device, measured when the model is loaded. `blocks` are the block names.
+    """
+
+    id: str
+    family: str
+    modality: str
+    license: str
+    created: int
+    default_height: int
+    default_width: int
+    default_num_inference_steps: int
+    default_guidance_scale: float
+    sizes: SizeLimits
+    max_prompt_characters: int
+    max_num_inference_steps: int
+    supports_true_cfg: bool
+    rules: tuple[str, ...]
+    quality_metric: str
+    curve: tuple[CurvePoint, ...]
+    blocks: tuple[str, ...]
+    dense_step_seconds: float
+    max_batch_size: int

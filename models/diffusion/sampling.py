@@ -1,0 +1,37 @@
+"""The flow-matching sampler and guidance, as plain functions."""
+
+import numpy as np
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from torch import Tensor
+
+
+def flow_schedule(
+    scheduler: FlowMatchEulerDiscreteScheduler, num_inference_steps: int, num_image_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Noise levels `(steps + 1,)`, descending to 0, and model times `(steps,)` in [0, 1000], float32 on the CPU.
+
+    The schedule of diffusers' FLUX and Qwen-Image pipelines: even levels from 1 to 1 / steps, shifted as the
+    checkpoint's scheduler says, by the number of image tokens where it shifts dynamically.
+    """
+    config = scheduler.config
+    mu = calculate_shift(
+        num_image_tokens,
+        config.get("base_image_seq_len", 256),
+        config.get("max_image_seq_len", 4096),
+        config.get("base_shift", 0.5),
+        config.get("max_shift", 1.15),
+    )
+    levels = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+    scheduler.set_timesteps(sigmas=levels, mu=mu, device="cpu")
+    return scheduler.sigmas, scheduler.timesteps
+
+
+def euler_step(latents: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
+    """One step along the velocity, in float32 whatever the model's type, as FlowMatchEulerDiscreteScheduler does it."""
+    return (latents.float() + (next_sigma - sigma) * velocity).to(velocity.dtype)
+
+
+def classifier_free_guidance(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+    """Ho & Salimans 2022, https://arxiv.org/abs/2207.12598; FLUX's true guidance has no norm rescale."""
+    return uncond + scale * (cond - uncond)

@@ -1,0 +1,112 @@
+"""Routers: from what enters a block, and the time embedding, to a depth score and four width scores.
+
+The form is the official one (Elastic-DiT at ce39f1d, `diffsynth/models/qwen_image_dit.py`; arXiv 2602.13993 section 3):
+modulated LayerNorm, a linear trunk with ReLU on every token, the mean over tokens, two linear heads. Left out is the
+third part of its modulation, which it computes and throws away.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+MLP_WIDTHS = (0.25, 0.5, 0.75, 1.0)
+"""Shares of the hidden neurons that a width index keeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """A router's answer: `depth_logits` `(batch,)`, `width_logits` `(batch, 4)` over MLP_WIDTHS."""
+
+    depth_logits: Tensor
+    width_logits: Tensor
+
+
+class Router(nn.Module):
+    """The router of one block. `channels` is the width of the block, `hidden` that of the trunk (128 officially)."""
+
+    def __init__(self, channels: int, hidden: int = 128) -> None:
+        super().__init__()
+        self.img_mod = nn.Sequential(nn.SiLU(), nn.Linear(channels, 2 * channels))
+        self.out = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+        self.width_head = nn.Linear(hidden, len(MLP_WIDTHS))
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Gates begin at 0.7 and widths near full, as officially; the modulation begins as the identity."""
+        nn.init.zeros_(self.modulation_layer.weight)
+        nn.init.zeros_(self.modulation_layer.bias)
+        nn.init.kaiming_uniform_(self.trunk.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.trunk.bias)
+        for head, bias in ((self.gate_head, [math.log(0.7 / 0.3)]), (self.width_head, [0.0, 0.0, 0.0, 2.0])):
+            nn.init.normal_(head.weight, std=0.001)
+            head.bias.copy_(torch.tensor(bias))
+
+    @property
+    def modulation_layer(self) -> nn.Linear:
+        return cast(nn.Linear, self.img_mod[1])
+
+    @property
+    def trunk(self) -> nn.Linear:
+        return cast(nn.Linear, self.out[0])
+
+    @property
+    def gate_head(self) -> nn.Linear:
+        return cast(nn.Linear, self.out[2])
+
+    def modulation(self, temb: Tensor) -> Tensor:
+        """Shift and scale `(batch, 2 * channels)` from `temb` `(batch, channels)`."""
+        result: Tensor = self.img_mod(temb)
+        return result
+
+    def forward(self, streams: Sequence[Tensor], modulation: Tensor, masks: Sequence[Tensor | None]) -> Scores:
+        """Score a block's input.
+
+        `streams` are the text and image streams, each `(batch, tokens, channels)`, `masks` tell their real tokens
+        `(batch, tokens)` (None: all are). Padding never counts. Two things are the same up to rounding as the official
+        form and cheaper: the modulation goes into the trunk's weights instead of every token, and the heads, being
+        linear, see the mean of the trunk's output rather than being averaged themselves.
+        """
+        shift, scale = modulation.chunk(2, dim=1)
+        trunk = self.trunk
+        weight = ((1 + scale)[:, None] * trunk.weight).mT
+        bias = F.linear(shift, trunk.weight, trunk.bias)[:, None]
+        total: Tensor | int = 0
+        count: Tensor | int = 0
+        for stream, mask in zip(streams, masks, strict=True):
+            hidden = torch.baddbmm(bias, F.layer_norm(stream, stream.shape[-1:], eps=1e-6), weight).relu()
+            if mask is None:
+                total, count = total + hidden.sum(1), count + hidden.shape[1]
+            else:
+                total, count = total + (hidden * mask[..., None]).sum(1), count + mask.sum(1, keepdim=True)
+        mean = total / count
+        return Scores(self.gate_head(mean)[:, 0], self.width_head(mean))
+
+
+class RouterStack(nn.Module):
+    """One router a block, in the order of the blocks."""
+
+    def __init__(self, num_blocks: int, channels: int, hidden: int = 128) -> None:
+        super().__init__()
+        self.gate_mlps = nn.ModuleList(Router(channels, hidden) for _ in range(num_blocks))
+
+    @property
+    def routers(self) -> list[Router]:
+        return [cast(Router, router) for router in self.gate_mlps]
+
+    def fused_modulation(self) -> nn.Linear:
+        """One layer that gives every block's modulation, one after the other, from SiLU of the time embedding.
+
+        Modulations depend on the time embedding alone, so a step computes them all at once.
+        """
+        layers = [router.modulation_layer for router in self.routers]
+        fused = nn.Linear(layers[0].in_features, sum(layer.out_features for layer in layers)).to(layers[0].weight)
+        with torch.no_grad():
+            fused.weight.copy_(torch.cat([layer.weight for layer in layers]))
+            fused.bias.copy_(torch.cat([layer.bias for layer in layers]))
+        return fused.requires_grad_(False)

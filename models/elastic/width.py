@@ -1,0 +1,52 @@
+"""Narrow MLPs: blocks whose feed-forward uses a prefix of its hidden neurons, sharing the original's memory."""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def narrowed(block: nn.Module, keep_rows: Mapping[str, int], keep_columns: Mapping[str, int]) -> nn.Module:
+    """A twin of `block` whose linear layers named in the mappings keep only their first output or input features.
+
+    Every weight of the twin is the original's tensor or a view into it: nothing is copied, and a change of the original
+    shows in the twin.
+    """
+    shared = {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())}
+    twin = copy.deepcopy(block, shared)
+    for name, count in keep_rows.items():
+        linear = _linear(twin, name)
+        linear.weight = _view(linear.weight[:count])
+        linear.out_features = count
+        if linear.bias is not None:
+            linear.bias = _view(linear.bias[:count])
+    for name, count in keep_columns.items():
+        linear = _linear(twin, name)
+        linear.weight = _view(linear.weight[:, :count])
+        linear.in_features = count
+    return twin
+
+
+def _linear(block: nn.Module, name: str) -> nn.Linear:
+    module = block.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def _view(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+@torch.no_grad()
+def permute_hidden_neurons(first: nn.Linear, last: nn.Linear, order: Tensor, first_column: int = 0) -> None:
+    """Reorder an MLP's hidden neurons in place, which changes nothing at full width but the order of a sum.
+
+    `order` `(hidden,)` holds old positions, the most important first; the hidden neurons enter `last` from column
+    `first_column` on (FLUX's single blocks put the attention's channels before them).
+    """
+    first.weight.copy_(first.weight[order])
+    if first.bias is not None:
+        first.bias.copy_(first.bias[order])
+    columns = slice(first_column, first_column + len(order))
+    last.weight[:, columns] = last.weight[:, columns][:, order]

@@ -1,0 +1,27 @@
+"""What can go wrong while generating.
+
+GenerationError
+├── InvalidRequest      the request cannot be served as it was asked
+├── UnknownModel        no model of that name is loaded
+└── WeightsError        a model directory or a router file is not what it should be
+"""
+
+
+class GenerationError(Exception):
+    """Base of everything that `models` raises on purpose. The message is fit for a client to read."""
+
+
+class InvalidRequest(GenerationError):
+    """`param` names the request field that is wrong; the message has its value and what would be valid."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class UnknownModel(GenerationError):
+    pass
+
+
+class WeightsError(GenerationError):
+    pass

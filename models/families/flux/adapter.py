@@ -1,0 +1,75 @@
+"""FLUX's transformer, taken apart: what comes before the blocks, the blocks, what comes after them."""
+
+from collections.abc import Mapping
+
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from torch import Tensor, nn
+
+from models.elastic.runner import Streams
+
+FluxBlock = FluxTransformerBlock | FluxSingleTransformerBlock
+
+
+def prologue(
+    transformer: FluxTransformer2DModel,
+    latents: Tensor,
+    timestep: Tensor,
+    guidance: Tensor | None,
+    context: Tensor,
+    pooled_prompt_embeds: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor],
+) -> Streams:
+    """Embed packed latents `(batch, tokens, channels)`, `timestep` `(batch,)` in [0, 1], guidance and pooled prompts.
+
+    `context` is the prompts after `context_embedder`, `(batch, text tokens, channels)`: the same at every step.
+
+    The same operations in the same order as `FluxTransformer2DModel.forward` (diffusers 0.42), so bitwise equal.
+    """
+    hidden_states = transformer.x_embedder(latents)
+    timestep = timestep.to(hidden_states.dtype) * 1000
+    if guidance is None:
+        temb = transformer.time_text_embed(timestep, pooled_prompt_embeds)
+    else:
+        guidance = guidance.to(hidden_states.dtype) * 1000
+        temb = transformer.time_text_embed(timestep, guidance, pooled_prompt_embeds)
+    return Streams(hidden_states, context, temb, image_rotary_emb)
+
+
+def blocks(transformer: FluxTransformer2DModel) -> Mapping[str, FluxBlock]:
+    """The blocks in order, under the names that metrics and traces use: `double.00` .. `single.37`."""
+    double = {f"double.{i:02d}": block for i, block in enumerate(transformer.transformer_blocks)}
+    single = {f"single.{i:02d}": block for i, block in enumerate(transformer.single_transformer_blocks)}
+    return double | single
+
+
+def call_block(block: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
+    """Run one original block, double or single: both return the text stream, then the image stream."""
+    result: tuple[Tensor, Tensor] = block(
+        hidden_states=streams.hidden_states,
+        encoder_hidden_states=streams.encoder_hidden_states,
+        temb=streams.temb,
+        image_rotary_emb=streams.image_rotary_emb,
+        joint_attention_kwargs=None,
+    )
+    return result
+
+
+def epilogue(transformer: FluxTransformer2DModel, streams: Streams) -> Tensor:
+    """Returns the velocity `(batch, image tokens, channels)`."""
+    velocity: Tensor = transformer.proj_out(transformer.norm_out(streams.hidden_states, streams.temb))
+    return velocity
+
+
+def rotary_embedding(
+    transformer: FluxTransformer2DModel, num_text_tokens: int, height: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `(text tokens + height * width, head channels)`, `height` and `width` in tokens."""
+    device = transformer.device
+    image_ids = torch.zeros(height, width, 3, device=device)
+    image_ids[..., 1] += torch.arange(height, device=device)[:, None]
+    image_ids[..., 2] += torch.arange(width, device=device)[None, :]
+    ids = torch.cat((torch.zeros(num_text_tokens, 3, device=device), image_ids.reshape(-1, 3)))
+    result: tuple[Tensor, Tensor] = transformer.pos_embed(ids)
+    return result

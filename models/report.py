@@ -1,0 +1,67 @@
+"""What was really done: plain records that the engine gives and that metrics and receipts are made of."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Decision(StrEnum):
+    """What happened to one row in one block."""
+
+    RUN = "run"
+    SKIP = "skip"
+    REUSE = "reuse"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockReport:
+    """One block in one step of a batch: how many rows did what, and the MLP width, in (0, 1], of each row that ran."""
+
+    block: str
+    seconds: float
+    num_run: int
+    num_skipped: int
+    num_reused: int
+    mlp_widths: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One denoise step of a batch of requests. `router_seconds` is part of `seconds`."""
+
+    seconds: float
+    router_seconds: float
+    batch_size: int
+    blocks: tuple[BlockReport, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepDecision:
+    """One block of one step of one request, for the receipt's trace. `branch` is `cond` or `uncond`."""
+
+    step: int
+    branch: str
+    block: str
+    decision: Decision
+    mlp_width: float
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationSummary:
+    """What one request got, so far or in the end. Its names are the receipt's.
+
+    `compute_ratio` is the share of the dense block compute of the steps taken so far. `mean_mlp_width` is over blocks
+    that ran, 1 if none did.
+    """
+
+    rule: str
+    skip_threshold_first: float
+    skip_threshold_last: float
+    quality_applied: float
+    compute_ratio: float
+    compute_ratio_predicted: float
+    num_run: int
+    num_skipped: int
+    num_reused: int
+    mean_mlp_width: float
+    num_inference_steps: int
+    decisions: tuple[StepDecision, ...] | None

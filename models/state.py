@@ -1,0 +1,111 @@
+"""Everything that belongs to one request while it is denoised; when it goes, nothing of the request is left."""
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from models.budget import resolve
+from models.card import CurvePoint, Policy
+from models.elastic.runner import Allowance, Row
+from models.report import Decision, GenerationSummary
+from models.request import ComputeBudget, GenerationRequest
+
+
+@dataclass(frozen=True, slots=True)
+class BranchInputs:
+    """What one guidance branch feeds the transformer at every step.
+
+    `context` is the embedded prompt `(1, text tokens, channels)`, already in the transformer's width; `pooled` and
+    `guidance` go into the time embedding.
+    """
+
+    context: Tensor
+    pooled: Tensor
+    guidance: Tensor | None
+
+
+@dataclass(slots=True)
+class DenoiseState:
+    """One request on its way from noise to picture.
+
+    `latents` is `(1, tokens, channels)`; `sigmas` `(steps + 1,)` and `timesteps` `(steps,)` are float32 on the CPU.
+    `rows` and `inputs` have one entry a guidance branch, the conditional first. `dense_flops` is the cost of one dense
+    step of all branches, in the blocks; `compute_cap`, if there is one, the share of it that may be spent in all.
+    """
+
+    request: GenerationRequest
+    batch_key: Hashable
+    latents: Tensor
+    sigmas: Tensor
+    timesteps: Tensor
+    rows: list[Row]
+    inputs: list[BranchInputs]
+    curve: Sequence[CurvePoint]
+    point: CurvePoint
+    dense_flops: float
+    compute_cap: float | None
+    thresholds: list[float] = field(default_factory=list)
+    step_index: int = 0
+
+    @property
+    def num_inference_steps(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def is_done(self) -> bool:
+        return self.step_index == self.num_inference_steps
+
+    @property
+    def spent_flops(self) -> float:
+        return sum(row.spent_flops for row in self.rows)
+
+    def prepare_step(self) -> None:
+        """Set this step's policy and allowance.
+
+        Under a compute budget the place on the curve is chosen again at every step from what is left, since a request
+        may be lighter or heavier than the calibration's mean. What a step may spend leaves enough for the cheapest
+        calibrated point in all later ones, so that a cap is not met by dropping the last steps.
+        """
+        policy: Policy = self.point.policy
+        allowance = Allowance()
+        if self.compute_cap is not None and self.point.rule != "dense":
+            steps_left = self.num_inference_steps - self.step_index
+            left = self.compute_cap * self.num_inference_steps * self.dense_flops - self.spent_flops
+            even_share = left / steps_left
+            elastic = [point for point in self.curve if point.rule == self.point.rule]
+            policy = resolve(ComputeBudget(even_share / self.dense_flops), elastic).policy
+            cheapest = self.curve[-1].compute_ratio * self.dense_flops
+            # Rounding must not turn the last block that the cap pays for into a skip.
+            allowance.flops = max(even_share, left - (steps_left - 1) * cheapest) * (1 + 1e-9)
+        for row in self.rows:
+            row.begin_step(self.step_index, policy, allowance)
+
+    def complete_step(self, latents: Tensor) -> None:
+        """Take over what the step has changed. A step that failed before this can be repeated as if never begun."""
+        self.thresholds.append(self.rows[0].policy.skip_threshold)
+        for row in self.rows:
+            row.end_step()
+        self.latents = latents
+        self.step_index += 1
+
+    def summary(self) -> GenerationSummary:
+        """What the request got so far."""
+        trace = [entry for row in self.rows for entry in row.trace]
+        counts = Counter(entry.decision for entry in trace)
+        widths = [entry.mlp_width for entry in trace if entry.decision is Decision.RUN]
+        return GenerationSummary(
+            rule=self.point.rule,
+            skip_threshold_first=self.thresholds[0] if self.thresholds else self.point.policy.skip_threshold,
+            skip_threshold_last=self.thresholds[-1] if self.thresholds else self.point.policy.skip_threshold,
+            quality_applied=self.point.quality,
+            compute_ratio=self.spent_flops / (max(self.step_index, 1) * self.dense_flops),
+            compute_ratio_predicted=self.point.compute_ratio,
+            num_run=counts[Decision.RUN],
+            num_skipped=counts[Decision.SKIP],
+            num_reused=counts[Decision.REUSE],
+            mean_mlp_width=sum(widths) / len(widths) if widths else 1.0,
+            num_inference_steps=self.num_inference_steps,
+            decisions=tuple(sorted(trace, key=lambda e: (e.step, e.branch))) if self.request.wants_trace else None,
+        )

@@ -1,0 +1,125 @@
+"""Router weights and calibration curves: one folder a model, safetensors and JSON only."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models.card import EXACT, CurvePoint, Policy
+from models.elastic.router import RouterStack
+from models.errors import WeightsError
+from models.request import Preset
+
+
+@dataclass(frozen=True, slots=True)
+class RouterWeights:
+    """A model's routers, and the order of hidden neurons, by block name, for which they were trained."""
+
+    stack: RouterStack
+    neuron_orders: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What `manifest.json` says that serving needs: terms of use and what to assume where a request is silent."""
+
+    license: str
+    num_inference_steps: int
+    guidance_scale: float
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest in a router folder, None if the folder has none. Raises WeightsError if it is malformed."""
+    if not (folder / "manifest.json").exists():
+        return None
+    content = read_json(folder / "manifest.json")
+    try:
+        defaults = content["defaults"]
+        return Manifest(content["license"], int(defaults["num_inference_steps"]), float(defaults["guidance_scale"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{folder / 'manifest.json'} has no proper entry {error}") from error
+
+
+def load_router_weights(folder: Path, model_directory: Path) -> RouterWeights | None:
+    """Routers from `folder`, None if it has none.
+
+    Raises WeightsError if a file is not the one that the manifest names by hash, of the routers or of the transformer
+    that they were trained for, or if the tensors do not fit.
+    """
+    path = folder / "router.safetensors"
+    if not path.exists():
+        return None
+    digests = read_json(folder / "manifest.json").get("sha256")
+    if not isinstance(digests, dict):
+        raise WeightsError(f"{folder / 'manifest.json'} has no proper entry 'sha256'")
+    for name, digest in digests.items():
+        file = path if name == path.name else model_directory / name
+        if not file.exists() or sha256(file) != digest:
+            raise WeightsError(f"{file} is not the file that {folder / 'manifest.json'} names: its sha256 differs")
+    tensors = load_file(path)
+    orders = {k.removeprefix("neuron_order."): v for k, v in tensors.items() if k.startswith("neuron_order.")}
+    gates = {k: v.float() for k, v in tensors.items() if k.startswith("gate_mlps.")}
+    num_blocks = len({name.split(".")[1] for name in gates})
+    try:
+        hidden, channels = gates["gate_mlps.0.out.0.weight"].shape
+        stack = RouterStack(num_blocks, channels, hidden)
+        stack.load_state_dict(gates)
+    except (KeyError, RuntimeError) as error:
+        raise WeightsError(f"{path}: {error}") from error
+    return RouterWeights(stack.eval().requires_grad_(False), orders)
+
+
+def save_router_weights(weights: RouterWeights, folder: Path) -> None:
+    """Write `router.safetensors` in 16 bits, neuron orders as integers."""
+    tensors = {name: tensor.half().contiguous() for name, tensor in weights.stack.state_dict().items()}
+    tensors |= {f"neuron_order.{name}": order.to(torch.int32) for name, order in weights.neuron_orders.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "router.safetensors")
+
+
+def read_curve(folder: Path) -> tuple[tuple[CurvePoint, ...], str]:
+    """The calibration curve in a router folder and its quality metric; only the exact point if it has none."""
+    path = folder / "calibration.json"
+    if not path.exists():
+        return (EXACT,), "ssim"
+    content = read_json(path)
+    points = tuple(
+        CurvePoint(
+            rule=entry["rule"],
+            policy=Policy(**entry["policy"]),
+            compute_ratio=entry["compute_ratio"],
+            relative_seconds=entry["relative_seconds"],
+            quality=entry["quality"],
+            preset=Preset(entry["preset"]) if entry["preset"] else None,
+        )
+        for entry in content["curve"]
+    )
+    return points, content["quality_metric"]
+
+
+def write_curve(folder: Path, curve: tuple[CurvePoint, ...], quality_metric: str, measured: Mapping[str, Any]) -> Path:
+    """Write `calibration.json`; `measured` says how: prompts, steps, device, versions."""
+    content = {"quality_metric": quality_metric, "measured": measured, "curve": [asdict(point) for point in curve]}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "calibration.json"
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} can't be read: {error}") from error
+    return content

@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+
+from models.diffusion.sampling import classifier_free_guidance, euler_step, flow_schedule
+
+
+@pytest.fixture(params=[True, False], ids=["dev", "schnell"])
+def scheduler(request: pytest.FixtureRequest) -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=request.param)
+
+
+@pytest.mark.parametrize(("steps", "tokens"), [(1, 16), (4, 64), (28, 4096)])
+def test_schedule_is_that_of_the_stock_pipeline(
+    scheduler: FlowMatchEulerDiscreteScheduler, steps: int, tokens: int
+) -> None:
+    sigmas, timesteps = flow_schedule(scheduler, steps, tokens)
+    other = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+    expected, _ = retrieve_timesteps(
+        other, steps, "cpu", sigmas=np.linspace(1.0, 1 / steps, steps).tolist(), mu=calculate_shift(tokens)
+    )
+    assert torch.equal(timesteps, expected)
+    assert torch.equal(sigmas, other.sigmas)
+    assert sigmas[0] == 1
+    assert sigmas[-1] == 0
+    assert (sigmas.diff() < 0).all()
+    assert (sigmas.dtype, timesteps.dtype) == (torch.float32, torch.float32)
+
+
+def test_schedules_share_no_memory(scheduler: FlowMatchEulerDiscreteScheduler) -> None:
+    """The scheduler is a calculator that all requests use; a second one must not move the first one's levels."""
+    sigmas, timesteps = flow_schedule(scheduler, 4, 64)
+    before = sigmas.clone(), timesteps.clone()
+    flow_schedule(scheduler, 4, 1024)
+    assert torch.equal(sigmas, before[0])
+    assert torch.equal(timesteps, before[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_euler_step_equals_the_scheduler_bit_for_bit(
+    scheduler: FlowMatchEulerDiscreteScheduler, dtype: torch.dtype
+) -> None:
+    sigmas, timesteps = flow_schedule(scheduler, 5, 64)
+    rng = torch.Generator().manual_seed(0)
+    ours = stock = torch.randn(2, 8, 4, generator=rng).to(dtype)
+    for step, timestep in enumerate(timesteps):
+        velocity = torch.randn(2, 8, 4, generator=rng).to(dtype)
+        ours = euler_step(ours, velocity, sigmas[step], sigmas[step + 1])
+        stock = scheduler.step(velocity, timestep, stock, return_dict=False)[0]
+        assert ours.dtype == dtype
+        assert torch.equal(ours, stock)
+
+
+def test_guidance_goes_from_the_negative_prompt_through_the_positive_one() -> None:
+    cond, uncond = torch.tensor([2.0]), torch.tensor([1.0])
+    assert [classifier_free_guidance(cond, uncond, scale).item() for scale in (0, 1, 3.5)] == [1, 2, 4.5]

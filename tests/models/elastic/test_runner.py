@@ -1,0 +1,203 @@
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.card import Policy
+from models.elastic.compute import BlockCost
+from models.elastic.plan import REUSE, RUN_IN_FULL, SKIP, RowPlan, RowView
+from models.elastic.runner import Allowance, ElasticBlock, Residual, Row, Streams, run_block
+from models.report import Decision
+
+COST = BlockCost(fixed=10, mlp=20)
+KEEP = RowPlan(Decision.RUN, keeps_residual=True)
+
+
+@dataclass
+class Scripted:
+    """Does as it is told, one plan a call, and remembers what it was shown."""
+
+    plans: Sequence[RowPlan]
+    name: str = "scripted"
+    needs_scores: bool = False
+    needs_residual_change: bool = False
+    seen: list[RowView] = field(default_factory=list)
+
+    def plan(self, row: RowView, policy: Policy) -> RowPlan:
+        self.seen.append(row)
+        return self.plans[len(self.seen) - 1]
+
+
+class Mixing(nn.Module):
+    """A block whose two streams depend on each other and on the time embedding."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.batch_sizes: list[int] = []
+
+    def forward(self, streams: Streams) -> tuple[Tensor, Tensor]:
+        self.batch_sizes.append(len(streams.hidden_states))
+        image, text = streams.hidden_states, streams.encoder_hidden_states
+        shift = streams.temb[:, None] + streams.image_rotary_emb[0].sum()
+        return text + self.scale * image.mean(1, keepdim=True), image * self.scale + shift + text.sum(1, keepdim=True)
+
+
+def call(module: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = module(streams)
+    return result
+
+
+@pytest.fixture
+def variants() -> dict[float, Mixing]:
+    return {width: Mixing(width) for width in (0.25, 0.5, 0.75, 1.0)}
+
+
+@pytest.fixture
+def block(variants: dict[float, Mixing]) -> ElasticBlock:
+    return ElasticBlock("only", variants, call, None)
+
+
+def streams_of(num_rows: int, seed: int = 0) -> Streams:
+    rng = torch.Generator().manual_seed(seed)
+    image, text = torch.randn(num_rows, 5, 4, generator=rng), torch.randn(num_rows, 3, 4, generator=rng)
+    return Streams(image, text, torch.randn(num_rows, 4, generator=rng), (torch.ones(2), torch.zeros(2)))
+
+
+def row_of(*plans: RowPlan, flops: float = float("inf")) -> Row:
+    row = Row(Scripted(plans), Policy(), "cond", 9, {"only": COST})
+    row.begin_step(0, Policy(), Allowance(flops))
+    return row
+
+
+def stored(seed: int) -> Residual:
+    rng = torch.Generator().manual_seed(seed)
+    return Residual(torch.randn(5, 4, generator=rng), torch.randn(3, 4, generator=rng), num_reuses=1)
+
+
+def test_each_row_gets_what_its_plan_says(block: ElasticBlock, variants: dict[float, Mixing]) -> None:
+    half = RowPlan(Decision.RUN, mlp_width=0.5)
+    rows = [row_of(plan) for plan in (SKIP, RUN_IN_FULL, REUSE, half, RUN_IN_FULL, REUSE)]
+    rows[2].residuals["only"], rows[5].residuals["only"] = stored(1), stored(2)
+    before = streams_of(6)
+    result = run_block(block, 0, before, None, rows)
+    for i, row in enumerate(rows):
+        one = slice(i, i + 1)
+        alone = Streams(
+            before.hidden_states[one], before.encoder_hidden_states[one], before.temb[one], (torch.ones(2),) * 2
+        )
+        text, image = alone.encoder_hidden_states, alone.hidden_states
+        match i:
+            case 1 | 4:
+                text, image = Mixing(1.0)(alone)
+            case 3:
+                text, image = Mixing(0.5)(alone)
+            case 2 | 5:
+                residual = row.residuals["only"]
+                text, image = text + residual.encoder_hidden_states, image + residual.hidden_states
+        assert torch.equal(result.streams.hidden_states[one], image)
+        assert torch.equal(result.streams.encoder_hidden_states[one], text)
+    assert {width: mixing.batch_sizes for width, mixing in variants.items()} == {0.25: [], 0.5: [1], 0.75: [], 1.0: [2]}
+    report = result.report
+    assert (report.num_run, report.num_skipped, report.num_reused, report.mlp_widths) == (3, 1, 2, (1.0, 0.5, 1.0))
+
+
+def test_streams_that_enter_a_block_are_left_as_they_are(block: ElasticBlock) -> None:
+    before, same = streams_of(3), streams_of(3)
+    rows = [row_of(SKIP), row_of(RUN_IN_FULL), row_of(REUSE)]
+    rows[2].residuals["only"] = stored(1)
+    run_block(block, 0, before, None, rows)
+    assert torch.equal(before.hidden_states, same.hidden_states)
+    assert torch.equal(before.encoder_hidden_states, same.encoder_hidden_states)
+
+
+def test_block_that_all_skip_costs_nothing_and_copies_nothing(block: ElasticBlock) -> None:
+    before = streams_of(2)
+    rows = [row_of(SKIP), row_of(SKIP)]
+    after = run_block(block, 0, before, None, rows).streams
+    assert after.hidden_states is before.hidden_states
+    assert after.encoder_hidden_states is before.encoder_hidden_states
+    assert [row.journal.flops for row in rows] == [0, 0]
+
+
+def test_kept_residual_is_what_the_block_added(block: ElasticBlock) -> None:
+    rows = [row_of(SKIP), row_of(KEEP), row_of(RUN_IN_FULL)]
+    before = streams_of(3)
+    after = run_block(block, 0, before, None, rows).streams
+    for row in rows:
+        row.end_step()
+    assert [list(row.residuals) for row in rows] == [[], ["only"], []]
+    residual = rows[1].residuals["only"]
+    assert torch.equal(residual.hidden_states, after.hidden_states[1] - before.hidden_states[1])
+    assert torch.equal(residual.encoder_hidden_states, after.encoder_hidden_states[1] - before.encoder_hidden_states[1])
+    assert residual.num_reuses == 0
+
+
+@pytest.mark.parametrize(("plan", "keeps"), [(SKIP, True), (REUSE, True), (RUN_IN_FULL, False)])
+def test_stored_residual_outlives_everything_but_a_run(block: ElasticBlock, plan: RowPlan, keeps: bool) -> None:
+    row = row_of(plan)
+    row.residuals["only"] = stored(1)
+    run_block(block, 0, streams_of(1), None, [row])
+    row.end_step()
+    assert ("only" in row.residuals) is keeps
+
+
+def test_each_reuse_is_counted(block: ElasticBlock) -> None:
+    row = row_of(KEEP, REUSE, REUSE, SKIP, KEEP, SKIP)
+    for step in range(6):
+        row.begin_step(step, Policy(), Allowance())
+        run_block(block, 0, streams_of(1, step), None, [row])
+        row.end_step()
+    assert isinstance(row.rule, Scripted)
+    assert [view.num_reuses for view in row.rule.seen] == [None, 0, 1, 2, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("flops", "width", "decision"),
+    [(30.0, 1.0, "run"), (29.9, 1.0, "skip"), (20.0, 0.5, "run"), (19.9, 0.5, "skip"), (0.0, 0.25, "skip")],
+)
+def test_row_that_cannot_pay_skips(block: ElasticBlock, flops: float, width: float, decision: str) -> None:
+    row = row_of(RowPlan(Decision.RUN, mlp_width=width), flops=flops)
+    run_block(block, 0, streams_of(1), None, [row])
+    row.end_step()
+    assert [entry.decision for entry in row.trace] == [decision]
+    assert row.spent_flops == (COST.at_width(width) if decision == "run" else 0)
+
+
+def test_branches_pay_from_one_allowance(block: ElasticBlock) -> None:
+    rows = [row_of(RUN_IN_FULL) for _ in range(3)]
+    shared = Allowance(75.0)
+    for row in rows:
+        row.begin_step(0, Policy(), shared)
+    report = run_block(block, 0, streams_of(3), None, rows).report
+    assert (report.num_run, report.num_skipped) == (2, 1)
+    assert shared.flops == 15
+
+
+def test_step_that_does_not_end_changes_nothing_about_the_row(block: ElasticBlock) -> None:
+    row = row_of(KEEP, KEEP)
+    row.residuals["only"] = residual = stored(1)
+    run_block(block, 0, streams_of(1), None, [row])
+    row.begin_step(0, Policy(), Allowance())
+    assert (row.spent_flops, row.trace, row.residuals) == (0, [], {"only": residual})
+
+
+def test_change_of_the_first_residual_is_relative_to_the_last_computed_step(variants: dict[float, Mixing]) -> None:
+    """Step 1 re-uses, so steps 1 and 2 are both compared with step 0."""
+    first, second = (ElasticBlock(name, variants, call, None) for name in ("first", "second"))
+    rule = Scripted([RUN_IN_FULL, KEEP, RUN_IN_FULL, REUSE, RUN_IN_FULL, KEEP], needs_residual_change=True)
+    row = Row(rule, Policy(), "cond", 9, {"first": COST, "second": COST})
+    added = []
+    for step in range(3):
+        row.begin_step(step, Policy(), Allowance())
+        before = streams_of(1, step)
+        between = run_block(first, 0, before, None, [row]).streams
+        added.append(between.hidden_states - before.hidden_states)
+        run_block(second, 1, between, None, [row])
+        row.end_step()
+    changes = [view.residual_change for view in rule.seen if view.block_index == 1]
+    scale = added[0].abs().mean()
+    expected = [None, *(float((now - added[0]).abs().mean() / scale) for now in added[1:])]
+    assert changes == pytest.approx(expected)

@@ -1,0 +1,116 @@
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.budget import resolve
+from models.card import EXACT, CurvePoint, Policy
+from models.errors import InvalidRequest
+from models.request import Budget, ComputeBudget, Preset, PresetBudget, QualityBudget
+
+ROUNDING = 1e-9
+HIGH = CurvePoint("router", Policy(skip_threshold=0.2, max_reuses=2), 0.8, 0.9, 0.96, Preset.HIGH)
+FAST = CurvePoint("router", Policy(skip_threshold=0.6, max_reuses=5), 0.4, 0.5, 0.8, Preset.FAST)
+CURVE = (EXACT, HIGH, FAST)
+
+shares = st.floats(0.01, 0.99)
+
+
+@st.composite
+def curves(draw: st.DrawFn) -> list[CurvePoint]:
+    """A curve as calibration writes them: exact first, then one rule's points, descending in compute and quality."""
+    length = draw(st.integers(1, 6))
+    compute, quality = (
+        sorted(draw(st.lists(shares, min_size=length, max_size=length, unique=True)), reverse=True) for _ in range(2)
+    )
+    thresholds = sorted(draw(st.lists(shares, min_size=length, max_size=length)))
+    return [
+        EXACT,
+        *(
+            CurvePoint("router", Policy(skip_threshold=threshold), ratio, ratio, similarity)
+            for threshold, ratio, similarity in zip(thresholds, compute, quality, strict=True)
+        ),
+    ]
+
+
+@given(curves(), st.lists(st.floats(0.001, 1), min_size=2, max_size=6))
+def test_more_compute_never_gives_less(curve: list[CurvePoint], wanted: list[float]) -> None:
+    answers = [resolve(ComputeBudget(ratio), curve) for ratio in sorted(wanted)]
+    for lower, upper in pairwise(answers):
+        assert lower.compute_ratio <= upper.compute_ratio + ROUNDING
+        assert lower.quality <= upper.quality + ROUNDING
+        assert lower.policy.skip_threshold >= upper.policy.skip_threshold - ROUNDING
+
+
+@given(curves(), st.lists(st.floats(0, 1), min_size=2, max_size=6))
+def test_more_quality_never_gives_less(curve: list[CurvePoint], wanted: list[float]) -> None:
+    answers = [resolve(QualityBudget(quality), curve) for quality in sorted(wanted)]
+    for lower, upper in pairwise(answers):
+        assert lower.compute_ratio <= upper.compute_ratio + ROUNDING
+        assert lower.quality <= upper.quality + ROUNDING
+
+
+@given(curves(), st.floats(0.001, 1))
+def test_predicted_compute_is_under_the_cap_or_the_lowest_there_is(curve: list[CurvePoint], cap: float) -> None:
+    answer = resolve(ComputeBudget(cap), curve)
+    assert answer.compute_ratio <= cap + ROUNDING or answer == curve[-1]
+
+
+@given(curves(), st.floats(0, 1))
+def test_predicted_quality_is_at_the_floor_or_above(curve: list[CurvePoint], floor: float) -> None:
+    answer = resolve(QualityBudget(floor), curve)
+    assert answer.quality >= floor - ROUNDING
+    # Nor is it better than asked for, where the curve goes on below.
+    assert answer.quality <= max(floor, curve[-1].quality) + ROUNDING or answer == EXACT
+
+
+@given(curves(), st.floats(0.001, 1))
+def test_answer_lies_between_the_measured_points(curve: list[CurvePoint], cap: float) -> None:
+    answer = resolve(ComputeBudget(cap), curve)
+    assert curve[-1].compute_ratio <= answer.compute_ratio <= 1
+    assert curve[-1].quality <= answer.quality + ROUNDING
+
+
+@pytest.mark.parametrize("point", CURVE)
+def test_measured_point_is_given_as_it_was_measured(point: CurvePoint) -> None:
+    assert resolve(ComputeBudget(point.compute_ratio), CURVE) == point
+    assert resolve(QualityBudget(point.quality), CURVE) == point
+    assert point.preset is not None
+    assert resolve(PresetBudget(point.preset), CURVE) == point
+
+
+@pytest.mark.parametrize("budget", [ComputeBudget(1.0), QualityBudget(1.0), PresetBudget(Preset.EXACT)])
+def test_everything_asked_for_is_exact(budget: Budget) -> None:
+    assert resolve(budget, CURVE) is EXACT
+
+
+def test_between_two_points_all_settings_are_mixed() -> None:
+    answer = resolve(ComputeBudget(0.6), CURVE)
+    assert answer.policy.skip_threshold == pytest.approx(0.4)
+    assert answer.policy.max_reuses == 4  # 3.5, rounded to even
+    assert answer.quality == pytest.approx(0.88)
+    assert answer.relative_seconds == pytest.approx(0.7)
+    assert answer.preset is None
+
+
+def test_between_exact_and_the_first_elastic_point_a_cap_goes_down_and_a_floor_up() -> None:
+    assert resolve(ComputeBudget(0.9), CURVE) == HIGH
+    assert resolve(QualityBudget(0.98), CURVE) == EXACT
+
+
+@pytest.mark.parametrize("budget", [ComputeBudget(0.1), QualityBudget(0.1)])
+def test_below_the_lowest_point_the_lowest_is_given(budget: Budget) -> None:
+    assert resolve(budget, CURVE) == FAST
+
+
+def test_unnamed_preset_is_refused_with_those_there_are() -> None:
+    with pytest.raises(InvalidRequest, match=r"preset 'draft' is not calibrated.*exact, high, fast") as error:
+        resolve(PresetBudget(Preset.DRAFT), CURVE)
+    assert error.value.param == "budget"
+
+
+@given(st.floats(0.001, 0.999))
+def test_a_model_calibrated_for_exact_only_refuses_a_cap(compute_ratio: float) -> None:
+    with pytest.raises(InvalidRequest, match=f"compute_ratio {compute_ratio} is not possible"):
+        resolve(ComputeBudget(compute_ratio), (EXACT,))

@@ -1,0 +1,102 @@
+import random
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.calibration import calibrate, efficient, name_presets, settings_of, similarity
+from models.card import EXACT, CurvePoint, Policy
+from models.engine import Engine
+from models.request import Preset
+
+MODEL = "tiny-flux"
+
+points = st.builds(
+    CurvePoint,
+    rule=st.just("router"),
+    policy=st.just(Policy()),
+    compute_ratio=st.floats(0, 1) | st.sampled_from([0.25, 0.5, 1.0]),
+    relative_seconds=st.just(1.0),
+    quality=st.floats(0, 1) | st.sampled_from([0.25, 0.5, 1.0]),
+)
+
+
+@given(st.lists(points, max_size=12))
+def test_efficient_points_descend_strictly_in_compute_and_quality(measured: list[CurvePoint]) -> None:
+    for upper, lower in pairwise([EXACT, *efficient(measured)]):
+        assert upper.compute_ratio > lower.compute_ratio
+        assert upper.quality > lower.quality
+
+
+@given(st.lists(points, max_size=12))
+def test_efficient_points_are_those_that_none_beats(measured: list[CurvePoint]) -> None:
+    kept = efficient(measured)
+    for point in measured:
+        if point.compute_ratio < 1 and point.quality < 1:
+            assert any(k.compute_ratio <= point.compute_ratio and k.quality >= point.quality for k in kept)
+    assert all(point in measured for point in kept)
+
+
+@given(st.lists(points, max_size=12), st.randoms(use_true_random=False))
+def test_efficient_points_do_not_depend_on_the_order_of_measuring(
+    measured: list[CurvePoint], rng: random.Random
+) -> None:
+    shuffled = list(measured)
+    rng.shuffle(shuffled)
+    assert efficient(shuffled) == efficient(measured)
+
+
+@given(st.lists(st.floats(0.01, 0.99), max_size=8, unique=True))
+def test_a_faster_preset_never_costs_more(ratios: list[float]) -> None:
+    curve = name_presets([CurvePoint("router", Policy(), ratio, ratio, ratio) for ratio in sorted(ratios)[::-1]])
+    cost = {point.preset: point.compute_ratio for point in curve if point.preset}
+    named = [cost[preset] for preset in Preset if preset in cost]
+    assert named == sorted(named, reverse=True)
+
+
+@given(st.lists(points, max_size=12))
+def test_each_preset_names_at_most_one_point(measured: list[CurvePoint]) -> None:
+    names = [point.preset for point in name_presets(efficient(measured)) if point.preset]
+    assert len(names) == len(set(names))
+    assert Preset.EXACT not in names
+
+
+def test_presets_name_the_points_nearest_to_their_compute() -> None:
+    ratios = [0.95, 0.82, 0.7, 0.6, 0.5, 0.4, 0.3]
+    curve = [CurvePoint("router", Policy(), ratio, ratio, ratio) for ratio in ratios]
+    named = {point.compute_ratio: point.preset for point in name_presets(curve) if point.preset}
+    assert named == {0.82: Preset.HIGH, 0.6: Preset.BALANCED, 0.5: Preset.FAST, 0.3: Preset.DRAFT}
+
+
+@pytest.mark.parametrize("rule", ["router", "residual_cache"])
+def test_no_setting_is_tried_twice(rule: str) -> None:
+    settings = [policy for group in settings_of(rule) for policy in group]
+    assert len(set(settings)) == len(settings)
+
+
+@pytest.mark.parametrize("rule", ["router", "residual_cache"])
+def test_settings_of_a_group_differ_in_thresholds_only(rule: str) -> None:
+    for group in settings_of(rule):
+        assert len({(policy.reuse_band, policy.max_reuses, policy.protected_first) for policy in group}) == 1
+
+
+def test_similarity_is_one_for_equal_pictures_and_less_for_others() -> None:
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    assert similarity(picture, picture) == 1
+    assert similarity(picture, 255 - picture) < 0.1
+
+
+def test_calibration_measures_a_descending_curve(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    curve = calibrate(engine, MODEL, ["a red circle"], rule="router")
+    assert len(capsys.readouterr().out.splitlines()) == sum(len(group) for group in settings_of("router"))
+    assert curve[0].preset == Preset.EXACT
+    assert (curve[0].rule, curve[0].compute_ratio, curve[0].quality) == ("dense", 1, 1)
+    assert len(curve) > 1
+    for upper, lower in pairwise(curve):
+        assert upper.compute_ratio > lower.compute_ratio
+        assert upper.quality > lower.quality
+    assert all(point.rule == "router" for point in curve[1:])
+    assert all(point.relative_seconds > 0 for point in curve)

@@ -1,0 +1,538 @@
+"""The engine keeps its promises: exact is exact, companions do not matter, nothing leaks, work not done is not done."""
+
+import json
+import shutil
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from models.card import EXACT, CurvePoint, Policy, SizeLimits
+from models.engine import Engine, load_engine
+from models.errors import UnknownModel, WeightsError
+from models.families.flux.pipeline import FluxFamily
+from models.report import Decision
+from models.request import Budget, ComputeBudget, GenerationRequest, Preset, PresetBudget, QualityBudget
+from models.state import DenoiseState
+
+MODEL = "tiny-flux"
+Ask = Callable[..., GenerationRequest]
+Denoise = Callable[..., DenoiseState]
+
+ROUTED = CurvePoint("router", Policy(0.3, 0.3, 2, width_bias=0.5), 0.5, 0.5, 0.5)
+CACHED = CurvePoint("residual_cache", Policy(residual_threshold=0.8, max_reuses=2), 0.5, 0.5, 0.5)
+
+
+def stock_result(stock: FluxPipeline, request: GenerationRequest, max_length: int, output_type: str) -> Any:
+    return stock(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        true_cfg_scale=request.true_cfg_scale,
+        height=request.height,
+        width=request.width,
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        generator=torch.Generator().manual_seed(request.seed),
+        max_sequence_length=max_length,
+        output_type=output_type,
+    ).images
+
+
+SHAPES = pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"height": 64, "width": 96, "num_inference_steps": 3, "guidance_scale": 1.0, "seed": 1},
+        {"height": 112, "width": 80, "num_inference_steps": 5, "guidance_scale": 7.0, "seed": 2, "prompt": ""},
+        {"num_inference_steps": 1, "guidance_scale": 0.0, "prompt": "a large blue square on the right"},
+    ],
+    ids=["plain", "wide", "tall", "one step"],
+)
+
+
+@pytest.fixture(params=["engine", "plain_engine"])
+def unpermuted_engine(request: pytest.FixtureRequest) -> Engine:
+    """With routers, and without; both with the neurons where the checkpoint has them."""
+    engine: Engine = request.getfixturevalue(request.param)
+    return engine
+
+
+@SHAPES
+def test_exact_equals_the_stock_pipeline_bit_for_bit(
+    unpermuted_engine: Engine, stock: FluxPipeline, ask: Ask, denoise: Denoise, fields: dict[str, Any]
+) -> None:
+    request = ask(**fields)
+    expected = stock_result(stock, request, unpermuted_engine.max_sequence_length(MODEL), "latent")
+    assert torch.equal(denoise(unpermuted_engine, request).latents, expected)
+
+
+@SHAPES
+def test_exact_equals_the_stock_pipeline_with_permuted_neurons_up_to_rounding(
+    permuted_engine: Engine, stock: FluxPipeline, ask: Ask, denoise: Denoise, fields: dict[str, Any]
+) -> None:
+    request = ask(**fields)
+    expected = stock_result(stock, request, permuted_engine.max_sequence_length(MODEL), "latent")
+    latents = denoise(permuted_engine, request).latents
+    torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
+    assert request.num_inference_steps == 1 or not torch.equal(latents, expected)
+
+
+@pytest.mark.parametrize("true_cfg_scale", [1.5, 4.0])
+def test_exact_equals_the_stock_pipeline_with_true_guidance(
+    unpermuted_engine: Engine, stock: FluxPipeline, ask: Ask, denoise: Denoise, true_cfg_scale: float
+) -> None:
+    """Up to rounding: the stock pipeline runs the two prompts one after the other, we run them as two rows."""
+    request = ask(negative_prompt="a green triangle", true_cfg_scale=true_cfg_scale, width=80)
+    expected = stock_result(stock, request, unpermuted_engine.max_sequence_length(MODEL), "latent")
+    torch.testing.assert_close(denoise(unpermuted_engine, request).latents, expected, rtol=0, atol=1e-5)
+
+
+def test_exact_picture_is_that_of_the_stock_pipeline(
+    engine: Engine, stock: FluxPipeline, ask: Ask, denoise: Denoise
+) -> None:
+    request = ask(height=80, width=64)
+    expected = stock_result(stock, request, engine.max_sequence_length(MODEL), "pil")[0]
+    pixels = engine.finish(denoise(engine, request))
+    assert pixels.shape == (80, 64, 3)
+    assert pixels.dtype == np.uint8
+    assert np.array_equal(pixels, np.asarray(expected))
+
+
+def test_exact_equals_the_stock_pipeline_of_a_model_without_guidance(
+    tiny_schnell: Path, tmp_path: Path, ask: Ask, denoise: Denoise
+) -> None:
+    engine = load_engine([tiny_schnell], device="cpu", router_weights=tmp_path)
+    stock = FluxPipeline.from_pretrained(tiny_schnell, dtype=torch.float32, local_files_only=True)
+    stock.set_progress_bar_config(disable=True)
+    request = ask(guidance_scale=0.0)
+    expected = stock_result(stock, request, engine.max_sequence_length(MODEL), "latent")
+    assert torch.equal(denoise(engine, request).latents, expected)
+
+
+@pytest.mark.parametrize("budget", [PresetBudget(Preset.EXACT), QualityBudget(1.0), ComputeBudget(1.0)])
+def test_every_way_to_ask_for_everything_is_exact(engine: Engine, ask: Ask, denoise: Denoise, budget: Budget) -> None:
+    state = denoise(engine, ask(budget=budget))
+    assert torch.equal(state.latents, denoise(engine, ask()).latents)
+    assert state.summary().compute_ratio == 1
+
+
+Visitor = tuple[GenerationRequest, CurvePoint | None]
+
+
+@pytest.fixture(scope="module")
+def visitors(ask: Ask) -> list[Visitor]:
+    """Requests that have nothing in common but the model and the size."""
+    guided = {"negative_prompt": "a large green triangle", "true_cfg_scale": 2.5}
+    return [
+        (ask(seed=0, num_inference_steps=4), None),
+        (ask(seed=1, num_inference_steps=7, prompt="a large blue square"), ROUTED),
+        (ask(seed=2, num_inference_steps=9, prompt="", **guided), ROUTED),
+        (ask(seed=3, num_inference_steps=5, prompt="the green triangle on the right", guidance_scale=1.0), CACHED),
+        (ask(seed=4, num_inference_steps=8, guidance_scale=6.0, **guided), CACHED),
+        (ask(seed=5, num_inference_steps=6, prompt="blue circle", budget=ComputeBudget(0.45)), None),
+        (ask(seed=6, num_inference_steps=3, prompt="red", budget=ComputeBudget(0.7), **guided), None),
+        (ask(seed=7, num_inference_steps=6, prompt="square", budget=PresetBudget(Preset.DRAFT)), None),
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(engine: Engine, denoise: Denoise, visitors: Sequence[Visitor]) -> list[DenoiseState]:
+    """What each visitor gets when nobody else is there."""
+    return [denoise(engine, request, point) for request, point in visitors]
+
+
+def serve(engine: Engine, visitors: Sequence[Visitor], arrivals: Sequence[int]) -> list[DenoiseState]:
+    """Step all visitors that are there in one batch; each joins at its turn and leaves when done."""
+    states: dict[int, DenoiseState] = {}
+    turn = 0
+    while len(states) < len(visitors) or not all(state.is_done for state in states.values()):
+        for i, (request, point) in enumerate(visitors):
+            if arrivals[i] == turn:
+                states[i] = engine.start(request, point)
+        present = [state for state in states.values() if not state.is_done]
+        if present:
+            engine.step(present)
+        turn += 1
+    return [states[i] for i in range(len(visitors))]
+
+
+def assert_same_results(together: Sequence[DenoiseState], alone: Sequence[DenoiseState]) -> None:
+    for ours, expected in zip(together, alone, strict=True):
+        assert ours.summary().decisions == expected.summary().decisions
+        assert ours.spent_flops == pytest.approx(expected.spent_flops)
+        torch.testing.assert_close(ours.latents, expected.latents, rtol=0, atol=1e-4)
+
+
+def test_visitors_differ_in_what_they_do(alone: Sequence[DenoiseState]) -> None:
+    """Else the tests below would prove little."""
+    summaries = [state.summary() for state in alone]
+    assert len({summary.compute_ratio for summary in summaries}) >= 7
+    assert sum(summary.num_skipped > 0 for summary in summaries) >= 4
+    assert sum(summary.num_reused > 0 for summary in summaries) >= 4
+    assert sum(summary.mean_mlp_width < 1 for summary in summaries) >= 4
+    for summary in summaries:
+        if summary.rule == "router":
+            by_step: dict[int, list[str]] = {}
+            for entry in summary.decisions or ():
+                by_step.setdefault(entry.step, []).append(f"{entry.branch} {entry.block} {entry.decision}")
+            assert len({tuple(entries) for entries in by_step.values()}) > 1, "decisions should differ between steps"
+
+
+@pytest.mark.parametrize("arrivals", [[0] * 8, [0, 3, 1, 0, 2, 5, 4, 2], list(range(8)), list(range(7, -1, -1))])
+def test_companions_change_neither_decisions_nor_results(
+    engine: Engine, visitors: list[Visitor], alone: list[DenoiseState], arrivals: list[int]
+) -> None:
+    assert_same_results(serve(engine, visitors, arrivals), alone)
+
+
+@settings(max_examples=4)
+@given(order=st.permutations(range(8)), arrivals=st.lists(st.integers(0, 6), min_size=8, max_size=8))
+def test_companions_do_not_matter_in_any_order_of_arrival(
+    engine: Engine, visitors: list[Visitor], alone: list[DenoiseState], order: list[int], arrivals: list[int]
+) -> None:
+    together = serve(engine, [visitors[i] for i in order], arrivals)
+    assert_same_results(together, [alone[i] for i in order])
+
+
+def test_dropped_companion_changes_nothing_for_the_others(
+    engine: Engine, visitors: list[Visitor], alone: list[DenoiseState]
+) -> None:
+    states = [engine.start(request, point) for request, point in visitors]
+    for _ in range(2):
+        engine.step(states)
+    stay = [i for i in range(8) if i not in (1, 4)]
+    while present := [states[i] for i in stay if not states[i].is_done]:
+        engine.step(present)
+    assert_same_results([states[i] for i in stay], [alone[i] for i in stay])
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_request_gets_the_same_bits_every_time(
+    engine: Engine, denoise: Denoise, visitors: list[Visitor], alone: list[DenoiseState], number: int
+) -> None:
+    assert torch.equal(denoise(engine, *visitors[number]).latents, alone[number].latents)
+
+
+def test_request_after_a_finished_and_a_dropped_one_equals_that_on_a_fresh_engine(
+    engine: Engine, tiny_flux: Path, router_weights: Path, denoise: Denoise, visitors: list[Visitor]
+) -> None:
+    fresh = load_engine([tiny_flux], device="cpu", router_weights=router_weights)
+    denoise(engine, *visitors[2])
+    dropped = engine.start(*visitors[4])
+    for _ in range(3):
+        engine.step([dropped])
+    for visitor in (visitors[1], visitors[3]):
+        assert torch.equal(denoise(engine, *visitor).latents, denoise(fresh, *visitor).latents)
+
+
+def tensors_of(state: DenoiseState) -> list[Tensor]:
+    """Without its noise levels: the scheduler, a calculator that all requests use, keeps those it computed last."""
+    tensors = [state.latents]
+    tensors += [tensor for inputs in state.inputs for tensor in (inputs.context, inputs.pooled)]
+    tensors += [row.reference for row in state.rows if row.reference is not None]
+    residuals = [residual for row in state.rows for residual in row.residuals.values()]
+    return tensors + [t for residual in residuals for t in (residual.hidden_states, residual.encoder_hidden_states)]
+
+
+@pytest.mark.parametrize("number", [2, 4], ids=["router", "residual_cache"])
+def test_nothing_of_a_finished_or_dropped_request_lives_on(
+    engine: Engine, denoise: Denoise, visitors: list[Visitor], number: int
+) -> None:
+    """Not even until the next garbage collection: device memory is needed at once."""
+    finished, dropped = denoise(engine, *visitors[number]), engine.start(*visitors[number])
+    engine.finish(finished)
+    for _ in range(3):
+        engine.step([dropped])
+    traces = [weakref.ref(tensor) for state in (finished, dropped) for tensor in tensors_of(state)]
+    assert len(traces) > 2 * 7
+    del finished, dropped
+    assert [tensor.shape for trace in traces if (tensor := trace()) is not None] == []
+
+
+def test_state_holds_no_memory_of_its_companions(engine: Engine, visitors: list[Visitor]) -> None:
+    states = [engine.start(request, point) for request, point in visitors]
+    for _ in range(2):
+        engine.step(states)
+    for state in states:
+        for tensor in tensors_of(state):
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def modules_of(family: FluxFamily) -> dict[str, nn.Module]:
+    twins = {f"{block.name} at {width}": module for block in family.blocks for width, module in block.variants.items()}
+    parts = {name: part for name, part in family.pipeline.components.items() if isinstance(part, nn.Module)}
+    assert family.routers is not None
+    return {**twins, **parts, "routers": family.routers}
+
+
+def test_serving_changes_no_module(open_engine: Engine, family: FluxFamily, visitors: list[Visitor]) -> None:
+    modules = modules_of(family)
+    weights = {n: {k: v.clone() for k, v in module.state_dict().items()} for n, module in modules.items()}
+    attributes = {n: [sorted(vars(m)) for m in module.modules()] for n, module in modules.items()}
+    for state in serve(open_engine, visitors, [0] * 8):
+        open_engine.finish(state)
+    for name, module in modules.items():
+        assert [sorted(vars(m)) for m in module.modules()] == attributes[name]
+        after = module.state_dict()
+        assert after.keys() == weights[name].keys()
+        assert all(torch.equal(after[key], value) for key, value in weights[name].items()), name
+
+
+def test_routers_stand_beside_the_model(family: FluxFamily, stock: FluxPipeline) -> None:
+    ours, theirs = family.transformer.state_dict(), stock.transformer.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+class BlockCalls:
+    """Counts the rows that every block runs at every width, and notes the size of the MLP's hidden layer."""
+
+    def __init__(self, family: FluxFamily) -> None:
+        self.rows: dict[tuple[str, float], int] = {}
+        self.num_calls = 0
+        self._handles = [
+            module.register_forward_pre_hook(self._counter(block.name, width), with_kwargs=True)
+            for block in family.blocks
+            for width, module in block.variants.items()
+        ]
+
+    def _counter(self, name: str, width: float) -> Callable[[nn.Module, Any, dict[str, Tensor]], None]:
+        def count(module: nn.Module, args: Any, kwargs: dict[str, Tensor]) -> None:
+            self.num_calls += 1
+            self.rows[name, width] = self.rows.get((name, width), 0) + len(kwargs["hidden_states"])
+
+        return count
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+@pytest.fixture
+def calls(family: FluxFamily) -> Iterator[BlockCalls]:
+    calls = BlockCalls(family)
+    yield calls
+    calls.remove()
+
+
+def decided_rows(states: Sequence[DenoiseState]) -> dict[tuple[str, float], int]:
+    rows: dict[tuple[str, float], int] = {}
+    for state in states:
+        for entry in state.summary().decisions or ():
+            if entry.decision is Decision.RUN:
+                rows[entry.block, entry.mlp_width] = rows.get((entry.block, entry.mlp_width), 0) + 1
+    return rows
+
+
+def test_blocks_see_exactly_the_rows_that_run_at_their_width(
+    open_engine: Engine, calls: BlockCalls, visitors: list[Visitor]
+) -> None:
+    states = serve(open_engine, visitors, [0, 3, 1, 0, 2, 5, 4, 2])
+    assert calls.rows == decided_rows(states)
+
+
+def test_block_that_nobody_runs_is_not_called(open_engine: Engine, calls: BlockCalls, ask: Ask) -> None:
+    state = open_engine.start(ask(), CurvePoint("router", Policy(skip_threshold=1.1), 0.0, 0.0, 0.0))
+    report = open_engine.step([state])
+    assert calls.num_calls == 0
+    assert [block.num_skipped for block in report.blocks] == [1] * 6
+    assert state.summary().compute_ratio == 0
+
+
+def test_reused_blocks_are_not_called(open_engine: Engine, calls: BlockCalls, ask: Ask) -> None:
+    everything = CurvePoint("router", Policy(0.0, 1.0, 2, width_bias=-1e6), 0.0, 0.0, 0.0)
+    state = open_engine.start(ask(num_inference_steps=6), everything)
+    num_calls = []
+    for _ in range(6):
+        before = calls.num_calls
+        open_engine.step([state])
+        num_calls.append(calls.num_calls - before)
+    assert num_calls == [6, 0, 0, 6, 0, 0]
+
+
+def test_step_report_tells_what_the_rows_did(open_engine: Engine, visitors: list[Visitor]) -> None:
+    states = [open_engine.start(request, point) for request, point in visitors]
+    open_engine.step(states)
+    report = open_engine.step(states)
+    entries = [entry for state in states for entry in state.summary().decisions or () if entry.step == 1]
+    assert report.batch_size == 8
+    assert 0 < report.router_seconds < report.seconds
+    for block in report.blocks:
+        mine = [entry for entry in entries if entry.block == block.block]
+        counted = [sum(entry.decision is decision for entry in mine) for decision in Decision]
+        assert [block.num_run, block.num_skipped, block.num_reused] == counted
+        assert sorted(block.mlp_widths) == sorted(e.mlp_width for e in mine if e.decision is Decision.RUN)
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        EXACT,
+        CurvePoint("router", Policy(skip_threshold=0.3), 0.5, 0.5, 0.5),
+        CurvePoint("router", Policy(skip_threshold=0.3, reuse_band=0.3), 0.5, 0.5, 0.5),
+        CurvePoint("residual_cache", Policy(residual_threshold=0.8), 0.5, 0.5, 0.5),
+    ],
+    ids=["exact", "no band", "no router re-use", "no cache re-use"],
+)
+def test_no_residual_is_kept_that_the_policy_cannot_use(engine: Engine, ask: Ask, point: CurvePoint) -> None:
+    state = engine.start(ask(), point)
+    while not state.is_done:
+        engine.step([state])
+        assert [row.residuals for row in state.rows] == [{}]
+
+
+@pytest.mark.parametrize("point", [ROUTED, CACHED], ids=["router", "residual_cache"])
+def test_last_step_leaves_no_residual_newly_stored(engine: Engine, ask: Ask, point: CurvePoint) -> None:
+    state = engine.start(ask(num_inference_steps=5), point)
+    while not state.is_done:
+        stored = {name: r.hidden_states.data_ptr() for row in state.rows for name, r in row.residuals.items()}
+        engine.step([state])
+    assert {n: r.hidden_states.data_ptr() for row in state.rows for n, r in row.residuals.items()}.items() <= (
+        stored.items()
+    )
+
+
+class HostReads(TorchFunctionMode):
+    """Counts what would make the host wait for a device. (On a CPU such reads dispatch no operator of their own.)"""
+
+    NAMES = frozenset(
+        ("tolist", "item", "cpu", "numpy", "nonzero", "is_nonzero", "__bool__", "__float__", "__int__", "__index__")
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_reads = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num_reads += getattr(func, "__name__", "") in self.NAMES
+        return func(*args, **(kwargs or {}))
+
+
+def test_host_reads_are_noticed() -> None:
+    with HostReads() as reads:
+        torch.ones(2).tolist(), torch.ones(1).item(), bool(torch.ones(1)), float(torch.ones(1))
+    assert reads.num_reads >= 4
+
+
+@pytest.mark.parametrize(("rules", "most"), [("dense", 0), ("router", 6), ("residual_cache", 1), ("all", 7)])
+def test_host_waits_at_most_once_a_block(engine: Engine, visitors: list[Visitor], rules: str, most: int) -> None:
+    """Six blocks; the residual cache also waits once a step, for the first block's change."""
+    states = [engine.start(request, point) for request, point in visitors]
+    states = [state for state in states if rules in ("all", state.point.rule)]
+    for _ in range(3):
+        with HostReads() as reads:
+            engine.step(states)
+        assert reads.num_reads <= most
+
+
+def test_step_that_failed_can_be_repeated(
+    open_engine: Engine, family: FluxFamily, visitors: list[Visitor], alone: list[DenoiseState]
+) -> None:
+    def run_out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory left")
+
+    states = [open_engine.start(request, point) for request, point in visitors]
+    open_engine.step(states)
+    handles = [module.register_forward_hook(run_out_of_memory) for module in family.blocks[4].variants.values()]
+    with pytest.raises(torch.OutOfMemoryError):
+        open_engine.step(states)
+    for handle in handles:
+        handle.remove()
+    while present := [state for state in states if not state.is_done]:
+        open_engine.step(present)
+    assert_same_results(states, alone)
+
+
+def test_point_given_overrides_a_compute_budget(engine: Engine, ask: Ask, denoise: Denoise) -> None:
+    capped, uncapped = ask(budget=ComputeBudget(0.3)), ask()
+    assert torch.equal(denoise(engine, capped, ROUTED).latents, denoise(engine, uncapped, ROUTED).latents)
+
+
+def test_router_logits_of_any_size_are_decided(family: FluxFamily, open_engine: Engine, ask: Ask) -> None:
+    assert family.routers is not None
+    bias = family.routers.get_parameter("gate_mlps.0.out.2.bias")
+    before = bias.clone()
+    state = open_engine.start(ask(), ROUTED)
+    try:
+        bias.fill_(-1000.0)
+        open_engine.step([state])
+    finally:
+        bias.copy_(before)
+    decisions = state.summary().decisions
+    assert decisions is not None
+    assert decisions[0].decision is Decision.SKIP
+
+
+def test_card_tells_what_the_model_is(engine: Engine) -> None:
+    card = engine.cards[MODEL]
+    assert (card.id, card.family, card.modality, card.license) == (MODEL, "flux", "image", "apache-2.0")
+    assert (card.default_height, card.default_width) == (64, 64)
+    assert (card.default_num_inference_steps, card.default_guidance_scale) == (4, 2.5)
+    assert card.sizes == SizeLimits(multiple_of=16, minimum=64, maximum=128)
+    assert card.rules == ("dense", "router", "residual_cache")
+    assert card.blocks == ("double.00", "double.01", "single.00", "single.01", "single.02", "single.03")
+    assert [point.preset for point in card.curve] == [Preset.EXACT, Preset.HIGH, Preset.BALANCED, Preset.DRAFT]
+    assert 0 < card.dense_step_seconds < 60
+
+
+def test_card_of_a_model_without_a_router_folder(plain_engine: Engine) -> None:
+    card = plain_engine.cards[MODEL]
+    assert card.license == "unknown"
+    assert card.rules == ("dense", "residual_cache")
+    assert card.curve == (EXACT,)
+    assert (card.default_num_inference_steps, card.default_guidance_scale) == (28, 3.5)
+
+
+def test_unknown_model_is_refused_with_those_there_are(engine: Engine, ask: Ask) -> None:
+    with pytest.raises(UnknownModel, match=f"'other' is not loaded; there is: {MODEL}"):
+        engine.start(ask(model="other"))
+
+
+def test_directory_that_is_no_pipeline_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("missing", "empty"):
+        with pytest.raises(WeightsError, match=rf"{name} is not a diffusers pipeline directory"):
+            load_engine([tmp_path / name], device="cpu", router_weights=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ('{"_class_name": "StableDiffusionPipeline"}', "the class StableDiffusionPipeline; served are: FluxPipeline"),
+        ("{}", "model_index.json"),
+        ("{", "model_index.json"),
+    ],
+    ids=["another class", "no class", "no JSON"],
+)
+def test_directory_of_another_kind_is_refused(tmp_path: Path, index: str, message: str) -> None:
+    (tmp_path / "model_index.json").write_text(index)
+    with pytest.raises(WeightsError, match=message):
+        load_engine([tmp_path], device="cpu", router_weights=tmp_path)
+
+
+def test_pipeline_directory_without_its_transformer_is_refused(tiny_flux: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(tiny_flux, tmp_path / MODEL))
+    shutil.rmtree(directory / "transformer")
+    with pytest.raises(WeightsError, match=MODEL):
+        load_engine([directory], device="cpu", router_weights=tmp_path)
+
+
+def test_curve_and_manifest_are_read_without_routers(tiny_flux: Path, router_weights: Path, tmp_path: Path) -> None:
+    """A model may be elastic by the residual cache alone."""
+    folder = Path(shutil.copytree(router_weights / MODEL, tmp_path / MODEL))
+    (folder / "router.safetensors").unlink()
+    content = json.loads((folder / "calibration.json").read_text())
+    content["curve"] = content["curve"][:1]
+    (folder / "calibration.json").write_text(json.dumps(content))
+    card = load_engine([tiny_flux], device="cpu", router_weights=tmp_path).cards[MODEL]
+    assert card.license == "apache-2.0"
+    assert card.rules == ("dense", "residual_cache")

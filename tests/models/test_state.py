@@ -1,0 +1,123 @@
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.budget import resolve
+from models.card import EXACT, CurvePoint, Policy
+from models.engine import Engine
+from models.errors import InvalidRequest
+from models.families.flux.pipeline import FluxFamily
+from models.report import Decision
+from models.request import ComputeBudget, GenerationRequest, Preset, PresetBudget
+from models.state import DenoiseState
+
+MODEL = "tiny-flux"
+Ask = Callable[..., GenerationRequest]
+Denoise = Callable[..., DenoiseState]
+
+GUIDED = {"negative_prompt": "a green triangle", "true_cfg_scale": 2.0}
+ROUNDING = 1 + 1e-7
+"""Every step may overdraw what is left by a billionth."""
+
+
+def test_summary_before_the_first_step_tells_the_plan(engine: Engine, ask: Ask) -> None:
+    summary = engine.start(ask(budget=PresetBudget(Preset.BALANCED))).summary()
+    assert (summary.rule, summary.compute_ratio, summary.compute_ratio_predicted) == ("router", 0, 0.5)
+    assert (summary.skip_threshold_first, summary.skip_threshold_last) == (0.5, 0.5)
+    assert (summary.num_run, summary.num_skipped, summary.num_reused, summary.mean_mlp_width) == (0, 0, 0, 1)
+    assert (summary.quality_applied, summary.num_inference_steps, summary.decisions) == (0.8, 4, ())
+
+
+def test_summary_counts_every_block_of_every_step_and_branch(engine: Engine, ask: Ask, denoise: Denoise) -> None:
+    summary = denoise(engine, ask(budget=PresetBudget(Preset.BALANCED), num_inference_steps=5, **GUIDED)).summary()
+    assert summary.decisions is not None
+    assert [(e.step, e.branch, e.block) for e in summary.decisions] == [
+        (step, branch, block)
+        for step in range(5)
+        for branch in ("cond", "uncond")
+        for block in engine.cards[MODEL].blocks
+    ]
+    counts = [sum(e.decision is decision for e in summary.decisions) for decision in Decision]
+    assert [summary.num_run, summary.num_skipped, summary.num_reused] == counts
+    widths = [e.mlp_width for e in summary.decisions if e.decision is Decision.RUN]
+    assert summary.mean_mlp_width == pytest.approx(sum(widths) / len(widths))
+
+
+def test_trace_is_given_only_where_it_was_asked_for(engine: Engine, ask: Ask, denoise: Denoise) -> None:
+    assert denoise(engine, ask(num_inference_steps=1, wants_trace=False)).summary().decisions is None
+
+
+def test_compute_ratio_is_of_the_steps_taken_so_far(engine: Engine, ask: Ask) -> None:
+    state = engine.start(ask())
+    for _ in range(3):
+        engine.step([state])
+        assert state.summary().compute_ratio == 1
+
+
+@pytest.mark.parametrize("cap", [0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0])
+@pytest.mark.parametrize("guided", [{}, GUIDED], ids=["one branch", "two branches"])
+def test_compute_is_never_over_the_cap(
+    engine: Engine, ask: Ask, denoise: Denoise, cap: float, guided: dict[str, object]
+) -> None:
+    summary = denoise(engine, ask(budget=ComputeBudget(cap), num_inference_steps=6, **guided)).summary()
+    assert summary.compute_ratio <= cap * ROUNDING
+
+
+@st.composite
+def curves(draw: st.DrawFn) -> list[CurvePoint]:
+    """Curves that say anything at all about what a policy costs: the cap must hold even where they are wrong."""
+    rule = draw(st.sampled_from(["router", "residual_cache"]))
+    ratios = sorted(draw(st.lists(st.floats(0.01, 0.99), min_size=1, max_size=3, unique=True)), reverse=True)
+    policies = st.builds(
+        Policy,
+        skip_threshold=st.floats(0, 1),
+        reuse_band=st.sampled_from([0.0, 0.3]),
+        max_reuses=st.integers(0, 3),
+        width_bias=st.floats(-3, 3),
+        residual_threshold=st.floats(0, 2),
+        protected_first=st.integers(0, 2),
+        protected_last=st.integers(0, 2),
+    )
+    return [EXACT, *(CurvePoint(rule, draw(policies), ratio, ratio, ratio) for ratio in ratios)]
+
+
+@settings(max_examples=25)
+@given(curve=curves(), cap=st.floats(0.01, 1), steps=st.integers(1, 4))
+def test_compute_is_never_over_the_cap_whatever_the_curve_says(
+    open_engine: Engine, family: FluxFamily, ask: Ask, curve: list[CurvePoint], cap: float, steps: int
+) -> None:
+    budget = ComputeBudget(cap)
+    state = family.start(ask(budget=budget, num_inference_steps=steps), curve, resolve(budget, curve), cap)
+    while not state.is_done:
+        open_engine.step([state])
+    assert state.summary().compute_ratio <= cap * ROUNDING
+
+
+@pytest.mark.parametrize("cap", [0.25, 0.4, 0.6])
+def test_cap_is_not_met_by_dropping_the_last_steps(engine: Engine, ask: Ask, denoise: Denoise, cap: float) -> None:
+    state = denoise(engine, ask(budget=ComputeBudget(cap), num_inference_steps=8))
+    decisions = state.summary().decisions
+    assert decisions is not None
+    num_run = [sum(e.step == step and e.decision is Decision.RUN for e in decisions) for step in range(8)]
+    assert sum(num_run[-2:]) > 0
+    assert state.summary().compute_ratio > cap / 2
+
+
+def test_cap_is_shared_by_the_branches(engine: Engine, ask: Ask, denoise: Denoise) -> None:
+    state = denoise(engine, ask(budget=ComputeBudget(0.4), **GUIDED))
+    assert state.rows[0].spent_flops != state.rows[1].spent_flops
+    assert state.spent_flops <= 0.4 * 4 * state.dense_flops * ROUNDING
+
+
+def test_thresholds_move_with_what_is_left(engine: Engine, ask: Ask, denoise: Denoise) -> None:
+    state = denoise(engine, ask(budget=ComputeBudget(0.4), num_inference_steps=8))
+    summary = state.summary()
+    assert (summary.skip_threshold_first, summary.skip_threshold_last) == (state.thresholds[0], state.thresholds[-1])
+    assert len(set(state.thresholds)) > 2
+
+
+def test_cap_is_refused_where_nothing_was_calibrated(plain_engine: Engine, ask: Ask) -> None:
+    with pytest.raises(InvalidRequest, match=r"compute_ratio 0\.5 is not possible"):
+        plain_engine.start(ask(budget=ComputeBudget(0.5)))
