@@ -1,0 +1,226 @@
+"""Routers for tiny-flux: which blocks a sample needs at a step, and how wide, learnt with the backbone frozen.
+
+After the recipe of Elastic Diffusion Transformer (arXiv 2602.13993): hard decisions forward, soft gradients backward,
+every block computed for every sample so that a closed gate still learns. Ours differs where serving wants a whole range
+of budgets from one set of routers: each batch draws a skip threshold and a width bias, and the mean gate and mean width
+that it is held to follow from them. Means are over the batch, so which samples and which noise levels get more is free.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.elastic.router import MLP_WIDTHS, RouterStack
+from models.elastic.runner import Streams
+from models.families.flux import adapter
+from models.families.flux.pipeline import mlp_layers, permute_neurons
+from models.weights import RouterWeights
+from training.base import average_gradients
+from training.loop import run_loop, warm_then_linear
+from training.scenes import sample_scene
+from training.text import MAX_SEQUENCE_LENGTH, TextConditioner
+
+NUM_STEPS = 450
+BATCH_SIZE = 32  # a process
+HIDDEN = 32
+MAX_WIDTH_BIAS = 4.0
+_CELLS = 8
+SEED = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Knobs:
+    """One batch's settings: what serving will set in a Policy."""
+
+    skip_threshold: float
+    width_bias: float
+
+    @property
+    def target_gate(self) -> float:
+        """The share of blocks that should run: nearly all at threshold 0, a fifth at 1."""
+        return 1 - 0.8 * self.skip_threshold
+
+    @property
+    def target_width(self) -> float:
+        """The mean MLP width: nearly full without bias, a bit over a third at the strongest."""
+        return 0.97 - 0.6 * self.width_bias / MAX_WIDTH_BIAS
+
+
+def elastic_forward(
+    transformer: FluxTransformer2DModel,
+    routers: RouterStack,
+    streams: Streams,
+    knobs: Knobs,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Every block for every sample, gated and masked by its router's hard decision, with soft gradients.
+
+    Returns velocity `(batch, tokens, channels)`, gates `(blocks, batch)` and widths `(blocks, batch)`.
+    """
+    gates, widths = [], []
+    hidden_states, encoder_hidden_states = streams.hidden_states, streams.encoder_hidden_states
+    lowered = torch.tensor([1 - i / (len(MLP_WIDTHS) - 1) for i in range(len(MLP_WIDTHS))]) * knobs.width_bias
+    shares = torch.tensor(MLP_WIDTHS)
+    for router, block in zip(routers.routers, adapter.blocks(transformer).values(), strict=True):
+        with torch.autocast("cpu", enabled=False):
+            inputs = (encoder_hidden_states.float(), hidden_states.float())
+            scores = router(inputs, router.modulation(streams.temb.float()), (None, None))
+        soft_gate = torch.sigmoid(scores.depth_logits)
+        gate = (soft_gate >= knobs.skip_threshold).float() + soft_gate - soft_gate.detach()
+        soft_width = torch.softmax(scores.width_logits + lowered, dim=1)
+        width = F.one_hot(soft_width.argmax(1), len(MLP_WIDTHS)) + soft_width - soft_width.detach()
+        _, last, column = mlp_layers(block)
+        last.width_mask = _prefix_mask(width, last.in_features - column, column)
+        inner = Streams(hidden_states, encoder_hidden_states, streams.temb, streams.image_rotary_emb)
+        text, image = adapter.call_block(block, inner)
+        hidden_states = hidden_states + gate[:, None, None] * (image - hidden_states)
+        encoder_hidden_states = encoder_hidden_states + gate[:, None, None] * (text - encoder_hidden_states)
+        gates.append(gate)
+        widths.append(width @ shares)
+    final = Streams(hidden_states, encoder_hidden_states, streams.temb, streams.image_rotary_emb)
+    return adapter.epilogue(transformer, final), torch.stack(gates), torch.stack(widths)
+
+
+def _prefix_mask(width: Tensor, hidden: int, column: int) -> Tensor:
+    """Mask `(batch, 1, column + hidden)` from one-hot widths `(batch, 4)`; the first `column` features always stay."""
+    quarter = hidden // len(MLP_WIDTHS)
+    # Neuron group k stays at width indices k and above.
+    kept = width.flip(1).cumsum(1).flip(1).repeat_interleave(quarter, dim=1)
+    return torch.cat((kept.new_ones(len(kept), column), kept), dim=1)[:, None]
+
+
+def install_masks(transformer: FluxTransformer2DModel) -> None:
+    """Let every MLP that may be narrowed multiply its hidden neurons by its `width_mask`."""
+    for block in adapter.blocks(transformer).values():
+        last = mlp_layers(block)[1]
+        last.width_mask = torch.ones(())
+        last.register_forward_pre_hook(lambda module, args: (args[0] * module.width_mask,))
+
+
+class RouterObjective:
+    """One training step's losses for a batch of scenes."""
+
+    def __init__(self, transformer: FluxTransformer2DModel, conditioner: TextConditioner, routers: RouterStack) -> None:
+        self.transformer = transformer.requires_grad_(False)
+        self.conditioner = conditioner
+        self.routers = routers
+        self.rotary = adapter.rotary_embedding(transformer, MAX_SEQUENCE_LENGTH, _CELLS, _CELLS)
+        install_masks(transformer)
+
+    def losses(self, clean: Tensor, captions: Sequence[str], rng: torch.Generator, knobs: Knobs) -> dict[str, Tensor]:
+        """Flow-matching error, distance to the dense prediction, distance of mean gate and mean width from the target.
+
+        `clean` is `(batch, tokens, channels)`.
+        """
+        batch = len(captions)
+        noise = torch.randn(clean.shape, generator=rng)
+        # Noise levels as sampling visits them: evenly, stratified over the batch.
+        timestep = (torch.randperm(batch, generator=rng) + torch.rand(batch, generator=rng)) / batch
+        latents = torch.lerp(clean, noise, timestep[:, None, None])
+        # Half without guidance, for which the data are the right answer; half as served, where the dense model's is.
+        plain = batch // 2
+        guidance = 1 + 4 * torch.rand(batch, generator=rng)
+        guidance[:plain] = 1
+        with torch.no_grad():
+            prompt_embeds, pooled = self.conditioner.encode(captions)
+            context = self.transformer.context_embedder(prompt_embeds)
+            streams = adapter.prologue(self.transformer, latents, timestep, guidance, context, pooled, self.rotary)
+            with torch.autocast("cpu", torch.bfloat16):
+                dense = self._dense(streams).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            velocity, gates, widths = elastic_forward(self.transformer, self.routers, streams, knobs)
+        velocity = velocity.float()
+        ran = gates.detach()
+        mean_width = (widths * ran).sum() / ran.sum().clamp(min=1)
+        return {
+            "flow": F.mse_loss(velocity[:plain], (noise - clean)[:plain]),
+            "dense": F.mse_loss(velocity, dense),
+            "gate": (gates.mean() - knobs.target_gate).square(),
+            "width": (mean_width - knobs.target_width).square(),
+        }
+
+    def _dense(self, streams: Streams) -> Tensor:
+        for block in adapter.blocks(self.transformer).values():
+            mlp_layers(block)[1].width_mask = torch.ones(())
+            text, image = adapter.call_block(block, streams)
+            streams = Streams(image, text, streams.temb, streams.image_rotary_emb)
+        return adapter.epilogue(self.transformer, streams)
+
+
+def neuron_orders(
+    objective: RouterObjective, clean: Tensor, captions: Sequence[str], rng: torch.Generator
+) -> dict[str, Tensor]:
+    """Hidden neurons of each block by importance, `(hidden,)` old positions, the most important first.
+
+    A neuron matters by its mean |activation| times the norm of its output column, over all tokens of the samples.
+    """
+    importance: dict[str, Tensor] = {}
+    handles = []
+    for name, block in adapter.blocks(objective.transformer).items():
+        _, last, column = mlp_layers(block)
+
+        def measure(module: nn.Linear, args: tuple[Tensor], name: str = name, column: int = column) -> None:
+            activation = args[0][..., column:].float().abs().mean((0, 1))
+            importance[name] = activation * module.weight[:, column:].float().norm(dim=0)
+
+        handles.append(last.register_forward_pre_hook(measure))
+    with torch.no_grad():
+        objective.losses(clean, captions, rng, Knobs(0.0, 0.0))
+    for handle in handles:
+        handle.remove()
+    return {name: values.argsort(descending=True) for name, values in importance.items()}
+
+
+def train_routers(
+    run_dir: Path,
+    transformer: FluxTransformer2DModel,
+    conditioner: TextConditioner,
+    *,
+    rank: int,
+    num_processes: int,
+    num_steps: int,
+) -> RouterWeights:
+    """Train, or resume, as process `rank` of `num_processes`, for MLP neurons in the order of their importance."""
+    torch.manual_seed(SEED)
+    latents = torch.load(run_dir / "latents.pt", weights_only=True, mmap=True)
+    num_blocks = len(adapter.blocks(transformer))
+    routers = RouterStack(num_blocks, transformer.inner_dim, HIDDEN)
+    objective = RouterObjective(transformer, conditioner, routers)
+    sample = list(range(2 * BATCH_SIZE))
+    captions = [sample_scene(row).caption for row in sample]
+    orders = neuron_orders(objective, latents[sample].float(), captions, torch.Generator().manual_seed(SEED))
+    permute_neurons(adapter.blocks(transformer), orders)
+    optimizer = torch.optim.AdamW(routers.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    parameters = list(routers.parameters())
+
+    def train_step(step: int) -> Mapping[str, float]:
+        rng = torch.Generator().manual_seed(SEED * 10**6 + step * 64 + rank)
+        threshold, bias = torch.rand(2, generator=rng).tolist()
+        knobs = Knobs(0.02 + 0.96 * threshold, MAX_WIDTH_BIAS * bias)
+        rows = torch.randint(len(latents), (BATCH_SIZE,), generator=rng).tolist()
+        captions = [sample_scene(row).caption for row in rows]
+        losses = objective.losses(latents[rows].float(), captions, rng, knobs)
+        loss = losses["flow"] + losses["dense"] + 4 * (losses["gate"] + losses["width"])
+        optimizer.zero_grad()
+        loss.backward()
+        average_gradients(parameters, num_processes)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * warm_then_linear(step, num_steps, warm_up=20, hold=0.5, end=0.02)
+        optimizer.step()
+        return {name: value.item() for name, value in losses.items()}
+
+    run_loop(
+        "routers",
+        num_steps,
+        train_step,
+        {"routers": routers, "optimizer": optimizer},
+        run_dir / "routers.pt",
+        save_every=75,
+        is_main=rank == 0,
+    )
+    return RouterWeights(routers.eval(), orders)

@@ -1,0 +1,127 @@
+"""Captioned scenes of coloured shapes: what the tiny picture models are trained on and judged by.
+
+A scene is one to four objects, each with a shape, a colour, a size and a place, on a plain, striped, dotted or busy
+background. Everything follows from an integer seed, so the data are unlimited, need no storage and can be drawn again.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+SHAPES = ("circle", "square", "triangle", "cross", "ring")
+COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan", "white", "black")
+SIZES = ("small", "large")
+POSITIONS = ("top left", "top right", "bottom left", "bottom right", "centre")
+TONES = ("light", "grey", "dark")
+TEXTURES = ("plain", "striped", "dotted", "busy")
+RELATIONS = ("left of", "right of", "above", "below")
+MAX_OBJECTS = 4
+
+_CORNERS = POSITIONS[:4]
+_PAIRS_OF_RELATION = {
+    "left of": (("top left", "top right"), ("bottom left", "bottom right")),
+    "right of": (("top right", "top left"), ("bottom right", "bottom left")),
+    "above": (("top left", "bottom left"), ("top right", "bottom right")),
+    "below": (("bottom left", "top left"), ("bottom right", "top right")),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SceneObject:
+    """One drawn thing. `size` and `position` are always known to the drawing, not always told by the caption."""
+
+    shape: str
+    colour: str
+    size: str
+    position: str
+
+    @property
+    def is_held_out(self) -> bool:
+        """Whether this (shape, colour, position) is one of the tenth of combinations that no training scene shows."""
+        digest = hashlib.sha256(f"{self.shape}/{self.colour}/{self.position}".encode()).digest()
+        return digest[0] < 26
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A picture's content. `seed` fixes what the words leave open: exact places, shades, rotation, texture.
+
+    `relation` is set for two objects that the caption places relative to each other only.
+    `told_sizes` and `told_positions` say, for each object, whether the caption mentions them.
+    """
+
+    objects: tuple[SceneObject, ...]
+    tone: str
+    texture: str
+    told_sizes: tuple[bool, ...]
+    told_positions: tuple[bool, ...]
+    tells_background: bool
+    relation: str | None
+    is_terse: bool
+    seed: int
+
+    @property
+    def caption(self) -> str:
+        phrases = []
+        for thing, size, position in zip(self.objects, self.told_sizes, self.told_positions, strict=True):
+            words = f"{thing.size} {thing.colour} {thing.shape}" if size else f"{thing.colour} {thing.shape}"
+            if not self.is_terse:
+                words = f"a {words}"
+            if position:
+                link = "" if self.is_terse else "in the " if thing.position == "centre" else "at the "
+                words += f" {link}{thing.position}"
+            phrases.append(words)
+        text = f" {self.relation} ".join(phrases) if self.relation else ", ".join(phrases)
+        if not self.tells_background:
+            return text
+        return f"{text}, {'' if self.is_terse else 'on a '}{self.texture} {self.tone} background"
+
+
+def sample_scene(
+    seed: int,
+    *,
+    held_out: bool = False,
+    num_objects: int | None = None,
+    texture: str | None = None,
+    tells_all: bool = False,
+) -> Scene:
+    """Draw the content of scene `seed`.
+
+    Half of the scenes hold one object, since shape is the attribute that is learned last. `held_out=True` uses only
+    combinations that training never shows, `False` only the others. `tells_all` makes the caption mention everything.
+    """
+    rng = random.Random(f"scene-{seed}-{held_out}-{num_objects}-{texture}-{tells_all}")
+    count = num_objects or rng.choices((1, 2, 3, 4), weights=(50, 25, 13, 12))[0]
+    relation = rng.choice(RELATIONS) if count == 2 and not tells_all and rng.random() < 0.35 else None
+    if count == 1:
+        places: tuple[str, ...] = (rng.choice(POSITIONS),)
+    elif relation:
+        places = rng.choice(_PAIRS_OF_RELATION[relation])
+    else:
+        places = tuple(rng.sample(_CORNERS, count))
+    objects = tuple(_sample_object(rng, place, held_out) for place in places)
+    tells_positions = relation is None and (tells_all or count > 2 or rng.random() < 0.85)
+    return Scene(
+        objects=objects,
+        tone=rng.choice(TONES),
+        texture=texture or rng.choices(TEXTURES, weights=(46, 18, 18, 18))[0],
+        told_sizes=tuple(tells_all or rng.random() < 0.85 for _ in objects),
+        told_positions=(tells_positions,) * count,
+        tells_background=tells_all or rng.random() < 0.85,
+        relation=relation,
+        is_terse=not tells_all and rng.random() < 0.15,
+        seed=seed,
+    )
+
+
+def _sample_object(rng: random.Random, position: str, held_out: bool) -> SceneObject:
+    while True:
+        thing = SceneObject(rng.choice(SHAPES), rng.choice(COLOURS), rng.choice(SIZES), position)
+        if thing.is_held_out == held_out:
+            return thing
+
+
+def training_scenes(start: int, count: int) -> Iterator[Scene]:
+    """Scenes `start` to `start + count - 1` of the endless training stream."""
+    return (sample_scene(seed) for seed in range(start, start + count))
