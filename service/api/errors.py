@@ -1,0 +1,121 @@
+"""The one table from what goes wrong to what clients are told, and the handlers that tell them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from models.errors import InvalidRequest, UnknownModel
+from service.api.responses import ErrorBody, ErrorDetail
+from service.api.validation import invalid_request
+from service.errors import (
+    Draining,
+    GenerationFailed,
+    JobNotFinished,
+    JobNotFound,
+    Overloaded,
+    ResultExpired,
+    ServiceError,
+    UnsupportedMediaType,
+)
+from service.jobs.job import Failure, FailureReason
+
+STATUS_AND_CODE: Mapping[type[Exception], tuple[int, str]] = {
+    UnknownModel: (404, "model_not_found"),
+    JobNotFound: (404, "job_not_found"),
+    JobNotFinished: (409, "job_not_finished"),
+    ResultExpired: (410, "result_expired"),
+    UnsupportedMediaType: (415, "unsupported_media_type"),
+    InvalidRequest: (422, "invalid_parameter"),
+    GenerationFailed: (500, "generation_failed"),
+    Overloaded: (503, "overloaded"),
+    Draining: (503, "draining"),
+}
+
+# What the framework finds wrong by itself: a body that is no JSON, a path or method that does not exist, a long body.
+_FRAMEWORK_CODES = {
+    400: "invalid_json",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "payload_too_large",
+}
+
+
+def status_and_error(error: Exception) -> tuple[int, ErrorDetail]:
+    """How `error` is answered."""
+    match error:
+        case RequestValidationError():
+            return _of_validation(error.errors()[0])
+        case HTTPException():
+            code = _FRAMEWORK_CODES.get(error.status_code, "invalid_request")
+            return error.status_code, _detail(error.status_code, code, str(error.detail))
+        case _ if type(error) in STATUS_AND_CODE:
+            status, code = STATUS_AND_CODE[type(error)]
+            param = error.param if isinstance(error, InvalidRequest) else None
+            return status, _detail(status, code, str(error), param or None)
+        case _:
+            return 500, _detail(500, "internal_error", "the server failed on this request")
+
+
+def error_of(failure: Failure) -> Exception:
+    """What a sync call raises for a job that failed."""
+    match failure.reason:
+        case FailureReason.INVALID_REQUEST:
+            return InvalidRequest(failure.message, failure.param or "")
+        case FailureReason.GENERATION_FAILED:
+            return GenerationFailed(failure.message)
+        case FailureReason.DRAINING:  # the grace is over: whatever comes next may be there at once
+            return Draining(failure.message, retry_after_s=1)
+
+
+async def answer_error(request: Request, error: Exception) -> JSONResponse:
+    status, detail = status_and_error(error)
+    headers: dict[str, str] = {}
+    if isinstance(error, ServiceError) and error.retry_after_s is not None:
+        headers["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, HTTPException) and error.headers:
+        headers.update(error.headers)  # 405 says Allow
+    return JSONResponse(ErrorBody(error=detail).model_dump(), status, headers)
+
+
+async def answer_bug(request: Request, error: Exception) -> JSONResponse:
+    """Starlette answers this outside our middleware, and then raises `error` again for the log."""
+    response = await answer_error(request, error)
+    response.headers["X-Request-ID"] = request.state.request_id
+    return response
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    for error_type in (*STATUS_AND_CODE, HTTPException, RequestValidationError):
+        app.add_exception_handler(error_type, answer_error)
+    app.add_exception_handler(Exception, answer_bug)
+
+
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What OpenAPI says about the errors of a route."""
+    codes = [(status, code) for status, code in (*STATUS_AND_CODE.values(), *_FRAMEWORK_CODES.items())]
+    return {
+        wanted: {"model": ErrorBody, "description": ", ".join(code for status, code in codes if status == wanted)}
+        for wanted in statuses
+    }
+
+
+def _of_validation(error: Mapping[str, Any]) -> tuple[int, ErrorDetail]:
+    if error["type"] == "json_invalid":
+        reason, position = error["ctx"]["error"], error["loc"][1]
+        return 400, _detail(400, "invalid_json", f"the body is not valid JSON: {reason} at character {position}")
+    if error["type"] == "missing" and tuple(error["loc"]) == ("body",):
+        return 400, _detail(400, "invalid_json", "the body is empty; it must be a JSON object")
+    return status_and_error(invalid_request(error, skip=1))
+
+
+def _detail(status: int, code: str, message: str, param: str | None = None) -> ErrorDetail:
+    return ErrorDetail(
+        message=message,
+        type="server_error" if status >= 500 else "invalid_request_error",
+        param=param,
+        code=code,
+    )

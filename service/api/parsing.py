@@ -1,0 +1,171 @@
+"""From an image request's body to `GenerationRequest`s that the model can serve."""
+
+import re
+
+from models.artifact import OutputFormat
+from models.budget import resolve
+from models.card import ModelCard, SizeLimits
+from models.errors import InvalidRequest
+from models.request import Budget, GenerationRequest, Preset, PresetBudget, QualityBudget
+from service.api.schemas import MAX_SEED, ImageBody, QualityWord, ResponseFormat
+from service.jobs.job import Output
+
+# Random seeds stay exact in JSON readers that hold numbers as doubles (RFC 8259, section 6).
+RANDOM_SEEDS = 2**53 - 8
+
+_SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})", re.ASCII)
+
+_PRESETS_OF_WORDS = {
+    QualityWord.LOW: Preset.DRAFT,
+    QualityWord.MEDIUM: Preset.FAST,
+    QualityWord.HIGH: Preset.HIGH,
+    QualityWord.HD: Preset.EXACT,
+}
+
+
+def parse_requests(
+    body: ImageBody, card: ModelCard, *, default_budget: Budget, random_seed: int
+) -> tuple[GenerationRequest, ...]:
+    """The `n` requests of `body` for the model of `card`, or InvalidRequest."""
+    _check_prompt(body, card)
+    true_cfg_scale = _parse_true_cfg_scale(body, card)
+    width, height = _parse_size(body, card)
+    steps = card.default_num_inference_steps if body.num_inference_steps is None else body.num_inference_steps
+    if steps > card.max_num_inference_steps:
+        raise InvalidRequest(
+            f"num_inference_steps {steps} is above the limit of {card.id}; try {card.max_num_inference_steps}",
+            "num_inference_steps",
+        )
+    n = 1 if body.n is None else body.n
+    seed = random_seed if body.seed is None else body.seed
+    if seed + n - 1 > MAX_SEED:
+        raise InvalidRequest(
+            f"seed {seed} leaves no room for {n} consecutive seeds below 2^63; try {MAX_SEED - n + 1}", "seed"
+        )
+    budget = _parse_budget(body, default_budget)
+    resolve(budget, card.curve)  # raises for a preset that this model does not offer
+    return tuple(
+        GenerationRequest(
+            model=card.id,
+            prompt=body.prompt,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=card.default_guidance_scale if body.guidance_scale is None else body.guidance_scale,
+            seed=seed + number,
+            budget=budget,
+            negative_prompt=body.negative_prompt,
+            true_cfg_scale=true_cfg_scale,
+            wants_trace=body.trace,
+        )
+        for number in range(n)
+    )
+
+
+def parse_output(body: ImageBody) -> Output:
+    output_format = body.output_format or OutputFormat.PNG
+    if body.output_compression is not None and not output_format.is_lossy:
+        raise InvalidRequest(
+            f"output_compression applies to webp and jpeg; output_format is {output_format}", "output_compression"
+        )
+    if body.response_format is ResponseFormat.BINARY and body.n is not None and body.n > 1:
+        raise InvalidRequest(
+            f"response_format binary answers one picture, not n = {body.n}; try url", "response_format"
+        )
+    return Output(output_format, body.output_compression, body.metadata)
+
+
+def quality_of(budget: Budget, card: ModelCard) -> float | None:
+    """The quality that `budget` asks for; None for a compute ratio, which asks for none."""
+    match budget:
+        case QualityBudget(quality):
+            return quality
+        case PresetBudget():
+            return resolve(budget, card.curve).quality
+        case _:
+            return None
+
+
+def nearest_size(pixels: int, sizes: SizeLimits) -> int:
+    """The valid height or width nearest to `pixels`, the smaller of two equally near."""
+    step = sizes.multiple_of
+    lowest, highest = -(-sizes.minimum // step) * step, sizes.maximum // step * step
+    return min(max((pixels + (step - 1) // 2) // step * step, lowest), highest)
+
+
+def _check_prompt(body: ImageBody, card: ModelCard) -> None:
+    for param, text in (("prompt", body.prompt), ("negative_prompt", body.negative_prompt)):
+        if text is not None and len(text) > card.max_prompt_characters:
+            raise InvalidRequest(
+                f"{param} has {len(text)} characters; {card.id} takes at most {card.max_prompt_characters}", param
+            )
+
+
+def _parse_true_cfg_scale(body: ImageBody, card: ModelCard) -> float:
+    scale = 1.0 if body.true_cfg_scale is None else body.true_cfg_scale
+    if scale > 1:
+        if not card.supports_true_cfg:
+            raise InvalidRequest(
+                f"{card.id} has no true classifier-free guidance; omit true_cfg_scale", "true_cfg_scale"
+            )
+        if body.negative_prompt is None:
+            raise InvalidRequest(
+                f"true_cfg_scale {scale:g} needs a negative_prompt, which may be empty", "negative_prompt"
+            )
+    elif body.negative_prompt is not None:
+        reason = (
+            f"without true classifier-free guidance it has no effect; set true_cfg_scale above 1, not {scale:g}"
+            if card.supports_true_cfg
+            else f"{card.id} has no true classifier-free guidance; omit it"
+        )
+        raise InvalidRequest(f"negative_prompt cannot be used here: {reason}", "negative_prompt")
+    return scale
+
+
+def _parse_size(body: ImageBody, card: ModelCard) -> tuple[int, int]:
+    """Width and height in pixels."""
+    if (body.width is None) != (body.height is None):
+        missing = "height" if body.height is None else "width"
+        raise InvalidRequest(f"width and height go together; {missing} is missing", missing)
+    explicit = None if body.width is None or body.height is None else (body.width, body.height)
+    from_text = None if body.size is None else _size_of_text(body.size, card)
+    if explicit and from_text and explicit != from_text:
+        raise InvalidRequest(
+            f"size {body.size} and width {body.width}, height {body.height} disagree; give one of the two", "size"
+        )
+    width, height = explicit or from_text or (card.default_width, card.default_height)
+    for name, pixels in (("width", width), ("height", height)):
+        _check_side(name, pixels, card.sizes, param=name if explicit else "size")
+    return width, height
+
+
+def _size_of_text(size: str, card: ModelCard) -> tuple[int, int]:
+    if size == "auto":
+        return card.default_width, card.default_height
+    match = _SIZE.fullmatch(size)
+    if match is None:
+        raise InvalidRequest(
+            f"size must be WIDTHxHEIGHT in pixels or auto, such as {card.default_width}x{card.default_height}", "size"
+        )
+    return int(match[1]), int(match[2])
+
+
+def _check_side(name: str, pixels: int, sizes: SizeLimits, *, param: str) -> None:
+    nearest = nearest_size(pixels, sizes)
+    if pixels == nearest:
+        return
+    if sizes.minimum <= pixels <= sizes.maximum:
+        problem = f"is not a multiple of {sizes.multiple_of}"
+    else:
+        problem = f"is not within {sizes.minimum} to {sizes.maximum}"
+    raise InvalidRequest(f"{name} {pixels} {problem}; try {nearest}", param)
+
+
+def _parse_budget(body: ImageBody, default_budget: Budget) -> Budget:
+    if body.budget is not None:
+        if body.quality is not None:
+            raise InvalidRequest("quality and budget say the same thing; give one of the two", "quality")
+        return body.budget.to_budget()
+    if body.quality is None or body.quality not in _PRESETS_OF_WORDS:
+        return default_budget
+    return PresetBudget(_PRESETS_OF_WORDS[body.quality])

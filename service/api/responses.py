@@ -1,0 +1,170 @@
+"""What the API answers with. Fields that are not set are absent from the JSON."""
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from models.report import Decision
+from models.request import Preset
+from service.jobs.job import JobStatus
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: Literal["invalid_request_error", "server_error"]
+    param: str | None = Field(description="The request's field that is wrong, such as `budget.quality`.")
+    code: str
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetail
+
+
+class BlocksBody(BaseModel):
+    run: int
+    skipped: int
+    reused: int
+
+
+class SecondsBody(BaseModel):
+    queue: float
+    encode: float
+    denoise: float
+    decode: float
+    total: float
+
+
+class DecisionBody(BaseModel):
+    block: str
+    branch: str = Field(description="The guidance branch: cond or uncond.")
+    decision: Decision
+    mlp_width: float
+
+
+class ReceiptBody(BaseModel):
+    """What was really done. Of several pictures: counts are sums, seconds the longest, the rest means."""
+
+    rule: str
+    skip_threshold: tuple[float, float] = Field(description="In the first and in the last step.")
+    quality_requested: float | None = Field(description="Null for a compute_ratio budget.")
+    quality_applied: float
+    compute_ratio: float
+    compute_ratio_predicted: float
+    blocks: BlocksBody
+    mean_mlp_width: float
+    num_inference_steps: int
+    seconds: SecondsBody
+    batch_size_mean: float
+    degraded: bool = Field(description="Whether load lowered the quality within min_quality.")
+    deadline_met: bool | None = Field(description="Null without a deadline.")
+    decisions: list[list[DecisionBody]] | None = Field(
+        default=None, description='With "trace": for each step, every block. Not in a receipt of several pictures.'
+    )
+
+
+class PictureBody(BaseModel):
+    b64_json: str | None = Field(default=None, description="With response_format b64_json.")
+    url: str | None = Field(default=None, description="With response_format url.")
+    seed: int
+    receipt: ReceiptBody | None = Field(default=None, description="This picture's own, when the job has several.")
+
+
+class ImageResponse(BaseModel):
+    created: int
+    id: str = Field(description="The job's id.")
+    model: str
+    data: list[PictureBody]
+    size: str
+    output_format: str
+    receipt: ReceiptBody
+
+
+class ProgressBody(BaseModel):
+    step: int = Field(description="Denoise steps done; of several pictures, the mean, rounded down.")
+    num_inference_steps: int
+
+
+class LinksBody(BaseModel):
+    self: str
+    content: list[str] = Field(description="One for each picture, once the job has succeeded.")
+
+
+class JobBody(BaseModel):
+    id: str
+    object: Literal["job"]
+    status: JobStatus
+    model: str
+    created: int
+    progress: ProgressBody
+    receipt: ReceiptBody | None
+    error: ErrorDetail | None
+    links: LinksBody
+
+
+class SizesBody(BaseModel):
+    multiple_of: int
+    minimum: int
+    maximum: int
+
+
+class DefaultsBody(BaseModel):
+    size: str
+    num_inference_steps: int
+    guidance_scale: float
+
+
+class LimitsBody(BaseModel):
+    prompt_characters: int
+    num_inference_steps: int
+    batch_size: int
+    true_cfg: bool = Field(description="Whether true_cfg_scale and negative_prompt can be used.")
+
+
+class PolicyBody(BaseModel):
+    skip_threshold: float
+    reuse_band: float
+    max_reuses: int
+    reuse_from_step: int
+    width_bias: float
+    residual_threshold: float
+    protected_first: int
+    protected_last: int
+
+
+class CurvePointBody(BaseModel):
+    preset: Preset | None
+    quality: float
+    compute_ratio: float
+    expected_seconds: float = Field(description="Denoising time of one picture, alone, with the model's defaults.")
+    rule: str
+    policy: PolicyBody
+
+
+class ModelBody(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    family: str
+    modality: str
+    license: str
+    sizes: SizesBody
+    defaults: DefaultsBody
+    limits: LimitsBody
+    rules: list[str]
+    quality_metric: str
+    curve: list[CurvePointBody]
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[ModelBody]
+
+
+class HealthBody(BaseModel):
+    status: Literal["ok"]
+
+
+class ReadyBody(BaseModel):
+    status: Literal["ready", "unavailable"]
+    reason: str | None = Field(default=None, description="Why the server is unavailable.")

@@ -1,0 +1,117 @@
+"""The image request's body, as clients write it. What a model allows is checked in `parsing`."""
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
+from pydantic_core import PydanticCustomError
+
+from models.artifact import OutputFormat
+from service.api.budget import BudgetBody, Number
+from service.jobs.job import Priority
+
+MAX_SEED = 2**63 - 1
+
+Integer = Annotated[int, Field(strict=True)]
+
+
+class QualityWord(StrEnum):
+    """OpenAI's words for quality."""
+
+    LOW = "low"
+    MEDIUM = "medium"
+    HIGH = "high"
+    AUTO = "auto"
+    STANDARD = "standard"
+    HD = "hd"
+
+
+class ResponseFormat(StrEnum):
+    B64_JSON = "b64_json"
+    URL = "url"
+    BINARY = "binary"
+
+
+def _unless(accepted: tuple[object, ...], message: str) -> BeforeValidator:
+    """Refuse, with `message`, any value but the `accepted` ones."""
+
+    def check(value: object) -> object:
+        if not any(value is accept or (isinstance(accept, str) and value == accept) for accept in accepted):
+            raise PydanticCustomError("unsupported", "{message}", {"message": message})
+        return value
+
+    return BeforeValidator(check)
+
+
+class ImageBody(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"prompt": "a red circle above a blue square", "budget": {"quality": 0.9}}]},
+    )
+
+    model: str | None = Field(
+        default=None, description="An id from /v1/models; the server's first image model by default."
+    )
+    prompt: str = Field(min_length=1, description="What the picture shows. The model limits its characters.")
+    negative_prompt: str | None = Field(
+        default=None,
+        description="What it should not show; only with a `true_cfg_scale` above 1, which in turn needs it.",
+    )
+    true_cfg_scale: Number | None = Field(
+        default=None, ge=1, le=100, description="True classifier-free guidance besides the distilled one; 1 is off."
+    )
+    n: Integer | None = Field(
+        default=None, ge=1, le=8, description="How many pictures, with seeds seed, seed + 1, …; default 1."
+    )
+    size: str | None = Field(
+        default=None,
+        description='"WIDTHxHEIGHT" in pixels, or "auto" for the model\'s default. Or use `width` and `height`.',
+    )
+    width: Integer | None = Field(default=None, description="In pixels, together with `height`.")
+    height: Integer | None = Field(default=None, description="In pixels, together with `width`.")
+    num_inference_steps: Integer | None = Field(
+        default=None, ge=1, description="Denoise steps; the model has a default."
+    )
+    guidance_scale: Number | None = Field(default=None, ge=0, le=100, description="The model has a default.")
+    seed: Integer | None = Field(default=None, ge=0, le=MAX_SEED, description="Random if absent; always returned.")
+    budget: BudgetBody | None = Field(default=None, description="Speed against quality; the server has a default.")
+    quality: QualityWord | None = Field(
+        default=None,
+        description="OpenAI's word instead of a budget: low is draft, medium fast, high high, hd exact; auto and "
+        "standard are the server's default.",
+    )
+    response_format: ResponseFormat | None = Field(
+        default=None, description="b64_json by default; binary only for one picture."
+    )
+    output_format: OutputFormat | None = Field(default=None, description="png by default.")
+    output_compression: Integer | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="Quality of webp and jpeg files: 100 is the largest and best, default 95.",
+    )
+    metadata: StrictBool = Field(
+        default=True,
+        description="Whether PNG and WebP files carry prompt, seed, model and budget. JPEG files never do.",
+    )
+    priority: Priority | None = Field(default=None, description="Place in the queue; normal by default.")
+    trace: StrictBool = Field(default=False, description="Whether the receipt lists every decision of every block.")
+    user: str | None = Field(default=None, description="OpenAI's field; ignored.")
+    safety_identifier: str | None = Field(default=None, description="OpenAI's field; ignored.")
+    background: Annotated[
+        Literal["auto", "opaque"] | None,
+        _unless(("auto", "opaque", None), "pictures are always opaque; omit background, or use 'opaque' or 'auto'"),
+    ] = Field(default=None, description="OpenAI's field; pictures are always opaque.")
+    moderation: Annotated[
+        Literal["auto", "low"] | None,
+        _unless(("auto", "low", None), "moderation can be 'auto' or 'low'; this server does not filter at all"),
+    ] = Field(default=None, description="OpenAI's field; this server does not filter prompts or pictures.")
+    style: Annotated[
+        None, _unless((None,), "this server has no styles; omit style and describe the style in the prompt")
+    ] = Field(default=None, description="OpenAI's field; describe the style in the prompt instead.")
+    stream: Annotated[Literal[False] | None, _unless((False, None), "this server does not stream; omit stream")] = (
+        Field(default=None, description="Only false: this server does not stream.")
+    )
+    partial_images: Annotated[
+        Literal[0] | None, _unless((0, None), "this server sends no partial images; omit partial_images or use 0")
+    ] = Field(default=None, description="Only 0: this server does not stream.")

@@ -1,0 +1,45 @@
+"""What pydantic found wrong, in the words of our errors: what was given, what is possible, the nearest valid value."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from models.errors import InvalidRequest
+
+MAX_SHOWN_CHARACTERS = 60
+
+
+def invalid_request(error: Mapping[str, Any], *, skip: int = 0) -> InvalidRequest:
+    """The first `error` of a ValidationError. The first `skip` parts of its location are no field of the request."""
+    param = ".".join(str(part) for part in error["loc"][skip:])
+    return InvalidRequest(_message(error, param or "the body"), param)
+
+
+def _message(error: Mapping[str, Any], name: str) -> str:
+    limits = error.get("ctx", {})
+    given = _shown(error["input"])
+    match error["type"]:
+        case "missing":
+            return f"{name} is required"
+        case "extra_forbidden":
+            return f"unknown field {name}"
+        case "less_than_equal":
+            return f"{name} {given} is above {limits['le']}; try {limits['le']}"
+        case "greater_than_equal":
+            return f"{name} {given} is below {limits['ge']}; try {limits['ge']}"
+        case "greater_than":
+            return f"{name} {given} is not above {limits['gt']}"
+        case "enum" | "literal_error":
+            return f"{name} {given} is not one of {limits['expected']}"
+        case "string_too_short":
+            return f"{name} is empty; it needs at least one character"
+        case "model_attributes_type" | "model_type" | "dict_type":
+            return f"{name} must be a JSON object, not {given}"
+        case "unsupported" | "budget_form" | "budget_floor":
+            return str(error["msg"])
+        case _:
+            return f"{name} {given} is not valid: {error['msg'].lower()}"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + "…"

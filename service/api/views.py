@@ -1,0 +1,124 @@
+"""From records to response bodies."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from statistics import fmean
+
+from models.card import CurvePoint, ModelCard
+from models.report import StepDecision
+from service.api.responses import (
+    BlocksBody,
+    CurvePointBody,
+    DecisionBody,
+    DefaultsBody,
+    LimitsBody,
+    ModelBody,
+    PolicyBody,
+    ReceiptBody,
+    SecondsBody,
+    SizesBody,
+)
+from service.jobs.job import Receipt
+
+
+def job_receipt_body(receipts: Sequence[Receipt]) -> ReceiptBody:
+    """The receipt of a whole job. Its pictures, if several, have budget, rule and number of steps in common."""
+    if len(receipts) == 1:
+        return receipt_body(receipts[0])
+    return _merged(receipts)
+
+
+def receipt_body(receipt: Receipt) -> ReceiptBody:
+    """The receipt of one picture, with its decisions if it was traced."""
+    body = _merged([receipt])
+    if receipt.summary.decisions is not None:
+        body.decisions = _decisions_by_step(receipt.summary.decisions)
+    return body
+
+
+def _merged(receipts: Sequence[Receipt]) -> ReceiptBody:
+    summaries = [receipt.summary for receipt in receipts]
+    seconds = [receipt.seconds for receipt in receipts]
+    return ReceiptBody(
+        rule=summaries[0].rule,
+        skip_threshold=(
+            fmean(summary.skip_threshold_first for summary in summaries),
+            fmean(summary.skip_threshold_last for summary in summaries),
+        ),
+        quality_requested=receipts[0].quality_requested,
+        quality_applied=fmean(summary.quality_applied for summary in summaries),
+        compute_ratio=fmean(summary.compute_ratio for summary in summaries),
+        compute_ratio_predicted=fmean(summary.compute_ratio_predicted for summary in summaries),
+        blocks=BlocksBody(
+            run=sum(summary.num_run for summary in summaries),
+            skipped=sum(summary.num_skipped for summary in summaries),
+            reused=sum(summary.num_reused for summary in summaries),
+        ),
+        mean_mlp_width=fmean(summary.mean_mlp_width for summary in summaries),
+        num_inference_steps=summaries[0].num_inference_steps,
+        seconds=SecondsBody(
+            queue=_longest(stage.queue for stage in seconds),
+            encode=_longest(stage.encode for stage in seconds),
+            denoise=_longest(stage.denoise for stage in seconds),
+            decode=_longest(stage.decode for stage in seconds),
+            total=_longest(stage.total for stage in seconds),
+        ),
+        batch_size_mean=fmean(receipt.batch_size_mean for receipt in receipts),
+        degraded=False,
+        deadline_met=None,
+    )
+
+
+def model_body(card: ModelCard) -> ModelBody:
+    return ModelBody(
+        id=card.id,
+        object="model",
+        created=card.created,
+        owned_by="elastic-dit",
+        family=card.family,
+        modality=card.modality,
+        license=card.license,
+        sizes=SizesBody(**asdict(card.sizes)),
+        defaults=DefaultsBody(
+            size=f"{card.default_width}x{card.default_height}",
+            num_inference_steps=card.default_num_inference_steps,
+            guidance_scale=card.default_guidance_scale,
+        ),
+        limits=LimitsBody(
+            prompt_characters=card.max_prompt_characters,
+            num_inference_steps=card.max_num_inference_steps,
+            batch_size=card.max_batch_size,
+            true_cfg=card.supports_true_cfg,
+        ),
+        rules=list(card.rules),
+        quality_metric=card.quality_metric,
+        curve=[_curve_point_body(point, card) for point in card.curve],
+    )
+
+
+def _curve_point_body(point: CurvePoint, card: ModelCard) -> CurvePointBody:
+    return CurvePointBody(
+        preset=point.preset,
+        quality=point.quality,
+        compute_ratio=point.compute_ratio,
+        expected_seconds=card.dense_step_seconds * card.default_num_inference_steps * point.relative_seconds,
+        rule=point.rule,
+        policy=PolicyBody(**asdict(point.policy)),
+    )
+
+
+def _decisions_by_step(decisions: Sequence[StepDecision]) -> list[list[DecisionBody]]:
+    """`decisions` are in the order of their steps."""
+    return [
+        [
+            DecisionBody(block=entry.block, branch=entry.branch, decision=entry.decision, mlp_width=entry.mlp_width)
+            for entry in step
+        ]
+        for _, step in groupby(decisions, key=lambda entry: entry.step)
+    ]
+
+
+def _longest(seconds: Iterable[float]) -> float:
+    """Rounded to microseconds; a clock that was set back does not make time negative."""
+    return round(max(0.0, *seconds), 6)

@@ -1,0 +1,148 @@
+"""The command line: `elastic-dit serve`, `elastic-dit generate`, `elastic-dit calibrate`."""
+
+import secrets
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from typer.exceptions import TyperException
+
+from models.artifact import OutputFormat
+from models.errors import GenerationError, InvalidRequest
+from service.api.budget import budget_fields
+from service.api.parsing import RANDOM_SEEDS
+from service.api.schemas import ImageBody
+from service.api.validation import invalid_request
+from service.logging import configure_logging
+from service.settings import load_settings
+
+app = typer.Typer(help="Elastic diffusion transformers, served.", add_completion=False, rich_markup_mode=None)
+
+Config = Annotated[Path | None, typer.Option(help="A TOML file of settings.")]
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="The address to listen on.  [default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="The port to listen on.  [default: 8000]")] = None,
+    models: Annotated[
+        str | None, typer.Option(help="Model directories, separated by commas.  [default: checkpoints/tiny-flux]")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.  [default: cpu]")] = None,
+    config: Config = None,
+) -> None:
+    """Load the models and answer HTTP requests. All settings can also be given as ELASTIC_… variables."""
+    settings = load_settings(config, host=host, port=port, models=models, device=device)
+    configure_logging(settings.log_level)
+    from models.engine import load_engine  # torch: only where something is computed
+    from service.app import build_worker
+    from service.server import serve as serve_http
+
+    worker = build_worker(
+        settings,
+        lambda: load_engine(settings.models, device=settings.device, router_weights=settings.router_weights),
+    )
+    worker.start()
+    serve_http(settings, worker)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="What the picture shows.")],
+    model: Annotated[str, typer.Option(help="A model directory, or its name in checkpoints/.")] = "tiny-flux",
+    negative_prompt: Annotated[str | None, typer.Option(help="What it should not show.")] = None,
+    true_cfg_scale: Annotated[float | None, typer.Option(help="True classifier-free guidance; 1 is off.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random by default.")] = None,
+    budget: Annotated[str | None, typer.Option(help="A preset, or quality=0.9, or compute_ratio=0.5.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoise steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT.")] = None,
+    out: Annotated[Path, typer.Option(help="The file to write: .png, .webp or .jpeg.")] = Path("picture.png"),
+    receipt: Annotated[Path | None, typer.Option(help="Also write the receipt, as JSON.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.  [default: cpu]")] = None,
+    config: Config = None,
+) -> None:
+    """Make one picture without a server."""
+    settings = load_settings(config, device=device)
+    fields: dict[str, Any] = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "true_cfg_scale": true_cfg_scale,
+        "seed": seed,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "size": size,
+        "budget": None if budget is None else budget_fields(budget),
+        "output_format": _format_of(out),
+    }
+    directory, body = _model_directory(model), ImageBody.model_validate(fields)
+    from service.generation import generate_picture  # torch: only where something is computed
+
+    data, done = generate_picture(directory, body, settings, random_seed=secrets.randbelow(RANDOM_SEEDS))
+    out.write_bytes(data)
+    if receipt is not None:
+        receipt.write_text(done.model_dump_json(indent=2, exclude_unset=True) + "\n")
+    print(f"{out}: {done.compute_ratio:.0%} of the dense compute, {done.seconds.total:.2f} s")
+
+
+@app.command()
+def calibrate(
+    prompts: Annotated[Path, typer.Option(help="A text file, one prompt a line.")],
+    model: Annotated[str, typer.Option(help="A model directory, or its name in checkpoints/.")] = "tiny-flux",
+    rule: Annotated[str, typer.Option(help="router, or residual_cache, which needs no trained weights.")] = "router",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.  [default: cpu]")] = None,
+    config: Config = None,
+) -> None:
+    """Measure a model's curve of compute against quality, and write it as its calibration.json."""
+    settings = load_settings(config, device=device)
+    lines = [line for line in prompts.read_text().splitlines() if line.strip()]
+    directory = _model_directory(model)
+    from models.calibration import calibrate_model  # torch: only where something is computed
+
+    path = calibrate_model(directory, lines, rule=rule, device=settings.device, router_weights=settings.router_weights)
+    print(f"{path} written")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Whatever goes wrong that was foreseen is one line on stderr: 2 for bad arguments, else 1."""
+    try:
+        code = app(args=arguments, prog_name="elastic-dit", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except typer.Abort:
+        return _complain("interrupted", 130)
+    except TyperException as error:
+        return _complain(error.format_message(), error.exit_code)
+    except ValidationError as error:
+        return _complain(str(invalid_request(error.errors()[0])), 2)
+    except (InvalidRequest, FileNotFoundError, tomllib.TOMLDecodeError) as error:
+        return _complain(str(error), 2)
+    except (GenerationError, OSError) as error:
+        return _complain(str(error), 1)
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"elastic-dit: {message}", file=sys.stderr)
+    return code
+
+
+def _model_directory(model: str) -> Path:
+    """A directory as given, or by its name among the checkpoints."""
+    for directory in (Path(model), Path("checkpoints") / model):
+        if directory.is_dir():
+            return directory
+    raise typer.BadParameter(f"there is no model directory '{model}' or 'checkpoints/{model}'")
+
+
+def _format_of(out: Path) -> OutputFormat:
+    suffix = out.suffix.lower().removeprefix(".").replace("jpg", "jpeg")
+    if suffix not in list(OutputFormat):
+        raise typer.BadParameter(f"--out {out} must end in {', '.join(f'.{name}' for name in OutputFormat)}")
+    return OutputFormat(suffix)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

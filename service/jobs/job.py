@@ -1,0 +1,132 @@
+"""A job: one API call's pictures, from the queue to the result."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Self
+
+from models.artifact import OutputFormat
+from models.report import GenerationSummary
+from models.request import GenerationRequest
+
+
+class JobStatus(StrEnum):
+    QUEUED = "queued"  # accepted, waiting for room in a batch
+    RUNNING = "running"  # claimed by a worker
+    SUCCEEDED = "succeeded"  # every picture is there
+    FAILED = "failed"  # it cannot be made; `failure` says why
+    CANCELLED = "cancelled"  # its client does not want it any more
+
+    @property
+    def is_terminal(self) -> bool:
+        return not TRANSITIONS[self]
+
+
+TRANSITIONS: Mapping[JobStatus, frozenset[JobStatus]] = {
+    JobStatus.QUEUED: frozenset({JobStatus.RUNNING, JobStatus.FAILED, JobStatus.CANCELLED}),
+    JobStatus.RUNNING: frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED}),
+    JobStatus.SUCCEEDED: frozenset(),
+    JobStatus.FAILED: frozenset(),
+    JobStatus.CANCELLED: frozenset(),
+}
+
+
+class IllegalTransition(Exception):
+    pass
+
+
+class Priority(StrEnum):
+    """Who is claimed first; within a priority, the order of arrival."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+
+class FailureReason(StrEnum):
+    INVALID_REQUEST = "invalid_request"  # the engine refused it as asked
+    GENERATION_FAILED = "generation_failed"  # something broke
+    DRAINING = "draining"  # the server shut down before its turn
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    reason: FailureReason
+    message: str
+    param: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """How a job's pictures become files. `compression_quality`, 0 to 100, is of WebP and JPEG only."""
+
+    format: OutputFormat = OutputFormat.PNG
+    compression_quality: int | None = None
+    has_metadata: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class StageSeconds:
+    """Where one picture's time went. `total` is from the job's arrival until the picture's file was there."""
+
+    queue: float
+    encode: float
+    denoise: float
+    decode: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What one picture really got. `batch_size_mean` is over its steps; `quality_requested` None if none was."""
+
+    summary: GenerationSummary
+    quality_requested: float | None
+    seconds: StageSeconds
+    batch_size_mean: float
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Times are Unix seconds. `steps_done` counts denoise steps of all pictures; in the end each has a receipt.
+
+    `predicted_seconds` is the cost that admission reckoned with. `request_id` names the API call in logs.
+    """
+
+    id: str
+    model: str
+    requests: tuple[GenerationRequest, ...]
+    output: Output
+    priority: Priority
+    quality_requested: float | None
+    predicted_seconds: float
+    request_id: str
+    created_at: float
+    started_at: float | None = None
+    ended_at: float | None = None
+    status: JobStatus = JobStatus.QUEUED
+    steps_done: int = 0
+    receipts: tuple[Receipt, ...] = ()
+    failure: Failure | None = None
+
+    @property
+    def num_steps(self) -> int:
+        return sum(request.num_inference_steps for request in self.requests)
+
+    @property
+    def remaining_seconds(self) -> float:
+        return self.predicted_seconds * (1 - self.steps_done / self.num_steps)
+
+    def moved_to(self, status: JobStatus) -> Self:
+        """This job in `status`. Raises IllegalTransition for a move that TRANSITIONS does not list."""
+        if status not in TRANSITIONS[self.status]:
+            raise IllegalTransition(f"job {self.id} cannot go from {self.status} to {status}")
+        return replace(self, status=status)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """An ended job with its pictures' files, none unless it succeeded."""
+
+    job: Job
+    pictures: tuple[bytes, ...]

@@ -1,0 +1,129 @@
+"""Every Prometheus series of the service, declared together. Labels come from closed sets only."""
+
+from collections.abc import Mapping, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from models.report import Decision, StepReport
+from models.request import Budget, ComputeBudget, PresetBudget, QualityBudget
+from service.jobs.job import Job, JobStatus
+
+_BLOCK_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+_STEP_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_REQUEST_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_TENTHS = tuple(tenth / 10 for tenth in range(1, 11))
+_RATIO_ERRORS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+_BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+
+
+class Metrics:
+    """The series in a registry of their own. A "request" is one API call, whatever its number of pictures."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._block_decisions = self._counter(
+            "elastic_block_decisions_total",
+            "Rows of a batch that a block ran, skipped or re-used.",
+            "block",
+            "decision",
+        )
+        self._block_latency = self._histogram(
+            "elastic_block_latency_seconds", "Time of one block in one step of a batch.", _BLOCK_SECONDS, "block"
+        )
+        self._mlp_width = self._histogram(
+            "elastic_block_mlp_width_ratio", "MLP width of the rows that a block ran.", _TENTHS, "block"
+        )
+        self._router_latency = self._histogram(
+            "elastic_router_latency_seconds", "Time of all routers in one step of a batch.", _BLOCK_SECONDS
+        )
+        self._step_latency = self._histogram(
+            "elastic_step_latency_seconds", "Time of one denoise step of a batch.", _STEP_SECONDS
+        )
+        self._stage_latency = self._histogram(
+            "elastic_stage_latency_seconds",
+            "Time of a picture's stages: encode (prompt), denoise, decode (latents), output (the file).",
+            _REQUEST_SECONDS,
+            "stage",
+        )
+        self._batch_size = self._histogram(
+            "elastic_generation_batch_size", "Pictures that shared a denoise step.", _BATCH_SIZES
+        )
+        self._compute_ratio = self._histogram(
+            "elastic_compute_ratio", "Share of the dense block compute that a picture took.", _TENTHS
+        )
+        self._compute_ratio_error = self._histogram(
+            "elastic_predicted_compute_ratio_error",
+            "Distance of a picture's compute ratio from the calibration's.",
+            _RATIO_ERRORS,
+        )
+        self._running = self._gauge("elastic_requests_running", "Requests that a worker has claimed.")
+        self._waiting = self._gauge("elastic_requests_waiting", "Requests in the queue.")
+        self._queue_time = self._histogram(
+            "elastic_request_queue_time_seconds", "From a request's arrival until it was claimed.", _REQUEST_SECONDS
+        )
+        self._e2e_latency = self._histogram(
+            "elastic_e2e_request_latency_seconds",
+            "From a request's arrival to its result; preset is `quality` or `compute_ratio` for such budgets.",
+            _REQUEST_SECONDS,
+            "preset",
+        )
+        self._requests = self._counter("elastic_requests_total", "Requests that ended, by status.", "status")
+        self._rejected = self._counter(
+            "elastic_requests_rejected_total", "Requests refused before any work; model is empty if unknown.", "code"
+        )
+
+    def observe_step(self, model: str, report: StepReport) -> None:
+        self._step_latency.labels(model).observe(report.seconds)
+        self._router_latency.labels(model).observe(report.router_seconds)
+        self._batch_size.labels(model).observe(report.batch_size)
+        for block in report.blocks:
+            self._block_decisions.labels(model, block.block, Decision.RUN).inc(block.num_run)
+            self._block_decisions.labels(model, block.block, Decision.SKIP).inc(block.num_skipped)
+            self._block_decisions.labels(model, block.block, Decision.REUSE).inc(block.num_reused)
+            self._block_latency.labels(model, block.block).observe(block.seconds)
+            for mlp_width in block.mlp_widths:
+                self._mlp_width.labels(model, block.block).observe(mlp_width)
+
+    def observe_stage(self, model: str, stage: str, seconds: float) -> None:
+        self._stage_latency.labels(model, stage).observe(seconds)
+
+    def observe_end(self, job: Job) -> None:
+        self._requests.labels(job.model, job.status).inc()
+        if job.started_at is not None:
+            self._queue_time.labels(job.model).observe(job.started_at - job.created_at)
+        if job.status is JobStatus.SUCCEEDED and job.ended_at is not None:
+            preset = _preset_label(job.requests[0].budget)
+            self._e2e_latency.labels(job.model, preset).observe(job.ended_at - job.created_at)
+        for receipt in job.receipts:
+            measured, predicted = receipt.summary.compute_ratio, receipt.summary.compute_ratio_predicted
+            self._compute_ratio.labels(job.model).observe(measured)
+            self._compute_ratio_error.labels(job.model).observe(abs(measured - predicted))
+
+    def observe_rejection(self, model: str, code: str) -> None:
+        self._rejected.labels(model, code).inc()
+
+    def exposition(self, models: Sequence[str], load: Mapping[tuple[str, JobStatus], int]) -> bytes:
+        """The page for Prometheus, with `load`, the number of requests by model and status, as of now."""
+        for model in models:
+            self._running.labels(model).set(load.get((model, JobStatus.RUNNING), 0))
+            self._waiting.labels(model).set(load.get((model, JobStatus.QUEUED), 0))
+        return generate_latest(self._registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, ("model", *labels), registry=self._registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, ("model",), registry=self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        return Histogram(name, text, ("model", *labels), buckets=buckets, registry=self._registry)
+
+
+def _preset_label(budget: Budget) -> str:
+    match budget:
+        case PresetBudget(preset):
+            return preset
+        case QualityBudget():
+            return "quality"
+        case ComputeBudget():
+            return "compute_ratio"

@@ -1,0 +1,147 @@
+"""Pictures over HTTP, from the real model in a real server process."""
+
+import base64
+import json
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from typing import Any
+
+import httpx2
+import numpy as np
+import openai
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from models.artifact import read_metadata
+
+StartServer = Callable[..., tuple[subprocess.Popen[str], str]]
+
+PROMPT: dict[str, Any] = {"prompt": "a red circle above a blue square", "seed": 7}
+TIMEOUT_S, STOP_S = 300, 60
+
+
+def post(server: str, **fields: Any) -> httpx2.Response:
+    return httpx2.post(f"{server}/v1/images", json={**PROMPT, **fields}, timeout=TIMEOUT_S)
+
+
+def pixels_of(data: bytes) -> NDArray[np.uint8]:
+    with Image.open(BytesIO(data)) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def test_openai_client_makes_a_picture_unchanged(server: str) -> None:
+    with openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S) as client:
+        model = client.models.list().data[0].id
+        answer = client.images.generate(model=model, prompt=PROMPT["prompt"], n=1, size="auto", quality="low")
+    assert answer.data is not None
+    assert answer.data[0].b64_json is not None
+    picture = pixels_of(base64.b64decode(answer.data[0].b64_json))
+    assert f"{picture.shape[1]}x{picture.shape[0]}" == answer.size
+    assert picture.std() > 0
+
+
+def test_every_response_format_has_the_same_picture(server: str) -> None:
+    in_json = base64.b64decode(post(server).json()["data"][0]["b64_json"])
+    behind_url = httpx2.get(post(server, response_format="url").json()["data"][0]["url"]).content
+    itself = post(server, response_format="binary")
+    np.testing.assert_array_equal(pixels_of(behind_url), pixels_of(in_json))
+    np.testing.assert_array_equal(pixels_of(itself.content), pixels_of(in_json))
+    assert json.loads(itself.headers["x-receipt"])["compute_ratio"] <= 1
+
+
+@pytest.mark.parametrize("output_format", ["png", "webp", "jpeg"])
+def test_every_output_format_can_be_opened(output_format: str, server: str) -> None:
+    response = post(server, response_format="binary", output_format=output_format)
+    assert response.headers["content-type"] == f"image/{output_format}"
+    with Image.open(BytesIO(response.content)) as picture:
+        assert picture.format == output_format.upper()
+    if output_format != "jpeg":
+        assert read_metadata(response.content)["prompt"] == PROMPT["prompt"]
+
+
+@pytest.mark.parametrize("preset", ["exact", "high", "balanced", "fast", "draft"])
+def test_receipt_tells_what_a_preset_cost(preset: str, server: str) -> None:
+    receipt = post(server, budget={"preset": preset}, trace=True).json()["receipt"]
+    model = httpx2.get(f"{server}/v1/models").json()["data"][0]
+    (point,) = [point for point in model["curve"] if point["preset"] == preset]
+    assert receipt["quality_requested"] == point["quality"]
+    assert receipt["compute_ratio_predicted"] == pytest.approx(point["compute_ratio"])
+    if preset == "exact":
+        assert receipt["compute_ratio"] == pytest.approx(1)
+    else:
+        assert receipt["compute_ratio"] < 1
+    decisions = [entry["decision"] for step in receipt["decisions"] for entry in step]
+    blocks = receipt["blocks"]
+    assert len(receipt["decisions"]) == receipt["num_inference_steps"]
+    assert [decisions.count(decision) for decision in ("run", "skip", "reuse")] == [
+        blocks["run"],
+        blocks["skipped"],
+        blocks["reused"],
+    ]
+
+
+def test_compute_ratio_is_a_cap(server: str) -> None:
+    receipt = post(server, budget={"compute_ratio": 0.7}).json()["receipt"]
+    assert 0 < receipt["compute_ratio"] <= 0.7 + 1e-6
+    assert receipt["quality_requested"] is None
+
+
+def test_true_guidance_changes_the_picture(server: str) -> None:
+    plain = post(server, response_format="binary")
+    guided = post(server, response_format="binary", negative_prompt="a blue square", true_cfg_scale=3)
+    assert guided.status_code == 200
+    assert not np.array_equal(pixels_of(plain.content), pixels_of(guided.content))
+
+
+def test_requests_that_come_together_share_steps(server: str) -> None:
+    with ThreadPoolExecutor(4) as clients:
+        futures = [clients.submit(post, server, seed=seed, num_inference_steps=20) for seed in range(4)]
+        receipts = [future.result().json()["receipt"] for future in futures]
+    assert max(receipt["batch_size_mean"] for receipt in receipts) > 1
+    page = httpx2.get(f"{server}/metrics").text
+    assert 'elastic_block_decisions_total{block="double.00",decision="run",model="tiny-flux"}' in page
+
+
+def test_refusals_are_in_our_shape(server: str) -> None:
+    answers = {
+        422: post(server, size="1000x10"),
+        404: httpx2.get(f"{server}/v1/jobs/nothing"),
+        405: httpx2.delete(f"{server}/v1/images"),
+        415: httpx2.post(f"{server}/v1/images", content=b"{}", headers={"Content-Type": "text/plain"}),
+        400: httpx2.post(f"{server}/v1/images", content=b"{", headers={"Content-Type": "application/json"}),
+    }
+    for status, answer in answers.items():
+        assert answer.status_code == status
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_sigterm_finishes_the_request_that_is_running(own_server: StartServer) -> None:
+    process, url = own_server()
+    with ThreadPoolExecutor(1) as client:
+        answer = client.submit(post, url, num_inference_steps=100, budget={"preset": "exact"})
+        wait_until_running(url)
+        process.terminate()
+        assert answer.result().status_code == 200
+    assert process.wait(STOP_S) == 0
+
+
+def test_sigterm_answers_what_the_grace_does_not_suffice_for(own_server: StartServer) -> None:
+    process, url = own_server(ELASTIC_GRACE_S="0")
+    with ThreadPoolExecutor(1) as client:
+        answer = client.submit(post, url, num_inference_steps=100, n=8, budget={"preset": "exact"})
+        wait_until_running(url)
+        process.terminate()
+        response = answer.result()
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "draining"
+    assert response.headers["retry-after"]
+    assert process.wait(STOP_S) == 0
+
+
+def wait_until_running(server: str) -> None:
+    """Return when the server has taken a denoise step; each question takes a millisecond or more."""
+    while 'elastic_step_latency_seconds_count{model="tiny-flux"}' not in httpx2.get(f"{server}/metrics").text:
+        pass

@@ -1,0 +1,157 @@
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from models.artifact import OutputFormat
+from models.card import EXACT, ModelCard, SizeLimits
+from models.errors import InvalidRequest
+from models.request import Budget, ComputeBudget, GenerationRequest, Preset, PresetBudget, QualityBudget
+from service.api.parsing import nearest_size, parse_output, parse_requests, quality_of
+from service.api.schemas import ImageBody
+from service.jobs.job import Output
+
+DEFAULT = QualityBudget(0.9)
+
+
+def parse(card: ModelCard, **fields: Any) -> tuple[GenerationRequest, ...]:
+    body = ImageBody.model_validate({"prompt": "a red circle", **fields})
+    return parse_requests(body, card, default_budget=DEFAULT, random_seed=77)
+
+
+def test_defaults_are_the_models_and_the_servers(drawn_card: ModelCard) -> None:
+    expected = GenerationRequest(
+        model="drawn",
+        prompt="a red circle",
+        height=64,
+        width=64,
+        num_inference_steps=4,
+        guidance_scale=3.5,
+        seed=77,
+        budget=DEFAULT,
+    )
+    assert parse(drawn_card) == (expected,)
+
+
+def test_pictures_have_consecutive_seeds(drawn_card: ModelCard) -> None:
+    assert [request.seed for request in parse(drawn_card, n=3, seed=2**63 - 3)] == [2**63 - 3, 2**63 - 2, 2**63 - 1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "size"),
+    [
+        ({}, (64, 64)),
+        ({"size": "auto"}, (64, 64)),
+        ({"size": "96x128"}, (96, 128)),
+        ({"width": 96, "height": 128}, (96, 128)),
+        ({"width": 96, "height": 128, "size": "96x128"}, (96, 128)),
+    ],
+)
+def test_size_has_two_forms(fields: dict[str, Any], size: tuple[int, int], drawn_card: ModelCard) -> None:
+    (request,) = parse(drawn_card, **fields)
+    assert (request.width, request.height) == size
+
+
+@pytest.mark.parametrize(
+    ("word", "budget"),
+    [
+        ("low", PresetBudget(Preset.DRAFT)),
+        ("medium", PresetBudget(Preset.FAST)),
+        ("high", PresetBudget(Preset.HIGH)),
+        ("hd", PresetBudget(Preset.EXACT)),
+        ("auto", DEFAULT),
+        ("standard", DEFAULT),
+    ],
+)
+def test_openai_words_are_budgets(word: str, budget: Budget, drawn_card: ModelCard) -> None:
+    assert parse(drawn_card, quality=word)[0].budget == budget
+
+
+@pytest.mark.parametrize(
+    ("fields", "message", "param"),
+    [
+        ({"width": 64, "height": 1000}, "height 1000 is not a multiple of 16; try 992", "height"),
+        ({"size": "1000x64"}, "width 1000 is not a multiple of 16; try 992", "size"),
+        ({"size": "2000x64"}, "width 2000 is not within 32 to 1024; try 1024", "size"),
+        ({"width": -5, "height": 64}, "width -5 is not within 32 to 1024; try 32", "width"),
+        ({"size": "64 x 64"}, "WIDTHxHEIGHT in pixels or auto, such as 64x64", "size"),
+        ({"size": "64x96", "width": 96, "height": 64}, "disagree", "size"),
+        ({"size": "auto", "width": 96, "height": 64}, "disagree", "size"),
+        ({"width": 96}, "height is missing", "height"),
+        ({"height": 96}, "width is missing", "width"),
+        ({"num_inference_steps": 51}, "above the limit of drawn; try 50", "num_inference_steps"),
+        ({"n": 2, "seed": 2**63 - 1}, f"try {2**63 - 2}", "seed"),
+        ({"prompt": "x" * 201}, "has 201 characters; drawn takes at most 200", "prompt"),
+        ({"negative_prompt": "blue"}, "set true_cfg_scale above 1, not 1", "negative_prompt"),
+        ({"true_cfg_scale": 2}, "needs a negative_prompt", "negative_prompt"),
+        ({"negative_prompt": "x" * 201, "true_cfg_scale": 2}, "at most 200", "negative_prompt"),
+        ({"quality": "low", "budget": {"quality": 0.5}}, "give one of the two", "quality"),
+    ],
+)
+def test_refusal_names_the_nearest_valid_value(
+    fields: dict[str, Any], message: str, param: str, drawn_card: ModelCard
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(drawn_card, **fields)
+    assert message in str(caught.value)
+    assert caught.value.param == param
+
+
+def test_true_guidance_needs_a_model_that_has_it(drawn_card: ModelCard) -> None:
+    (request,) = parse(drawn_card, negative_prompt="", true_cfg_scale=2)
+    assert (request.negative_prompt, request.true_cfg_scale) == ("", 2.0)
+    plain = replace(drawn_card, supports_true_cfg=False)
+    for fields in ({"negative_prompt": "blue"}, {"negative_prompt": "blue", "true_cfg_scale": 2.0}):
+        with pytest.raises(InvalidRequest, match="no true classifier-free guidance"):
+            parse(plain, **fields)
+
+
+def test_preset_must_be_on_the_models_curve(drawn_card: ModelCard) -> None:
+    with pytest.raises(InvalidRequest, match="offers: exact"):
+        parse(replace(drawn_card, curve=(EXACT,)), budget={"preset": "fast"})
+
+
+def test_output_follows_the_format() -> None:
+    assert parse_output(ImageBody(prompt="a")) == Output()
+    body = ImageBody(prompt="a", output_format=OutputFormat.WEBP, output_compression=40, metadata=False)
+    assert parse_output(body) == Output(OutputFormat.WEBP, 40, has_metadata=False)
+    with pytest.raises(InvalidRequest, match="applies to webp and jpeg"):
+        parse_output(ImageBody(prompt="a", output_compression=40))
+
+
+def test_binary_answers_one_picture() -> None:
+    with pytest.raises(InvalidRequest, match="not n = 2"):
+        parse_output(ImageBody.model_validate({"prompt": "a", "n": 2, "response_format": "binary"}))
+
+
+def test_quality_that_was_asked_for(drawn_card: ModelCard) -> None:
+    assert quality_of(QualityBudget(0.3), drawn_card) == 0.3
+    assert quality_of(PresetBudget(Preset.FAST), drawn_card) == 0.8
+    assert quality_of(ComputeBudget(0.3), drawn_card) is None
+
+
+@given(
+    pixels=st.integers(-100, 5000),
+    sizes=st.builds(SizeLimits, st.integers(1, 64), st.integers(64, 300), st.integers(400, 3000)),
+)
+def test_nearest_size_is_valid_and_nothing_valid_is_nearer(pixels: int, sizes: SizeLimits) -> None:
+    valid = [side for side in range(sizes.minimum, sizes.maximum + 1) if side % sizes.multiple_of == 0]
+    assert nearest_size(pixels, sizes) == min(valid, key=lambda side: (abs(side - pixels), side))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(width=st.integers(0, 99999), height=st.integers(0, 99999))
+def test_any_size_is_taken_or_refused_with_one_that_is_taken(width: int, height: int, drawn_card: ModelCard) -> None:
+    size = (width, height)
+    for _ in range(3):
+        try:
+            (request,) = parse(drawn_card, size="{}x{}".format(*size))
+        except InvalidRequest as error:
+            name, nearest = str(error).split()[0], int(str(error).split()[-1])
+            size = (nearest, size[1]) if name == "width" else (size[0], nearest)
+        else:
+            assert (request.width, request.height) == size
+            return
+    pytest.fail("the nearest valid sizes were refused")

@@ -1,0 +1,349 @@
+import asyncio
+import base64
+import json
+from collections.abc import Callable
+from io import BytesIO
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from models.artifact import read_metadata
+from service.app import create_app
+from service.jobs.job import Job, JobStatus
+from service.settings import Settings
+from service.worker import Worker
+
+PROMPT = {"prompt": "a red circle"}
+
+
+@pytest.mark.parametrize("path", ["/v1/images", "/v1/images/generations"])
+def test_picture_comes_with_a_receipt(path: str, client: TestClient) -> None:
+    response = client.post(path, json={**PROMPT, "seed": 3, "size": "96x64", "budget": {"preset": "fast"}})
+    assert response.status_code == 200
+    body = response.json()
+    assert set(body) == {"created", "id", "model", "data", "size", "output_format", "receipt"}
+    assert (body["model"], body["size"], body["output_format"]) == ("drawn", "96x64", "png")
+    (picture,) = body["data"]
+    assert set(picture) == {"b64_json", "seed"}
+    data = base64.b64decode(picture["b64_json"])
+    with Image.open(BytesIO(data)) as image:
+        assert (image.format, image.size) == ("PNG", (96, 64))
+    assert read_metadata(data) == {
+        "prompt": "a red circle",
+        "seed": "3",
+        "model": "drawn",
+        "budget": '{"preset": "fast"}',
+    }
+    receipt = body["receipt"]
+    seconds = receipt.pop("seconds")
+    assert set(seconds) == {"queue", "encode", "denoise", "decode", "total"}
+    assert seconds["total"] >= seconds["denoise"] > 0
+    assert receipt == {
+        "rule": "router",
+        "skip_threshold": [0.5, 0.5],
+        "quality_requested": 0.8,
+        "quality_applied": 0.8,
+        "compute_ratio": 0.5,
+        "compute_ratio_predicted": 0.5,
+        "blocks": {"run": 8, "skipped": 0, "reused": 0},
+        "mean_mlp_width": 1.0,
+        "num_inference_steps": 4,
+        "batch_size_mean": 1.0,
+        "degraded": False,
+        "deadline_met": None,
+    }
+
+
+def test_several_pictures_have_receipts_of_their_own(client: TestClient) -> None:
+    body = client.post("/v1/images", json={**PROMPT, "n": 3, "seed": 10, "trace": True}).json()
+    assert [picture["seed"] for picture in body["data"]] == [10, 11, 12]
+    assert len({picture["b64_json"] for picture in body["data"]}) == 3
+    assert all(len(picture["receipt"]["decisions"]) == 4 for picture in body["data"])
+    assert "decisions" not in body["receipt"]
+    assert body["receipt"]["blocks"]["run"] == 24
+    assert body["receipt"]["batch_size_mean"] == 3
+
+
+def test_trace_lists_every_decision(client: TestClient) -> None:
+    receipt = client.post("/v1/images", json={**PROMPT, "num_inference_steps": 2, "trace": True}).json()["receipt"]
+    step = [
+        {"block": block, "branch": "cond", "decision": "run", "mlp_width": 1.0} for block in ("double.00", "single.00")
+    ]
+    assert receipt["decisions"] == [step, step]
+
+
+def test_random_seed_is_returned_and_gives_the_same_picture_again(client: TestClient) -> None:
+    first = client.post("/v1/images", json=PROMPT).json()["data"][0]
+    assert client.post("/v1/images", json={**PROMPT, "seed": first["seed"]}).json()["data"][0] == first
+    assert client.post("/v1/images", json=PROMPT).json()["data"][0]["seed"] != first["seed"]
+
+
+@pytest.mark.parametrize("output_format", ["png", "webp", "jpeg"])
+def test_binary_answers_the_file_itself(output_format: str, client: TestClient) -> None:
+    response = client.post(
+        "/v1/images",
+        json={**PROMPT, "seed": 4, "response_format": "binary", "output_format": output_format, "trace": True},
+    )
+    assert response.headers["content-type"] == f"image/{output_format}"
+    with Image.open(BytesIO(response.content)) as image:
+        assert image.format == output_format.upper()
+    assert response.headers["x-seed"] == "4"
+    assert "decisions" not in json.loads(response.headers["x-receipt"])
+    job = client.get(f"/v1/jobs/{response.headers['x-job-id']}").json()
+    assert job["status"] == "succeeded"
+
+
+@pytest.mark.parametrize("output_format", ["png", "webp"])
+def test_metadata_can_be_left_out(output_format: str, client: TestClient) -> None:
+    body = {**PROMPT, "response_format": "binary", "output_format": output_format, "metadata": False}
+    assert read_metadata(client.post("/v1/images", json=body).content) == {}
+
+
+def test_urls_lead_to_the_pictures(client: TestClient) -> None:
+    body = client.post("/v1/images", json={**PROMPT, "n": 2, "response_format": "url", "output_format": "webp"}).json()
+    files = [client.get(picture["url"]) for picture in body["data"]]
+    assert [file.headers["content-type"] for file in files] == ["image/webp"] * 2
+    assert files[0].content != files[1].content
+    assert body["data"][1]["url"] == f"http://testserver/v1/jobs/{body['id']}/content?index=1"
+
+
+def test_public_url_leads_links(start_worker: Callable[[Settings], Worker]) -> None:
+    settings = Settings(public_url="https://pictures.example/")
+    client = TestClient(create_app(settings, start_worker(settings)))
+    body = client.post("/v1/images", json={**PROMPT, "response_format": "url"}).json()
+    assert body["data"][0]["url"] == f"https://pictures.example/v1/jobs/{body['id']}/content?index=0"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"user": "u", "safety_identifier": "s", "background": "opaque", "moderation": "low", "style": None},
+        {"stream": False, "partial_images": 0, "model": None, "n": None, "seed": None, "budget": None},
+        {"output_format": "jpeg", "output_compression": 0},
+        {"budget": {"quality": 0.9, "min_quality": 0.5}, "priority": "high"},
+        {"guidance_scale": 3, "true_cfg_scale": 1},
+        {"quality": "hd"},
+    ],
+)
+def test_harmless_fields_are_taken(fields: dict[str, Any], client: TestClient) -> None:
+    assert client.post("/v1/images", json={**PROMPT, **fields}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": "\ud800"}, "prompt"),
+        ({"n": 0}, "n"),
+        ({"n": 9}, "n"),
+        ({"n": True}, "n"),
+        ({"n": "2"}, "n"),
+        ({"n": 1.0}, "n"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": 1e400}, "seed"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"guidance_scale": 1e400}, "guidance_scale"),
+        ({"guidance_scale": True}, "guidance_scale"),
+        ({"guidance_scale": "3"}, "guidance_scale"),
+        ({"guidance_scale": -1}, "guidance_scale"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"num_inference_steps": 51}, "num_inference_steps"),
+        ({"size": "1000x1000"}, "size"),
+        ({"width": 64.5, "height": 64}, "width"),
+        ({"budget": {}}, "budget"),
+        ({"budget": "fast"}, "budget"),
+        ({"budget": {"quality": 2}}, "budget.quality"),
+        ({"budget": {"quality": float("nan")}}, "budget.quality"),
+        ({"budget": {"quality": True}}, "budget.quality"),
+        ({"budget": {"compute_ratio": 0}}, "budget.compute_ratio"),
+        ({"budget": {"latency_ms": 100}}, "budget.latency_ms"),
+        ({"budget": {"quality": 0.9, "speed": 1}}, "budget.speed"),
+        ({"quality": "xhigh"}, "quality"),
+        ({"quality": "low", "budget": {"quality": 1}}, "quality"),
+        ({"response_format": "svg"}, "response_format"),
+        ({"response_format": "binary", "n": 2}, "response_format"),
+        ({"output_format": "gif"}, "output_format"),
+        ({"output_compression": 50}, "output_compression"),
+        ({"output_compression": 101, "output_format": "webp"}, "output_compression"),
+        ({"metadata": "yes"}, "metadata"),
+        ({"trace": 1}, "trace"),
+        ({"priority": "urgent"}, "priority"),
+        ({"background": "transparent"}, "background"),
+        ({"moderation": "high"}, "moderation"),
+        ({"style": "vivid"}, "style"),
+        ({"stream": True}, "stream"),
+        ({"stream": 0}, "stream"),
+        ({"partial_images": 2}, "partial_images"),
+        ({"negative_prompt": "blue"}, "negative_prompt"),
+        ({"true_cfg_scale": 0.5}, "true_cfg_scale"),
+        ({"model": "plain", "true_cfg_scale": 2, "negative_prompt": ""}, "true_cfg_scale"),
+        ({"promt": "a"}, "promt"),
+        ({"prompt": "refuse"}, "prompt"),
+    ],
+)
+def test_invalid_parameter_is_named(fields: dict[str, Any], param: str, client: TestClient) -> None:
+    body = json.dumps({**PROMPT, **fields}).replace("Infinity", "1e400")
+    response = client.post("/v1/images", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 422
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["code"], error["type"], error["param"]) == ("invalid_parameter", "invalid_request_error", param)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b'{"prompt": "\xe9"}', b"[" * 100_000, b"9" * 5000])
+def test_body_that_is_no_json(content: bytes, start_worker: Callable[[Settings], Worker]) -> None:
+    settings = Settings()
+    client = TestClient(create_app(settings, start_worker(settings)))
+    response = client.post("/v1/images", content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "invalid_json"
+
+
+@pytest.mark.parametrize("content", [b"[]", b'"text"', b"null", b"3"])
+def test_body_that_is_no_object(content: bytes, client: TestClient) -> None:
+    response = client.post("/v1/images", content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code in (400, 422)
+    assert response.json()["error"]["code"] in ("invalid_parameter", "invalid_json")
+
+
+@pytest.mark.parametrize("media_type", ["text/plain", "multipart/form-data", "application/x-www-form-urlencoded", ""])
+def test_other_media_types_are_not_supported(media_type: str, client: TestClient) -> None:
+    response = client.post("/v1/images", content=b'{"prompt": "a"}', headers={"Content-Type": media_type})
+    assert response.status_code == 415
+    assert response.json()["error"]["code"] == "unsupported_media_type"
+
+
+def test_media_type_may_name_its_charset(client: TestClient) -> None:
+    headers = {"Content-Type": "application/json; charset=utf-8"}
+    assert client.post("/v1/images", content=b'{"prompt": "a"}', headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("header", [("Prefer", "respond-async, wait=5"), ("Idempotency-Key", "k")])
+def test_promises_that_cannot_be_kept_are_refused(header: tuple[str, str], client: TestClient) -> None:
+    response = client.post("/v1/images", json=PROMPT, headers=[header])
+    assert response.status_code == 422
+    assert response.json()["error"]["param"] == header[0]
+
+
+def test_unknown_model_is_not_found(client: TestClient) -> None:
+    response = client.post("/v1/images", json={**PROMPT, "model": "nothing"})
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("stage", ["start", "step", "finish"])
+def test_failed_generation_names_its_job_and_the_server_goes_on(stage: str, client: TestClient) -> None:
+    response = client.post("/v1/images", json={"prompt": f"break at {stage}"})
+    assert response.status_code == 500
+    error = response.json()["error"]
+    assert (error["code"], error["type"]) == ("generation_failed", "server_error")
+    assert "secret" not in response.text
+    job_id = error["message"].split()[1]
+    job = client.get(f"/v1/jobs/{job_id}").json()
+    assert (job["status"], job["error"]) == ("failed", error)
+    assert client.post("/v1/images", json=PROMPT).status_code == 200
+
+
+def test_overloaded_server_says_when_to_come_back(
+    engine: Any, start_worker: Callable[[Settings], Worker], make_job: Callable[..., Job]
+) -> None:
+    settings = Settings(max_backlog_s=3)
+    worker = start_worker(settings)
+    client = TestClient(create_app(settings, worker))
+    engine.gate.clear()
+    worker.submit(make_job("a"))  # 2 s of work
+    response = client.post("/v1/images", json={**PROMPT, "num_inference_steps": 10, "budget": {"preset": "exact"}})
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "overloaded"
+    assert response.headers["retry-after"] == "2"
+    engine.gate.set()
+
+
+def test_draining_server_refuses(client: TestClient, worker: Worker) -> None:
+    worker.stop_accepting()
+    response = client.post("/v1/images", json=PROMPT)
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "draining"
+    assert response.headers["retry-after"] == "20"
+
+
+def test_job_that_the_grace_does_not_suffice_for_is_answered_draining(
+    engine: Any, start_worker: Callable[[Settings], Worker]
+) -> None:
+    settings = Settings(grace_s=0)
+    worker = start_worker(settings)
+
+    async def drain_while_stepping() -> list[dict[str, Any]]:
+        engine.gate.clear()
+        answer = asyncio.create_task(call_images(worker, settings, hangs_up=asyncio.Event()))
+        await asyncio.to_thread(engine.stepping.wait, 20)
+        worker.stop_accepting()
+        engine.gate.set()
+        return await answer
+
+    messages = asyncio.run(drain_while_stepping())
+    assert messages[0]["status"] == 503
+    assert json.loads(messages[1]["body"])["error"]["code"] == "draining"
+
+
+def test_client_that_hangs_up_cancels_its_job(engine: Any, worker: Worker, settings: Settings) -> None:
+    async def hang_up_while_stepping() -> None:
+        engine.gate.clear()
+        hangs_up = asyncio.Event()
+        answer = asyncio.create_task(call_images(worker, settings, hangs_up))
+        await asyncio.to_thread(engine.stepping.wait, 20)
+        (job,) = worker.store.live_jobs()
+        hangs_up.set()
+        await answer
+        assert worker.store.get(job.id).status is JobStatus.CANCELLED
+        engine.gate.set()
+
+    asyncio.run(hang_up_while_stepping())
+    worker.stop()
+    assert len(engine.batches) == 1
+
+
+def test_bug_of_ours_is_answered_in_our_shape(
+    client: TestClient, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker.store, "backlog_s", lambda: 1 / 0)
+    response = client.post("/v1/images", json=PROMPT)
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "internal_error"
+    assert "ZeroDivisionError" not in response.text
+    assert response.headers["x-request-id"]
+
+
+async def call_images(worker: Worker, settings: Settings, hangs_up: asyncio.Event) -> list[dict[str, Any]]:
+    """What the app sends to a client who disconnects on `hangs_up`."""
+    body = [{"type": "http.request", "body": json.dumps(PROMPT).encode(), "more_body": False}]
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        if body:
+            return body.pop()
+        await hangs_up.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/images",
+        "raw_path": b"/v1/images",
+        "root_path": "",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+        "http_version": "1.1",
+        "scheme": "http",
+        "server": ("test", 80),
+    }
+    await create_app(settings, worker)(scope, receive, send)
+    return sent

@@ -1,0 +1,23 @@
+from fastapi.testclient import TestClient
+
+
+def test_models_are_listed_with_their_curves(client: TestClient) -> None:
+    listed = client.get("/v1/models").json()
+    assert listed["object"] == "list"
+    assert [model["id"] for model in listed["data"]] == ["drawn", "plain"]
+    model = listed["data"][0]
+    assert model["object"] == "model"
+    assert model["sizes"] == {"multiple_of": 16, "minimum": 32, "maximum": 1024}
+    assert model["defaults"] == {"size": "64x64", "num_inference_steps": 4, "guidance_scale": 3.5}
+    assert [point["preset"] for point in model["curve"]] == ["exact", "high", "balanced", "fast", "draft"]
+    assert [point["expected_seconds"] for point in model["curve"]] == [2.0, 1.64, 1.28, 1.1, 0.92]
+    assert model["curve"][1]["policy"]["skip_threshold"] == 0.2
+    assert client.get("/v1/models/drawn").json() == model
+
+
+def test_unknown_model_is_not_found(client: TestClient) -> None:
+    for model in ("nothing", "with/slash"):
+        response = client.get(f"/v1/models/{model}")
+        assert response.status_code == 404
+        assert response.json()["error"]["code"] == "model_not_found"
+        assert f"'{model}'; loaded: drawn, plain" in response.json()["error"]["message"]

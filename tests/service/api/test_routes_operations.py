@@ -1,0 +1,58 @@
+import pytest
+from fastapi.testclient import TestClient
+
+from service.worker import Worker
+
+
+def test_running_server_is_alive_and_ready(client: TestClient) -> None:
+    assert client.get("/healthz").json() == {"status": "ok"}
+    assert client.get("/readyz").json() == {"status": "ready"}
+
+
+def test_draining_server_is_alive_but_not_ready(client: TestClient, worker: Worker) -> None:
+    worker.stop_accepting()
+    assert client.get("/healthz").status_code == 200
+    response = client.get("/readyz")
+    assert response.status_code == 503
+    assert response.json() == {"status": "unavailable", "reason": "the server is shutting down"}
+
+
+def test_metrics_count_what_was_done(client: TestClient) -> None:
+    client.post("/v1/images", json={"prompt": "a", "n": 2, "budget": {"preset": "fast"}})
+    client.post("/v1/images", json={"prompt": "break at step"})
+    client.post("/v1/images", json={"prompt": "", "model": "x\ny"})
+    client.post("/v1/images", json={"prompt": "a", "model": "secret-id"})
+    response = client.get("/metrics", follow_redirects=False)
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain")
+    lines = response.text.splitlines()
+    for line in (
+        'elastic_block_decisions_total{block="double.00",decision="run",model="drawn"} 8.0',
+        'elastic_block_decisions_total{block="single.00",decision="skip",model="drawn"} 0.0',
+        'elastic_block_latency_seconds_count{block="single.00",model="drawn"} 4.0',
+        'elastic_block_mlp_width_ratio_count{block="single.00",model="drawn"} 8.0',
+        'elastic_router_latency_seconds_count{model="drawn"} 4.0',
+        'elastic_step_latency_seconds_count{model="drawn"} 4.0',
+        'elastic_generation_batch_size_sum{model="drawn"} 8.0',
+        'elastic_stage_latency_seconds_count{model="drawn",stage="encode"} 3.0',
+        'elastic_stage_latency_seconds_count{model="drawn",stage="denoise"} 2.0',
+        'elastic_stage_latency_seconds_count{model="drawn",stage="decode"} 2.0',
+        'elastic_stage_latency_seconds_count{model="drawn",stage="output"} 2.0',
+        'elastic_compute_ratio_sum{model="drawn"} 1.0',
+        'elastic_predicted_compute_ratio_error_count{model="drawn"} 2.0',
+        'elastic_requests_running{model="drawn"} 0.0',
+        'elastic_requests_waiting{model="plain"} 0.0',
+        'elastic_request_queue_time_seconds_count{model="drawn"} 2.0',
+        'elastic_e2e_request_latency_seconds_count{model="drawn",preset="fast"} 1.0',
+        'elastic_requests_total{model="drawn",status="succeeded"} 1.0',
+        'elastic_requests_total{model="drawn",status="failed"} 1.0',
+        'elastic_requests_rejected_total{code="invalid_parameter",model=""} 1.0',
+        'elastic_requests_rejected_total{code="model_not_found",model=""} 1.0',
+    ):
+        assert line in lines
+    assert "secret-id" not in response.text
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
+def test_operators_pages_are_no_redirects(path: str, client: TestClient) -> None:
+    assert client.get(path, follow_redirects=False).status_code == 200

@@ -1,0 +1,221 @@
+"""A small engine with the real engine's contract, and the service around it.
+
+`DrawnEngine` draws a picture from its seed with numpy, so that the service is tested without torch. Prompts steer it:
+"refuse" fails to start as the client's fault, "break at start", "break at step" and "break at finish" fail as ours.
+"""
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from threading import Event
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from numpy.typing import NDArray
+
+from models.budget import resolve
+from models.card import EXACT, CurvePoint, ModelCard, Policy, SizeLimits
+from models.errors import InvalidRequest
+from models.report import BlockReport, Decision, GenerationSummary, StepDecision, StepReport
+from models.request import GenerationRequest, Preset, QualityBudget
+from service.app import build_worker, create_app
+from service.jobs.job import Job, Output, Priority
+from service.settings import Settings
+from service.worker import Worker
+
+if TYPE_CHECKING:
+    from models.engine import Engine
+
+CURVE = (
+    EXACT,
+    CurvePoint("router", Policy(skip_threshold=0.2), 0.8, 0.82, 0.97, Preset.HIGH),
+    CurvePoint("router", Policy(skip_threshold=0.4), 0.6, 0.64, 0.9, Preset.BALANCED),
+    CurvePoint("router", Policy(skip_threshold=0.5), 0.5, 0.55, 0.8, Preset.FAST),
+    CurvePoint("router", Policy(skip_threshold=0.7), 0.4, 0.46, 0.6, Preset.DRAFT),
+)
+
+DRAWN_CARD = ModelCard(
+    id="drawn",
+    family="drawn",
+    modality="image",
+    license="apache-2.0",
+    created=1_700_000_000,
+    default_height=64,
+    default_width=64,
+    default_num_inference_steps=4,
+    default_guidance_scale=3.5,
+    sizes=SizeLimits(multiple_of=16, minimum=32, maximum=1024),
+    max_prompt_characters=200,
+    max_num_inference_steps=50,
+    supports_true_cfg=True,
+    rules=("dense", "router"),
+    quality_metric="ssim",
+    curve=CURVE,
+    blocks=("double.00", "single.00"),
+    dense_step_seconds=0.5,
+    max_batch_size=4,
+)
+
+
+@dataclass(slots=True)
+class DrawnState:
+    request: GenerationRequest
+    step_index: int = 0
+
+    @property
+    def batch_key(self) -> Hashable:
+        return self.request.model, self.request.height, self.request.width
+
+    @property
+    def num_inference_steps(self) -> int:
+        return self.request.num_inference_steps
+
+    @property
+    def is_done(self) -> bool:
+        return self.step_index == self.num_inference_steps
+
+    def summary(self) -> GenerationSummary:
+        point = resolve(self.request.budget, CURVE)
+        decisions = tuple(
+            StepDecision(step, "cond", block, Decision.RUN, 1.0)
+            for step in range(self.step_index)
+            for block in DRAWN_CARD.blocks
+        )
+        return GenerationSummary(
+            rule=point.rule,
+            skip_threshold_first=point.policy.skip_threshold,
+            skip_threshold_last=point.policy.skip_threshold,
+            quality_applied=point.quality,
+            compute_ratio=point.compute_ratio,
+            compute_ratio_predicted=point.compute_ratio,
+            num_run=2 * self.step_index,
+            num_skipped=0,
+            num_reused=0,
+            mean_mlp_width=1.0,
+            num_inference_steps=self.num_inference_steps,
+            decisions=decisions if self.request.wants_trace else None,
+        )
+
+
+class DrawnEngine:
+    """`gate` holds steps back while it is cleared; `batches` has the seeds of every step's batch."""
+
+    def __init__(self) -> None:
+        self.cards = {"drawn": DRAWN_CARD, "plain": replace(DRAWN_CARD, id="plain", supports_true_cfg=False)}
+        self.gate = Event()
+        self.gate.set()
+        self.stepping = Event()
+        self.batches: list[list[int]] = []
+        self.started: list[int] = []
+
+    def start(self, request: GenerationRequest) -> DrawnState:
+        if "refuse" in request.prompt:
+            raise InvalidRequest("the prompt has 900 tokens; try 512", "prompt")
+        if "break at start" in request.prompt:
+            raise RuntimeError("secret detail")
+        self.started.append(request.seed)
+        return DrawnState(request)
+
+    def step(self, states: Sequence[DrawnState]) -> StepReport:
+        self.stepping.set()
+        assert self.gate.wait(timeout=20)
+        assert len({state.batch_key for state in states}) == 1
+        assert not any(state.is_done for state in states)
+        self.batches.append([state.request.seed for state in states])
+        if any("break at step" in state.request.prompt for state in states):
+            raise RuntimeError("secret detail")
+        for state in states:
+            state.step_index += 1
+        widths = (1.0,) * len(states)
+        blocks = tuple(BlockReport(block, 0.001, len(states), 0, 0, widths) for block in DRAWN_CARD.blocks)
+        return StepReport(0.002, 0.0001, len(states), blocks)
+
+    def finish(self, state: DrawnState) -> NDArray[np.uint8]:
+        assert state.is_done
+        if "break at finish" in state.request.prompt:
+            raise RuntimeError("secret detail")
+        shape = (state.request.height, state.request.width, 3)
+        return np.random.default_rng(state.request.seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.fixture
+def drawn_card() -> ModelCard:
+    return DRAWN_CARD
+
+
+@pytest.fixture
+def engine() -> DrawnEngine:
+    return DrawnEngine()
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return Settings(max_body_bytes=20_000, grace_s=20)
+
+
+@pytest.fixture
+def start_worker(engine: DrawnEngine) -> Iterator[Callable[[Settings], Worker]]:
+    """Build and start a worker with these settings; it is stopped after the test."""
+    workers = []
+
+    def start(settings: Settings) -> Worker:
+        worker = build_worker(settings, lambda: cast("Engine", engine))
+        worker.start()
+        workers.append(worker)
+        return worker
+
+    yield start
+    engine.gate.set()
+    for worker in workers:
+        worker.stop()
+
+
+@pytest.fixture
+def worker(start_worker: Callable[[Settings], Worker], settings: Settings) -> Worker:
+    return start_worker(settings)
+
+
+@pytest.fixture
+def client(worker: Worker, settings: Settings) -> Iterator[TestClient]:
+    with TestClient(create_app(settings, worker), raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.fixture
+def make_request() -> Callable[..., GenerationRequest]:
+    def make(**fields: Any) -> GenerationRequest:
+        defaults: dict[str, Any] = {
+            "model": "drawn",
+            "prompt": "a red circle",
+            "height": 64,
+            "width": 64,
+            "num_inference_steps": 4,
+            "guidance_scale": 3.5,
+            "seed": 0,
+            "budget": QualityBudget(0.9),
+        }
+        return GenerationRequest(**{**defaults, **fields})
+
+    return make
+
+
+@pytest.fixture
+def make_job(make_request: Callable[..., GenerationRequest]) -> Callable[..., Job]:
+    """A job of one picture, or of as many as there are `seeds`; other fields are its requests'."""
+
+    def make(job_id: str, *, seeds: Sequence[int] = (0,), priority: Priority = Priority.NORMAL, **fields: Any) -> Job:
+        requests = tuple(make_request(seed=seed, **fields) for seed in seeds)
+        return Job(
+            id=job_id,
+            model=requests[0].model,
+            requests=requests,
+            output=Output(),
+            priority=priority,
+            quality_requested=0.9,
+            predicted_seconds=2.0,
+            request_id="test",
+            created_at=0.0,
+        )
+
+    return make

@@ -1,0 +1,86 @@
+import subprocess
+import sys
+
+import pytest
+from fastapi.testclient import TestClient
+
+WITHOUT_TORCH = """
+import sys
+from fastapi.testclient import TestClient
+from service.app import build_worker, create_app
+from service.settings import Settings
+
+settings = Settings()
+app = create_app(settings, build_worker(settings, load_engine=None))
+client = TestClient(app)
+assert client.get("/openapi.json").status_code == 200
+assert client.get("/readyz").status_code == 503
+assert client.post("/v1/images", json={"prompt": "", "n": 9}).status_code == 422
+assert "torch" not in sys.modules, "the API side has imported torch"
+"""
+
+
+def test_api_side_never_imports_torch() -> None:
+    done = subprocess.run([sys.executable, "-W", "error", "-c", WITHOUT_TORCH], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_documentation_page_needs_nothing_from_outside(client: TestClient) -> None:
+    page = client.get("/docs").text
+    assert "https://" not in page
+    for name in ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png"):
+        assert f"/static-offline-docs/{name}" in page
+        assert client.get(f"/static-offline-docs/{name}").status_code == 200
+
+
+def test_front_page_leads_to_the_documentation(client: TestClient) -> None:
+    assert client.get("/", follow_redirects=False).headers["location"] == "/docs"
+
+
+def test_openapi_has_our_errors_and_only_what_works(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    assert set(document["paths"]) == {
+        "/v1/images",
+        "/v1/images/generations",
+        "/v1/jobs/{job_id}",
+        "/v1/jobs/{job_id}/content",
+        "/v1/models",
+        "/v1/models/{model_id}",
+        "/healthz",
+        "/readyz",
+        "/metrics",
+    }
+    create = document["paths"]["/v1/images"]["post"]
+    assert set(create["responses"]) == {"200", "400", "404", "413", "415", "422", "500", "503"}
+    assert set(create["responses"]["200"]["content"]) == {"application/json", "image/png", "image/webp", "image/jpeg"}
+    for status, response in create["responses"].items():
+        if status != "200":
+            schema = response["content"]["application/json"]["schema"]
+            assert schema == {"$ref": "#/components/schemas/ErrorBody"}
+    schemas = document["components"]["schemas"]
+    assert "HTTPValidationError" not in schemas
+    assert "latency_ms" not in schemas["BudgetBody"]["properties"]
+    assert "422" not in document["paths"]["/v1/jobs/{job_id}"]["get"]["responses"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/nowhere", 404, "not_found"),
+        ("GET", "/v1/images", 405, "method_not_allowed"),
+        ("POST", "/v1/images/", 404, "not_found"),
+        ("GET", "/static-offline-docs/nothing.js", 404, "not_found"),
+        ("GET", "/metrics/", 404, "not_found"),
+    ],
+)
+def test_unknown_paths_and_methods_have_our_shape(
+    method: str, path: str, status: int, code: str, client: TestClient
+) -> None:
+    response = client.request(method, path, follow_redirects=False)
+    assert response.status_code == status
+    assert response.json()["error"]["code"] == code
+    assert set(response.json()) == {"error"}
+
+
+def test_wrong_method_says_which_are_allowed(client: TestClient) -> None:
+    assert "POST" in client.get("/v1/images").headers["allow"]
