@@ -1,0 +1,80 @@
+"""The README does not promise what is not there."""
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+
+from service import cli
+from service.api.budget import BudgetBody
+from service.api.schemas import ImageBody
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def code_lines(text: str) -> list[str]:
+    """Lines of indented code, continuations joined."""
+    joined = text.replace("\\\n", " ")
+    return [line.strip() for line in joined.splitlines() if line.startswith("    ")]
+
+
+def paths_of_tree(text: str) -> Iterator[str]:
+    """Paths of the file tree, in which each level stands two spaces deeper."""
+    parents: list[str] = []
+    for line in text.split("## What is where\n\n```\n")[1].split("```")[0].splitlines():
+        name = line.split()[0]
+        level = (len(line) - len(line.lstrip())) // 2
+        parents = [*parents[:level], name]
+        yield "".join(parents)
+
+
+def test_every_make_command_is_a_target() -> None:
+    used = set(re.findall(r"\bmake ([a-z]+)", " ".join([*code_lines(README), *re.findall(r"`([^`\n]+)`", README)])))
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"demo", "test", "serve"} <= used <= targets
+
+
+def test_every_make_target_but_help_itself_is_explained_by_help() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    assert phony
+    assert phony[1].split() == re.findall(r"^([a-z]+):.* ## ", makefile, re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", [line for line in code_lines(README) if "elastic-dit " in line])
+def test_every_command_line_is_understood(line: str) -> None:
+    _, command, *arguments = shlex.split(line)
+    group = typer.main.get_command(cli.app)
+    assert isinstance(group, typer.core.TyperGroup)
+    group.commands[command].make_context(command, arguments)
+
+
+@pytest.mark.parametrize("line", [line for line in code_lines(README) if line.startswith("curl ")])
+def test_every_curl_sends_a_valid_body(line: str) -> None:
+    words = shlex.split(line)
+    ImageBody.model_validate_json(words[words.index("-d") + 1])
+
+
+def test_every_form_of_budget_is_one() -> None:
+    forms = re.findall(r"^\| `(\{.*?\})`", README, re.MULTILINE)
+    assert len(forms) == 3
+    for form in forms:
+        BudgetBody.model_validate(json.loads(form))
+
+
+def test_file_tree_shows_what_exists() -> None:
+    paths = list(paths_of_tree(README))
+    assert "models/families/flux/" in paths
+    assert [path for path in paths if not (ROOT / path).is_dir()] == []
+
+
+@pytest.mark.parametrize("document", ["README.md", *(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))])
+def test_every_local_link_leads_somewhere(document: str) -> None:
+    text = (ROOT / document).read_text()
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert [link for link in links if not (ROOT / document).parent.joinpath(link).exists()] == []

@@ -1,0 +1,35 @@
+"""Files that state the same fact agree."""
+
+import re
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return {canonicalize_name(name): pin for name, _, pin in (line.partition("==") for line in lines)}
+
+
+def test_constraints_are_exact_pins_without_addresses_or_paths() -> None:
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9a-z.]*", line), line
+
+
+def test_constraints_pin_every_direct_dependency_to_a_version_it_allows() -> None:
+    extras = [entry for extra in PROJECT["optional-dependencies"].values() for entry in extra]
+    requirements = [Requirement(entry) for entry in [*PROJECT["dependencies"], *extras]]
+    for requirement in requirements:
+        name = canonicalize_name(requirement.name)
+        assert name == PROJECT["name"] or pins()[name] in requirement.specifier, str(requirement)
+
+
+def test_changelog_opens_with_the_version_of_the_package() -> None:
+    released = re.findall(r"^## \[(\d[^]]*)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert released[0] == PROJECT["version"] == version("elastic-dit-serve")
