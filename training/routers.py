@@ -25,7 +25,7 @@ from training.loop import run_loop, warm_then_linear
 from training.scenes import sample_scene
 from training.text import MAX_SEQUENCE_LENGTH, TextConditioner
 
-NUM_STEPS = 450
+NUM_STEPS = 400
 BATCH_SIZE = 32  # a process
 HIDDEN = 32
 MAX_WIDTH_BIAS = 4.0
@@ -204,7 +204,7 @@ def train_routers(
         rows = torch.randint(len(latents), (BATCH_SIZE,), generator=rng).tolist()
         captions = [sample_scene(row).caption for row in rows]
         losses = objective.losses(latents[rows].float(), captions, rng, knobs)
-        loss = losses["flow"] + losses["dense"] + 4 * (losses["gate"] + losses["width"])
+        loss = losses["flow"] + losses["dense"] + 8 * (losses["gate"] + losses["width"])
         optimizer.zero_grad()
         loss.backward()
         average_gradients(parameters, num_processes)

@@ -1,5 +1,6 @@
 """FLUX.1: loading, prompts, batches of rows, decoding. Everything here is diffusers' own, called piece by piece."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
+from diffusers.pipelines.flux import pipeline_flux
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -57,6 +59,8 @@ class FluxFamily:
         cls, directory: Path, device: str, dtype: torch.dtype, router_weights: RouterWeights | None
     ) -> "FluxFamily":
         """Load an ordinary diffusers FLUX directory. Raises WeightsError if parts are missing or do not fit."""
+        # It warns of prompts that CLIP cuts by quoting them, and prompts are not for logs.
+        logging.getLogger(pipeline_flux.__name__).setLevel(logging.ERROR)
         try:
             pipeline = FluxPipeline.from_pretrained(directory, dtype=dtype, local_files_only=True).to(device)
         except (OSError, ValueError) as error:
