@@ -18,7 +18,7 @@ from models.request import ComputeBudget, GenerationRequest, Preset, PresetBudge
 from models.weights import write_curve
 
 QUALITY_METRIC = "ssim"
-_PRESET_COMPUTE = {Preset.HIGH: 0.8, Preset.BALANCED: 0.62, Preset.FAST: 0.48, Preset.DRAFT: 0.33}
+_PRESET_COMPUTE = {Preset.HIGH: 0.8, Preset.BALANCED: 0.6, Preset.FAST: 0.45, Preset.DRAFT: 0.25}
 _BATCH_SIZE = 8
 _NUM_TIMED = 5
 
@@ -26,14 +26,14 @@ _NUM_TIMED = 5
 def settings_of(rule: str) -> list[list[Policy]]:
     """Policies to try, in groups that differ in thresholds only, so that places between two of a group make sense."""
     if rule == "router":
-        return [
-            [
-                Policy(skip_threshold=threshold, reuse_band=band, max_reuses=reuses, width_bias=bias)
-                for bias in (0.0, 2.0)
-                for threshold in (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
-            ]
-            for band, reuses in ((0.0, 0), (0.2, 2), (0.4, 3))
+        thresholds = (0.05, 0.15, 0.25, 0.4, 0.55, 0.7)
+        without_reuse = [Policy(skip_threshold=t, width_bias=bias) for bias in (0.0, 2.0) for t in thresholds]
+        with_reuse = [
+            Policy(skip_threshold=threshold, reuse_band=band, max_reuses=3)
+            for band in (0.1, 0.25, 0.4)
+            for threshold in thresholds
         ]
+        return [without_reuse, with_reuse]
     return [
         [
             Policy(residual_threshold=threshold, max_reuses=reuses, protected_first=1)

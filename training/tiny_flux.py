@@ -98,7 +98,7 @@ def write_manifest(folder: Path) -> None:
         },
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    captions = [scene.caption for scene in calibration_scenes(48)]
+    captions = [scene.caption for scene in calibration_scenes(32)]
     (folder / "calibration_prompts.txt").write_text("\n".join(captions) + "\n")
 
 

@@ -74,18 +74,22 @@ class Router(nn.Module):
         """
         shift, scale = modulation.chunk(2, dim=1)
         trunk = self.trunk
-        weight = ((1 + scale)[:, None] * trunk.weight).mT
-        bias = F.linear(shift, trunk.weight, trunk.bias)[:, None]
-        total: Tensor | int = 0
-        count: Tensor | int = 0
-        for stream, mask in zip(streams, masks, strict=True):
-            hidden = torch.baddbmm(bias, F.layer_norm(stream, stream.shape[-1:], eps=1e-6), weight).relu()
-            if mask is None:
-                total, count = total + hidden.sum(1), count + hidden.shape[1]
-            else:
-                total, count = total + (hidden * mask[..., None]).sum(1), count + mask.sum(1, keepdim=True)
-        mean = total / count
+        weight = torch.addcmul(trunk.weight, trunk.weight, scale[:, None])
+        bias = F.linear(shift, trunk.weight, trunk.bias)
+        tokens = F.layer_norm(torch.cat(tuple(streams), dim=1), streams[0].shape[-1:], eps=1e-6)
+        hidden = torch.baddbmm(bias[:, None], tokens, weight.mT).relu()
+        mean = hidden.mean(1) if all(mask is None for mask in masks) else _masked_mean(hidden, streams, masks)
         return Scores(self.gate_head(mean)[:, 0], self.width_head(mean))
+
+
+def _masked_mean(hidden: Tensor, streams: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tensor:
+    """Mean over real tokens, `(batch, channels)`, of `hidden` `(batch, tokens of all streams, channels)`."""
+    whole = [
+        stream.new_ones(stream.shape[:2]) if mask is None else mask.to(stream.dtype)
+        for stream, mask in zip(streams, masks, strict=True)
+    ]
+    mask = torch.cat(whole, dim=1)
+    return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
 class RouterStack(nn.Module):

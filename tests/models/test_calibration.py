@@ -64,10 +64,10 @@ def test_each_preset_names_at_most_one_point(measured: list[CurvePoint]) -> None
 
 
 def test_presets_name_the_points_nearest_to_their_compute() -> None:
-    ratios = [0.95, 0.82, 0.7, 0.6, 0.5, 0.4, 0.3]
+    ratios = [0.95, 0.82, 0.7, 0.6, 0.47, 0.4, 0.3]
     curve = [CurvePoint("router", Policy(), ratio, ratio, ratio) for ratio in ratios]
     named = {point.compute_ratio: point.preset for point in name_presets(curve) if point.preset}
-    assert named == {0.82: Preset.HIGH, 0.6: Preset.BALANCED, 0.5: Preset.FAST, 0.3: Preset.DRAFT}
+    assert named == {0.82: Preset.HIGH, 0.6: Preset.BALANCED, 0.47: Preset.FAST, 0.3: Preset.DRAFT}
 
 
 @pytest.mark.parametrize("rule", ["router", "residual_cache"])
@@ -79,7 +79,7 @@ def test_no_setting_is_tried_twice(rule: str) -> None:
 @pytest.mark.parametrize("rule", ["router", "residual_cache"])
 def test_settings_of_a_group_differ_in_thresholds_only(rule: str) -> None:
     for group in settings_of(rule):
-        assert len({(policy.reuse_band, policy.max_reuses, policy.protected_first) for policy in group}) == 1
+        assert len({(policy.max_reuses, policy.reuse_from_step, policy.protected_first) for policy in group}) == 1
 
 
 def test_similarity_is_one_for_equal_pictures_and_less_for_others() -> None:
