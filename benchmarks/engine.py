@@ -10,6 +10,7 @@ effort   compute for one object on a plain background against four on a busy one
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -115,11 +116,16 @@ def elastic_denoise(engine: Engine, requests: Sequence[GenerationRequest]) -> tu
 
 
 def measure_time(
-    engine: Engine, pipeline: FluxPipeline, model: str, side: int, batch_size: int, num_rounds: int
+    engine: Engine,
+    pipeline: FluxPipeline,
+    names: Sequence[Contender],
+    model: str,
+    side: int,
+    batch_size: int,
+    num_rounds: int,
 ) -> list[Row]:
-    """Rows of name, compute ratio, seconds and time ratio over stock (medians over rounds, with the spread)."""
+    """Rows of name, compute ratio, seconds and time ratio over stock: medians, and the middle four fifths."""
     scenes = evaluation_scenes(batch_size * (num_rounds + 1), 0)
-    names = contenders(engine, model)
     seconds: dict[str, list[float]] = {c.name: [] for c in names}
     compute: dict[str, list[float]] = {c.name: [] for c in names}
     max_length = engine.max_sequence_length(model)
@@ -201,10 +207,10 @@ def _decisions(summaries: Sequence[GenerationSummary]) -> dict[str, float]:
     }
 
 
-def _likeness(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
-    # Identical pictures have infinite PSNR; the median is still a number.
+def _likeness(pairs: Sequence[tuple[float, float]]) -> Row:
+    typical = statistics.median(float(p) for p, _ in pairs)
     return {
-        "psnr": statistics.median(float(p) for p, _ in pairs),
+        "psnr": typical if math.isfinite(typical) else "identical",
         "ssim": statistics.mean(float(s) for _, s in pairs),
     }
 
@@ -246,6 +252,7 @@ def main() -> None:
     parser.add_argument("--sides", type=int, nargs="+", default=[128, 256])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompts", type=int, default=128, help="one-object prompts, and as many with two to four")
+    parser.add_argument("--time", nargs="+", metavar="NAME", help="time only the stock transformer and these")
     parser.add_argument("--only", choices=("time", "quality", "effort"))
     parser.add_argument("--json", type=Path, help="also write the result here")
     arguments = parser.parse_args()
@@ -254,11 +261,12 @@ def main() -> None:
     result: dict[str, object] = {"benchmark": "engine", "model": model, "environment": environment()}
     if arguments.only in (None, "time"):
         pipeline = FluxPipeline.from_pretrained(arguments.model, dtype=torch.float32)
+        names = [c for c in contenders(engine, model) if not (c.budget and arguments.time) or c.name in arguments.time]
         rows = [
             row
             for side in arguments.sides
             for batch_size in arguments.batches
-            for row in measure_time(engine, pipeline, model, side, batch_size, arguments.rounds)
+            for row in measure_time(engine, pipeline, names, model, side, batch_size, arguments.rounds)
         ]
         result["time"] = rows
         show("Denoise time over the stock transformer's", rows)
