@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.families.flux import adapter
+from models.families.flux.pipeline import mlp_layers
 from training.loop import run_loop, warm_then_linear
 from training.rendering import object_map, render
 from training.scenes import COLOURS, SHAPES, Scene, sample_scene, training_scenes
@@ -88,8 +89,8 @@ class WidthMasks:
 
     def __init__(self, transformer: FluxTransformer2DModel) -> None:
         self.masks: list[Tensor] = []
-        for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
-            last = block.ff.net[2] if hasattr(block, "ff") else block.proj_out
+        for block in adapter.blocks(transformer).values():
+            _, last, _ = mlp_layers(block)
             last.register_buffer("width_mask", torch.ones(last.in_features), persistent=False)
             last.register_forward_pre_hook(lambda module, args: (args[0] * module.width_mask,))
             self.masks.append(last.width_mask)
