@@ -91,9 +91,10 @@ class WidthMasks:
         self.masks: list[Tensor] = []
         for block in adapter.blocks(transformer).values():
             _, last, _ = mlp_layers(block)
-            last.register_buffer("width_mask", torch.ones(last.in_features), persistent=False)
+            mask = torch.ones(last.in_features)
+            last.register_buffer("width_mask", mask, persistent=False)
             last.register_forward_pre_hook(lambda module, args: (args[0] * module.width_mask,))
-            self.masks.append(last.width_mask)
+            self.masks.append(mask)
         self.num_channels = transformer.inner_dim
 
     def set(self, widths: Sequence[float]) -> None:
