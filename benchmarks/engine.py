@@ -2,7 +2,7 @@
 
 Three measurements in one run of `python -m benchmarks.engine`:
 
-time     the stock diffusers transformer, our loop at `exact`, every preset and compute_ratio 0.5, interleaved round by
+time     the stock diffusers transformer, our loop at `exact`, every preset and compute caps, interleaved round by
          round on the same latents and prompts; a ratio is a round's own, and its median over rounds is reported
 quality  prompt accuracy by the judge, PSNR and SSIM against the exact picture of the same seed, on held-out prompts
 effort   compute for one object on a plain background against four on a busy one, at the same settings
@@ -45,12 +45,12 @@ class Contender:
     budget: Budget | None
 
 
-def contenders(engine: Engine, model: str) -> list[Contender]:
+def contenders(engine: Engine, model: str, caps: Sequence[float]) -> list[Contender]:
     presets = [point.preset for point in engine.cards[model].curve if point.preset]
     return [
         Contender("stock", None),
         *(Contender(str(preset), PresetBudget(preset)) for preset in presets),
-        Contender("compute 0.5", ComputeBudget(0.5)),
+        *(Contender(f"compute {cap:g}", ComputeBudget(cap)) for cap in caps),
     ]
 
 
@@ -105,14 +105,15 @@ def stock_denoise(pipeline: FluxPipeline, requests: Sequence[GenerationRequest],
     return time.perf_counter() - started
 
 
-def elastic_denoise(engine: Engine, requests: Sequence[GenerationRequest]) -> tuple[float, float]:
-    """Seconds and mean compute ratio of our denoise loop."""
+def elastic_denoise(engine: Engine, requests: Sequence[GenerationRequest]) -> tuple[float, float, float]:
+    """Seconds, mean compute ratio and the routers' seconds of our denoise loop."""
     states = [engine.start(request) for request in requests]
+    router_seconds = 0.0
     started = time.perf_counter()
     while not states[0].is_done:
-        engine.step(states)
+        router_seconds += engine.step(states).router_seconds
     seconds = time.perf_counter() - started
-    return seconds, statistics.mean(state.summary().compute_ratio for state in states)
+    return seconds, statistics.mean(state.summary().compute_ratio for state in states), router_seconds
 
 
 def measure_time(
@@ -126,8 +127,7 @@ def measure_time(
 ) -> list[Row]:
     """Rows of name, compute ratio, seconds and time ratio over stock: medians, and the middle four fifths."""
     scenes = evaluation_scenes(batch_size * (num_rounds + 1), 0)
-    seconds: dict[str, list[float]] = {c.name: [] for c in names}
-    compute: dict[str, list[float]] = {c.name: [] for c in names}
+    runs: dict[str, list[tuple[float, float, float]]] = {c.name: [] for c in names}
     max_length = engine.max_sequence_length(model)
     for number in tqdm(range(num_rounds + 1), desc=f"time at {side}, batch {batch_size}"):
         chosen = scenes[number * batch_size : (number + 1) * batch_size]
@@ -135,25 +135,27 @@ def measure_time(
         for contender in (*names[first:], *names[:first]):
             requests = requests_for(engine, model, chosen, contender.budget or PresetBudget(Preset.EXACT), side)
             if contender.budget is None:
-                measured = stock_denoise(pipeline, requests, max_length), 1.0
+                measured = stock_denoise(pipeline, requests, max_length), 1.0, 0.0
             else:
                 measured = elastic_denoise(engine, requests)
             if number:  # the first round warms up
-                seconds[contender.name].append(measured[0])
-                compute[contender.name].append(measured[1])
+                runs[contender.name].append(measured)
     rows: list[Row] = []
-    for name, times in seconds.items():
-        ratios = sorted(t / stock for t, stock in zip(times, seconds["stock"], strict=True))
+    for name, own in runs.items():
+        times, compute, router_seconds = zip(*own, strict=True)
+        stock_times = [run[0] for run in runs["stock"]]
+        ratios = sorted(t / stock for t, stock in zip(times, stock_times, strict=True))
         rows.append(
             {
                 "name": name,
                 "side": side,
                 "batch_size": batch_size,
-                "compute_ratio": statistics.mean(compute[name]),
+                "compute_ratio": statistics.mean(compute),
                 "seconds": statistics.median(times),
                 "time_ratio": statistics.median(ratios),
                 "time_ratio_low": ratios[len(ratios) // 10],
                 "time_ratio_high": ratios[-1 - len(ratios) // 10],
+                "router_share": statistics.median(router_seconds) / statistics.median(stock_times),
             }
         )
     return rows
@@ -174,12 +176,14 @@ def generate(
     return torch.stack(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1, summaries
 
 
-def measure_quality(engine: Engine, judge: Judge, model: str, num_single: int, num_multi: int) -> list[Row]:
+def measure_quality(
+    engine: Engine, judge: Judge, names: Sequence[Contender], model: str, num_single: int, num_multi: int
+) -> list[Row]:
     """Rows of name, compute, decisions, prompt accuracy of one-object and of other prompts, PSNR and SSIM."""
     groups = {"single": evaluation_scenes(num_single, 0), "multi": evaluation_scenes(0, num_multi)}
     rows: list[Row] = []
     exact: dict[str, Tensor] = {}
-    names = [c for c in contenders(engine, model) if c.budget]
+    names = [c for c in names if c.budget]
     with tqdm(total=len(names) * (num_single + num_multi), desc="quality") as bar:
         for contender in names:
             assert contender.budget is not None
@@ -219,7 +223,7 @@ def _likeness(pairs: Sequence[tuple[float, float]]) -> Row:
 def measure_effort(engine: Engine, model: str, count: int) -> list[Row]:
     """Mean compute of simple and complex scenes at every elastic preset, same seeds."""
     rows: list[Row] = []
-    for contender in contenders(engine, model):
+    for contender in contenders(engine, model, ()):
         if not isinstance(contender.budget, PresetBudget) or contender.budget.preset is Preset.EXACT:
             continue
         simple, busy = (
@@ -253,6 +257,7 @@ def main() -> None:
     parser.add_argument("--sides", type=int, nargs="+", default=[128, 256])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompts", type=int, default=128, help="one-object prompts, and as many with two to four")
+    parser.add_argument("--caps", type=float, nargs="*", default=[0.5], help="compute_ratio budgets beside the presets")
     parser.add_argument("--time", nargs="+", metavar="NAME", help="time only the stock transformer and these")
     parser.add_argument("--only", choices=("time", "quality", "effort"))
     parser.add_argument("--json", type=Path, help="also write the result here")
@@ -260,20 +265,21 @@ def main() -> None:
     engine = load_engine([arguments.model], device="cpu", router_weights=arguments.router_weights)
     model = arguments.model.name
     result: dict[str, object] = {"benchmark": "engine", "model": model, "environment": environment()}
+    names = contenders(engine, model, arguments.caps)
     if arguments.only in (None, "time"):
         pipeline = FluxPipeline.from_pretrained(arguments.model, dtype=torch.float32)
-        names = [c for c in contenders(engine, model) if not (c.budget and arguments.time) or c.name in arguments.time]
+        timed = [c for c in names if not (c.budget and arguments.time) or c.name in arguments.time]
         rows = [
             row
             for side in arguments.sides
             for batch_size in arguments.batches
-            for row in measure_time(engine, pipeline, names, model, side, batch_size, arguments.rounds)
+            for row in measure_time(engine, pipeline, timed, model, side, batch_size, arguments.rounds)
         ]
         result["time"] = rows
         show("Denoise time over the stock transformer's", rows)
     if arguments.only in (None, "quality"):
         judge = load_judge(arguments.judge)
-        rows = measure_quality(engine, judge, model, arguments.prompts, arguments.prompts)
+        rows = measure_quality(engine, judge, names, model, arguments.prompts, arguments.prompts)
         result["quality"] = rows
         show("Quality", rows)
     if arguments.only in (None, "effort"):

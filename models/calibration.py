@@ -49,6 +49,8 @@ def calibrate_model(directory: Path, prompts: Sequence[str], *, rule: str, devic
     model = directory.name
     if rule not in engine.cards[model].rules or rule == "dense":
         raise InvalidRequest(f"{model} has no rule '{rule}' to calibrate; try residual_cache", "rule")
+    if not prompts:
+        raise InvalidRequest("there are no prompts to calibrate on; give at least one", "prompts")
     curve = calibrate(engine, model, prompts, rule=rule)
     card = engine.cards[model]
     measured = {

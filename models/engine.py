@@ -142,7 +142,7 @@ def _card(family: FluxFamily, family_name: str, directory: Path, folder: Path) -
         default_num_inference_steps=steps,
         default_guidance_scale=guidance,
         sizes=SizeLimits(family.pixels_per_token, 4 * family.pixels_per_token, 2 * side),
-        max_prompt_characters=16 * family.max_sequence_length,  # no tokenizer's tokens are longer on average
+        max_prompt_characters=16 * family.max_sequence_length,  # ahead of counting its tokens
         max_num_inference_steps=100,
         supports_true_cfg=True,
         rules=rules,

@@ -112,15 +112,6 @@ class TextConditioner:
         clip_ids = _token_ids(self.clip_tokenizer, prompts)
         return self.t5(t5_ids)[0], self.clip(clip_ids).pooler_output
 
-    def save(self, folder: Path) -> None:
-        """Write the four parts under the folder names that FluxPipeline reads."""
-        self.clip.half().save_pretrained(folder / "text_encoder")
-        self.t5.half().save_pretrained(folder / "text_encoder_2")
-        self.clip_tokenizer.save_pretrained(folder / "tokenizer")
-        self.t5_tokenizer.save_pretrained(folder / "tokenizer_2")
-        self.clip.float()
-        self.t5.float()
-
 
 def _token_ids(tokenizer: T5Tokenizer | CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
     tokens = tokenizer(

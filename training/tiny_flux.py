@@ -68,7 +68,7 @@ def _train_base(rank: int) -> None:
 
 
 def _train_routers(rank: int) -> None:
-    transformer = FluxTransformer2DModel.from_pretrained(CHECKPOINT / "transformer", torch_dtype=torch.float32)
+    transformer = FluxTransformer2DModel.from_pretrained(CHECKPOINT / "transformer", dtype=torch.float32)
     weights = routers.train_routers(
         RUN_DIR,
         transformer,
