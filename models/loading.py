@@ -1,0 +1,129 @@
+"""Loading diffusers pipeline directories straight onto the device, with at most one tensor at a time on the host.
+
+What diffusers' own `from_pretrained(device_map=...)` leaves open: it reports nothing for missing tensors but a failed
+copy from the meta device, names neither file nor further names, and reads tensors only by whole shards.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import diffusers
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.utils.constants import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from tqdm import tqdm
+
+from models.errors import WeightsError
+from models.weights import read_json
+
+
+def stream_pipeline(
+    pipeline_class: type[DiffusionPipeline],
+    directory: Path,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    *,
+    offload_text_encoders: bool,
+) -> DiffusionPipeline:
+    """What `pipeline_class.from_pretrained(directory, dtype=dtype).to(device)` gives, with little host memory.
+
+    Text encoders, which pass through the host's memory, stay there if `offload_text_encoders`: prompts must then be
+    encoded on the device of the encoder and the result moved. Raises WeightsError if parts are missing or do not fit.
+    """
+    index = read_json(directory / "model_index.json")
+    modules = {}
+    for name in ("transformer", "vae"):
+        class_name = str((index.get(name) or ["", None])[1])
+        cls = getattr(diffusers, class_name, None)
+        if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
+            raise WeightsError(f"{directory / 'model_index.json'} names no diffusers model as its {name}: {class_name}")
+        modules[name] = stream_module(cls, directory / name, device, dtype)
+    try:
+        pipeline = pipeline_class.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, use_safetensors=True, **modules
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise WeightsError(f"{directory} can't be loaded: {error}") from error
+    return pipeline if offload_text_encoders else pipeline.to(device)
+
+
+def stream_module(cls: type[ModelMixin], directory: Path, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
+    """The module that `cls.from_pretrained(directory, dtype=dtype)` gives, on `device`.
+
+    A bar over bytes shows on terminals. Raises WeightsError if the files are not exactly what the configuration asks.
+    """
+    files = _weight_files(directory)
+    try:
+        module = _build_empty(cls, directory, dtype)
+        _check_fit(module, directory, files)
+        kept = cls._keep_in_fp32_modules or []
+        size_bytes = sum(file.stat().st_size for file in files)
+        with tqdm(total=size_bytes, desc=str(directory), unit="B", unit_scale=True, disable=None) as bar:
+            for file in files:
+                with safe_open(file, framework="pt") as tensors:
+                    for name in tensors.keys():  # noqa: SIM118  # it is no mapping
+                        tensor = tensors.get_tensor(name)
+                        wanted = torch.float32 if any(part in kept for part in name.split(".")) else dtype
+                        # Integers stay what they are.
+                        set_module_tensor_to_device(module, name, device, tensor, wanted, clear_cache=False)
+                        bar.update(tensor.nbytes)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise WeightsError(f"{directory} can't be loaded: {error}") from error
+    # Buffers that are not saved were computed on the host.
+    return module.to(device).eval()
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / SAFE_WEIGHTS_INDEX_NAME
+    names = {SAFETENSORS_WEIGHTS_NAME}
+    if index.exists():
+        try:
+            names = set(read_json(index)["weight_map"].values())
+        except (KeyError, AttributeError) as error:
+            raise WeightsError(f"{index} has no proper entry 'weight_map'") from error
+    if absent := sorted(name for name in names if not (directory / name).exists()):
+        pickles = ", ".join(path.name for path in directory.glob("*.bin"))
+        raise WeightsError(
+            f"{directory} has no {_some(absent)}"
+            + (f"; {pickles} is not read, since a pickle can run any code: save it as safetensors" if pickles else "")
+        )
+    return [directory / name for name in sorted(names)]
+
+
+def _build_empty(cls: type[ModelMixin], directory: Path, dtype: torch.dtype) -> nn.Module:
+    """The module with its parameters on the meta device; what it computes for itself is on the host, and real."""
+    config = cls.load_config(directory, local_files_only=True)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # as from_pretrained does, for buffers that are not saved
+    try:
+        with init_empty_weights(include_buffers=False):
+            module: nn.Module = cls.from_config(config)
+    finally:
+        torch.set_default_dtype(default)
+    return module
+
+
+def _check_fit(module: nn.Module, directory: Path, files: Sequence[Path]) -> None:
+    """Compare names and shapes, which are in the heads of the files."""
+    expected = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+    missing, surplus, misshapen = set(expected), [], []
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # it is no mapping
+                missing.discard(name)
+                shape = tensors.get_slice(name).get_shape()
+                if name not in expected:
+                    surplus.append(f"{name} in {file.name}")
+                elif shape != expected[name]:
+                    misshapen.append(f"{name} in {file.name}, {shape} for {expected[name]}")
+    for fault, names in (("missing", sorted(missing)), ("surplus", surplus), ("misshapen", misshapen)):
+        if names:
+            raise WeightsError(f"{directory} does not fit its config.json: {fault}: {_some(names)}")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
