@@ -14,7 +14,7 @@ help: ## list these commands
 
 setup: $(INSTALLED) ## install into .venv; instant when nothing changed
 
-demo: setup ## start a server, draw four prompts at five budgets, write demo/contact_sheet.png
+demo: setup ## start a server, draw prompts at every budget with both models, write demo/contact_sheet.png
 	$(BIN)/python -m service.demo --out demo $(ARGS)
 
 serve: setup ## serve on 127.0.0.1:8000
@@ -29,11 +29,12 @@ check: setup ## formatting, lint, types, import directions
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: setup ## time dense, exact and every preset, with their quality
+bench: setup ## time dense, exact and every preset, with their quality: ARGS="--model checkpoints/tiny-qwen-image"
 	$(BIN)/python -m benchmarks.engine $(ARGS)
 
-train: setup ## train tiny-flux again, resuming where it stopped
+train: setup ## train the small models again, resuming where they stopped
 	$(BIN)/python -m training.tiny_flux $(ARGS)
+	$(BIN)/python -m training.tiny_qwen_image $(ARGS)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or newer, or name one: make PYTHON=python3.12"; exit 1; }

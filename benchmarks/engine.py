@@ -1,40 +1,45 @@
 """How much time does elasticity save, and what does it cost in quality?
 
-Three measurements in one run of `python -m benchmarks.engine`:
+Four measurements in one run of `python -m benchmarks.engine`:
 
 time     the stock diffusers transformer, our loop at `exact`, every preset and compute caps, interleaved round by
          round on the same latents and prompts; a ratio is a round's own, and its median over rounds is reported
 quality  prompt accuracy by the judge, PSNR and SSIM against the exact picture of the same seed, on held-out prompts
 effort   compute for one object on a plain background against four on a busy one, at the same settings
+negative where guidance is true: how many pictures have the background that the negative prompt names
 """
 
 import argparse
-import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import diffusers.utils.logging
 import torch
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline, QwenImagePipeline
 from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.environment import environment
+from benchmarks.table import Row, finish, show
+from models.card import Guidance
 from models.engine import Engine, load_engine
 from models.report import GenerationSummary
 from models.request import Budget, ComputeBudget, GenerationRequest, Preset, PresetBudget
 from training.judge import Judge, load_judge
 from training.prompts import complex_scenes, evaluation_scenes, simple_scenes
-from training.scenes import Scene
+from training.scenes import TEXTURES, Scene
 from training.similarity import psnr, ssim
 
 _BATCH_SIZE = 8
-
-
-Row = dict[str, float | str]
+_CAPTIONS: Mapping[str, Callable[[Scene], str]] = {
+    "flux": lambda scene: scene.caption,
+    "qwen_image": lambda scene: scene.mixed_caption,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +63,11 @@ def requests_for(
     engine: Engine, model: str, scenes: Sequence[Scene], budget: Budget, side: int | None = None
 ) -> list[GenerationRequest]:
     card = engine.cards[model]
+    caption_of = _CAPTIONS[card.family]
     return [
         GenerationRequest(
             model,
-            scene.caption,
+            caption_of(scene),
             side or card.default_height,
             side or card.default_width,
             card.default_num_inference_steps,
@@ -73,35 +79,30 @@ def requests_for(
     ]
 
 
-@torch.inference_mode()
-def stock_denoise(pipeline: FluxPipeline, requests: Sequence[GenerationRequest], max_sequence_length: int) -> float:
-    """Seconds of the stock denoise loop: the transformer and scheduler calls of FluxPipeline, nothing else."""
-    request = requests[0]
-    prompt_embeds, pooled, text_ids = pipeline.encode_prompt(
-        [r.prompt for r in requests], None, max_sequence_length=max_sequence_length
-    )
-    generators = [torch.Generator().manual_seed(r.seed) for r in requests]
-    channels = pipeline.transformer.config.in_channels // 4
-    latents, image_ids = pipeline.prepare_latents(
-        len(requests), channels, request.height, request.width, torch.float32, "cpu", generators
-    )
-    steps = request.num_inference_steps
-    pipeline.scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), mu=1.0)
-    pipeline.scheduler.set_begin_index(0)
-    guidance = torch.full([len(requests)], request.guidance_scale)
+def stock_denoise(
+    pipeline: DiffusionPipeline, requests: Sequence[GenerationRequest], max_sequence_length: int
+) -> float:
+    """Seconds of the stock pipeline from encoded prompts to latents."""
+    request, prompts = requests[0], [r.prompt for r in requests]
+    inputs: dict[str, Any] = {
+        "height": request.height,
+        "width": request.width,
+        "num_inference_steps": request.num_inference_steps,
+        "generator": [torch.Generator().manual_seed(r.seed) for r in requests],
+        "output_type": "latent",
+    }
+    with torch.inference_mode():
+        if isinstance(pipeline, QwenImagePipeline):
+            inputs["true_cfg_scale"] = request.guidance_scale
+            for prefix, texts in (("", prompts), ("negative_", [""] * len(prompts))):
+                embeds, mask = pipeline.encode_prompt(texts, max_sequence_length=max_sequence_length)
+                inputs |= {f"{prefix}prompt_embeds": embeds, f"{prefix}prompt_embeds_mask": mask}
+        else:
+            embeds, pooled, _ = pipeline.encode_prompt(prompts, None, max_sequence_length=max_sequence_length)
+            inputs |= {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+            inputs["guidance_scale"] = request.guidance_scale
     started = time.perf_counter()
-    for timestep in pipeline.scheduler.timesteps:
-        velocity = pipeline.transformer(
-            hidden_states=latents,
-            timestep=timestep.expand(len(requests)) / 1000,
-            guidance=guidance,
-            pooled_projections=pooled,
-            encoder_hidden_states=prompt_embeds,
-            txt_ids=text_ids,
-            img_ids=image_ids,
-            return_dict=False,
-        )[0]
-        latents = pipeline.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+    pipeline(**inputs)
     return time.perf_counter() - started
 
 
@@ -118,7 +119,7 @@ def elastic_denoise(engine: Engine, requests: Sequence[GenerationRequest]) -> tu
 
 def measure_time(
     engine: Engine,
-    pipeline: FluxPipeline,
+    pipeline: DiffusionPipeline,
     names: Sequence[Contender],
     model: str,
     side: int,
@@ -241,11 +242,32 @@ def measure_effort(engine: Engine, model: str, count: int) -> list[Row]:
     return rows
 
 
-def show(title: str, rows: Sequence[Row]) -> None:
-    print(f"\n{title}")
-    print("  ".join(f"{key:>14}" for key in rows[0]))
-    for row in rows:
-        print("  ".join(f"{v:>14.4f}" if isinstance(v, float) else f"{v:>14}" for v in row.values()))
+def measure_negative(engine: Engine, judge: Judge, model: str, count: int) -> list[Row]:
+    """For each texture, the share of pictures that have it, without and with it as the negative prompt.
+
+    The prompts tell of one object and leave the background open.
+    """
+    scenes = [replace(scene, tells_background=False) for scene in evaluation_scenes(count, 0)]
+    rows: list[Row] = []
+    for preset in (Preset.EXACT, Preset.FAST):
+        requests = requests_for(engine, model, scenes, PresetBudget(preset))
+
+        def textures(negative_prompt: str | None, requests: Sequence[GenerationRequest] = requests) -> list[str]:
+            asked = [replace(request, negative_prompt=negative_prompt) for request in requests]
+            return [reading.texture for reading in judge.read(generate(engine, asked, lambda _: None)[0])]
+
+        without = textures(None)
+        for texture in tqdm(TEXTURES, desc=f"negative prompts at {preset}"):
+            kept = textures(f"{texture} background").count(texture)
+            rows.append(
+                {
+                    "name": str(preset),
+                    "texture": texture,
+                    "without": without.count(texture) / count,
+                    "with": kept / count,
+                }
+            )
+    return rows
 
 
 def main() -> None:
@@ -259,15 +281,17 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=128, help="one-object prompts, and as many with two to four")
     parser.add_argument("--caps", type=float, nargs="*", default=[0.5], help="compute_ratio budgets beside the presets")
     parser.add_argument("--time", nargs="+", metavar="NAME", help="time only the stock transformer and these")
-    parser.add_argument("--only", choices=("time", "quality", "effort"))
+    parser.add_argument("--only", choices=("time", "quality", "effort", "negative"))
     parser.add_argument("--json", type=Path, help="also write the result here")
     arguments = parser.parse_args()
+    diffusers.utils.logging.set_verbosity_error()  # the stock pipeline warns at every call that a batch has no mask
     engine = load_engine([arguments.model], device="cpu", router_weights=arguments.router_weights)
     model = arguments.model.name
     result: dict[str, object] = {"benchmark": "engine", "model": model, "environment": environment()}
     names = contenders(engine, model, arguments.caps)
     if arguments.only in (None, "time"):
-        pipeline = FluxPipeline.from_pretrained(arguments.model, dtype=torch.float32)
+        pipeline = DiffusionPipeline.from_pretrained(arguments.model, dtype=torch.float32)
+        pipeline.set_progress_bar_config(disable=True)
         timed = [c for c in names if not (c.budget and arguments.time) or c.name in arguments.time]
         rows = [
             row
@@ -286,10 +310,11 @@ def main() -> None:
         rows = measure_effort(engine, model, 48)
         result["effort"] = rows
         show("Compute of simple and complex scenes", rows)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    if arguments.only in (None, "negative") and engine.cards[model].guidance is Guidance.TRUE:
+        rows = measure_negative(engine, load_judge(arguments.judge), model, 48)
+        result["negative"] = rows
+        show("Backgrounds without and with a negative prompt that names them", rows)
+    finish(result, arguments.json)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from models.card import EXACT, CurvePoint, Policy
 from models.engine import Engine, load_engine
 from models.errors import InvalidRequest
 from models.request import ComputeBudget, GenerationRequest, Preset, PresetBudget
-from models.weights import write_curve
+from models.weights import read_manifest, write_curve
 
 QUALITY_METRIC = "ssim"
 _PRESET_COMPUTE = {Preset.HIGH: 0.8, Preset.BALANCED: 0.6, Preset.FAST: 0.45, Preset.DRAFT: 0.25}
@@ -23,8 +23,11 @@ _BATCH_SIZE = 8
 _NUM_TIMED = 5
 
 
-def settings_of(rule: str) -> list[list[Policy]]:
-    """Policies to try, in groups that differ in thresholds only, so that places between two of a group make sense."""
+def settings_of(rule: str, published: Sequence[Policy] = ()) -> list[list[Policy]]:
+    """Policies to try, in groups that differ in thresholds only, so that places between two of a group make sense.
+
+    For `router` each of the `published` policies has a group of its own.
+    """
     if rule == "router":
         thresholds = (0.05, 0.15, 0.25, 0.4, 0.55, 0.7)
         without_reuse = [Policy(skip_threshold=t, width_bias=bias) for bias in (0.0, 2.0) for t in thresholds]
@@ -33,7 +36,11 @@ def settings_of(rule: str) -> list[list[Policy]]:
             for band in (0.1, 0.25, 0.4)
             for threshold in thresholds
         ]
-        return [without_reuse, with_reuse]
+        as_published = [
+            [replace(policy, skip_threshold=t) for t in sorted({*thresholds, policy.skip_threshold})]
+            for policy in published
+        ]
+        return [without_reuse, with_reuse, *as_published]
     return [
         [
             Policy(residual_threshold=threshold, max_reuses=reuses, protected_first=1)
@@ -43,15 +50,26 @@ def settings_of(rule: str) -> list[list[Policy]]:
     ]
 
 
-def calibrate_model(directory: Path, prompts: Sequence[str], *, rule: str, device: str, router_weights: Path) -> Path:
+def calibrate_model(
+    directory: Path,
+    prompts: Sequence[str],
+    *,
+    rule: str,
+    device: str,
+    router_weights: Path,
+    offload_text_encoders: bool = False,
+) -> Path:
     """Calibrate a model directory and write the curve beside its routers. Returns the path of `calibration.json`."""
-    engine = load_engine([directory], device=device, router_weights=router_weights)
+    engine = load_engine(
+        [directory], device=device, router_weights=router_weights, offload_text_encoders=offload_text_encoders
+    )
     model = directory.name
     if rule not in engine.cards[model].rules or rule == "dense":
         raise InvalidRequest(f"{model} has no rule '{rule}' to calibrate; try residual_cache", "rule")
     if not prompts:
         raise InvalidRequest("there are no prompts to calibrate on; give at least one", "prompts")
-    curve = calibrate(engine, model, prompts, rule=rule)
+    published = read_manifest(router_weights / model).published_policies
+    curve = calibrate(engine, model, prompts, rule=rule, published=published)
     card = engine.cards[model]
     measured = {
         "num_prompts": len(prompts),
@@ -64,7 +82,9 @@ def calibrate_model(directory: Path, prompts: Sequence[str], *, rule: str, devic
     return write_curve(router_weights / model, curve, QUALITY_METRIC, measured)
 
 
-def calibrate(engine: Engine, model: str, prompts: Sequence[str], *, rule: str) -> tuple[CurvePoint, ...]:
+def calibrate(
+    engine: Engine, model: str, prompts: Sequence[str], *, rule: str, published: Sequence[Policy] = ()
+) -> tuple[CurvePoint, ...]:
     """Measure `model` under every setting of `rule`, on `prompts` at the model's default size, steps and guidance.
 
     Of the best group of settings it keeps those that none beats in both compute and quality, from exact to the
@@ -73,7 +93,7 @@ def calibrate(engine: Engine, model: str, prompts: Sequence[str], *, rule: str) 
     requests = [_request(engine, model, prompt, seed) for seed, prompt in enumerate(prompts)]
     exact, _ = _generate(engine, requests, EXACT)
     groups = []
-    for policies in settings_of(rule):
+    for policies in settings_of(rule, published):
         points = []
         for policy in policies:
             point = CurvePoint(rule, policy, 1.0, 1.0, 1.0)

@@ -1,6 +1,7 @@
 """What a loaded model is and can do, as plain data: no torch here, since the API side reads it too."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from models.request import Preset
 
@@ -48,6 +49,14 @@ class CurvePoint:
 EXACT = CurvePoint("dense", Policy(), 1.0, 1.0, 1.0, Preset.EXACT)
 
 
+class Guidance(StrEnum):
+    """What a model's `guidance_scale` is."""
+
+    DISTILLED = "distilled"  # an input of the transformer; true guidance by `true_cfg_scale` besides: FLUX.1-dev
+    NONE = "none"  # without effect: the model is distilled to need none; `true_cfg_scale` as above: FLUX.1-schnell
+    TRUE = "true"  # true classifier-free guidance itself, and there is no `true_cfg_scale`: Qwen-Image
+
+
 @dataclass(frozen=True, slots=True)
 class SizeLimits:
     """Heights and widths in pixels that a model serves: multiples of `multiple_of` from `minimum` to `maximum`."""
@@ -62,7 +71,8 @@ class ModelCard:
     """Identity, defaults, limits and curve of one model, as `/v1/models` shows them.
 
     `curve` begins with EXACT and descends in both compute and quality. `dense_step_seconds` is the time of one dense
-    denoise step at the default size on this device, measured when the model is loaded. `blocks` are the block names.
+    denoise step at the default size and guidance on this device, measured when the model is loaded. `blocks` are the
+    block names.
     """
 
     id: str
@@ -77,7 +87,7 @@ class ModelCard:
     sizes: SizeLimits
     max_prompt_characters: int
     max_num_inference_steps: int
-    supports_true_cfg: bool
+    guidance: Guidance
     rules: tuple[str, ...]
     quality_metric: str
     curve: tuple[CurvePoint, ...]

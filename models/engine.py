@@ -16,11 +16,11 @@ from models.diffusion.sampling import euler_step
 from models.elastic.runner import run_block
 from models.errors import UnknownModel, WeightsError
 from models.families import FAMILIES, family_class
-from models.families.flux.pipeline import FluxFamily
+from models.families.picture import PictureFamily
 from models.report import StepReport
 from models.request import ComputeBudget, GenerationRequest, Preset, PresetBudget
 from models.state import DenoiseState
-from models.weights import load_router_weights, read_curve, read_json, read_manifest
+from models.weights import Manifest, load_router_weights, read_curve, read_json, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Engine:
     Modules hold weights only; all that a request has is in its `DenoiseState`.
     """
 
-    def __init__(self, families: Mapping[str, FluxFamily], cards: Mapping[str, ModelCard]) -> None:
+    def __init__(self, families: Mapping[str, PictureFamily], cards: Mapping[str, ModelCard]) -> None:
         self.cards = cards
         self._families = families
 
@@ -71,6 +71,8 @@ class Engine:
         for state, velocity in zip(states, family.epilogue(states, streams), strict=True):
             sigma, next_sigma = state.sigmas[state.step_index], state.sigmas[state.step_index + 1]
             state.complete_step(euler_step(state.latents, velocity, sigma, next_sigma))
+        if states[0].latents.is_cuda:
+            torch.cuda.synchronize()  # else the seconds, by which costs are predicted, would be those of launching
         return StepReport(time.perf_counter() - started, router_seconds, len(states), tuple(reports))
 
     def finish(self, state: DenoiseState) -> np.ndarray:
@@ -82,34 +84,40 @@ class Engine:
         """Prompt tokens that `model` reads: what the stock pipeline must be given for equal results."""
         return self._family(model).max_sequence_length
 
-    def _family(self, model: str) -> FluxFamily:
+    def _family(self, model: str) -> PictureFamily:
         if model not in self._families:
             raise UnknownModel(f"model '{model}' is not loaded; there is: {', '.join(self._families)}")
         return self._families[model]
 
 
-def load_engine(directories: Sequence[Path], *, device: str, router_weights: Path) -> Engine:
+def load_engine(
+    directories: Sequence[Path], *, device: str, router_weights: Path, offload_text_encoders: bool = False
+) -> Engine:
     """Load model directories; a model's id is its directory's name.
 
     Routers, terms and curve are read from `router_weights/<id>`. On a CPU models run in float32, else in bfloat16.
+    With `offload_text_encoders` prompts are encoded on the CPU, which leaves the device's memory to the transformer.
     Raises WeightsError if a directory or its router folder is not what it should be.
     """
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
-    families: dict[str, FluxFamily] = {}
+    families: dict[str, PictureFamily] = {}
     cards: dict[str, ModelCard] = {}
     for directory in directories:
         folder = router_weights / directory.name
         name, cls = _family_of(directory)
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        family = cls.load(directory, device, dtype, load_router_weights(folder, directory))
+        manifest = read_manifest(folder)
+        family = cls.load(
+            directory, device, dtype, load_router_weights(folder, directory), manifest.traits, offload_text_encoders
+        )
         families[directory.name] = family
-        cards[directory.name] = _card(family, name, directory, folder)
+        cards[directory.name] = _card(family, name, directory, folder, manifest)
         logger.info("loaded %s on %s in %s", directory.name, device, dtype)
     return Engine(families, cards)
 
 
-def _family_of(directory: Path) -> tuple[str, type[FluxFamily]]:
+def _family_of(directory: Path) -> tuple[str, type[PictureFamily]]:
     index = directory / "model_index.json"
     if not index.exists():
         raise WeightsError(f"{directory} is not a diffusers pipeline directory: it has no model_index.json")
@@ -119,44 +127,41 @@ def _family_of(directory: Path) -> tuple[str, type[FluxFamily]]:
     return FAMILIES[pipeline_class][0], family_class(pipeline_class)
 
 
-def _card(family: FluxFamily, family_name: str, directory: Path, folder: Path) -> ModelCard:
-    manifest = read_manifest(folder)
+def _card(family: PictureFamily, family_name: str, directory: Path, folder: Path, manifest: Manifest) -> ModelCard:
     curve, metric = read_curve(folder)
     rules = ("dense", *(["router"] if family.routers else []), "residual_cache")
     if missing := {point.rule for point in curve} - {*rules}:
         raise WeightsError(
             f"{folder}: the calibration is of rule {', '.join(missing)}; the model has {', '.join(rules)}"
         )
-    has_guidance = bool(family.transformer.config.guidance_embeds)
-    side = int(family.pipeline.vae.config.sample_size)
-    steps = manifest.num_inference_steps if manifest else (28 if has_guidance else 4)
-    guidance = manifest.guidance_scale if manifest else (3.5 if has_guidance else 0.0)
+    height, width = manifest.height or family.default_side, manifest.width or family.default_side
+    guidance = family.default_guidance_scale if manifest.guidance_scale is None else manifest.guidance_scale
     return ModelCard(
         id=directory.name,
         family=family_name,
         modality="image",
-        license=manifest.license if manifest else "unknown",
+        license=manifest.license,
         created=int((directory / "model_index.json").stat().st_mtime),
-        default_height=side,
-        default_width=side,
-        default_num_inference_steps=steps,
+        default_height=height,
+        default_width=width,
+        default_num_inference_steps=manifest.num_inference_steps or family.default_num_inference_steps,
         default_guidance_scale=guidance,
-        sizes=SizeLimits(family.pixels_per_token, 4 * family.pixels_per_token, 2 * side),
+        sizes=SizeLimits(family.pixels_per_token, 4 * family.pixels_per_token, 2 * max(height, width)),
         max_prompt_characters=16 * family.max_sequence_length,  # ahead of counting its tokens
         max_num_inference_steps=100,
-        supports_true_cfg=True,
+        guidance=family.guidance,
         rules=rules,
         quality_metric=metric,
         curve=curve,
         blocks=tuple(block.name for block in family.blocks),
-        dense_step_seconds=_dense_step_seconds(family, directory.name, side, guidance),
+        dense_step_seconds=_dense_step_seconds(family, directory.name, height, width, guidance),
         max_batch_size=8,
     )
 
 
-def _dense_step_seconds(family: FluxFamily, model: str, side: int, guidance: float) -> float:
-    """Time of one dense step at the default size: the fastest of four, the first of which warms up."""
-    request = GenerationRequest(model, "", side, side, 4, guidance, 0, PresetBudget(Preset.EXACT))
+def _dense_step_seconds(family: PictureFamily, model: str, height: int, width: int, guidance: float) -> float:
+    """Time of one dense step at the default size and guidance: the fastest of four, the first of which warms up."""
+    request = GenerationRequest(model, "", height, width, 4, guidance, 0, PresetBudget(Preset.EXACT))
     engine = Engine({model: family}, {})
     state = family.start(request, (EXACT,), EXACT)
     return min(engine.step([state]).seconds for _ in range(request.num_inference_steps))

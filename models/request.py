@@ -40,8 +40,11 @@ Budget = PresetBudget | QualityBudget | ComputeBudget
 class GenerationRequest:
     """One picture to make. A client's `n` pictures are `n` requests with consecutive seeds.
 
-    `height` and `width` are in pixels and fit the model; `negative_prompt` is set only where `true_cfg_scale` above 1
-    makes use of it. `wants_trace` keeps every block's decision for the receipt.
+    `height` and `width` are in pixels and fit the model. True classifier-free guidance is on above a scale of 1, which
+    is `guidance_scale` where the model's `Guidance` is TRUE (`true_cfg_scale` is 1 there, and without a
+    `negative_prompt` the negative prompt is empty), else `true_cfg_scale`, which never comes without a
+    `negative_prompt`. Where it is off there is no `negative_prompt`. `wants_trace` keeps every block's decision for the
+    receipt.
     """
 
     model: str

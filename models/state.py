@@ -18,12 +18,16 @@ class BranchInputs:
     """What one guidance branch feeds the transformer at every step.
 
     `context` is the embedded prompt `(1, text tokens, channels)`, already in the transformer's width; `pooled` and
-    `guidance` go into the time embedding.
+    `guidance` go into the time embedding of those families that have them.
     """
 
     context: Tensor
-    pooled: Tensor
-    guidance: Tensor | None
+    pooled: Tensor | None = None
+    guidance: Tensor | None = None
+
+    @property
+    def num_text_tokens(self) -> int:
+        return self.context.shape[1]
 
 
 @dataclass(slots=True)

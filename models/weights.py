@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +26,80 @@ class RouterWeights:
     neuron_orders: Mapping[str, Tensor]
 
 
+class MlpActivation(StrEnum):
+    """What a checkpoint's MLPs were trained with: diffusers' GELU, or x * sigmoid(1.702 x)."""
+
+    GELU_TANH = "gelu-tanh"
+    GELU_SIGMOID = "gelu-sigmoid"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointTraits:
+    """What the same classes compute differently for one checkpoint.
+
+    `rescales_guidance` says whether a guided velocity gets the norm of the conditional one, as diffusers has it.
+    """
+
+    mlp_activation: MlpActivation = MlpActivation.GELU_TANH
+    rescales_guidance: bool = True
+
+
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What `manifest.json` says that serving needs: terms of use and what to assume where a request is silent."""
+    """What `manifest.json` says that serving needs.
 
-    license: str
-    num_inference_steps: int
-    guidance_scale: float
+    Terms of use, what to assume where a request is silent (None where the family's default holds; sides in pixels), the
+    checkpoint's traits, and the policies that its authors used with its routers.
+    """
+
+    license: str = "unknown"
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    height: int | None = None
+    width: int | None = None
+    traits: CheckpointTraits = CheckpointTraits()
+    published_policies: tuple[Policy, ...] = ()
 
 
-def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest in a router folder, None if the folder has none. Raises WeightsError if it is malformed."""
-    if not (folder / "manifest.json").exists():
-        return None
-    content = read_json(folder / "manifest.json")
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest in a router folder, an empty one if the folder has none. Raises WeightsError if it is malformed."""
+    path = folder / "manifest.json"
+    if not path.exists():
+        return Manifest()
+    content = read_json(path)
     try:
-        defaults = content["defaults"]
-        return Manifest(content["license"], int(defaults["num_inference_steps"]), float(defaults["guidance_scale"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{folder / 'manifest.json'} has no proper entry {error}") from error
+        defaults, traits = content["defaults"], content.get("traits", {})
+        if not isinstance(traits.get("rescales_guidance", True), bool):
+            raise ValueError("rescales_guidance, which is true or false")
+        return Manifest(
+            license=content["license"],
+            num_inference_steps=int(defaults["num_inference_steps"]),
+            guidance_scale=float(defaults["guidance_scale"]),
+            height=int(defaults["height"]) if "height" in defaults else None,
+            width=int(defaults["width"]) if "width" in defaults else None,
+            traits=CheckpointTraits(
+                **traits | {"mlp_activation": MlpActivation(traits.get("mlp_activation", MlpActivation.GELU_TANH))}
+            ),
+            published_policies=tuple(Policy(**policy) for policy in content.get("published_policies", ())),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path} has no proper entry {error}") from error
+
+
+def write_manifest(folder: Path, model_directory: Path, transformer_file: str, content: Mapping[str, Any]) -> None:
+    """Write `content` as a router folder's manifest, with the hashes by which `load_router_weights` knows its files.
+
+    `transformer_file`, relative to the model directory, stands for the transformer.
+    """
+    digests = {
+        "router.safetensors": sha256(folder / "router.safetensors"),
+        transformer_file: sha256(model_directory / transformer_file),
+    }
+    (folder / "manifest.json").write_text(json.dumps({**content, "sha256": digests}, indent=1) + "\n")
 
 
 def load_router_weights(folder: Path, model_directory: Path) -> RouterWeights | None:
-    """Routers from `folder`, None if it has none.
+    """Routers from `folder`, in the type that the file has, None if it has none.
 
     Raises WeightsError if a file is not the one that the manifest names by hash, of the routers or of the transformer
     that they were trained for, or if the tensors do not fit.
@@ -64,15 +116,21 @@ def load_router_weights(folder: Path, model_directory: Path) -> RouterWeights | 
             raise WeightsError(f"{file} is not the file that {folder / 'manifest.json'} names: its sha256 differs")
     tensors = load_file(path)
     orders = {k.removeprefix("neuron_order."): v for k, v in tensors.items() if k.startswith("neuron_order.")}
-    gates = {k: v.float() for k, v in tensors.items() if k.startswith("gate_mlps.")}
-    num_blocks = len({name.split(".")[1] for name in gates})
     try:
-        hidden, channels = gates["gate_mlps.0.out.0.weight"].shape
-        stack = RouterStack(num_blocks, channels, hidden)
-        stack.load_state_dict(gates)
-    except (KeyError, RuntimeError) as error:
+        stack = router_stack({k: v for k, v in tensors.items() if k.startswith("gate_mlps.")})
+    except (KeyError, ValueError, RuntimeError) as error:
         raise WeightsError(f"{path}: {error}") from error
-    return RouterWeights(stack.eval().requires_grad_(False), orders)
+    return RouterWeights(stack, orders)
+
+
+def router_stack(tensors: Mapping[str, Tensor]) -> RouterStack:
+    """Routers of these tensors, which aren't copied. Raises KeyError, ValueError or RuntimeError if they don't fit."""
+    num_blocks = len({name.split(".")[1] for name in tensors})
+    hidden, channels = tensors["gate_mlps.0.out.0.weight"].shape
+    with torch.device("meta"):  # sixty routers of 3072 channels are 4.6 GB in float32
+        stack = RouterStack(num_blocks, channels, hidden)
+    stack.load_state_dict(tensors, assign=True)
+    return stack.eval().requires_grad_(False)
 
 
 def save_router_weights(weights: RouterWeights, folder: Path) -> None:

@@ -30,7 +30,11 @@ def serve(
     host: Annotated[str | None, typer.Option(help="The address to listen on.  [default: 127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(help="The port to listen on.  [default: 8000]")] = None,
     models: Annotated[
-        str | None, typer.Option(help="Model directories, separated by commas.  [default: checkpoints/tiny-flux]")
+        str | None,
+        typer.Option(
+            help="Model directories, separated by commas; the first is the default model.  "
+            "[default: checkpoints/tiny-flux,checkpoints/tiny-qwen-image]"
+        ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.  [default: cpu]")] = None,
     config: Config = None,
@@ -44,7 +48,12 @@ def serve(
 
     worker = build_worker(
         settings,
-        lambda: load_engine(settings.models, device=settings.device, router_weights=settings.router_weights),
+        lambda: load_engine(
+            settings.models,
+            device=settings.device,
+            router_weights=settings.router_weights,
+            offload_text_encoders=settings.offload_text_encoders,
+        ),
     )
     worker.start()
     serve_http(settings, worker)
@@ -54,12 +63,25 @@ def serve(
 def generate(
     prompt: Annotated[str, typer.Option(help="What the picture shows.")],
     model: Annotated[str, typer.Option(help="A model directory, or its name in checkpoints/.")] = "tiny-flux",
-    negative_prompt: Annotated[str | None, typer.Option(help="What it should not show.")] = None,
-    true_cfg_scale: Annotated[float | None, typer.Option(help="True classifier-free guidance; 1 is off.")] = None,
+    negative_prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="What it should not show: with --guidance above 1 (Qwen-Image), with --true-cfg-scale above 1 (FLUX)."
+        ),
+    ] = None,
+    true_cfg_scale: Annotated[
+        float | None,
+        typer.Option(help="FLUX: true classifier-free guidance besides; 1 is off, above it needs --negative-prompt."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Random by default.")] = None,
     budget: Annotated[str | None, typer.Option(help="A preset, or quality=0.9, or compute_ratio=0.5.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoise steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="Guidance scale. FLUX: distilled. Qwen-Image: true classifier-free guidance; up to 1 is off."
+        ),
+    ] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT.")] = None,
     out: Annotated[Path, typer.Option(help="The file to write: .png, .webp or .jpeg.")] = Path("picture.png"),
     receipt: Annotated[Path | None, typer.Option(help="Also write the receipt, as JSON.")] = None,
@@ -103,8 +125,40 @@ def calibrate(
     directory = _model_directory(model)
     from models.calibration import calibrate_model  # torch: only where something is computed
 
-    path = calibrate_model(directory, lines, rule=rule, device=settings.device, router_weights=settings.router_weights)
+    path = calibrate_model(
+        directory,
+        lines,
+        rule=rule,
+        device=settings.device,
+        router_weights=settings.router_weights,
+        offload_text_encoders=settings.offload_text_encoders,
+    )
     print(f"{path} written")
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Option("--src", exists=True, help="The checkpoint: a file, an index of shards, or their folder.")
+    ],
+    base: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="A model directory that has what the checkpoint lacks.")
+    ],
+    out: Annotated[Path, typer.Option(help="The model directory to write.")],
+    format_name: Annotated[
+        str, typer.Option("--format", help="elastic-dit: Elastic-DiT's checkpoint; --base is Qwen-Image's directory.")
+    ],
+    max_shard_gb: Annotated[float, typer.Option(min=0, help="The largest file of weights.")] = 5.0,
+    config: Config = None,
+) -> None:
+    """Import a checkpoint of another layout, routers included."""
+    settings = load_settings(config)
+    from models.conversion import convert as convert_checkpoint  # torch: only where something is computed
+
+    routers = convert_checkpoint(
+        format_name, source, base, out, router_weights=settings.router_weights, max_shard_bytes=int(max_shard_gb * 1e9)
+    )
+    print(f"{out} and {routers} written")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The demo: start a server, ask it for the same pictures at every budget, lay them side by side.
+"""The demo: start a server, ask each of its models for the same pictures at every budget, lay them side by side.
 
 Run as `python -m service.demo --out demo`. It is a client like any other: it knows the HTTP contract and nothing else.
 """
@@ -13,7 +13,8 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,6 +23,7 @@ import httpx2
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from models.card import Guidance
 from models.request import Preset
 
 PROMPTS = (
@@ -32,6 +34,9 @@ PROMPTS = (
     "a large green ring at the top left, a small white cross at the top right, "
     "a large purple square at the bottom left, a small red circle at the bottom right, on a busy dark background",
 )
+# For models whose guidance is true. The prompt leaves the background open, so that the negative one can steer it.
+GUIDED_PROMPT = "a large green ring in the centre"
+NEGATIVE_PROMPT = "light background"
 SEED = 7
 _READY_TIMEOUT_S = 180.0
 _REQUEST_TIMEOUT_S = 300.0
@@ -42,10 +47,24 @@ _INK, _FAINT, _PAPER = (20, 20, 24), (96, 96, 104), (255, 255, 255)
 
 
 @dataclass(frozen=True, slots=True)
+class Row:
+    """What all pictures of a row on the sheet have in common: everything but the budget."""
+
+    model: str
+    prompt: str
+    negative_prompt: str | None = None
+
+    @property
+    def title(self) -> str:
+        title = f"{self.model}: {self.prompt}"
+        return title if self.negative_prompt is None else f"{title} (negative prompt: {self.negative_prompt})"
+
+
+@dataclass(frozen=True, slots=True)
 class Drawn:
     """One picture and its receipt, as the server answered."""
 
-    prompt: str
+    row: Row
     preset: Preset
     picture: Image.Image
     receipt: dict[str, Any]
@@ -75,11 +94,11 @@ class Drawn:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m service.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the pictures (default: demo)")
-    parser.add_argument("--model", default="checkpoints/tiny-flux", help="model directory to serve")
+    parser.add_argument("--models", help="model directories to serve, separated by commas (default: the server's)")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     with (
-        running_server(options.model, options.out / "server.log") as address,
+        running_server(options.models, options.out / "server.log") as address,
         httpx2.Client(base_url=address, timeout=_REQUEST_TIMEOUT_S) as client,
     ):
         drawn = draw_all(client)
@@ -89,13 +108,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 @contextmanager
-def running_server(model: str, log_path: Path) -> Iterator[str]:
-    """A server of `model` in a process of its own, on a free port that only this machine sees. Gives its address."""
+def running_server(models: str | None, log_path: Path) -> Iterator[str]:
+    """A server in a process of its own, on a free port that only this machine sees. Gives its address.
+
+    `models` are directories separated by commas; None are the server's default models.
+    """
     port = _free_port()
     address = f"http://127.0.0.1:{port}"
     script = Path(sys.executable).with_name("elastic-dit")
-    command = [str(script), "serve", "--host", "127.0.0.1", "--port", str(port), "--models", model]
-    print(f"Starting {model} at {address} ...")
+    command = [str(script), "serve", "--host", "127.0.0.1", "--port", str(port)]
+    if models is not None:
+        command += ["--models", models]
+    print(f"Starting a server at {address} ...")
     with log_path.open("w") as log, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as process:
         try:
             _wait_until_ready(address, process, log_path)
@@ -143,61 +167,69 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def draw_all(client: httpx2.Client) -> list[Drawn]:
-    """Every prompt at every budget, one request at a time: prompts in order, budgets from exact to draft.
+    """Every row of every model at every budget that the model offers, one request at a time, exact first.
 
-    One picture for each budget is drawn before and thrown away, so that no time shown holds a first call's set-up.
+    A model's first row is drawn once before and thrown away, so that no time shown holds a first call's set-up.
     """
-    with tqdm(total=len(Preset) * (1 + len(PROMPTS)), unit="picture", leave=False) as bar:
-        for preset in Preset:
-            draw(client, PROMPTS[0], preset)
-            bar.update()
-        drawn = []
-        for prompt in PROMPTS:
-            for preset in Preset:
-                drawn.append(draw(client, prompt, preset))
-                bar.update()
+    drawn = []
+    for model in client.get("/v1/models").raise_for_status().json()["data"]:
+        presets = [Preset(point["preset"]) for point in model["curve"] if point["preset"]]
+        rows = rows_of(model)
+        todo = [(row, preset) for row in (rows[0], *rows) for preset in presets]
+        progress = tqdm(todo, desc=model["id"], unit="picture", leave=False)
+        drawn += [draw(client, row, preset) for row, preset in progress][len(presets) :]
     return drawn
 
 
-def draw(client: httpx2.Client, prompt: str, preset: Preset) -> Drawn:
-    body = {"prompt": prompt, "seed": SEED, "budget": {"preset": preset}}
-    response = client.post("/v1/images", json=body)
+def rows_of(model: dict[str, Any]) -> list[Row]:
+    """What to ask `model`, an entry of /v1/models, for."""
+    if model["guidance"] == Guidance.TRUE:
+        return [Row(model["id"], GUIDED_PROMPT), Row(model["id"], GUIDED_PROMPT, NEGATIVE_PROMPT)]
+    return [Row(model["id"], prompt) for prompt in PROMPTS]
+
+
+def draw(client: httpx2.Client, row: Row, preset: Preset) -> Drawn:
+    response = client.post("/v1/images", json={**asdict(row), "seed": SEED, "budget": {"preset": preset}})
     if response.status_code != 200:
-        raise SystemExit(f"POST /v1/images at budget {preset} answered {response.status_code}: {response.text}")
+        raise SystemExit(
+            f"POST /v1/images to {row.model} at budget {preset} answered {response.status_code}: {response.text}"
+        )
     result = response.json()
     picture = Image.open(io.BytesIO(base64.b64decode(result["data"][0]["b64_json"]))).convert("RGB")
-    return Drawn(prompt, preset, picture, result["receipt"])
+    return Drawn(row, preset, picture, result["receipt"])
 
 
 def save(drawn: Sequence[Drawn], folder: Path) -> None:
     """Write the contact sheet, each picture, and all receipts."""
     contact_sheet(drawn).save(folder / "contact_sheet.png")
+    rows = list(dict.fromkeys(entry.row for entry in drawn))
     records = []
     for entry in drawn:
-        name = f"{PROMPTS.index(entry.prompt) + 1}-{entry.preset}.png"
+        name = f"{rows.index(entry.row) + 1}-{entry.preset}.png"
         entry.picture.save(folder / name)
-        records.append({"picture": name, "prompt": entry.prompt, "budget": entry.preset, "receipt": entry.receipt})
+        records.append({"picture": name, **asdict(entry.row), "budget": entry.preset, "receipt": entry.receipt})
     (folder / "receipts.json").write_text(json.dumps(records, indent=2) + "\n")
 
 
 def contact_sheet(drawn: Sequence[Drawn]) -> Image.Image:
-    """All pictures on one sheet: a row for each prompt, a column for each budget, the measured figures under each.
+    """All pictures on one sheet: a column for each budget, the measured figures under each picture.
 
-    `drawn` goes prompt by prompt, with the same budgets in the same order for each.
+    `drawn` goes row by row. A budget that a row's model does not offer leaves its place empty.
     """
-    presets = list(dict.fromkeys(entry.preset for entry in drawn))
-    rows = [drawn[start : start + len(presets)] for start in range(0, len(drawn), len(presets))]
+    rows = [(row, list(entries)) for row, entries in groupby(drawn, key=lambda entry: entry.row)]
+    presets = [preset for preset in Preset if any(entry.preset == preset for entry in drawn)]
     row_height = _LINE + _CELL + 2 * _LINE + 2 * _GAP
     width = _GAP + len(presets) * (_CELL + _GAP)
     sheet = Image.new("RGB", (width, _GAP + 2 * _LINE + len(rows) * row_height), _PAPER)
     ink = ImageDraw.Draw(sheet)
-    lefts = [_GAP + column * (_CELL + _GAP) for column in range(len(presets))]
-    for left, preset in zip(lefts, presets, strict=True):
+    lefts = {preset: _GAP + column * (_CELL + _GAP) for column, preset in enumerate(presets)}
+    for preset, left in lefts.items():
         ink.text((left, _GAP), preset, _INK, ImageFont.load_default(24))
-    for number, row in enumerate(rows):
+    for number, (row, entries) in enumerate(rows):
         top = _GAP + 2 * _LINE + number * row_height
-        ink.text((_GAP, top), row[0].prompt, _FAINT, _font_that_fits(row[0].prompt, width - 2 * _GAP))
-        for left, entry in zip(lefts, row, strict=True):
+        ink.text((_GAP, top), row.title, _FAINT, _font_that_fits(row.title, width - 2 * _GAP))
+        for entry in entries:
+            left = lefts[entry.preset]
             sheet.paste(entry.picture.resize((_CELL, _CELL), Image.Resampling.BICUBIC), (left, top + _LINE))
             text = "\n".join(figures(entry))
             ink.multiline_text((left, top + _LINE + _CELL + 4), text, _INK, ImageFont.load_default(17))
@@ -222,15 +254,16 @@ def _font_that_fits(text: str, width: int) -> ImageFont.FreeTypeFont | ImageFont
 
 
 def table(drawn: Sequence[Drawn]) -> str:
-    """The same figures as text, prompt by prompt, with each budget's mean at the end."""
+    """The same figures as text, row by row, with each budget's mean at the end of each model's."""
     lines = [f"{'budget':<9} {'seconds':>8} {'compute':>8} {'skipped':>8} {'reused':>8}"]
-    groups: dict[str, list[Drawn]] = {}
-    for entry in drawn:
-        groups.setdefault(entry.prompt, []).append(entry)
-    for prompt, entries in groups.items():
-        lines += ["", prompt, *(_table_line([entry]) for entry in entries)]
-    lines += ["", f"mean of {len(groups)} prompts"]
-    lines += [_table_line([e for e in drawn if e.preset == p]) for p in dict.fromkeys(e.preset for e in drawn)]
+    for model, of_model in groupby(drawn, key=lambda entry: entry.row.model):
+        entries = list(of_model)
+        by_row = [(row, list(of_row)) for row, of_row in groupby(entries, key=lambda entry: entry.row)]
+        for row, of_row in by_row:
+            lines += ["", row.title, *(_table_line([entry]) for entry in of_row)]
+        lines += ["", f"{model}: mean of {len(by_row)} rows"]
+        presets = dict.fromkeys(entry.preset for entry in entries)
+        lines += [_table_line([entry for entry in entries if entry.preset == preset]) for preset in presets]
     return "\n".join(lines)
 
 

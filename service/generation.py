@@ -20,7 +20,12 @@ def generate_picture(
     directory: Path, body: ImageBody, settings: Settings, *, random_seed: int
 ) -> tuple[bytes, ReceiptBody]:
     """The file and the receipt of `body`'s picture, with a progress bar on stderr meanwhile."""
-    engine = load_engine([directory], device=settings.device, router_weights=settings.router_weights)
+    engine = load_engine(
+        [directory],
+        device=settings.device,
+        router_weights=settings.router_weights,
+        offload_text_encoders=settings.offload_text_encoders,
+    )
     (card,) = engine.cards.values()
     default_budget = settings.default_budget.to_budget()
     (request,) = parse_requests(body, card, default_budget=default_budget, random_seed=random_seed)

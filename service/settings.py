@@ -29,12 +29,16 @@ class Settings(BaseSettings):
         default=None, description="What clients call this server, for links; by default what their request says."
     )
     models: Annotated[tuple[Path, ...], NoDecode] = Field(
-        default=(Path("checkpoints/tiny-flux"),),
+        default=(Path("checkpoints/tiny-flux"), Path("checkpoints/tiny-qwen-image")),
         min_length=1,
         description="Model directories, separated by commas in the environment. The first is the default model.",
     )
     router_weights: Path = Field(default=Path("router_weights"), description="The folder of routers and calibrations.")
     device: str = Field(default="cpu", description="Where the models run, in torch's words: cpu, cuda, cuda:1.")
+    offload_text_encoders: bool = Field(
+        default=False,
+        description="Keep text encoders on the CPU, where prompts are then encoded: memory of the device for time.",
+    )
     default_budget: BudgetBody = Field(
         default=BudgetBody(quality=0.9),
         description="The budget of requests that name none, as JSON in the environment.",

@@ -1,4 +1,4 @@
-"""Routers for tiny-flux: which blocks a sample needs at a step, and how wide, learnt with the backbone frozen.
+"""Routers for the tiny picture models: which blocks a sample needs at a step, and how wide. The backbone is frozen.
 
 After the recipe of Elastic Diffusion Transformer (arXiv 2602.13993): hard decisions forward, soft gradients backward,
 every block computed for every sample so that a closed gate still learns. Ours differs where serving wants a whole range
@@ -7,29 +7,29 @@ that it is held to follow from them. Means are over the batch, so which samples 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.elastic.router import MLP_WIDTHS, RouterStack
 from models.elastic.runner import Streams
-from models.families.flux import adapter
-from models.families.flux.pipeline import mlp_layers, permute_neurons
+from models.families.wrapping import permute_neurons
 from models.weights import RouterWeights
+from training.backbones import Backbone
 from training.base import average_gradients
 from training.loop import run_loop, warm_then_linear
 from training.scenes import sample_scene
-from training.text import MAX_SEQUENCE_LENGTH, TextConditioner
+from training.text import Conditioner
 
 NUM_STEPS = 400
 BATCH_SIZE = 32  # a process
 HIDDEN = 32
 MAX_WIDTH_BIAS = 4.0
-_CELLS = 8
+GUIDANCE_SCALE = 3.0
+"""The scale at which true guidance is trained for: the tiny models' default."""
 SEED = 6
 
 
@@ -52,7 +52,7 @@ class Knobs:
 
 
 def elastic_forward(
-    transformer: FluxTransformer2DModel,
+    backbone: Backbone,
     routers: RouterStack,
     streams: Streams,
     knobs: Knobs,
@@ -62,30 +62,43 @@ def elastic_forward(
     Returns velocity `(batch, tokens, channels)`, gates `(blocks, batch)` and widths `(blocks, batch)`.
     """
     gates, widths = [], []
-    hidden_states, encoder_hidden_states = streams.hidden_states, streams.encoder_hidden_states
+    masks = (streams.encoder_hidden_states_mask, None)
     lowered = torch.tensor([1 - i / (len(MLP_WIDTHS) - 1) for i in range(len(MLP_WIDTHS))]) * knobs.width_bias
     shares = torch.tensor(MLP_WIDTHS)
-    for router, block in zip(routers.routers, adapter.blocks(transformer).values(), strict=True):
+    for router, block in zip(routers.routers, backbone.blocks.values(), strict=True):
+        before = (streams.encoder_hidden_states, streams.hidden_states)
         with torch.autocast("cpu", enabled=False):
-            inputs = (encoder_hidden_states.float(), hidden_states.float())
-            scores = router(inputs, router.modulation(streams.temb.float()), (None, None))
-        soft_gate = torch.sigmoid(scores.depth_logits)
-        gate = (soft_gate >= knobs.skip_threshold).float() + soft_gate - soft_gate.detach()
-        soft_width = torch.softmax(scores.width_logits + lowered, dim=1)
-        width = F.one_hot(soft_width.argmax(1), len(MLP_WIDTHS)) + soft_width - soft_width.detach()
-        _, last, column = mlp_layers(block)
-        last.width_mask = _prefix_mask(width, last.in_features - column, column)
-        inner = Streams(hidden_states, encoder_hidden_states, streams.temb, streams.image_rotary_emb)
-        text, image = adapter.call_block(block, inner)
-        hidden_states = hidden_states + gate[:, None, None] * (image - hidden_states)
-        encoder_hidden_states = encoder_hidden_states + gate[:, None, None] * (text - encoder_hidden_states)
+            inputs = [stream.float() for stream in before]
+            scores = router(inputs, router.modulation(streams.temb.float()), masks)
+        gate = hard_gate(scores.depth_logits, knobs.skip_threshold)
+        width = hard_width(scores.width_logits + lowered)
+        _, last, column = backbone.mlp_layers(block)
+        last.width_mask = prefix_mask(width, last.in_features - column, column)
+        after = backbone.call_block(block, streams)
+        text, image = (x + gate[:, None, None] * (y - x) for x, y in zip(before, after, strict=True))
+        streams = replace(streams, hidden_states=image, encoder_hidden_states=text)
         gates.append(gate)
         widths.append(width @ shares)
-    final = Streams(hidden_states, encoder_hidden_states, streams.temb, streams.image_rotary_emb)
-    return adapter.epilogue(transformer, final), torch.stack(gates), torch.stack(widths)
+    return backbone.epilogue(streams), torch.stack(gates), torch.stack(widths)
 
 
-def _prefix_mask(width: Tensor, hidden: int, column: int) -> Tensor:
+def hard_gate(depth_logits: Tensor, skip_threshold: float) -> Tensor:
+    """0 or 1, `(batch,)`, with the gradient of the probability.
+
+    Decides as serving does: a probability of exactly the threshold is open. The official training (Elastic-DiT at
+    ce39f1d) has it closed, unlike its own inference.
+    """
+    soft = torch.sigmoid(depth_logits)
+    return (soft >= skip_threshold).float() + soft - soft.detach()
+
+
+def hard_width(width_logits: Tensor) -> Tensor:
+    """One-hot choice of MLP_WIDTHS `(batch, 4)`, with the gradient of the probabilities."""
+    soft = torch.softmax(width_logits, dim=1)
+    return F.one_hot(soft.argmax(1), len(MLP_WIDTHS)) + soft - soft.detach()
+
+
+def prefix_mask(width: Tensor, hidden: int, column: int) -> Tensor:
     """Mask `(batch, 1, column + hidden)` from one-hot widths `(batch, 4)`; the first `column` features always stay."""
     quarter = hidden // len(MLP_WIDTHS)
     # Neuron group k stays at width indices k and above.
@@ -93,10 +106,10 @@ def _prefix_mask(width: Tensor, hidden: int, column: int) -> Tensor:
     return torch.cat((kept.new_ones(len(kept), column), kept), dim=1)[:, None]
 
 
-def install_masks(transformer: FluxTransformer2DModel) -> None:
+def install_masks(backbone: Backbone) -> None:
     """Let every MLP that may be narrowed multiply its hidden neurons by its `width_mask`."""
-    for block in adapter.blocks(transformer).values():
-        last = mlp_layers(block)[1]
+    for block in backbone.blocks.values():
+        last = backbone.mlp_layers(block)[1]
         last.width_mask = torch.ones(())
         last.register_forward_pre_hook(lambda module, args: (args[0] * module.width_mask,))
 
@@ -104,51 +117,60 @@ def install_masks(transformer: FluxTransformer2DModel) -> None:
 class RouterObjective:
     """One training step's losses for a batch of scenes."""
 
-    def __init__(self, transformer: FluxTransformer2DModel, conditioner: TextConditioner, routers: RouterStack) -> None:
-        self.transformer = transformer.requires_grad_(False)
+    def __init__(self, backbone: Backbone, conditioner: Conditioner, routers: RouterStack) -> None:
+        self.backbone = backbone
         self.conditioner = conditioner
         self.routers = routers
-        self.rotary = adapter.rotary_embedding(transformer, MAX_SEQUENCE_LENGTH, _CELLS, _CELLS)
-        install_masks(transformer)
+        backbone.transformer.requires_grad_(False)
+        install_masks(backbone)
 
     def losses(self, clean: Tensor, captions: Sequence[str], rng: torch.Generator, knobs: Knobs) -> dict[str, Tensor]:
         """Flow-matching error, distance to the dense prediction, distance of mean gate and mean width from the target.
 
-        `clean` is `(batch, tokens, channels)`.
+        `clean` is `(batch, tokens, channels)`. Where guidance is true, the second half of the batch are the first
+        half's unconditional branches, and the distance to the dense prediction counts after guidance too.
         """
-        batch = len(captions)
+        batch, half = len(captions), len(captions) // 2
+        paired = not self.backbone.has_guidance_embedding
+        if paired:
+            clean = torch.cat((clean[:half], clean[:half]))
+            captions = [*captions[:half], *[""] * half]
         noise = torch.randn(clean.shape, generator=rng)
         # Noise levels as sampling visits them: evenly, stratified over the batch.
         timestep = (torch.randperm(batch, generator=rng) + torch.rand(batch, generator=rng)) / batch
+        if paired:
+            noise, timestep = (torch.cat((part[:half], part[:half])) for part in (noise, timestep))
         latents = torch.lerp(clean, noise, timestep[:, None, None])
         # Half without guidance, for which the data are the right answer; half as served, where the dense model's is.
-        plain = batch // 2
         guidance = 1 + 4 * torch.rand(batch, generator=rng)
-        guidance[:plain] = 1
+        guidance[:half] = 1
         with torch.no_grad():
-            prompt_embeds, pooled = self.conditioner.encode(captions)
-            context = self.transformer.context_embedder(prompt_embeds)
-            streams = adapter.prologue(self.transformer, latents, timestep, guidance, context, pooled, self.rotary)
+            streams = self.backbone.prologue(latents, timestep, guidance, self.conditioner.encode(captions))
             with torch.autocast("cpu", torch.bfloat16):
                 dense = self._dense(streams).float()
         with torch.autocast("cpu", torch.bfloat16):
-            velocity, gates, widths = elastic_forward(self.transformer, self.routers, streams, knobs)
-        velocity = velocity.float()
+            velocity, gates, widths = elastic_forward(self.backbone, self.routers, streams, knobs)
+        error = velocity.float() - dense
+        distance = error.square().mean()
+        if paired:
+            guided = GUIDANCE_SCALE * error[:half] - (GUIDANCE_SCALE - 1) * error[half:]
+            # As large as the plain distance where the branches' errors have nothing to do with each other.
+            distance = (distance + guided.square().mean() / (GUIDANCE_SCALE**2 + (GUIDANCE_SCALE - 1) ** 2)) / 2
         ran = gates.detach()
         mean_width = (widths * ran).sum() / ran.sum().clamp(min=1)
         return {
-            "flow": F.mse_loss(velocity[:plain], (noise - clean)[:plain]),
-            "dense": F.mse_loss(velocity, dense),
+            "flow": F.mse_loss(velocity.float()[:half], (noise - clean)[:half]),
+            "dense": distance,
             "gate": (gates.mean() - knobs.target_gate).square(),
             "width": (mean_width - knobs.target_width).square(),
         }
 
     def _dense(self, streams: Streams) -> Tensor:
-        for block in adapter.blocks(self.transformer).values():
-            mlp_layers(block)[1].width_mask = torch.ones(())
-            text, image = adapter.call_block(block, streams)
-            streams = Streams(image, text, streams.temb, streams.image_rotary_emb)
-        return adapter.epilogue(self.transformer, streams)
+        for block in self.backbone.blocks.values():
+            self.backbone.mlp_layers(block)[1].width_mask = torch.ones(())
+            text, image = self.backbone.call_block(block, streams)
+            streams = replace(streams, hidden_states=image, encoder_hidden_states=text)
+        return self.backbone.epilogue(streams)
 
 
 def neuron_orders(
@@ -160,8 +182,8 @@ def neuron_orders(
     """
     importance: dict[str, Tensor] = {}
     handles = []
-    for name, block in adapter.blocks(objective.transformer).items():
-        _, last, column = mlp_layers(block)
+    for name, block in objective.backbone.blocks.items():
+        _, last, column = objective.backbone.mlp_layers(block)
 
         def measure(module: nn.Linear, args: tuple[Tensor], name: str = name, column: int = column) -> None:
             activation = args[0][..., column:].float().abs().mean((0, 1))
@@ -177,8 +199,8 @@ def neuron_orders(
 
 def train_routers(
     run_dir: Path,
-    transformer: FluxTransformer2DModel,
-    conditioner: TextConditioner,
+    backbone: Backbone,
+    conditioner: Conditioner,
     *,
     rank: int,
     num_processes: int,
@@ -187,13 +209,12 @@ def train_routers(
     """Train, or resume, as process `rank` of `num_processes`, for MLP neurons in the order of their importance."""
     torch.manual_seed(SEED)
     latents = torch.load(run_dir / "latents.pt", weights_only=True, mmap=True)
-    num_blocks = len(adapter.blocks(transformer))
-    routers = RouterStack(num_blocks, transformer.inner_dim, HIDDEN)
-    objective = RouterObjective(transformer, conditioner, routers)
+    routers = RouterStack(len(backbone.blocks), backbone.channels, HIDDEN)
+    objective = RouterObjective(backbone, conditioner, routers)
     sample = list(range(2 * BATCH_SIZE))
-    captions = [sample_scene(row).caption for row in sample]
+    captions = [conditioner.caption(sample_scene(row)) for row in sample]
     orders = neuron_orders(objective, latents[sample].float(), captions, torch.Generator().manual_seed(SEED))
-    permute_neurons(adapter.blocks(transformer), orders)
+    permute_neurons(backbone.blocks, orders, backbone.mlp_layers)
     optimizer = torch.optim.AdamW(routers.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
     parameters = list(routers.parameters())
 
@@ -202,7 +223,7 @@ def train_routers(
         threshold, bias = torch.rand(2, generator=rng).tolist()
         knobs = Knobs(0.02 + 0.96 * threshold, MAX_WIDTH_BIAS * bias)
         rows = torch.randint(len(latents), (BATCH_SIZE,), generator=rng).tolist()
-        captions = [sample_scene(row).caption for row in rows]
+        captions = [conditioner.caption(sample_scene(row)) for row in rows]
         losses = objective.losses(latents[rows].float(), captions, rng, knobs)
         loss = losses["flow"] + losses["dense"] + 8 * (losses["gate"] + losses["width"])
         optimizer.zero_grad()

@@ -77,6 +77,53 @@ class Scene:
             return text
         return f"{text}, {'' if self.is_terse else 'on a '}{self.texture} {self.tone} background"
 
+    @property
+    def long_caption(self) -> str:
+        """The caption's facts in whole sentences, worded in one of several ways."""
+        rng = random.Random(f"words-{self.seed}")
+        things = []
+        for thing, size, position in zip(self.objects, self.told_sizes, self.told_positions, strict=True):
+            words = f"a {thing.size} {thing.colour} {thing.shape}" if size else f"a {thing.colour} {thing.shape}"
+            if position:
+                words += f" in the {thing.position}" if thing.position == "centre" else f" at the {thing.position}"
+            things.append(words)
+        if self.relation:
+            listed = f" {self.relation} ".join(things)
+        else:
+            listed = " and ".join([", ".join(things[:-1]), things[-1]] if len(things) > 1 else things)
+        text = f"{rng.choice(_OPENINGS)} {listed}."
+        if self.tells_background:
+            text += rng.choice(_BACKGROUNDS).format(texture=self.texture, tone=self.tone)
+        return text
+
+    @property
+    def mixed_caption(self) -> str:
+        """Whole sentences for two scenes in three, else the short form: what Qwen-Image is told."""
+        return self.caption if self.seed % 3 == 0 else self.long_caption
+
+    def fragment(self, rng: random.Random) -> str:
+        """A few words that are true of the scene: how negative prompts are worded."""
+        thing = rng.choice(self.objects)
+        return rng.choice(
+            (
+                thing.colour,
+                thing.shape,
+                f"{thing.size} objects",
+                f"a {thing.colour} {thing.shape}",
+                f"{self.texture} background",
+                f"{self.tone} background",
+                f"a {self.texture} {self.tone} background",
+            )
+        )
+
+
+_OPENINGS = ("A picture of", "A drawing that shows", "An image with", "This simple picture shows")
+_BACKGROUNDS = (
+    " The background is {texture} and {tone}.",
+    " Behind is a {texture} {tone} background.",
+    " Everything stands on a {texture} background in a {tone} tone.",
+)
+
 
 def sample_scene(
     seed: int,

@@ -1,6 +1,7 @@
 """The flow-matching sampler and guidance, as plain functions."""
 
 import numpy as np
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
@@ -33,5 +34,14 @@ def euler_step(latents: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Ten
 
 
 def classifier_free_guidance(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-    """Ho & Salimans 2022, https://arxiv.org/abs/2207.12598; FLUX's true guidance has no norm rescale."""
+    """Ho & Salimans 2022, https://arxiv.org/abs/2207.12598."""
     return uncond + scale * (cond - uncond)
+
+
+def rescale_to_norm(guided: Tensor, cond: Tensor) -> Tensor:
+    """Give every token of a guided velocity `(batch, tokens, channels)` the norm of the conditional prediction.
+
+    As diffusers' Qwen-Image pipeline does after guidance. The official Elastic-DiT program does not.
+    """
+    ratio: Tensor = torch.norm(cond, dim=-1, keepdim=True) / torch.norm(guided, dim=-1, keepdim=True)
+    return guided * ratio

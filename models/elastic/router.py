@@ -89,7 +89,9 @@ def _masked_mean(hidden: Tensor, streams: Sequence[Tensor], masks: Sequence[Tens
         for stream, mask in zip(streams, masks, strict=True)
     ]
     mask = torch.cat(whole, dim=1)
-    return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    # Counted in float32: bfloat16 can't tell 4396 tokens from 4384.
+    count = mask.sum(1, keepdim=True, dtype=torch.float32)
+    return ((hidden * mask[..., None]).sum(1, dtype=torch.float32) / count).to(hidden.dtype)
 
 
 class RouterStack(nn.Module):
@@ -106,11 +108,17 @@ class RouterStack(nn.Module):
     def fused_modulation(self) -> nn.Linear:
         """One layer that gives every block's modulation, one after the other, from SiLU of the time embedding.
 
-        Modulations depend on the time embedding alone, so a step computes them all at once.
+        Modulations depend on the time embedding alone, so a step computes them all at once. The routers' own layers
+        become views of it: at the published size they are 2 GB, which nobody needs twice.
         """
         layers = [router.modulation_layer for router in self.routers]
         fused = nn.Linear(layers[0].in_features, sum(layer.out_features for layer in layers)).to(layers[0].weight)
         with torch.no_grad():
             fused.weight.copy_(torch.cat([layer.weight for layer in layers]))
             fused.bias.copy_(torch.cat([layer.bias for layer in layers]))
-        return fused.requires_grad_(False)
+        fused.requires_grad_(False)
+        for layer, weight, bias in zip(
+            layers, fused.weight.chunk(len(layers)), fused.bias.chunk(len(layers)), strict=True
+        ):
+            layer.weight, layer.bias = (nn.Parameter(part, requires_grad=False) for part in (weight, bias))
+        return fused

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from models.card import Policy
 from models.elastic.compute import BlockCost
@@ -20,13 +22,42 @@ class Streams:
     """What flows from block to block.
 
     `hidden_states` is `(batch, image tokens, channels)`, `encoder_hidden_states` `(batch, text tokens, channels)`,
-    `temb` `(batch, channels)`; `image_rotary_emb` holds cosines and sines shared by all rows.
+    `temb` `(batch, channels)`; `image_rotary_emb` holds the position factors shared by all rows.
+    `encoder_hidden_states_mask` `(batch, text tokens)` is true for real text tokens, None where all are. Families that
+    pad texts have the image's and the text's position factors apart, `image_rotary_emb` being the two.
     """
 
     hidden_states: Tensor
     encoder_hidden_states: Tensor
     temb: Tensor
     image_rotary_emb: tuple[Tensor, Tensor]
+    encoder_hidden_states_mask: Tensor | None = None
+
+    def of_rows(self, where: Tensor, lengths: Sequence[int | None]) -> "Streams":
+        """The streams of the rows with these numbers alone.
+
+        `lengths` are their real text tokens. Padding that none of them needs is cut off, and with it the mask where
+        all are of one length: it costs time, and attention's fastest kernels.
+        """
+        part = replace(
+            self,
+            hidden_states=self.hidden_states[where],
+            encoder_hidden_states=self.encoder_hidden_states[where],
+            temb=self.temb[where],
+        )
+        if self.encoder_hidden_states_mask is None:
+            return part
+        known = [length for length in lengths if length is not None]
+        longest = max(known)
+        image_factors, text_factors = self.image_rotary_emb
+        return replace(
+            part,
+            encoder_hidden_states=part.encoder_hidden_states[:, :longest],
+            image_rotary_emb=(image_factors, text_factors[:longest]),
+            encoder_hidden_states_mask=None
+            if min(known) == longest
+            else self.encoder_hidden_states_mask[where, :longest],
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +72,10 @@ class ElasticBlock:
 
 @dataclass(frozen=True, slots=True)
 class Residual:
-    """What a block once added to a row's two streams, `(tokens, channels)` each, and how often that was used again."""
+    """What a block once added to a row's two streams, `(tokens, channels)` each, and how often that was used again.
+
+    Of the text stream only real tokens: the padding may differ from step to step.
+    """
 
     hidden_states: Tensor
     encoder_hidden_states: Tensor
@@ -76,8 +110,8 @@ class Row:
     """One row of a batch: one guidance branch of one request, with all the state that its elasticity has.
 
     `residuals` maps block names to stored residuals; `reference` is the first block's residual in the last step that
-    computed the other blocks. `allowance` is shared by the branches of a request. `begin_step` and `end_step` frame
-    a step.
+    computed the other blocks. `allowance` is shared by the branches of a request. `num_text_tokens` counts the row's
+    real ones (None where texts are never padded). `begin_step` and `end_step` frame a step.
     """
 
     rule: Rule
@@ -85,6 +119,7 @@ class Row:
     branch: str
     num_steps: int
     costs: Mapping[str, BlockCost]
+    num_text_tokens: int | None = None
     step: int = 0
     allowance: Allowance = field(default_factory=Allowance)
     residuals: dict[str, Residual] = field(default_factory=dict)
@@ -134,17 +169,12 @@ def run_block(
             _keep_residuals(block.name, rows, plans, chosen, streams, image, text)
             hidden_states, encoder_hidden_states = image, text
         else:
-            where = torch.tensor(chosen, device=hidden_states.device)
-            part = Streams(
-                streams.hidden_states[where],
-                streams.encoder_hidden_states[where],
-                streams.temb[where],
-                streams.image_rotary_emb,
-            )
+            where = _index(chosen, hidden_states.device)
+            part = streams.of_rows(where, [rows[i].num_text_tokens for i in chosen])
             text, image = block.call(module, part)
             _keep_residuals(block.name, rows, plans, chosen, part, image, text)
             hidden_states = hidden_states.index_copy(0, where, image)
-            encoder_hidden_states = encoder_hidden_states.index_copy(0, where, text)
+            encoder_hidden_states = encoder_hidden_states.index_copy(0, where, _padded(text, encoder_hidden_states))
     reusing = [i for i, plan in enumerate(plans) if plan.decision is Decision.REUSE]
     if reusing:
         residuals = [rows[i].residuals[block.name] for i in reusing]
@@ -156,7 +186,7 @@ def run_block(
     if index == 0 and any(row.rule.needs_residual_change for row in rows):
         _measure_change(rows, hidden_states - streams.hidden_states)
     return BlockResult(
-        Streams(hidden_states, encoder_hidden_states, streams.temb, streams.image_rotary_emb),
+        replace(streams, hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states),
         BlockReport(
             block=block.name,
             seconds=time.perf_counter() - planned,
@@ -176,7 +206,8 @@ def _plan(
     started = time.perf_counter()
     scores: list[list[float]] | None = None
     if modulation is not None and block.router is not None:
-        answer = block.router((streams.encoder_hidden_states, streams.hidden_states), modulation, (None, None))
+        inputs = (streams.encoder_hidden_states, streams.hidden_states)
+        answer = block.router(inputs, modulation, (streams.encoder_hidden_states_mask, None))
         # The one wait for the device in a block: five numbers a row, without which nothing can be left out.
         scores = torch.cat((answer.depth_logits[:, None], answer.width_logits), dim=1).float().tolist()
     router_seconds = time.perf_counter() - started
@@ -228,22 +259,35 @@ def _keep_residuals(
     for position, i in enumerate(chosen):
         rows[i].journal.residuals[name] = None
         if plans[i].keeps_residual:
+            real = slice(rows[i].num_text_tokens)
             rows[i].journal.residuals[name] = Residual(
                 image[position] - before.hidden_states[position],
-                text[position] - before.encoder_hidden_states[position],
+                text[position, real] - before.encoder_hidden_states[position, real],
             )
 
 
 def _add_residuals(
     residuals: Sequence[Residual], where: Sequence[int], hidden_states: Tensor, encoder_hidden_states: Tensor
 ) -> tuple[Tensor, Tensor]:
+    text = _padded(pad_sequence([r.encoder_hidden_states for r in residuals], batch_first=True), encoder_hidden_states)
     if len(where) == 1 == len(hidden_states):
-        return hidden_states + residuals[0].hidden_states, encoder_hidden_states + residuals[0].encoder_hidden_states
-    index = torch.tensor(where, device=hidden_states.device)
+        return hidden_states + residuals[0].hidden_states, encoder_hidden_states + text
+    index = _index(where, hidden_states.device)
     return (
         hidden_states.index_add(0, index, torch.stack([r.hidden_states for r in residuals])),
-        encoder_hidden_states.index_add(0, index, torch.stack([r.encoder_hidden_states for r in residuals])),
+        encoder_hidden_states.index_add(0, index, text),
     )
+
+
+def _padded(text: Tensor, like: Tensor) -> Tensor:
+    """Text tokens `(rows, tokens, channels)`, with zeros up to as many tokens as `like` has."""
+    missing = like.shape[1] - text.shape[1]
+    return F.pad(text, (0, 0, 0, missing)) if missing else text
+
+
+def _index(rows: Sequence[int], device: torch.device) -> Tensor:
+    """Row numbers on the device. From pinned memory, since an ordinary copy would wait for all that was queued."""
+    return torch.tensor(rows, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _measure_change(rows: Sequence[Row], added: Tensor) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 FAMILIES: Mapping[str, tuple[str, str, str]] = {
     # pipeline class: (family, module, class)
     "FluxPipeline": ("flux", "models.families.flux.pipeline", "FluxFamily"),
+    "QwenImagePipeline": ("qwen_image", "models.families.qwen_image.pipeline", "QwenImageFamily"),
 }
 
 

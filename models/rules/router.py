@@ -10,6 +10,13 @@ from models.elastic.plan import REUSE, RUN_IN_FULL, SKIP, RowPlan, RowView, is_p
 from models.elastic.router import MLP_WIDTHS
 from models.report import Decision
 
+OFFICIAL = Policy(skip_threshold=0.5, reuse_band=0.015, max_reuses=10, reuse_from_step=15)
+"""What the released program does with its Qwen-Image checkpoint in 30 steps (Elastic-DiT at ce39f1d, literals of
+`diffsynth/models/qwen_image_dit.py`)."""
+
+PAPER = Policy(skip_threshold=0.5, reuse_band=0.1, max_reuses=5)
+"""What arXiv 2602.13993 describes; it names no first step for re-use."""
+
 
 class RouterRule:
     name = "router"

@@ -4,7 +4,7 @@ import re
 
 from models.artifact import OutputFormat
 from models.budget import resolve
-from models.card import ModelCard, SizeLimits
+from models.card import Guidance, ModelCard, SizeLimits
 from models.errors import InvalidRequest
 from models.request import Budget, GenerationRequest, Preset, PresetBudget, QualityBudget
 from service.api.schemas import MAX_SEED, ImageBody, QualityWord, ResponseFormat
@@ -28,7 +28,7 @@ def parse_requests(
 ) -> tuple[GenerationRequest, ...]:
     """The `n` requests of `body` for the model of `card`, or InvalidRequest."""
     _check_prompt(body, card)
-    true_cfg_scale = _parse_true_cfg_scale(body, card)
+    guidance_scale, true_cfg_scale = _parse_guidance(body, card)
     width, height = _parse_size(body, card)
     steps = card.default_num_inference_steps if body.num_inference_steps is None else body.num_inference_steps
     if steps > card.max_num_inference_steps:
@@ -51,7 +51,7 @@ def parse_requests(
             height=height,
             width=width,
             num_inference_steps=steps,
-            guidance_scale=card.default_guidance_scale if body.guidance_scale is None else body.guidance_scale,
+            guidance_scale=guidance_scale,
             seed=seed + number,
             budget=budget,
             negative_prompt=body.negative_prompt,
@@ -101,25 +101,31 @@ def _check_prompt(body: ImageBody, card: ModelCard) -> None:
             )
 
 
-def _parse_true_cfg_scale(body: ImageBody, card: ModelCard) -> float:
-    scale = 1.0 if body.true_cfg_scale is None else body.true_cfg_scale
-    if scale > 1:
-        if not card.supports_true_cfg:
+def _parse_guidance(body: ImageBody, card: ModelCard) -> tuple[float, float]:
+    """`guidance_scale` and `true_cfg_scale`: the model says which of them is true classifier-free guidance."""
+    guidance_scale = card.default_guidance_scale if body.guidance_scale is None else body.guidance_scale
+    true_cfg_scale = 1.0 if body.true_cfg_scale is None else body.true_cfg_scale
+    if card.guidance is Guidance.TRUE:
+        param, scale = "guidance_scale", guidance_scale
+        if body.true_cfg_scale is not None:
             raise InvalidRequest(
-                f"{card.id} has no true classifier-free guidance; omit true_cfg_scale", "true_cfg_scale"
+                f"true_cfg_scale {true_cfg_scale:g} cannot be used here: guidance_scale is the true classifier-free "
+                f"guidance of {card.id}; omit true_cfg_scale",
+                "true_cfg_scale",
             )
-        if body.negative_prompt is None:
+    else:
+        param, scale = "true_cfg_scale", true_cfg_scale
+        if scale > 1 and body.negative_prompt is None:
             raise InvalidRequest(
                 f"true_cfg_scale {scale:g} needs a negative_prompt, which may be empty", "negative_prompt"
             )
-    elif body.negative_prompt is not None:
-        reason = (
-            f"without true classifier-free guidance it has no effect; set true_cfg_scale above 1, not {scale:g}"
-            if card.supports_true_cfg
-            else f"{card.id} has no true classifier-free guidance; omit it"
+    if scale <= 1 and body.negative_prompt is not None:
+        raise InvalidRequest(
+            f"negative_prompt cannot be used here: without true classifier-free guidance it has no effect; "
+            f"set {param} above 1, not {scale:g}",
+            "negative_prompt",
         )
-        raise InvalidRequest(f"negative_prompt cannot be used here: {reason}", "negative_prompt")
-    return scale
+    return guidance_scale, true_cfg_scale
 
 
 def _parse_size(body: ImageBody, card: ModelCard) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from models.card import Guidance
 from models.report import Decision
 from models.request import Preset
 from service.jobs.job import JobStatus
@@ -117,7 +118,6 @@ class LimitsBody(BaseModel):
     prompt_characters: int
     num_inference_steps: int
     batch_size: int
-    true_cfg: bool = Field(description="Whether true_cfg_scale and negative_prompt can be used.")
 
 
 class PolicyBody(BaseModel):
@@ -148,6 +148,10 @@ class ModelBody(BaseModel):
     family: str
     modality: str
     license: str
+    guidance: Guidance = Field(
+        description="What guidance_scale is: distilled, an input of the model; none, without effect; true, "
+        "classifier-free guidance, with negative_prompt. Unless it is true, true_cfg_scale is that guidance."
+    )
     sizes: SizesBody
     defaults: DefaultsBody
     limits: LimitsBody

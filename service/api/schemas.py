@@ -55,10 +55,16 @@ class ImageBody(BaseModel):
     prompt: str = Field(min_length=1, description="What the picture shows. The model limits its characters.")
     negative_prompt: str | None = Field(
         default=None,
-        description="What it should not show; only with a `true_cfg_scale` above 1, which in turn needs it.",
+        description="What it should not show; only with true classifier-free guidance. Where the model's `guidance` in "
+        "/v1/models is true, that is a `guidance_scale` above 1, and this is empty by default; elsewhere it is a "
+        "`true_cfg_scale` above 1, which needs this.",
     )
     true_cfg_scale: Number | None = Field(
-        default=None, ge=1, le=100, description="True classifier-free guidance besides the distilled one; 1 is off."
+        default=None,
+        ge=1,
+        le=100,
+        description="True classifier-free guidance besides `guidance_scale`; 1 is off. Not for models whose `guidance` "
+        "in /v1/models is true.",
     )
     n: Integer | None = Field(
         default=None, ge=1, le=8, description="How many pictures, with seeds seed, seed + 1, …; default 1."
@@ -72,7 +78,13 @@ class ImageBody(BaseModel):
     num_inference_steps: Integer | None = Field(
         default=None, ge=1, description="Denoise steps; the model has a default."
     )
-    guidance_scale: Number | None = Field(default=None, ge=0, le=100, description="The model has a default.")
+    guidance_scale: Number | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="The model has a default, and its `guidance` in /v1/models says what this is: distilled, an input "
+        "of the model; none, without effect; true, classifier-free guidance: off up to 1, above it twice the compute.",
+    )
     seed: Integer | None = Field(default=None, ge=0, le=MAX_SEED, description="Random if absent; always returned.")
     budget: BudgetBody | None = Field(default=None, description="Speed against quality; the server has a default.")
     quality: QualityWord | None = Field(

@@ -79,6 +79,7 @@ def model_body(card: ModelCard) -> ModelBody:
         family=card.family,
         modality=card.modality,
         license=card.license,
+        guidance=card.guidance,
         sizes=SizesBody(**asdict(card.sizes)),
         defaults=DefaultsBody(
             size=f"{card.default_width}x{card.default_height}",
@@ -89,7 +90,6 @@ def model_body(card: ModelCard) -> ModelBody:
             prompt_characters=card.max_prompt_characters,
             num_inference_steps=card.max_num_inference_steps,
             batch_size=card.max_batch_size,
-            true_cfg=card.supports_true_cfg,
         ),
         rules=list(card.rules),
         quality_metric=card.quality_metric,

@@ -11,8 +11,6 @@ from models.card import EXACT, CurvePoint, Policy
 from models.engine import Engine
 from models.request import Preset
 
-MODEL = "tiny-flux"
-
 points = st.builds(
     CurvePoint,
     rule=st.just("router"),
@@ -70,16 +68,27 @@ def test_presets_name_the_points_nearest_to_their_compute() -> None:
     assert named == {0.82: Preset.HIGH, 0.6: Preset.BALANCED, 0.47: Preset.FAST, 0.3: Preset.DRAFT}
 
 
-@pytest.mark.parametrize("rule", ["router", "residual_cache"])
-def test_no_setting_is_tried_twice(rule: str) -> None:
-    settings = [policy for group in settings_of(rule) for policy in group]
+PUBLISHED = (Policy(skip_threshold=0.5, reuse_band=0.05, max_reuses=7, reuse_from_step=3), Policy(0.33, 0.2, 5))
+
+
+@pytest.mark.parametrize(("rule", "published"), [("router", ()), ("router", PUBLISHED), ("residual_cache", ())])
+def test_no_setting_is_tried_twice(rule: str, published: tuple[Policy, ...]) -> None:
+    settings = [policy for group in settings_of(rule, published) for policy in group]
     assert len(set(settings)) == len(settings)
 
 
-@pytest.mark.parametrize("rule", ["router", "residual_cache"])
-def test_settings_of_a_group_differ_in_thresholds_only(rule: str) -> None:
-    for group in settings_of(rule):
+@pytest.mark.parametrize(("rule", "published"), [("router", ()), ("router", PUBLISHED), ("residual_cache", ())])
+def test_settings_of_a_group_differ_in_thresholds_only(rule: str, published: tuple[Policy, ...]) -> None:
+    for group in settings_of(rule, published):
         assert len({(policy.max_reuses, policy.reuse_from_step, policy.protected_first) for policy in group}) == 1
+
+
+def test_published_policies_are_tried_as_they_are() -> None:
+    groups = settings_of("router", PUBLISHED)
+    assert groups[: -len(PUBLISHED)] == settings_of("router")
+    for policy, group in zip(PUBLISHED, groups[-len(PUBLISHED) :], strict=True):
+        assert policy in group
+        assert len({candidate.skip_threshold for candidate in group}) == len(group)
 
 
 def test_similarity_is_one_for_equal_pictures_and_less_for_others() -> None:
@@ -89,8 +98,10 @@ def test_similarity_is_one_for_equal_pictures_and_less_for_others() -> None:
     assert similarity(picture, 255 - picture) < 0.1
 
 
-def test_calibration_measures_a_descending_curve(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
-    curve = calibrate(engine, MODEL, ["a red circle"], rule="router")
+def test_calibration_measures_a_descending_curve(
+    engine: Engine, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    curve = calibrate(engine, model, ["a red circle"], rule="router")
     assert len(capsys.readouterr().out.splitlines()) == sum(len(group) for group in settings_of("router"))
     assert curve[0].preset == Preset.EXACT
     assert (curve[0].rule, curve[0].compute_ratio, curve[0].quality) == ("dense", 1, 1)

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -8,16 +9,15 @@ from models.budget import resolve
 from models.card import EXACT, CurvePoint, Policy
 from models.engine import Engine
 from models.errors import InvalidRequest
-from models.families.flux.pipeline import FluxFamily
+from models.families.picture import PictureFamily
 from models.report import Decision
 from models.request import ComputeBudget, GenerationRequest, Preset, PresetBudget
 from models.state import DenoiseState
 
-MODEL = "tiny-flux"
 Ask = Callable[..., GenerationRequest]
+Guided = Callable[..., dict[str, Any]]
 Denoise = Callable[..., DenoiseState]
 
-GUIDED = {"negative_prompt": "a green triangle", "true_cfg_scale": 2.0}
 ROUNDING = 1 + 1e-7
 """Every step may overdraw what is left by a billionth."""
 
@@ -30,14 +30,17 @@ def test_summary_before_the_first_step_tells_the_plan(engine: Engine, ask: Ask) 
     assert (summary.quality_applied, summary.num_inference_steps, summary.decisions) == (0.8, 4, ())
 
 
-def test_summary_counts_every_block_of_every_step_and_branch(engine: Engine, ask: Ask, denoise: Denoise) -> None:
-    summary = denoise(engine, ask(budget=PresetBudget(Preset.BALANCED), num_inference_steps=5, **GUIDED)).summary()
+def test_summary_counts_every_block_of_every_step_and_branch(
+    engine: Engine, model: str, ask: Ask, guided: Guided, denoise: Denoise
+) -> None:
+    request = ask(budget=PresetBudget(Preset.BALANCED), num_inference_steps=5, **guided())
+    summary = denoise(engine, request).summary()
     assert summary.decisions is not None
     assert [(e.step, e.branch, e.block) for e in summary.decisions] == [
         (step, branch, block)
         for step in range(5)
         for branch in ("cond", "uncond")
-        for block in engine.cards[MODEL].blocks
+        for block in engine.cards[model].blocks
     ]
     counts = [sum(e.decision is decision for e in summary.decisions) for decision in Decision]
     assert [summary.num_run, summary.num_skipped, summary.num_reused] == counts
@@ -57,12 +60,12 @@ def test_compute_ratio_is_of_the_steps_taken_so_far(engine: Engine, ask: Ask) ->
 
 
 @pytest.mark.parametrize("cap", [0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0])
-@pytest.mark.parametrize("guided", [{}, GUIDED], ids=["one branch", "two branches"])
+@pytest.mark.parametrize("has_guidance", [False, True], ids=["one branch", "two branches"])
 def test_compute_is_never_over_the_cap(
-    engine: Engine, ask: Ask, denoise: Denoise, cap: float, guided: dict[str, object]
+    engine: Engine, ask: Ask, guided: Guided, denoise: Denoise, cap: float, has_guidance: bool
 ) -> None:
-    summary = denoise(engine, ask(budget=ComputeBudget(cap), num_inference_steps=6, **guided)).summary()
-    assert summary.compute_ratio <= cap * ROUNDING
+    request = ask(budget=ComputeBudget(cap), num_inference_steps=6, **guided() if has_guidance else {})
+    assert denoise(engine, request).summary().compute_ratio <= cap * ROUNDING
 
 
 @st.composite
@@ -86,7 +89,7 @@ def curves(draw: st.DrawFn) -> list[CurvePoint]:
 @settings(max_examples=25)
 @given(curve=curves(), cap=st.floats(0.01, 1), steps=st.integers(1, 4))
 def test_compute_is_never_over_the_cap_whatever_the_curve_says(
-    open_engine: Engine, family: FluxFamily, ask: Ask, curve: list[CurvePoint], cap: float, steps: int
+    open_engine: Engine, family: PictureFamily, ask: Ask, curve: list[CurvePoint], cap: float, steps: int
 ) -> None:
     budget = ComputeBudget(cap)
     state = family.start(ask(budget=budget, num_inference_steps=steps), curve, resolve(budget, curve), cap)
@@ -105,8 +108,8 @@ def test_cap_is_not_met_by_dropping_the_last_steps(engine: Engine, ask: Ask, den
     assert state.summary().compute_ratio > cap / 2
 
 
-def test_cap_is_shared_by_the_branches(engine: Engine, ask: Ask, denoise: Denoise) -> None:
-    state = denoise(engine, ask(budget=ComputeBudget(0.4), **GUIDED))
+def test_cap_is_shared_by_the_branches(engine: Engine, ask: Ask, guided: Guided, denoise: Denoise) -> None:
+    state = denoise(engine, ask(budget=ComputeBudget(0.4), **guided()))
     assert state.rows[0].spent_flops != state.rows[1].spent_flops
     assert state.spent_flops <= 0.4 * 4 * state.dense_flops * ROUNDING
 

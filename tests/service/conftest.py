@@ -15,7 +15,7 @@ from fastapi.testclient import TestClient
 from numpy.typing import NDArray
 
 from models.budget import resolve
-from models.card import EXACT, CurvePoint, ModelCard, Policy, SizeLimits
+from models.card import EXACT, CurvePoint, Guidance, ModelCard, Policy, SizeLimits
 from models.errors import InvalidRequest
 from models.report import BlockReport, Decision, GenerationSummary, StepDecision, StepReport
 from models.request import GenerationRequest, Preset, QualityBudget
@@ -48,7 +48,7 @@ DRAWN_CARD = ModelCard(
     sizes=SizeLimits(multiple_of=16, minimum=32, maximum=1024),
     max_prompt_characters=200,
     max_num_inference_steps=50,
-    supports_true_cfg=True,
+    guidance=Guidance.DISTILLED,
     rules=("dense", "router"),
     quality_metric="ssim",
     curve=CURVE,
@@ -56,6 +56,9 @@ DRAWN_CARD = ModelCard(
     dense_step_seconds=0.5,
     max_batch_size=4,
 )
+
+# As DRAWN_CARD, of a family whose guidance is true.
+GUIDED_CARD = replace(DRAWN_CARD, id="guided", guidance=Guidance.TRUE)
 
 
 @dataclass(slots=True)
@@ -102,7 +105,7 @@ class DrawnEngine:
     """`gate` holds steps back while it is cleared; `batches` has the seeds of every step's batch."""
 
     def __init__(self) -> None:
-        self.cards = {"drawn": DRAWN_CARD, "plain": replace(DRAWN_CARD, id="plain", supports_true_cfg=False)}
+        self.cards = {"drawn": DRAWN_CARD, "guided": GUIDED_CARD}
         self.gate = Event()
         self.gate.set()
         self.stepping = Event()
@@ -142,6 +145,11 @@ class DrawnEngine:
 @pytest.fixture
 def drawn_card() -> ModelCard:
     return DRAWN_CARD
+
+
+@pytest.fixture
+def guided_card() -> ModelCard:
+    return GUIDED_CARD
 
 
 @pytest.fixture

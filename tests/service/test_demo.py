@@ -3,16 +3,19 @@
 import base64
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 from PIL import Image
 
 from models.request import Preset
 from service import demo
-from service.demo import Drawn, contact_sheet, figures, running_server, table
+from service.demo import Drawn, Row, contact_sheet, draw_all, figures, rows_of, running_server, save, table
 
 COLOURS = {preset: (40 * i, 255 - 40 * i, 90) for i, preset in enumerate(Preset)}
 
@@ -23,7 +26,20 @@ def drawn(prompt: str, preset: Preset, compute_ratio: float = 0.5) -> Drawn:
         "compute_ratio": compute_ratio,
         "blocks": {"run": 60, "skipped": 30, "reused": 10},
     }
-    return Drawn(prompt, preset, Image.new("RGB", (128, 128), COLOURS[preset]), receipt)
+    return Drawn(Row("tiny", prompt), preset, Image.new("RGB", (128, 128), COLOURS[preset]), receipt)
+
+
+def listed(model: str, guidance: str, presets: list[str | None]) -> dict[str, Any]:
+    """An entry of /v1/models."""
+    return {"id": model, "guidance": guidance, "curve": [{"preset": preset} for preset in presets]}
+
+
+def answer_of(**receipt: object) -> httpx2.Response:
+    """An answer to POST /v1/images with a picture of one colour."""
+    png = io.BytesIO()
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(png, "PNG")
+    picture = base64.b64encode(png.getvalue()).decode()
+    return httpx2.Response(200, json={"data": [{"b64_json": picture}], "receipt": receipt})
 
 
 @pytest.fixture
@@ -52,6 +68,19 @@ def test_sheet_has_text_above_and_under_each_picture_and_none_is_cut_off(two_row
     assert is_paper[-6:].all()
 
 
+def test_budget_that_a_model_does_not_offer_leaves_its_place_on_the_sheet_empty(two_rows: list[Drawn]) -> None:
+    sheet = np.asarray(
+        contact_sheet([*two_rows, drawn("a blue ring", Preset.EXACT), drawn("a blue ring", Preset.FAST)])
+    )
+    for preset in Preset:
+        num_pictures = 3 if preset in (Preset.EXACT, Preset.FAST) else 2
+        assert (sheet == COLOURS[preset]).all(-1).sum() == num_pictures * 256 * 256
+    last = sheet[-200]
+    for column, preset in enumerate(Preset):
+        colour = COLOURS[preset] if preset in (Preset.EXACT, Preset.FAST) else (255, 255, 255)
+        assert tuple(last[12 + 268 * column + 128]) == colour
+
+
 def test_figures_are_time_compute_ratio_skip_rate_and_reuse_rate() -> None:
     assert figures(drawn("a red circle", Preset.FAST)) == ("1.23 s, compute 50%", "skipped 30%, reused 10%")
 
@@ -63,28 +92,82 @@ def test_table_has_a_line_for_each_picture_and_ends_in_the_means() -> None:
     ]
 
 
+def test_table_has_the_means_of_each_model_alone() -> None:
+    other = replace(drawn("two", Preset.FAST, 0.6), row=Row("other", "two"))
+    lines = table([drawn("one", Preset.FAST, 0.4), other]).splitlines()
+    means = {line: lines[i + 1].split()[2] for i, line in enumerate(lines) if "mean" in line}
+    assert means == {"tiny: mean of 1 rows": "40.0%", "other: mean of 1 rows": "60.0%"}
+
+
+def test_model_of_true_guidance_is_asked_for_the_same_without_and_with_a_negative_prompt() -> None:
+    without, guided = rows_of(listed("qwen", "true", ["exact"]))
+    assert without.negative_prompt is None
+    assert guided == replace(without, negative_prompt=demo.NEGATIVE_PROMPT)
+    assert guided.title == f"qwen: {demo.GUIDED_PROMPT} (negative prompt: {demo.NEGATIVE_PROMPT})"
+
+
+@pytest.mark.parametrize("guidance", ["distilled", "none"])
+def test_other_models_are_asked_for_all_prompts_and_never_given_a_negative_one(guidance: str) -> None:
+    rows = rows_of(listed("flux", guidance, ["exact"]))
+    assert rows == [Row("flux", prompt) for prompt in demo.PROMPTS]
+
+
+def test_every_model_draws_its_rows_at_every_budget_it_offers_after_a_row_that_is_thrown_away(tmp_path: Path) -> None:
+    models = [listed("flux", "distilled", ["exact", None, "high", "fast"]), listed("qwen", "true", ["exact", "draft"])]
+    bodies = []
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        if request.url.path == "/v1/models":
+            return httpx2.Response(200, json={"object": "list", "data": models})
+        bodies.append(json.loads(request.content))
+        return answer_of(
+            seconds={"total": 1}, compute_ratio=1, blocks={"run": 1, "skipped": 0, "reused": 0}, number=len(bodies)
+        )
+
+    with httpx2.Client(transport=httpx2.MockTransport(answer), base_url="http://server") as client:
+        pictures = draw_all(client)
+    asked = [(body["model"], body["prompt"], body["negative_prompt"], body["budget"]["preset"]) for body in bodies]
+    flux = [("flux", prompt, None, preset) for prompt in demo.PROMPTS for preset in ("exact", "high", "fast")]
+    negative_prompts = (None, demo.NEGATIVE_PROMPT)
+    qwen = [("qwen", demo.GUIDED_PROMPT, words, preset) for words in negative_prompts for preset in ("exact", "draft")]
+    assert asked == [*flux[:3], *flux, *qwen[:2], *qwen]
+    assert {body["seed"] for body in bodies} == {demo.SEED}
+    assert [picture.receipt["number"] for picture in pictures] == [*range(4, 16), *range(18, 22)]
+
+    save(pictures, tmp_path)
+    records = json.loads((tmp_path / "receipts.json").read_text())
+    assert len({record["picture"] for record in records}) == len(pictures)
+    assert all((tmp_path / record["picture"]).is_file() for record in records)
+    assert [(r["model"], r["prompt"], r["negative_prompt"], r["budget"]) for r in records] == [*flux, *qwen]
+
+
+def test_server_answers_all_that_the_demo_asks(client: TestClient, tmp_path: Path) -> None:
+    pictures = draw_all(client)
+    assert len(pictures) == len(Preset) * (len(demo.PROMPTS) + 2)
+    assert {picture.row.model for picture in pictures} == {"drawn", "guided"}
+    save(pictures, tmp_path)
+    assert (tmp_path / "contact_sheet.png").is_file()
+    assert "guided: mean of 2 rows" in table(pictures)
+
+
 def test_refused_request_ends_the_demo_with_the_servers_message() -> None:
     def refuse(request: httpx2.Request) -> httpx2.Response:
         return httpx2.Response(422, json={"error": {"message": "preset 'fast' is not calibrated"}})
 
     with (
         httpx2.Client(transport=httpx2.MockTransport(refuse), base_url="http://server") as client,
-        pytest.raises(SystemExit, match=r"422.*preset 'fast' is not calibrated"),
+        pytest.raises(SystemExit, match=r"tiny at budget fast answered 422.*preset 'fast' is not calibrated"),
     ):
-        demo.draw(client, "a red circle", Preset.FAST)
+        demo.draw(client, Row("tiny", "a red circle"), Preset.FAST)
 
 
 def test_picture_and_receipt_are_taken_from_the_answer() -> None:
-    png = io.BytesIO()
-    Image.new("RGB", (8, 8), (1, 2, 3)).save(png, "PNG")
-
     def answer(request: httpx2.Request) -> httpx2.Response:
         assert json.loads(request.content)["budget"] == {"preset": "high"}
-        picture = base64.b64encode(png.getvalue()).decode()
-        return httpx2.Response(200, json={"data": [{"b64_json": picture}], "receipt": {"compute_ratio": 0.7}})
+        return answer_of(compute_ratio=0.7)
 
     with httpx2.Client(transport=httpx2.MockTransport(answer), base_url="http://server") as client:
-        result = demo.draw(client, "a red circle", Preset.HIGH)
+        result = demo.draw(client, Row("tiny", "a red circle"), Preset.HIGH)
     assert result.picture.getpixel((0, 0)) == (1, 2, 3)
     assert result.compute_ratio == 0.7
 

@@ -49,5 +49,9 @@ def test_mistakes_are_not_passed_over(tmp_path: Path, monkeypatch: pytest.Monkey
         load_settings()
 
 
+def test_default_models_are_one_of_each_family_flux_first() -> None:
+    assert Settings().models == (Path("checkpoints/tiny-flux"), Path("checkpoints/tiny-qwen-image"))
+
+
 def test_every_setting_is_documented() -> None:
     assert all(field.description for field in Settings.model_fields.values())

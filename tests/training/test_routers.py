@@ -1,95 +1,70 @@
 """What routers learn must be what serving does with them."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
-from torch import nn
+from torch import Tensor, nn
 
 from models.card import Policy
 from models.elastic.compute import BlockCost
-from models.elastic.router import MLP_WIDTHS, RouterStack
-from models.elastic.runner import ElasticBlock, Row, Streams, run_block
-from models.elastic.width import narrowed
-from models.families.flux import adapter
-from models.families.flux.pipeline import mlp_layers, permute_neurons
+from models.elastic.router import RouterStack
+from models.elastic.runner import Row, Streams, run_block
+from models.families.flux import adapter as flux
+from models.families.qwen_image import adapter as qwen_image
+from models.families.wrapping import elastic_blocks, permute_neurons
 from models.report import Decision
 from models.rules import RULES
-from training.routers import Knobs, elastic_forward, install_masks
+from models.weights import RouterWeights
+from training.backbones import Backbone
+from training.routers import Knobs, RouterObjective, elastic_forward, install_masks, neuron_orders
+from training.text import Conditioner
 
-BATCH, TEXT, SIDE, CHANNELS = 5, 6, 4, 32
+PROMPTS = ["", "red", "a small red circle", "a large blue square on the right", "a green ring left of a white cross"]
+BATCH = len(PROMPTS)
 
-
-@pytest.fixture
-def transformer() -> FluxTransformer2DModel:
-    torch.manual_seed(0)
-    model = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=3,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=24,
-        pooled_projection_dim=24,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 6, 6),
-    )
-    return model.requires_grad_(False)
+# Under autocast: norms keep their weights in float32.
+pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
 
 
 @pytest.fixture
-def routers() -> RouterStack:
+def routers(backbone: Backbone) -> RouterStack:
     torch.manual_seed(1)
-    stack = RouterStack(5, CHANNELS, hidden=8)
+    stack = RouterStack(5, backbone.channels, hidden=8)
     for parameter in stack.parameters():
         nn.init.normal_(parameter, std=0.5)
     return stack
 
 
 @pytest.fixture
-def streams(transformer: FluxTransformer2DModel) -> Streams:
-    torch.manual_seed(2)
-    return adapter.prologue(
-        transformer,
-        torch.randn(BATCH, SIDE * SIDE, 16),
-        torch.rand(BATCH),
-        torch.full((BATCH,), 3.0),
-        torch.randn(BATCH, TEXT, CHANNELS),
-        torch.randn(BATCH, 24),
-        adapter.rotary_embedding(transformer, TEXT, SIDE, SIDE),
-    )
+def streams(backbone: Backbone, conditioner: Conditioner) -> Streams:
+    """Of prompts of different lengths."""
+    backbone.transformer.requires_grad_(False)
+    rng = torch.Generator().manual_seed(2)
+    latents, timestep = torch.randn(BATCH, 64, 32, generator=rng), torch.rand(BATCH, generator=rng)
+    return backbone.prologue(latents, timestep, torch.full((BATCH,), 3.0), conditioner.encode(PROMPTS))
 
 
 @pytest.mark.parametrize("knobs", [Knobs(0.3, 0.0), Knobs(0.5, 1.0), Knobs(0.6, 3.0)])
 def test_training_forward_gives_what_serving_gives(
-    transformer: FluxTransformer2DModel, routers: RouterStack, streams: Streams, knobs: Knobs
+    backbone: Backbone, routers: RouterStack, streams: Streams, knobs: Knobs
 ) -> None:
     # Given what serving does under the same settings
     policy = Policy(skip_threshold=knobs.skip_threshold, width_bias=knobs.width_bias)
-    names = list(adapter.blocks(transformer))
-    costs = dict.fromkeys(names, BlockCost(1.0, 1.0))
+    anatomy = flux if backbone.has_guidance_embedding else qwen_image
+    blocks = elastic_blocks(backbone.transformer, anatomy, RouterWeights(routers, {}))
+    costs = dict.fromkeys(backbone.blocks, BlockCost(1.0, 1.0))
     rows = [Row(RULES["router"], policy, "cond", 1, costs) for _ in range(BATCH)]
     served = streams
-    for i, (name, block) in enumerate(adapter.blocks(transformer).items()):
-        first, _, column = mlp_layers(block)
-        inner = ("ff.net.0.proj", "ff.net.2") if name.startswith("double") else ("proj_mlp", "proj_out")
-        variants = {
-            width: narrowed(
-                block,
-                {inner[0]: int(first.out_features * width)},
-                {inner[1]: column + int(first.out_features * width)},
-            )
-            for width in MLP_WIDTHS
-        }
-        router = routers.routers[i]
-        elastic = ElasticBlock(name, variants, adapter.call_block, router)
-        with torch.no_grad():
-            served = run_block(elastic, i, served, router.modulation(streams.temb), rows).streams
     with torch.no_grad():
-        expected = adapter.epilogue(transformer, served)
+        for i, (block, router) in enumerate(zip(blocks, routers.routers, strict=True)):
+            served = run_block(block, i, served, router.modulation(streams.temb), rows).streams
+        expected = backbone.epilogue(served)
 
     # When the training forward runs
-    install_masks(transformer)
-    velocity, gates, widths = elastic_forward(transformer, routers, streams, knobs)
+    install_masks(backbone)
+    velocity, gates, widths = elastic_forward(backbone, routers, streams, knobs)
 
     # Then velocities and decisions are the same
     torch.testing.assert_close(velocity, expected, atol=1e-5, rtol=1e-4)
@@ -101,15 +76,13 @@ def test_training_forward_gives_what_serving_gives(
     torch.testing.assert_close(widths[ran], served_widths[ran])
 
 
-def test_every_router_learns_from_the_result(
-    transformer: FluxTransformer2DModel, routers: RouterStack, streams: Streams
-) -> None:
+def test_every_router_learns_from_the_result(backbone: Backbone, routers: RouterStack, streams: Streams) -> None:
     """Also where its gate is closed: the block is computed all the same, and its gradient says what it would add."""
-    for module in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+    for module in backbone.blocks.values():
         for parameter in module.parameters():
             nn.init.normal_(parameter, std=0.2)
-    install_masks(transformer)
-    velocity, gates, _ = elastic_forward(transformer, routers, streams, Knobs(0.6, 1.0))
+    install_masks(backbone)
+    velocity, gates, _ = elastic_forward(backbone, routers, streams, Knobs(0.6, 1.0))
     assert (gates < 0.5).any()
     velocity.square().mean().backward()
     for router in routers.routers:
@@ -124,15 +97,57 @@ def test_higher_settings_ask_for_less(threshold: float, bias: float) -> None:
     assert harder.target_width < knobs.target_width <= 1
 
 
-def test_permuted_neurons_leave_the_dense_model_as_it_is(transformer: FluxTransformer2DModel, streams: Streams) -> None:
-    def dense() -> torch.Tensor:
-        inner = streams
-        for block in adapter.blocks(transformer).values():
-            text, image = adapter.call_block(block, inner)
-            inner = Streams(image, text, inner.temb, inner.image_rotary_emb)
-        return adapter.epilogue(transformer, inner)
+def dense(backbone: Backbone, streams: Streams) -> Tensor:
+    for block in backbone.blocks.values():
+        text, image = backbone.call_block(block, streams)
+        streams = replace(streams, hidden_states=image, encoder_hidden_states=text)
+    return backbone.epilogue(streams)
 
-    before = dense()
-    blocks = adapter.blocks(transformer)
-    permute_neurons(blocks, {name: torch.randperm(mlp_layers(b)[0].out_features) for name, b in blocks.items()})
-    torch.testing.assert_close(dense(), before, atol=1e-5, rtol=1e-5)
+
+def test_permuted_neurons_leave_the_dense_model_as_it_is(backbone: Backbone, streams: Streams) -> None:
+    before = dense(backbone, streams)
+    sizes = {name: backbone.mlp_layers(block)[0].out_features for name, block in backbone.blocks.items()}
+    orders = {name: torch.randperm(size) for name, size in sizes.items()}
+    permute_neurons(backbone.blocks, orders, backbone.mlp_layers)
+    torch.testing.assert_close(dense(backbone, streams), before, atol=1e-5, rtol=1e-5)
+
+
+def losses(objective: RouterObjective, knobs: Knobs) -> dict[str, Tensor]:
+    clean = torch.randn(6, 64, 32, generator=torch.Generator().manual_seed(3))
+    captions = [f"a {colour} circle" for colour in ("red", "green", "blue", "white", "black", "cyan")]
+    return objective.losses(clean, captions, torch.Generator().manual_seed(4), knobs)
+
+
+def test_routers_that_leave_nothing_out_are_at_no_distance_from_the_dense_model(
+    backbone: Backbone, conditioner: Conditioner, routers: RouterStack
+) -> None:
+    objective = RouterObjective(backbone, conditioner, routers)
+    everything, little = losses(objective, Knobs(0.0, -1e6)), losses(objective, Knobs(0.6, 3.0))
+    assert everything["dense"] < 1e-4 * little["dense"]
+    assert everything["gate"] < 1e-6
+    assert all(value.isfinite() for value in little.values())
+
+
+def test_where_guidance_is_true_each_sample_is_also_seen_without_its_prompt(
+    backbone: Backbone, conditioner: Any, routers: RouterStack
+) -> None:
+    losses(RouterObjective(backbone, conditioner, routers), Knobs(0.5, 1.0))
+    told = [prompt for prompt in conditioner.asked if prompt]
+    assert len(conditioner.asked) == 6
+    assert told == conditioner.asked[: 6 if backbone.has_guidance_embedding else 3]
+
+
+def test_neurons_are_ordered_by_what_they_add(backbone: Backbone, conditioner: Conditioner) -> None:
+    """The last neuron is made the strongest, the first silent; new routers let all of them run."""
+    for block in backbone.blocks.values():
+        _, last, column = backbone.mlp_layers(block)
+        with torch.no_grad():
+            last.weight[:, -1] *= 1000
+            last.weight[:, column] = 0
+    clean = torch.randn(6, 64, 32, generator=torch.Generator().manual_seed(3))
+    objective = RouterObjective(backbone, conditioner, RouterStack(5, backbone.channels, hidden=8))
+    orders = neuron_orders(objective, clean, [*PROMPTS, "blue"], torch.Generator().manual_seed(4))
+    assert list(orders) == list(backbone.blocks)
+    for order in orders.values():
+        assert sorted(order.tolist()) == list(range(128))
+        assert (int(order[0]), int(order[-1])) == (127, 0)

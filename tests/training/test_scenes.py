@@ -1,9 +1,22 @@
+import random
 from dataclasses import replace
 
 import pytest
 
 from training.prompts import calibration_scenes, complex_scenes, evaluation_scenes, simple_scenes
-from training.scenes import COLOURS, POSITIONS, SHAPES, TEXTURES, Scene, SceneObject, sample_scene, training_scenes
+from training.scenes import (
+    COLOURS,
+    POSITIONS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    TONES,
+    Scene,
+    SceneObject,
+    sample_scene,
+    training_scenes,
+)
 
 CIRCLE = SceneObject("circle", "red", "large", "top left")
 RING = SceneObject("ring", "blue", "small", "top right")
@@ -62,12 +75,76 @@ def test_caption_of_a_relation_names_no_place() -> None:
     assert related.caption == "a large red circle left of a blue ring"
 
 
-def test_caption_that_tells_all_tells_one_scene_from_another() -> None:
+@pytest.mark.parametrize("form", ["caption", "long_caption"])
+def test_caption_that_tells_all_tells_one_scene_from_another(form: str) -> None:
     captions: dict[str, object] = {}
     for seed in range(500):
         scene = sample_scene(seed, tells_all=True)
         content = (frozenset(scene.objects), scene.tone, scene.texture)
-        assert captions.setdefault(scene.caption, content) == content
+        assert captions.setdefault(getattr(scene, form), content) == content
+
+
+def test_long_caption_says_what_is_told_in_whole_sentences() -> None:
+    first, second, end = PAIR.long_caption.split(".")
+    assert first.endswith(" a large red circle at the top left and a blue ring at the top right")
+    assert "striped" in second
+    assert "light" in second
+    assert end == ""
+
+
+def test_long_caption_of_a_relation_names_no_place() -> None:
+    related = replace(PAIR, relation="left of", told_positions=(False, False), tells_background=False)
+    assert related.long_caption.endswith(" a large red circle left of a blue ring.")
+    assert related.long_caption.count(".") == 1
+
+
+def test_long_caption_lists_objects_with_one_and() -> None:
+    three = replace(
+        PAIR,
+        objects=(CIRCLE, RING, SceneObject("cross", "black", "small", "bottom left")),
+        told_sizes=(True, True, True),
+        told_positions=(False, False, False),
+        tells_background=False,
+    )
+    assert three.long_caption.endswith(" a large red circle, a small blue ring and a small black cross.")
+
+
+def test_long_caption_tells_what_the_short_one_tells() -> None:
+    """In the same order, and nothing else."""
+    telling = {*COLOURS, *SHAPES, *SIZES, *TEXTURES, *TONES, *" ".join(POSITIONS + RELATIONS).split()} - {"of"}
+
+    def told(text: str) -> list[str]:
+        return [word for word in text.replace(",", "").replace(".", "").split() if word in telling]
+
+    for scene in training_scenes(0, 500):
+        assert told(scene.long_caption) == told(scene.caption)
+
+
+def test_long_captions_are_worded_in_several_ways_and_each_always_the_same() -> None:
+    openings = {replace(PAIR, seed=seed).long_caption.split(" a large")[0] for seed in range(60)}
+    assert len(openings) == 4
+    assert len({replace(PAIR, seed=seed).long_caption.split(".")[1] for seed in range(60)}) == 3
+    assert sample_scene(7).long_caption == sample_scene(7).long_caption
+
+
+def test_mixed_captions_are_long_for_two_in_three() -> None:
+    scenes = list(training_scenes(0, 300))
+    assert sum(scene.mixed_caption == scene.long_caption for scene in scenes) == 200
+    assert sum(scene.mixed_caption == scene.caption for scene in scenes) == 100
+
+
+def test_fragment_is_true_of_its_scene() -> None:
+    rng = random.Random(0)
+    seen = set()
+    for scene in training_scenes(0, 500):
+        fragment = scene.fragment(rng)
+        words = [word for word in fragment.split() if word not in ("a", "objects", "background")]
+        seen.add((len(fragment.split()), len(words)))
+        if "background" in fragment:
+            assert set(words) <= {scene.texture, scene.tone}
+        else:
+            assert any(set(words) <= {thing.shape, thing.colour, thing.size} for thing in scene.objects)
+    assert seen == {(1, 1), (2, 1), (3, 2), (4, 2)}
 
 
 @pytest.mark.parametrize("relation", ["left of", "right of", "above", "below"])

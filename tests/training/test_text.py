@@ -1,10 +1,21 @@
+import random
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import CLIPTokenizer, T5Tokenizer
+import torch
+from diffusers import QwenImagePipeline
+from transformers import CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer
 
 from training.scenes import POSITIONS, Scene, SceneObject, sample_scene, training_scenes
-from training.text import MAX_SEQUENCE_LENGTH, build_clip_tokenizer, build_t5_tokenizer
+from training.text import (
+    MAX_SEQUENCE_LENGTH,
+    QWEN_SEQUENCE_LENGTH,
+    QwenImageConditioner,
+    build_clip_tokenizer,
+    build_t5_tokenizer,
+)
 
 LONGEST = Scene(
     objects=tuple(SceneObject("triangle", "purple", "small", place) for place in POSITIONS[:4]),
@@ -71,3 +82,76 @@ def test_clip_tokens_spell_the_caption(clip_tokenizer: CLIPTokenizer) -> None:
     for caption in CAPTIONS:
         tokens = "".join(clip_tokenizer.tokenize(caption))
         assert tokens.replace("</w>", " ").split() == caption.replace(",", " ,").split()
+
+
+@pytest.fixture(scope="module")
+def conditioner() -> QwenImageConditioner:
+    conditioner = QwenImageConditioner()
+    conditioner.encoder.eval().requires_grad_(False)
+    return conditioner
+
+
+def prompt_tokens(conditioner: QwenImageConditioner, prompt: str) -> list[str]:
+    """Of the prompt alone, in its place in the template."""
+    start, end = (len(conditioner.tokenizer(part).input_ids) for part in conditioner.template.split("{}"))
+    tokens: list[str] = conditioner.tokenizer.tokenize(conditioner.template.format(prompt))
+    return tokens[start:-end]
+
+
+def test_each_word_is_one_qwen_token(conditioner: QwenImageConditioner) -> None:
+    rng = random.Random(1)
+    scenes = list(training_scenes(10**6, 200))
+    fragments = [scene.fragment(rng) for scene in scenes]
+    for prompt in [
+        LONGEST.long_caption,
+        *fragments,
+        *(caption for s in scenes for caption in (s.caption, s.long_caption)),
+    ]:
+        assert [token.strip("Ġ") for token in prompt_tokens(conditioner, prompt)] == re.findall(r"\w+|[,.]", prompt)
+
+
+def test_template_begins_with_the_tokens_that_the_pipeline_cuts_off(conditioner: QwenImageConditioner) -> None:
+    beginning = conditioner.template.split("{}")[0]
+    assert len(conditioner.tokenizer(beginning).input_ids) == conditioner.start == 34
+
+
+def test_longest_long_caption_and_the_templates_end_fit_qwen(conditioner: QwenImageConditioner) -> None:
+    longest = max((replace(LONGEST, seed=seed).long_caption for seed in range(200)), key=lambda text: len(text.split()))
+    lengths = [len(conditioner.tokenizer(conditioner.template.format(text)).input_ids) for text in (longest, "")]
+    assert lengths[0] == 34 + QWEN_SEQUENCE_LENGTH == conditioner.tokenizer.model_max_length
+    assert lengths[1] == 34 + 5
+
+
+def test_unknown_words_are_qwen_tokens_too(conditioner: QwenImageConditioner) -> None:
+    tokenizer = conditioner.tokenizer
+    for prompt in ODD_PROMPTS:
+        assert tokenizer.decode(tokenizer(prompt).input_ids) == prompt
+    assert len(tokenizer("a zebra").input_ids) > 2
+
+
+def test_qwen_tokenizer_survives_a_round_trip(conditioner: QwenImageConditioner, tmp_path: Path) -> None:
+    conditioner.tokenizer.save_pretrained(tmp_path)
+    loaded = Qwen2Tokenizer.from_pretrained(tmp_path)
+    prompts = [conditioner.template.format(prompt) for prompt in CAPTIONS + ODD_PROMPTS]
+    assert loaded(prompts).input_ids == conditioner.tokenizer(prompts).input_ids
+    assert loaded.model_max_length == conditioner.tokenizer.model_max_length
+
+
+def test_qwen_conditioner_encodes_as_the_pipeline_does(conditioner: QwenImageConditioner) -> None:
+    pipeline = QwenImagePipeline(None, None, conditioner.encoder, conditioner.tokenizer, None)
+    prompts = ["", "a red circle", LONGEST.long_caption]
+    text = conditioner.encode(prompts)
+    assert text.pooled is None
+    assert text.mask is not None
+    assert text.embeds.shape == (3, QWEN_SEQUENCE_LENGTH, 128)
+    for embeds, mask, prompt in zip(text.embeds, text.mask, prompts, strict=True):
+        expected, _ = pipeline.encode_prompt(
+            prompt, device=torch.device("cpu"), max_sequence_length=QWEN_SEQUENCE_LENGTH
+        )
+        assert mask.tolist() == [i < expected.shape[1] for i in range(QWEN_SEQUENCE_LENGTH)]
+        torch.testing.assert_close(embeds[mask], expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_qwen_image_is_told_long_and_short_captions(conditioner: QwenImageConditioner) -> None:
+    scenes = list(training_scenes(0, 30))
+    assert [conditioner.caption(scene) for scene in scenes] == [scene.mixed_caption for scene in scenes]

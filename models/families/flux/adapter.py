@@ -56,6 +56,17 @@ def call_block(block: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
     return result
 
 
+def mlp_layers(block: nn.Module) -> tuple[nn.Linear, nn.Linear, int]:
+    """First and last layer of the MLP that may be narrowed, and the last one's column where hidden neurons begin."""
+    if isinstance(block, FluxTransformerBlock):
+        first, last = block.ff.net[0].proj, block.ff.net[2]
+        assert isinstance(first, nn.Linear)
+        assert isinstance(last, nn.Linear)
+        return first, last, 0
+    assert isinstance(block, FluxSingleTransformerBlock)
+    return block.proj_mlp, block.proj_out, block.proj_out.in_features - block.proj_mlp.out_features
+
+
 def epilogue(transformer: FluxTransformer2DModel, streams: Streams) -> Tensor:
     """Returns the velocity `(batch, image tokens, channels)`."""
     velocity: Tensor = transformer.proj_out(transformer.norm_out(streams.hidden_states, streams.temb))

@@ -121,3 +121,14 @@ def test_fused_modulation_is_that_of_each_router(temb: Tensor) -> None:
     for router, modulation in zip(stack.gate_mlps, modulations, strict=True):
         assert isinstance(router, Router)
         torch.testing.assert_close(modulation, router.modulation(temb))
+
+
+def test_fused_modulation_takes_no_second_memory() -> None:
+    stack = RouterStack(3, CHANNELS, HIDDEN)
+    names = list(stack.state_dict())
+    fused = stack.fused_modulation()
+    for router in stack.routers:
+        layer = router.modulation_layer
+        assert layer.weight.untyped_storage().data_ptr() == fused.weight.untyped_storage().data_ptr()
+        assert layer.bias.untyped_storage().data_ptr() == fused.bias.untyped_storage().data_ptr()
+    assert list(stack.state_dict()) == names

@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from models.card import Policy
 from models.elastic.compute import BlockCost
 from models.elastic.plan import REUSE, RUN_IN_FULL, SKIP, RowPlan, RowView
+from models.elastic.router import Router
 from models.elastic.runner import Allowance, ElasticBlock, Residual, Row, Streams, run_block
 from models.report import Decision
 
@@ -201,3 +202,124 @@ def test_change_of_the_first_residual_is_relative_to_the_last_computed_step(vari
     scale = added[0].abs().mean()
     expected = [None, *(float((now - added[0]).abs().mean() / scale) for now in added[1:])]
     assert changes == pytest.approx(expected)
+
+
+def padded_streams(lengths: Sequence[int], padding: float, seed: int = 0) -> Streams:
+    """A row for each number of real text tokens, padded with uneven values up to `padding` to the longest."""
+    rng = torch.Generator().manual_seed(seed)
+    image, text, temb = (torch.randn(len(lengths), *size, generator=rng) for size in ((5, 4), (max(lengths), 4), (4,)))
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return Streams(
+        image,
+        torch.where(mask[..., None], text, padding * torch.tensor([1.0, -1.0, 0.5, 0.25])),
+        temb,
+        (torch.ones(5), torch.arange(max(lengths))),
+        mask,
+    )
+
+
+class Masked(nn.Module):
+    """A block that heeds the mask, as attention does: padding moves no real token."""
+
+    def forward(self, streams: Streams) -> tuple[Tensor, Tensor]:
+        text, mask = streams.encoder_hidden_states, streams.encoder_hidden_states_mask
+        total = (text if mask is None else text * mask[..., None]).sum(1, keepdim=True)
+        return text * 2 + total + streams.temb[:, None], streams.hidden_states + total
+
+
+def padded_row(num_text_tokens: int, *plans: RowPlan) -> Row:
+    row = row_of(*plans)
+    row.num_text_tokens = num_text_tokens
+    return row
+
+
+@pytest.fixture
+def masked_block() -> ElasticBlock:
+    return ElasticBlock("only", {1.0: Masked()}, call, None)
+
+
+def test_streams_of_rows_keep_what_belongs_to_each_row() -> None:
+    streams = padded_streams([2, 4, 3], padding=9.0)
+    assert streams.encoder_hidden_states_mask is not None
+    where = torch.tensor([2, 0])
+    part = streams.of_rows(where, [3, 2])
+    assert part.encoder_hidden_states_mask is not None
+    assert part.encoder_hidden_states_mask.sum(1).tolist() == [3, 2]
+    for name in ("hidden_states", "temb"):
+        assert torch.equal(getattr(part, name), getattr(streams, name)[where])
+    assert torch.equal(part.encoder_hidden_states, streams.encoder_hidden_states[where, :3])
+    image_factors, text_factors = part.image_rotary_emb
+    assert torch.equal(image_factors, streams.image_rotary_emb[0])
+    assert torch.equal(text_factors, streams.image_rotary_emb[1][:3])
+
+
+def test_rows_of_one_length_lose_their_padding_and_their_mask() -> None:
+    streams = padded_streams([2, 4, 2], padding=9.0)
+    part = streams.of_rows(torch.tensor([0, 2]), [2, 2])
+    assert part.encoder_hidden_states_mask is None
+    assert part.encoder_hidden_states.shape == (2, 2, 4)
+
+
+def test_streams_without_a_mask_have_none_for_their_rows_either() -> None:
+    assert streams_of(3).of_rows(torch.tensor([1]), [None]).encoder_hidden_states_mask is None
+
+
+@pytest.mark.parametrize("num_running", [2, 3], ids=["some rows run", "all rows run"])
+def test_mask_goes_through_a_block_as_it_came(masked_block: ElasticBlock, num_running: int) -> None:
+    before = padded_streams([2, 4, 3], padding=9.0)
+    rows = [padded_row(n, RUN_IN_FULL if i < num_running else SKIP) for i, n in enumerate([2, 4, 3])]
+    after = run_block(masked_block, 0, before, None, rows).streams
+    assert after.encoder_hidden_states_mask is before.encoder_hidden_states_mask
+    assert not torch.equal(after.hidden_states, before.hidden_states)
+
+
+@pytest.mark.parametrize("num_keeping", [1, 3], ids=["some rows run", "all rows run"])
+def test_kept_residual_holds_real_text_tokens_only(masked_block: ElasticBlock, num_keeping: int) -> None:
+    lengths = [2, 4, 3]
+    rows = [padded_row(n, KEEP if i < num_keeping else SKIP) for i, n in enumerate(lengths)]
+    before = padded_streams(lengths, padding=9.0)
+    after = run_block(masked_block, 0, before, None, rows).streams
+    for i, (row, length) in enumerate(zip(rows[:num_keeping], lengths, strict=False)):
+        row.end_step()
+        residual = row.residuals["only"].encoder_hidden_states
+        assert residual.shape == (length, 4)
+        added = after.encoder_hidden_states[i, :length] - before.encoder_hidden_states[i, :length]
+        assert torch.equal(residual, added)
+
+
+@pytest.mark.parametrize("companions", [[], [7], [2], [7, 5]], ids=["none", "longer", "shorter", "two"])
+def test_residual_is_added_right_whatever_the_padding_is_now(masked_block: ElasticBlock, companions: list[int]) -> None:
+    """It was stored between neighbours of 4 and 3 tokens; who leaves and arrives changes the padding."""
+    row = padded_row(3, KEEP, REUSE)
+    rows = [padded_row(4, SKIP), row, padded_row(3, SKIP)]
+    run_block(masked_block, 0, padded_streams([4, 3, 3], padding=9.0), None, rows)
+    row.end_step()
+    residual = row.residuals["only"]
+    others = [padded_row(length, REUSE) for length in companions]
+    for other, length in zip(others, companions, strict=True):
+        other.residuals["only"] = Residual(torch.ones(5, 4), torch.ones(length, 4))
+    row.begin_step(1, Policy(), Allowance())
+    before = padded_streams([*companions, 3], padding=-5.0, seed=1)
+    after = run_block(masked_block, 0, before, None, [*others, row]).streams
+    assert torch.equal(after.hidden_states[-1], before.hidden_states[-1] + residual.hidden_states)
+    text = before.encoder_hidden_states[-1].clone()
+    text[:3] += residual.encoder_hidden_states
+    assert torch.equal(after.encoder_hidden_states[-1], text)
+
+
+def test_what_stands_in_the_padding_decides_nothing(masked_block: ElasticBlock) -> None:
+    torch.manual_seed(0)
+    router = Router(4, hidden=8)
+    for parameter in router.parameters():
+        nn.init.normal_(parameter)
+    block = replace(masked_block, router=router.requires_grad_(False))
+    seen = []
+    for padding in (0.0, 9.0, -1e4):
+        rows = [padded_row(length, RUN_IN_FULL) for length in (2, 6)]
+        streams = padded_streams([2, 6], padding)
+        run_block(block, 0, streams, router.modulation(streams.temb), rows)
+        seen.append([(row.rule.seen[0].depth_prob, row.rule.seen[0].width_logits) for row in rows])  # type: ignore[attr-defined]  # Scripted
+    for other in seen[1:]:
+        for (depth, widths), (expected_depth, expected_widths) in zip(other, seen[0], strict=True):
+            assert depth == pytest.approx(expected_depth)
+            assert widths == pytest.approx(expected_widths)

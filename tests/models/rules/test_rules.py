@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from models.card import CurvePoint, Policy
 from models.elastic.plan import RowView, Rule
 from models.elastic.router import MLP_WIDTHS
 from models.engine import Engine
-from models.families.flux.pipeline import FluxFamily
+from models.families.picture import PictureFamily
 from models.report import Decision
 from models.request import GenerationRequest
 from models.rules import RULES
@@ -28,7 +29,7 @@ EVERYTHING: Mapping[str, Policy] = {
 LIGHT: Mapping[str, Policy] = {
     "dense": Policy(),
     "router": Policy(0.5, 0.3, 2, width_bias=1.0),
-    "residual_cache": Policy(residual_threshold=1.0, max_reuses=2),
+    "residual_cache": Policy(residual_threshold=1.3, max_reuses=2),
 }
 """Settings under which a rule leaves out much of what it can."""
 
@@ -133,15 +134,20 @@ def test_rule_that_leaves_nothing_out_equals_dense_bit_for_bit(
 def test_counted_compute_is_that_of_the_decisions(
     name: str,
     open_engine: Engine,
-    family: FluxFamily,
+    family: PictureFamily,
     ask: Callable[..., GenerationRequest],
+    guided: Callable[..., dict[str, Any]],
     denoise: Callable[..., DenoiseState],
 ) -> None:
-    request = ask(num_inference_steps=6, negative_prompt="a blue square", true_cfg_scale=2.0)
-    summary = denoise(open_engine, request, point(name, LIGHT[name])).summary()
-    costs = family.block_costs(request.height, request.width)
+    request = ask(num_inference_steps=6, **guided())
+    state = denoise(open_engine, request, point(name, LIGHT[name]))
+    summary = state.summary()
+    costs = {
+        branch: family.block_costs(request.height, request.width, inputs.num_text_tokens)
+        for branch, inputs in zip(("cond", "uncond"), state.inputs, strict=True)
+    }
     assert summary.decisions is not None
-    ran = sum(costs[e.block].at_width(e.mlp_width) for e in summary.decisions if e.decision is Decision.RUN)
-    dense = 2 * 6 * sum(cost.dense for cost in costs.values())
+    ran = sum(costs[e.branch][e.block].at_width(e.mlp_width) for e in summary.decisions if e.decision is Decision.RUN)
+    dense = 6 * sum(cost.dense for branch in costs.values() for cost in branch.values())
     assert summary.compute_ratio == pytest.approx(ran / dense, rel=1e-9)
     assert summary.compute_ratio == 1 if name == "dense" else summary.compute_ratio < 0.9

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models.artifact import OutputFormat
-from models.card import EXACT, ModelCard, SizeLimits
+from models.card import EXACT, Guidance, ModelCard, SizeLimits
 from models.errors import InvalidRequest
 from models.request import Budget, ComputeBudget, GenerationRequest, Preset, PresetBudget, QualityBudget
 from service.api.parsing import nearest_size, parse_output, parse_requests, quality_of
@@ -99,13 +99,60 @@ def test_refusal_names_the_nearest_valid_value(
     assert caught.value.param == param
 
 
-def test_true_guidance_needs_a_model_that_has_it(drawn_card: ModelCard) -> None:
-    (request,) = parse(drawn_card, negative_prompt="", true_cfg_scale=2)
-    assert (request.negative_prompt, request.true_cfg_scale) == ("", 2.0)
-    plain = replace(drawn_card, supports_true_cfg=False)
-    for fields in ({"negative_prompt": "blue"}, {"negative_prompt": "blue", "true_cfg_scale": 2.0}):
-        with pytest.raises(InvalidRequest, match="no true classifier-free guidance"):
-            parse(plain, **fields)
+@pytest.mark.parametrize("guidance", [Guidance.DISTILLED, Guidance.NONE])
+def test_true_guidance_is_a_scale_of_its_own_where_guidance_scale_is_not_true(
+    guidance: Guidance, drawn_card: ModelCard
+) -> None:
+    card = replace(drawn_card, guidance=guidance)
+    (request,) = parse(card, guidance_scale=0.5, negative_prompt="", true_cfg_scale=2)
+    assert (request.guidance_scale, request.negative_prompt, request.true_cfg_scale) == (0.5, "", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "guidance_scale", "negative_prompt"),
+    [
+        ({}, 3.5, None),
+        ({"negative_prompt": None, "true_cfg_scale": None}, 3.5, None),
+        ({"negative_prompt": "blue"}, 3.5, "blue"),
+        ({"negative_prompt": "", "guidance_scale": 1.1}, 1.1, ""),
+        ({"guidance_scale": 1}, 1.0, None),
+        ({"guidance_scale": 0}, 0.0, None),
+    ],
+)
+def test_negative_prompt_goes_with_guidance_scale_where_that_is_true(
+    fields: dict[str, Any], guidance_scale: float, negative_prompt: str | None, guided_card: ModelCard
+) -> None:
+    (request,) = parse(guided_card, **fields)
+    assert (request.guidance_scale, request.negative_prompt) == (guidance_scale, negative_prompt)
+    assert request.true_cfg_scale == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message", "param"),
+    [
+        ({"negative_prompt": "blue", "guidance_scale": 1}, "set guidance_scale above 1, not 1", "negative_prompt"),
+        ({"negative_prompt": "", "guidance_scale": 0.5}, "set guidance_scale above 1, not 0.5", "negative_prompt"),
+        ({"negative_prompt": "x" * 201}, "has 201 characters; guided takes at most 200", "negative_prompt"),
+        (
+            {"negative_prompt": "blue", "true_cfg_scale": 2},
+            "true_cfg_scale 2 cannot be used here: guidance_scale is the true classifier-free guidance of guided",
+            "true_cfg_scale",
+        ),
+        ({"true_cfg_scale": 1}, "omit true_cfg_scale", "true_cfg_scale"),
+    ],
+)
+def test_refusal_where_guidance_scale_is_true_says_what_to_set(
+    fields: dict[str, Any], message: str, param: str, guided_card: ModelCard
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(guided_card, **fields)
+    assert message in str(caught.value)
+    assert caught.value.param == param
+
+
+def test_negative_prompt_needs_the_default_guidance_to_be_on(guided_card: ModelCard) -> None:
+    with pytest.raises(InvalidRequest, match="set guidance_scale above 1, not 1"):
+        parse(replace(guided_card, default_guidance_scale=1.0), negative_prompt="blue")
 
 
 def test_preset_must_be_on_the_models_curve(drawn_card: ModelCard) -> None:

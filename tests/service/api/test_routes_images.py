@@ -181,7 +181,8 @@ def test_harmless_fields_are_taken(fields: dict[str, Any], client: TestClient) -
         ({"partial_images": 2}, "partial_images"),
         ({"negative_prompt": "blue"}, "negative_prompt"),
         ({"true_cfg_scale": 0.5}, "true_cfg_scale"),
-        ({"model": "plain", "true_cfg_scale": 2, "negative_prompt": ""}, "true_cfg_scale"),
+        ({"model": "guided", "true_cfg_scale": 2, "negative_prompt": ""}, "true_cfg_scale"),
+        ({"model": "guided", "guidance_scale": 1, "negative_prompt": ""}, "negative_prompt"),
         ({"promt": "a"}, "promt"),
         ({"prompt": "refuse"}, "prompt"),
     ],
@@ -228,6 +229,16 @@ def test_promises_that_cannot_be_kept_are_refused(header: tuple[str, str], clien
     response = client.post("/v1/images", json=PROMPT, headers=[header])
     assert response.status_code == 422
     assert response.json()["error"]["param"] == header[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "model"),
+    [({}, "drawn"), ({"model": "drawn"}, "drawn"), ({"model": "guided", "negative_prompt": "blue"}, "guided")],
+)
+def test_each_request_chooses_its_model(fields: dict[str, Any], model: str, client: TestClient) -> None:
+    response = client.post("/v1/images", json={**PROMPT, **fields})
+    assert response.status_code == 200
+    assert response.json()["model"] == model
 
 
 def test_unknown_model_is_not_found(client: TestClient) -> None:

@@ -4,7 +4,8 @@ from fastapi.testclient import TestClient
 def test_models_are_listed_with_their_curves(client: TestClient) -> None:
     listed = client.get("/v1/models").json()
     assert listed["object"] == "list"
-    assert [model["id"] for model in listed["data"]] == ["drawn", "plain"]
+    assert [model["id"] for model in listed["data"]] == ["drawn", "guided"]
+    assert [model["guidance"] for model in listed["data"]] == ["distilled", "true"]
     model = listed["data"][0]
     assert model["object"] == "model"
     assert model["sizes"] == {"multiple_of": 16, "minimum": 32, "maximum": 1024}
@@ -20,4 +21,4 @@ def test_unknown_model_is_not_found(client: TestClient) -> None:
         response = client.get(f"/v1/models/{model}")
         assert response.status_code == 404
         assert response.json()["error"]["code"] == "model_not_found"
-        assert f"'{model}'; loaded: drawn, plain" in response.json()["error"]["message"]
+        assert f"'{model}'; loaded: drawn, guided" in response.json()["error"]["message"]

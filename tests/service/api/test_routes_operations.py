@@ -41,7 +41,7 @@ def test_metrics_count_what_was_done(client: TestClient) -> None:
         'elastic_compute_ratio_sum{model="drawn"} 1.0',
         'elastic_predicted_compute_ratio_error_count{model="drawn"} 2.0',
         'elastic_requests_running{model="drawn"} 0.0',
-        'elastic_requests_waiting{model="plain"} 0.0',
+        'elastic_requests_waiting{model="guided"} 0.0',
         'elastic_request_queue_time_seconds_count{model="drawn"} 2.0',
         'elastic_e2e_request_latency_seconds_count{model="drawn",preset="fast"} 1.0',
         'elastic_requests_total{model="drawn",status="succeeded"} 1.0',

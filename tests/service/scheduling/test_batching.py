@@ -29,5 +29,5 @@ def test_nobody_starves(waiting: list[Candidate], max_batch_size: int) -> None:
 
 def test_shape_is_model_size_and_guidance(make_request: Callable[..., GenerationRequest]) -> None:
     assert shape_of(make_request(seed=1)) == shape_of(make_request(seed=2, prompt="other", num_inference_steps=9))
-    for different in ({"width": 128}, {"model": "plain"}, {"true_cfg_scale": 2.0}):
+    for different in ({"width": 128}, {"model": "guided"}, {"true_cfg_scale": 2.0}):
         assert shape_of(make_request(**different)) != shape_of(make_request())

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -16,6 +17,7 @@ EXACT = PresetBudget(Preset.EXACT)
         ({"budget": EXACT, "num_inference_steps": 8}, 4.0),
         ({"budget": EXACT, "height": 128, "width": 128}, 8.0),
         ({"budget": EXACT, "negative_prompt": "", "true_cfg_scale": 4.0}, 4.0),
+        ({"budget": EXACT, "guidance_scale": 1.0}, 2.0),
         ({"budget": PresetBudget(Preset.FAST)}, 1.1),
     ],
 )
@@ -23,3 +25,19 @@ def test_cost_grows_with_steps_pixels_branches_and_budget(
     fields: dict[str, object], seconds: float, make_request: Callable[..., GenerationRequest], drawn_card: ModelCard
 ) -> None:
     assert predicted_seconds(make_request(**fields), drawn_card) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("default_guidance_scale", "guidance_scale", "seconds"),
+    [(3.5, 3.5, 2.0), (3.5, 1.1, 2.0), (3.5, 1.0, 1.0), (3.5, 0.0, 1.0), (1.0, 1.0, 2.0), (1.0, 2.0, 4.0)],
+)
+def test_cost_of_true_guidance_is_relative_to_the_default_guidance(
+    default_guidance_scale: float,
+    guidance_scale: float,
+    seconds: float,
+    make_request: Callable[..., GenerationRequest],
+    guided_card: ModelCard,
+) -> None:
+    card = replace(guided_card, default_guidance_scale=default_guidance_scale)
+    request = make_request(budget=EXACT, guidance_scale=guidance_scale)
+    assert predicted_seconds(request, card) == pytest.approx(seconds)

@@ -1,125 +1,86 @@
-import copy
+"""What is FLUX's alone; what every family does is tested one folder up, and in the engine's tests."""
+
 from collections.abc import Callable
-from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import FluxPipeline
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from models.card import CurvePoint, Policy
-from models.elastic.router import MLP_WIDTHS
-from models.elastic.runner import Streams
-from models.engine import Engine
-from models.errors import InvalidRequest
+from models.card import EXACT, Guidance, SizeLimits
+from models.engine import Engine, load_engine
+from models.errors import InvalidRequest, WeightsError
 from models.families.flux import adapter
-from models.families.flux.pipeline import FluxFamily, mlp_layers
+from models.families.flux.pipeline import FluxFamily
 from models.request import GenerationRequest
+from models.state import DenoiseState
+from models.weights import CheckpointTraits, MlpActivation
 
 MODEL = "tiny-flux"
-CHANNELS, HIDDEN = 32, 128
 Ask = Callable[..., GenerationRequest]
+Denoise = Callable[..., DenoiseState]
 
 
-def streams_of(family: FluxFamily, batch: int = 1) -> Streams:
-    rng = torch.Generator().manual_seed(0)
-    tokens = family.max_sequence_length
-    image, text = (torch.randn(batch, count, CHANNELS, generator=rng) for count in (24, tokens))
-    rotary = adapter.rotary_embedding(family.transformer, tokens, 4, 6)
-    return Streams(image, text, torch.randn(batch, CHANNELS, generator=rng), rotary)
+def test_exact_equals_the_stock_pipeline_of_a_model_without_guidance(
+    tiny_schnell: Path, tmp_path: Path, stock_result: Callable[..., Any], ask: Ask, denoise: Denoise
+) -> None:
+    engine = load_engine([tiny_schnell], device="cpu", router_weights=tmp_path)
+    stock = FluxPipeline.from_pretrained(tiny_schnell, dtype=torch.float32, local_files_only=True)
+    stock.set_progress_bar_config(disable=True)
+    request = ask(guidance_scale=0.0)
+    expected = stock_result(stock, request, engine.max_sequence_length(MODEL))
+    assert torch.equal(denoise(engine, request).latents, expected)
+    card = engine.cards[MODEL]
+    assert card.guidance is Guidance.NONE
+    assert (card.default_num_inference_steps, card.default_guidance_scale) == (4, 0.0)
 
 
-@torch.inference_mode()
-def counted_flops(call: Callable[[], object]) -> int:
-    # Torch counts attention by its parts; the fused kernel of a CPU it does not know.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        call()
-    return int(counter.get_total_flops())
+@pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 6.0])
+def test_distilled_guidance_is_that_of_the_stock_pipeline(
+    engine: Engine,
+    stock: FluxPipeline,
+    stock_result: Callable[..., Any],
+    ask: Ask,
+    denoise: Denoise,
+    guidance_scale: float,
+) -> None:
+    request = ask(guidance_scale=guidance_scale)
+    expected = stock_result(stock, request, engine.max_sequence_length(MODEL))
+    latents = denoise(engine, request).latents
+    assert torch.equal(latents, expected)
+    assert not torch.allclose(latents, denoise(engine, ask()).latents, atol=1e-3)
 
 
-@pytest.mark.parametrize("width", MLP_WIDTHS)
-@pytest.mark.parametrize("index", [0, 2], ids=["double", "single"])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_cost_of_a_block_is_what_torch_counts(family: FluxFamily, index: int, width: float, batch: int) -> None:
-    block, streams = family.blocks[index], streams_of(family, batch)
-    expected = batch * family.block_costs(64, 96)[block.name].at_width(width)
-    assert counted_flops(lambda: block.call(block.variants[width], streams)) == pytest.approx(expected, rel=0.01)
+def test_card_tells_sizes_defaults_and_guidance(engine: Engine) -> None:
+    card = engine.cards[MODEL]
+    assert card.family == "flux"
+    assert card.guidance is Guidance.DISTILLED
+    assert (card.default_height, card.default_width) == (64, 64)
+    assert card.sizes == SizeLimits(multiple_of=16, minimum=64, maximum=128)
+    assert card.max_prompt_characters == 16 * 40
+    assert card.blocks == ("double.00", "double.01", "single.00", "single.01", "single.02", "single.03")
+
+
+def test_defaults_are_those_of_the_model_card_where_there_is_no_manifest(tiny_flux: Path, tmp_path: Path) -> None:
+    card = load_engine([tiny_flux], device="cpu", router_weights=tmp_path).cards[MODEL]
+    assert card.license == "unknown"
+    assert (card.default_num_inference_steps, card.default_guidance_scale) == (28, 3.5)
+    assert (card.default_height, card.default_width) == (64, 64)
 
 
 @pytest.mark.parametrize(
-    "point",
-    [
-        CurvePoint("dense", Policy(), 1.0, 1.0, 1.0),
-        CurvePoint("router", Policy(0.3, 0.3, 2, width_bias=1.0), 0.5, 0.5, 0.5),
-        CurvePoint("residual_cache", Policy(residual_threshold=0.8, max_reuses=2), 0.5, 0.5, 0.5),
-    ],
-    ids=lambda point: point.rule,
+    "traits",
+    [CheckpointTraits(mlp_activation=MlpActivation.GELU_SIGMOID), CheckpointTraits(rescales_guidance=False)],
 )
-def test_compute_ratio_is_what_torch_counts_in_the_blocks(
-    family: FluxFamily, engine: Engine, ask: Ask, point: CurvePoint
-) -> None:
-    counted = 0
-
-    def counting_call(module: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
-        nonlocal counted
-        result: list[tuple[Tensor, Tensor]] = []
-        counted += counted_flops(lambda: result.append(adapter.call_block(module, streams)))
-        return result[0]
-
-    watched = copy.copy(family)
-    watched.blocks = tuple(replace(block, call=counting_call) for block in family.blocks)
-    request = ask(negative_prompt="a blue square", true_cfg_scale=2.0, num_inference_steps=5)
-    watched_engine = Engine({MODEL: watched}, engine.cards)
-    state = watched_engine.start(request, point)
-    while not state.is_done:
-        watched_engine.step([state])
-    assert state.spent_flops == pytest.approx(counted, rel=0.01)
-    assert state.summary().compute_ratio == pytest.approx(counted / (5 * state.dense_flops), rel=0.01)
-
-
-@pytest.mark.parametrize("width", MLP_WIDTHS)
-@pytest.mark.parametrize("index", [0, 3], ids=["double", "single"])
-def test_narrow_block_multiplies_narrow_matrices(family: FluxFamily, index: int, width: float) -> None:
-    module = family.blocks[index].variants[width]
-    first, last, _ = mlp_layers(module)
-    column = mlp_layers(family.blocks[index].variants[1.0])[2]
-    assert first.weight.shape == (HIDDEN * width, CHANNELS)
-    assert last.weight.shape == (CHANNELS, column + HIDDEN * width)
-    sizes: list[int] = []
-    handle = first.register_forward_hook(lambda module, args, output: sizes.append(output.shape[-1]))
-    family.blocks[index].call(module, streams_of(family))
-    handle.remove()
-    assert sizes == [HIDDEN * width]
-
-
-@pytest.mark.parametrize("width", MLP_WIDTHS)
-@pytest.mark.parametrize("index", [1, 5], ids=["double", "single"])
-@torch.inference_mode()
-def test_narrow_block_equals_the_block_with_its_other_neurons_masked(
-    family: FluxFamily, index: int, width: float
-) -> None:
-    block, streams = family.blocks[index], streams_of(family, 2)
-    _, last, column = mlp_layers(block.variants[1.0])
-    mask = (torch.arange(column + HIDDEN) < column + HIDDEN * width).float()
-    handle = last.register_forward_pre_hook(lambda module, args: (args[0] * mask,))
-    masked = block.call(block.variants[1.0], streams)
-    handle.remove()
-    for ours, expected in zip(block.call(block.variants[width], streams), masked, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+def test_traits_of_another_family_are_refused(tiny_flux: Path, traits: CheckpointTraits) -> None:
+    with pytest.raises(WeightsError, match="is a FLUX model, of which there are none with CheckpointTraits"):
+        FluxFamily.load(tiny_flux, "cpu", torch.float32, None, traits, False)
 
 
 def test_text_mlp_of_a_double_block_always_runs_in_full(family: FluxFamily) -> None:
     for module in family.blocks[0].variants.values():
-        assert module.get_submodule("ff_context.net.2").weight.shape == (CHANNELS, HIDDEN)
-
-
-def test_widths_share_the_memory_of_the_checkpoint(family: FluxFamily) -> None:
-    for block in family.blocks:
-        originals = {p.untyped_storage().data_ptr() for p in block.variants[1.0].parameters()}
-        for module in block.variants.values():
-            assert {p.untyped_storage().data_ptr() for p in module.parameters()} == originals
+        assert module.get_submodule("ff_context.net.2").weight.shape == (32, 128)
 
 
 def test_rotary_embedding_is_that_of_the_stock_pipeline(family: FluxFamily, stock: FluxPipeline) -> None:
@@ -127,30 +88,6 @@ def test_rotary_embedding_is_that_of_the_stock_pipeline(family: FluxFamily, stoc
     expected = stock.transformer.pos_embed(torch.cat((torch.zeros(7, 3), image_ids)))
     for ours, theirs in zip(adapter.rotary_embedding(family.transformer, 7, 4, 6), expected, strict=True):
         assert torch.equal(ours, theirs)
-
-
-def test_noise_depends_on_the_seed_alone(family: FluxFamily, ask: Ask) -> None:
-    point = CurvePoint("dense", Policy(), 1.0, 1.0, 1.0)
-    first, other_prompt, other_seed = (
-        family.start(request, (point,), point).latents
-        for request in (ask(), ask(prompt="a blue square", num_inference_steps=7), ask(seed=1))
-    )
-    assert torch.equal(first, other_prompt)
-    assert not torch.equal(first, other_seed)
-
-
-def test_requests_of_one_size_share_a_batch(family: FluxFamily, ask: Ask) -> None:
-    point = CurvePoint("dense", Policy(), 1.0, 1.0, 1.0)
-    keys = [
-        family.start(request, (point,), point).batch_key
-        for request in (
-            ask(),
-            ask(num_inference_steps=9, guidance_scale=1.0, negative_prompt="red", true_cfg_scale=2.0),
-            ask(width=80),
-        )
-    ]
-    assert keys[0] == keys[1]
-    assert keys[0] != keys[2]
 
 
 @pytest.mark.parametrize(
@@ -165,16 +102,23 @@ def test_requests_of_one_size_share_a_batch(family: FluxFamily, ask: Ask) -> Non
 def test_second_branch_needs_a_negative_prompt_and_a_scale(
     family: FluxFamily, ask: Ask, fields: dict[str, object], branches: list[str]
 ) -> None:
-    point = CurvePoint("dense", Policy(), 1.0, 1.0, 1.0)
-    assert [row.branch for row in family.start(ask(**fields), (point,), point).rows] == branches
+    assert [row.branch for row in family.start(ask(**fields), (EXACT,), EXACT).rows] == branches
+
+
+def test_every_prompt_has_as_many_tokens(family: FluxFamily, ask: Ask) -> None:
+    """T5's are padded and never masked, as in the stock pipeline, so they all count."""
+    states = [family.start(ask(prompt=prompt), (EXACT,), EXACT) for prompt in ("", "red", "a red circle on the left")]
+    assert [state.rows[0].num_text_tokens for state in states] == [40, 40, 40]
+    assert family.prologue(states).encoder_hidden_states_mask is None
 
 
 @pytest.mark.parametrize("param", ["prompt", "negative_prompt"])
 def test_prompt_with_too_many_tokens_is_refused(engine: Engine, ask: Ask, param: str) -> None:
     longest = " ".join(["red"] * 39)
-    engine.start(ask(true_cfg_scale=2.0, **{param: longest}))
+    fields = {"negative_prompt": "", "true_cfg_scale": 2.0}
+    engine.start(ask(**fields | {param: longest}))
     with pytest.raises(InvalidRequest, match=f"{param} has 41 tokens; {MODEL} reads at most 40") as error:
-        engine.start(ask(true_cfg_scale=2.0, **{param: longest + " red"}))
+        engine.start(ask(**fields | {param: longest + " red"}))
     assert error.value.param == param
 
 

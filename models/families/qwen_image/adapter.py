@@ -1,0 +1,82 @@
+"""Qwen-Image's transformer, taken apart: what comes before the blocks, the blocks, what comes after them."""
+
+from collections.abc import Mapping
+
+from diffusers import QwenImageTransformer2DModel
+from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
+from torch import Tensor, nn
+
+from models.elastic.runner import Streams
+
+
+def prologue(
+    transformer: QwenImageTransformer2DModel,
+    latents: Tensor,
+    timestep: Tensor,
+    context: Tensor,
+    mask: Tensor | None,
+    image_rotary_emb: tuple[Tensor, Tensor],
+) -> Streams:
+    """Embed packed latents `(batch, tokens, channels)` and `timestep` `(batch,)` in [0, 1].
+
+    `context` is the prompts after `embed_prompt`, `(batch, text tokens, channels)`, and `mask` their real tokens,
+    `(batch, text tokens)`, None where all are.
+
+    The same operations in the same order as `QwenImageTransformer2DModel.forward` (diffusers 0.42), so bitwise equal.
+    """
+    hidden_states = transformer.img_in(latents)
+    temb = transformer.time_text_embed(timestep.to(hidden_states.dtype), hidden_states)
+    return Streams(hidden_states, context, temb, image_rotary_emb, mask)
+
+
+def embed_prompt(transformer: QwenImageTransformer2DModel, prompt_embeds: Tensor) -> Tensor:
+    """The text encoder's output `(batch, text tokens, text channels)` in the transformer's width."""
+    context: Tensor = transformer.txt_in(transformer.txt_norm(prompt_embeds))
+    return context
+
+
+def blocks(transformer: QwenImageTransformer2DModel) -> Mapping[str, QwenImageTransformerBlock]:
+    """The blocks in order, under the names that metrics and traces use: `block.00` .. `block.59`."""
+    return {f"block.{i:02d}": block for i, block in enumerate(transformer.transformer_blocks)}
+
+
+def call_block(block: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
+    """Run one original block, which returns the text stream, then the image stream."""
+    result: tuple[Tensor, Tensor] = block(
+        hidden_states=streams.hidden_states,
+        encoder_hidden_states=streams.encoder_hidden_states,
+        encoder_hidden_states_mask=streams.encoder_hidden_states_mask,
+        temb=streams.temb,
+        image_rotary_emb=streams.image_rotary_emb,
+        joint_attention_kwargs=None,
+        modulate_index=None,
+    )
+    return result
+
+
+def mlp_layers(block: nn.Module) -> tuple[nn.Linear, nn.Linear, int]:
+    """First and last layer of the MLP that may be narrowed, and the last one's column where hidden neurons begin.
+
+    The image MLP: the text MLP always runs in full (Elastic-DiT at ce39f1d, `qwen_image_dit.py`).
+    """
+    assert isinstance(block, QwenImageTransformerBlock)
+    first, last = block.img_mlp.net[0].proj, block.img_mlp.net[2]
+    assert isinstance(first, nn.Linear)
+    assert isinstance(last, nn.Linear)
+    return first, last, 0
+
+
+def epilogue(transformer: QwenImageTransformer2DModel, streams: Streams) -> Tensor:
+    """Returns the velocity `(batch, image tokens, channels)`."""
+    velocity: Tensor = transformer.proj_out(transformer.norm_out(streams.hidden_states, streams.temb))
+    return velocity
+
+
+def rotary_embedding(
+    transformer: QwenImageTransformer2DModel, num_text_tokens: int, height: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """Complex factors of image tokens `(height * width, head channels / 2)` and text tokens, sides in tokens."""
+    image, text = transformer.pos_embed(
+        [[(1, height, width)]], max_txt_seq_len=num_text_tokens, device=transformer.device
+    )
+    return image, text

@@ -1,0 +1,224 @@
+"""Importing Elastic-DiT's checkpoint for Qwen-Image: one set of tensors holds a backbone and its routers.
+
+All names and shapes are diffusers' but for the routers, `gate_mlps.<block>.*`, of whose modulation a third is computed
+and thrown away (Elastic-DiT at ce39f1d, `diffsynth/models/qwen_image_dit.py`).
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import QwenImageTransformer2DModel
+from diffusers.utils.constants import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from models.elastic.router import RouterStack
+from models.errors import WeightsError
+from models.rules.router import OFFICIAL, PAPER
+from models.weights import MlpActivation, read_json, sha256, write_manifest
+
+_ROUTERS = "gate_mlps."
+_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_MANIFEST = {
+    "source": "https://huggingface.co/wjs0725/Elastic-DiT",
+    "license": "unknown",  # neither the checkpoint's repository nor the program's says
+    # As the program's infer.py has it.
+    "defaults": {"num_inference_steps": 30, "guidance_scale": 4.0, "height": 1328, "width": 1328},
+    "traits": {"mlp_activation": MlpActivation.GELU_SIGMOID, "rescales_guidance": False},
+    "published_policies": [asdict(OFFICIAL), asdict(PAPER)],
+}
+
+
+class _Head(NamedTuple):
+    """What a file says of a tensor before it is read."""
+
+    file: Path
+    shape: list[int]
+    size_bytes: int
+
+
+def convert_elastic_dit(source: Path, base: Path, out: Path, routers: Path, max_shard_bytes: int) -> None:
+    """Fill `out` with a Qwen-Image pipeline directory and `routers` with its router folder.
+
+    `source` is a safetensors file, an index of shards or the folder of one; `base` an ordinary Qwen-Image directory,
+    from which all but the transformer's weights is taken over. Tensors keep their type, and stay mapped from the
+    source's files while they are written: none has to fit in memory. Raises WeightsError, before anything is written,
+    if names, shapes or types are not those of the base's transformer and its routers.
+    """
+    parts = _parts(base)
+    config = read_json(base / "transformer" / "config.json")
+    heads = _read_heads(source)
+    expected = _expected_shapes(config, heads)
+    _check_fit(source, heads, expected)
+    size_bytes = sum(head.size_bytes for head in heads.values())
+    with tqdm(total=size_bytes, desc=str(source), unit="B", unit_scale=True, disable=None) as bar:
+        try:
+            backbone = [name for name in expected if not name.startswith(_ROUTERS)]
+            weights = _write_shards(out / "transformer", _shards(backbone, heads, max_shard_bytes), heads, bar)
+            names = [name for name in expected if name.startswith(_ROUTERS)]
+            save_file(router_tensors(_read(names, heads)), routers / "router.safetensors")
+            bar.update(sum(heads[name].size_bytes for name in names))
+        except SafetensorError as error:
+            raise WeightsError(f"{source} can't be converted: {error}") from error
+    _take_over(base, out, [*parts, "transformer/config.json", "model_index.json"])
+    # An index names its shards' hashes, so that to hash it, which takes no time, tells one backbone from another.
+    write_manifest(
+        routers, out, f"transformer/{weights}", _MANIFEST | {"imported_from": source.name, "base": base.name}
+    )
+
+
+def router_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The routers' tensors of an official state dict, without the third of the modulation that never matters."""
+    return {
+        name: tensor[: len(tensor) // 3 * 2] if ".img_mod." in name else tensor
+        for name, tensor in tensors.items()
+        if name.startswith(_ROUTERS)
+    }
+
+
+def _parts(base: Path) -> list[str]:
+    """The folders of a pipeline directory but for the transformer's."""
+    index = read_json(base / "model_index.json")
+    if index.get("_class_name") != "QwenImagePipeline":
+        raise WeightsError(f"{base} is a {index.get('_class_name')}; Elastic-DiT's checkpoint fits a QwenImagePipeline")
+    parts = [name for name, part in index.items() if isinstance(part, list) and part[0] and name != "transformer"]
+    if absent := [name for name in parts if not (base / name).is_dir()]:
+        raise WeightsError(f"{base} has no {', '.join(absent)}")
+    return parts
+
+
+def _read_heads(source: Path) -> dict[str, _Head]:
+    heads: dict[str, _Head] = {}
+    for file in _files(source):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  # it is no mapping
+                    tensor = tensors.get_slice(name)
+                    if tensor.get_dtype() not in _BYTES:
+                        raise WeightsError(
+                            f"{name} in {file} is of type {tensor.get_dtype()}; known: {', '.join(_BYTES)}"
+                        )
+                    if name in heads:
+                        raise WeightsError(f"{name} is in {heads[name].file} and in {file}")
+                    shape = tensor.get_shape()
+                    heads[name] = _Head(file, shape, torch.Size(shape).numel() * _BYTES[tensor.get_dtype()])
+        except (OSError, SafetensorError) as error:
+            raise WeightsError(f"{file} can't be read: {error}") from error
+    return heads
+
+
+def _files(source: Path) -> list[Path]:
+    if source.is_dir():
+        indices = sorted(source.glob("*.safetensors.index.json"))
+        if not indices:
+            return sorted(source.glob("*.safetensors"))
+        source = indices[0]
+    if source.suffix != ".json":
+        return [source]
+    try:
+        return [source.parent / name for name in sorted(set(read_json(source)["weight_map"].values()))]
+    except (KeyError, AttributeError, TypeError) as error:
+        raise WeightsError(f"{source} has no proper entry 'weight_map'") from error
+
+
+def _expected_shapes(config: Mapping[str, object], heads: Mapping[str, _Head]) -> dict[str, list[int]]:
+    """All tensors of an official checkpoint, the backbone's first."""
+    trunk = heads.get(f"{_ROUTERS}0.out.0.weight")
+    hidden = trunk.shape[0] if trunk and trunk.shape else 128
+    with torch.device("meta"):
+        transformer = QwenImageTransformer2DModel.from_config(config)
+        routers = RouterStack(len(transformer.transformer_blocks), transformer.inner_dim, hidden)
+    state = transformer.state_dict() | routers.state_dict()
+    shapes = {name: list(tensor.shape) for name, tensor in state.items()}
+    for name in routers.state_dict():
+        if ".img_mod." in name:
+            shapes[name][0] = shapes[name][0] // 2 * 3
+    return shapes
+
+
+def _check_fit(source: Path, heads: Mapping[str, _Head], expected: Mapping[str, list[int]]) -> None:
+    faults = {
+        "missing": [name for name in expected if name not in heads],
+        "surplus": [name for name in heads if name not in expected],
+        "misshapen": [
+            f"{name} {heads[name].shape} for {shape}"
+            for name, shape in expected.items()
+            if name in heads and heads[name].shape != shape
+        ],
+    }
+    if any(faults.values()):
+        told = "; ".join(f"{len(names)} {fault}: {_some(names)}" for fault, names in faults.items() if names)
+        raise WeightsError(f"{source} is not an Elastic-DiT checkpoint of the base's transformer: {told}")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def _shards(names: Iterable[str], heads: Mapping[str, _Head], max_shard_bytes: int) -> list[list[str]]:
+    """Names in order, cut where a file would get larger than `max_shard_bytes`."""
+    shards: list[list[str]] = [[]]
+    size_bytes = 0
+    for name in names:
+        size_bytes += heads[name].size_bytes
+        if shards[-1] and size_bytes > max_shard_bytes:
+            shards.append([])
+            size_bytes = heads[name].size_bytes
+        shards[-1].append(name)
+    return shards
+
+
+def _write_shards(folder: Path, shards: Sequence[Sequence[str]], heads: Mapping[str, _Head], bar: tqdm) -> str:
+    """Write a model's weights as diffusers does. Returns the name of the one file, or of the index of several."""
+    folder.mkdir()
+    if len(shards) == 1:
+        files = [SAFETENSORS_WEIGHTS_NAME]
+    else:
+        stem, suffix = os.path.splitext(SAFETENSORS_WEIGHTS_NAME)
+        files = [f"{stem}-{number:05d}-of-{len(shards):05d}{suffix}" for number in range(1, len(shards) + 1)]
+    digests = {}
+    for file, names in zip(files, shards, strict=True):
+        save_file(_read(names, heads), folder / file, metadata={"format": "pt"})
+        digests[file] = sha256(folder / file)
+        bar.update(sum(heads[name].size_bytes for name in names))
+    if len(files) == 1:
+        return files[0]
+    index = {
+        "metadata": {
+            "total_size": sum(heads[name].size_bytes for names in shards for name in names),
+            "sha256": digests,
+        },
+        "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
+    }
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n")
+    return str(SAFE_WEIGHTS_INDEX_NAME)
+
+
+def _read(names: Sequence[str], heads: Mapping[str, _Head]) -> dict[str, Tensor]:
+    """Tensors mapped from their files, not copied."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted({heads[name].file for name in names}):
+        with safe_open(file, framework="pt") as opened:
+            tensors |= {name: opened.get_tensor(name) for name in names if heads[name].file == file}
+    return tensors
+
+
+def _take_over(base: Path, out: Path, parts: Sequence[str]) -> None:
+    """Link files and folders of `base` into `out`, or copy them where the file system can't link."""
+    for part in parts:
+        for file in [base / part] if (base / part).is_file() else sorted((base / part).rglob("*")):
+            if file.is_file():
+                target = out / file.relative_to(base)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    os.link(file.resolve(), target)
+                except OSError:
+                    shutil.copyfile(file, target)

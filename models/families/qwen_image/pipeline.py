@@ -1,0 +1,185 @@
+"""Qwen-Image: loading, prompts, batches of rows, decoding. Everything here is diffusers' own, called piece by piece."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+from diffusers.models.activations import ApproximateGELU
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from models.card import Guidance
+from models.diffusion.sampling import classifier_free_guidance, rescale_to_norm
+from models.elastic.compute import BlockCost, attention_flops
+from models.elastic.runner import Streams
+from models.errors import InvalidRequest
+from models.families.picture import Branch, PictureFamily
+from models.families.qwen_image import adapter
+from models.families.wrapping import Anatomy
+from models.loading import stream_pipeline
+from models.request import GenerationRequest
+from models.state import BranchInputs, DenoiseState
+from models.weights import CheckpointTraits, MlpActivation, RouterWeights
+
+_MAX_SEQUENCE_LENGTH = 1024
+"""What QwenImagePipeline allows."""
+
+
+class QwenImageFamily(PictureFamily):
+    """Guidance is true: a request with `guidance_scale` above 1 has two rows, the second for its negative prompt.
+
+    Prompts in a batch are padded to the longest and the padding is masked.
+    """
+
+    anatomy: Anatomy = adapter
+
+    def __init__(
+        self,
+        model_id: str,
+        pipeline: QwenImagePipeline,
+        router_weights: RouterWeights | None,
+        traits: CheckpointTraits,
+    ) -> None:
+        set_activation(pipeline.transformer, traits.mlp_activation)
+        super().__init__(model_id, pipeline, router_weights)
+        self._rescales_guidance = traits.rescales_guidance
+
+    @classmethod
+    def load(
+        cls,
+        directory: Path,
+        device: str,
+        dtype: torch.dtype,
+        router_weights: RouterWeights | None,
+        traits: CheckpointTraits,
+        offload_text_encoders: bool,
+    ) -> Self:
+        pipeline = stream_pipeline(
+            QwenImagePipeline, directory, device, dtype, offload_text_encoders=offload_text_encoders
+        )
+        if router_weights:
+            router_weights.stack.to(device, dtype)
+        return cls(directory.name, pipeline, router_weights, traits)
+
+    @property
+    def guidance(self) -> Guidance:
+        return Guidance.TRUE
+
+    @property
+    def default_side(self) -> int:
+        return int(self.pipeline.default_sample_size * self.pipeline.vae_scale_factor)
+
+    @property
+    def default_num_inference_steps(self) -> int:
+        """QwenImagePipeline's default; so is the guidance."""
+        return 50
+
+    @property
+    def default_guidance_scale(self) -> float:
+        return 4.0
+
+    @property
+    def max_sequence_length(self) -> int:
+        """Tokens of a prompt and the template's end; the template's beginning is not read by the transformer."""
+        return min(_MAX_SEQUENCE_LENGTH, int(self.pipeline.tokenizer.model_max_length) - self._template_start)
+
+    @property
+    def _template_start(self) -> int:
+        return int(self.pipeline.prompt_template_encode_start_idx)
+
+    def block_costs(self, height: int, width: int, num_text_tokens: int) -> Mapping[str, BlockCost]:
+        image = (height // self.pixels_per_token) * (width // self.pixels_per_token)
+        text, channels = num_text_tokens, self.transformer.inner_dim
+        square, tokens = 2.0 * channels * channels, text + image
+        # Two modulations, then attention's four projections, the text stream's MLP.
+        cost = BlockCost(
+            fixed=square * (12 + 4 * tokens + 8 * text) + attention_flops(tokens, channels), mlp=square * 8 * image
+        )
+        return {block.name: cost for block in self.blocks}
+
+    def _branches(self, request: GenerationRequest) -> Sequence[Branch]:
+        branches = [Branch("cond", request.prompt, "prompt")]
+        if request.guidance_scale > 1:
+            # The stock pipeline drops guidance, with a warning, where no negative prompt is given.
+            branches.append(Branch("uncond", request.negative_prompt or "", "negative_prompt"))
+        return branches
+
+    def _encode(self, branch: Branch, request: GenerationRequest) -> BranchInputs:
+        pipeline, transformer = self.pipeline, self.transformer
+        tokens = pipeline.tokenizer(pipeline.prompt_template_encode.format(branch.prompt)).input_ids
+        template = pipeline.tokenizer(pipeline.prompt_template_encode.format("")).input_ids
+        limit = self.max_sequence_length - (len(template) - self._template_start)
+        if (count := len(tokens) - len(template)) > limit:
+            raise InvalidRequest(
+                f"{branch.param} has {count} tokens; {self.model_id} reads at most {limit}", branch.param
+            )
+        prompt_embeds, _ = pipeline.encode_prompt(
+            branch.prompt, device=pipeline.text_encoder.device, max_sequence_length=self.max_sequence_length
+        )
+        # The embedded prompt is the same at every step, so it is computed once.
+        context = adapter.embed_prompt(transformer, prompt_embeds.to(transformer.device, transformer.dtype))
+        return BranchInputs(context)
+
+    def _draw_latents(self, request: GenerationRequest, generator: torch.Generator) -> Tensor:
+        latents: Tensor = self.pipeline.prepare_latents(
+            1,
+            self.transformer.config.in_channels // 4,
+            request.height,
+            request.width,
+            self.transformer.dtype,
+            self.transformer.device,
+            generator,
+        )
+        return latents
+
+    def prologue(self, states: Sequence[DenoiseState]) -> Streams:
+        latents, times = self._latents_and_times(states)
+        context, mask = pad_prompts([branch.context for state in states for branch in state.inputs])
+        rotary = self._rotary_embedding(states[0].request, context.shape[1])
+        return adapter.prologue(self.transformer, latents, times, context, mask, rotary)
+
+    def guide(self, request: GenerationRequest, velocities: Tensor) -> Tensor:
+        cond, uncond = velocities[:1], velocities[1:]
+        guided = classifier_free_guidance(cond, uncond, request.guidance_scale)
+        return rescale_to_norm(guided, cond) if self._rescales_guidance else guided
+
+    @torch.inference_mode()
+    def decode(self, state: DenoiseState) -> np.ndarray:
+        pipeline, vae = self.pipeline, self.pipeline.vae
+        request = state.request
+        latents = pipeline._unpack_latents(state.latents, request.height, request.width, pipeline.vae_scale_factor)
+        latents = latents.to(vae.dtype)
+        shape = (1, vae.config.z_dim, 1, 1, 1)
+        mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents.device, latents.dtype)
+        # Divided by the inverse, as the stock pipeline does it, for the same bits.
+        inverse = 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(latents.device, latents.dtype)
+        picture = vae.decode(latents / inverse + mean, return_dict=False)[0][:, :, 0]
+        return self._pixels(picture)
+
+
+def pad_prompts(contexts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """One batch `(rows, tokens, channels)` of prompts `(1, tokens, channels)`; its mask, None if none is shorter."""
+    lengths = [context.shape[1] for context in contexts]
+    if min(lengths) == max(lengths):
+        return torch.cat(list(contexts)), None
+    padded = pad_sequence([context[0] for context in contexts], batch_first=True)
+    position = torch.arange(max(lengths), device=padded.device)
+    return padded, position < torch.tensor(lengths, device=padded.device)[:, None]
+
+
+def set_activation(transformer: QwenImageTransformer2DModel, activation: MlpActivation) -> None:
+    """Give both MLPs of every block the activation that the checkpoint was trained with; weights and names stay.
+
+    Elastic-DiT's checkpoint needs x * sigmoid(1.702 x) (`qwen_image_dit.py` at ce39f1d), the public one the tanh GELU.
+    """
+    if activation is MlpActivation.GELU_TANH:
+        return
+    for block in adapter.blocks(transformer).values():
+        for mlp in (block.img_mlp, block.txt_mlp):
+            with torch.device("meta"):
+                sigmoid_form = ApproximateGELU(1, 1)
+            sigmoid_form.add_module("proj", mlp.net[0].get_submodule("proj"))
+            mlp.net[0] = sigmoid_form

@@ -1,0 +1,89 @@
+"""Tiny transformers of every family with random weights, and what a conditioner gives them."""
+
+from collections.abc import Mapping, Sequence
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
+from torch import nn
+
+from training.backbones import Backbone, FluxBackbone, QwenImageBackbone
+from training.scenes import Scene
+from training.text import MAX_SEQUENCE_LENGTH, QWEN_SEQUENCE_LENGTH, Text
+
+NUM_BLOCKS = 5
+TEXT_CHANNELS = 24
+
+
+class RandomConditioner:
+    """Embeds every prompt at random, the same prompt always the same way, and notes what it was asked."""
+
+    encoders: Mapping[str, nn.Module]
+
+    def __init__(self, num_tokens: int, has_pooled: bool) -> None:
+        self.encoders = {}
+        self.num_tokens, self.has_pooled = num_tokens, has_pooled
+        self.asked: list[str] = []
+
+    def caption(self, scene: Scene) -> str:
+        return scene.caption
+
+    def encode(self, prompts: Sequence[str]) -> Text:
+        self.asked += prompts
+        embeds, lengths = [], []
+        for prompt in prompts:
+            rng = torch.Generator().manual_seed(sum(prompt.encode()))
+            embeds.append(torch.randn(self.num_tokens + 1, TEXT_CHANNELS, generator=rng))
+            lengths.append(min(self.num_tokens, 5 + len(prompt.split())))
+        batch = torch.stack(embeds)
+        if self.has_pooled:
+            return Text(batch[:, 1:], batch[:, 0], None)
+        return Text(batch[:, 1:], None, torch.arange(self.num_tokens) < torch.tensor(lengths)[:, None])
+
+
+def build_flux() -> FluxTransformer2DModel:
+    return FluxTransformer2DModel(
+        in_channels=32,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=TEXT_CHANNELS,
+        pooled_projection_dim=TEXT_CHANNELS,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
+def build_qwen_image() -> QwenImageTransformer2DModel:
+    return QwenImageTransformer2DModel(
+        in_channels=32,
+        out_channels=8,
+        num_layers=5,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=TEXT_CHANNELS,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["flux", "qwen_image"])
+def backbone(request: pytest.FixtureRequest) -> Backbone:
+    """Five blocks of 32 channels; tests may change it."""
+    torch.manual_seed(0)
+    if request.param == "flux":
+        return FluxBackbone(build_flux())
+    return QwenImageBackbone(build_qwen_image())
+
+
+@pytest.fixture
+def conditioner(backbone: Backbone) -> RandomConditioner:
+    """One that fits `backbone`."""
+    if backbone.has_guidance_embedding:
+        return RandomConditioner(MAX_SEQUENCE_LENGTH, has_pooled=True)
+    return RandomConditioner(QWEN_SEQUENCE_LENGTH, has_pooled=False)
