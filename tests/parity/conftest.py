@@ -1,0 +1,48 @@
+"""Reading recordings, from the folder that PARITY_DIR names or from `data`."""
+
+import json
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+FOLDER = Path(os.environ.get("PARITY_DIR") or Path(__file__).parent / "data")
+
+
+class Recording(NamedTuple):
+    """`settings` is the .json, `tensors` are inputs and outputs, `weights` have their official names."""
+
+    settings: dict[str, Any]
+    tensors: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+@cache
+def read(name: str) -> Recording:
+    tensors = load_file(FOLDER / f"{name}.safetensors")
+    weights = {key.removeprefix("w/"): tensors[key] for key in tensors if key.startswith("w/")}
+    return Recording(json.loads((FOLDER / f"{name}.json").read_text()), tensors, weights)
+
+
+@pytest.fixture(scope="session")
+def recorded() -> Callable[[str], Recording]:
+    """The recording of a name; a test that asks for one that is not there is skipped."""
+
+    def recorded(name: str) -> Recording:
+        for file in (FOLDER / f"{name}.json", FOLDER / f"{name}.safetensors"):
+            if not file.exists():
+                pytest.skip(f"there is no {file}")
+        return read(name)
+
+    return recorded
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
