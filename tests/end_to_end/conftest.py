@@ -1,4 +1,4 @@
-"""The server as people run it: a process of its own, on a free port, with the model that ships with the repository."""
+"""The server as people run it: a process of its own, on a free port, with the models that ship with the repository."""
 
 import os
 import re
@@ -19,7 +19,7 @@ START_S, STOP_S = 180, 60
 def start_server(**environment: str) -> tuple[subprocess.Popen[str], str]:
     """The process and its address, once it is ready."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "service.cli", "serve", "--port", "0", "--models", "checkpoints/tiny-flux"],
+        [sys.executable, "-m", "service.cli", "serve", "--port", "0"],
         cwd=ROOT,
         env={**os.environ, **environment},
         stderr=subprocess.PIPE,
