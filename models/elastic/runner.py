@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,6 +15,13 @@ from models.elastic.compute import BlockCost
 from models.elastic.plan import SKIP, RowPlan, RowView, Rule
 from models.elastic.router import Router
 from models.report import BlockReport, Decision, StepDecision
+
+_CALL_COSTS_TOKENS = 100
+"""What a call of a block costs beside its tokens, in tokens' worth of time.
+
+On two CPU cores about 0.5 ms of the 0.9 ms that 64 tokens of 192 channels take. For a GPU estimated from sizes: some
+twenty kernels to launch, against about 3 microseconds a token of 3072 channels.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,14 +162,13 @@ def run_block(
     """Plan and run block number `index` for every row of a batch.
 
     `modulation` is the block's router modulation of this step, None if no row needs scores. Rows that skip are left
-    untouched and cost nothing; rows that re-use add their stored residual; rows that run are gathered by width, run by
-    the original block and scattered back.
+    untouched and cost nothing; rows that re-use add their stored residual; rows that run are gathered by width and by
+    about the length of their text, run by the original block and scattered back.
     """
     plans, router_seconds = _plan(block, index, streams, modulation, rows)
     planned = time.perf_counter()
     hidden_states, encoder_hidden_states = streams.hidden_states, streams.encoder_hidden_states
-    for width in sorted({plan.mlp_width for plan in plans if plan.decision is Decision.RUN}):
-        chosen = [i for i, p in enumerate(plans) if p.decision is Decision.RUN and p.mlp_width == width]
+    for width, chosen in _groups(plans, rows):
         module = block.variants[width]
         if len(chosen) == len(rows):
             text, image = block.call(module, streams)
@@ -227,6 +233,27 @@ def _plan(
         if index == 1 and row.rule.needs_residual_change:
             row.journal.computes_rest = plans[-1].decision is Decision.RUN
     return plans, router_seconds
+
+
+def _groups(plans: Sequence[RowPlan], rows: Sequence[Row]) -> Iterator[tuple[float, list[int]]]:
+    """The rows that run together, with their width: one call each.
+
+    Of one width the longest texts come first, and shorter ones join while that pads no more tokens than a call costs.
+    """
+    for width in sorted({plan.mlp_width for plan in plans if plan.decision is Decision.RUN}):
+        of_length: dict[int, list[int]] = {}
+        for i, plan in enumerate(plans):
+            if plan.decision is Decision.RUN and plan.mlp_width == width:
+                of_length.setdefault(rows[i].num_text_tokens or 0, []).append(i)
+        longest, *shorter = sorted(of_length, reverse=True)
+        group, padding = of_length[longest], 0
+        for length in shorter:
+            padding += (longest - length) * len(of_length[length])
+            if padding > _CALL_COSTS_TOKENS:
+                yield width, sorted(group)
+                longest, group, padding = length, [], 0
+            group = group + of_length[length]
+        yield width, sorted(group)
 
 
 def _sigmoid(logit: float) -> float:

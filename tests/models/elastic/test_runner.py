@@ -323,3 +323,44 @@ def test_what_stands_in_the_padding_decides_nothing(masked_block: ElasticBlock) 
         for (depth, widths), (expected_depth, expected_widths) in zip(other, seen[0], strict=True):
             assert depth == pytest.approx(expected_depth)
             assert widths == pytest.approx(expected_widths)
+
+
+class Recording(Masked):
+    """Notes the shape of every text stream that it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, int]] = []
+
+    def forward(self, streams: Streams) -> tuple[Tensor, Tensor]:
+        self.shapes.append((streams.encoder_hidden_states.shape[0], streams.encoder_hidden_states.shape[1]))
+        return super().forward(streams)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "calls"),
+    [
+        ([40, 6], [(2, 40)]),
+        ([40, 6, 40, 6, 40, 6], [(3, 40), (3, 6)]),
+        ([200, 150, 120, 20], [(2, 200), (2, 120)]),
+        ([7, 7, 7], [(3, 7)]),
+    ],
+    ids=["little padding", "as much as a call", "from the longest on", "none"],
+)
+def test_rows_share_a_call_while_padding_costs_less(lengths: list[int], calls: list[tuple[int, int]]) -> None:
+    module = Recording()
+    block = ElasticBlock("only", {1.0: module}, call, None)
+    before = padded_streams(lengths, padding=9.0)
+    together = run_block(block, 0, before, None, [padded_row(length, RUN_IN_FULL) for length in lengths]).streams
+    assert module.shapes == calls
+    for i, length in enumerate(lengths):
+        alone = replace(
+            before,
+            hidden_states=before.hidden_states[i : i + 1],
+            encoder_hidden_states=before.encoder_hidden_states[i : i + 1, :length],
+            temb=before.temb[i : i + 1],
+            encoder_hidden_states_mask=None,
+        )
+        text, image = Masked()(alone)
+        torch.testing.assert_close(together.hidden_states[i], image[0])
+        torch.testing.assert_close(together.encoder_hidden_states[i, :length], text[0])
