@@ -342,7 +342,7 @@ class Recording(Masked):
     [
         ([40, 6], [(2, 40)]),
         ([40, 6, 40, 6, 40, 6], [(3, 40), (3, 6)]),
-        ([200, 150, 120, 20], [(2, 200), (2, 120)]),
+        ([200, 150, 120, 20], [(3, 200), (1, 20)]),
         ([7, 7, 7], [(3, 7)]),
     ],
     ids=["little padding", "as much as a call", "from the longest on", "none"],
@@ -364,3 +364,16 @@ def test_rows_share_a_call_while_padding_costs_less(lengths: list[int], calls: l
         text, image = Masked()(alone)
         torch.testing.assert_close(together.hidden_states[i], image[0])
         torch.testing.assert_close(together.encoder_hidden_states[i, :length], text[0])
+
+
+def test_rows_of_large_pictures_share_no_masked_call() -> None:
+    module = Recording()
+    before = replace(padded_streams([9, 7, 9], padding=9.0), hidden_states=torch.zeros(3, 2000, 4))
+    run_block(
+        ElasticBlock("only", {1.0: module}, call, None),
+        0,
+        before,
+        None,
+        [padded_row(length, RUN_IN_FULL) for length in (9, 7, 9)],
+    )
+    assert module.shapes == [(2, 9), (1, 7)]
