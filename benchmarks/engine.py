@@ -30,9 +30,9 @@ from models.card import Guidance
 from models.engine import Engine, load_engine
 from models.report import GenerationSummary
 from models.request import Budget, ComputeBudget, GenerationRequest, Preset, PresetBudget
-from training.judge import Judge, load_judge
+from training.judge import Judge, Reading, load_judge
 from training.prompts import complex_scenes, evaluation_scenes, simple_scenes
-from training.scenes import TEXTURES, Scene
+from training.scenes import TEXTURES, TONES, Scene
 from training.similarity import psnr, ssim
 
 _BATCH_SIZE = 8
@@ -243,7 +243,7 @@ def measure_effort(engine: Engine, model: str, count: int) -> list[Row]:
 
 
 def measure_negative(engine: Engine, judge: Judge, model: str, count: int) -> list[Row]:
-    """For each texture, the share of pictures that have it, without and with it as the negative prompt.
+    """For each background, the share of pictures that have its texture or tone, without and with it as negative prompt.
 
     The prompts tell of one object and leave the background open.
     """
@@ -252,19 +252,21 @@ def measure_negative(engine: Engine, judge: Judge, model: str, count: int) -> li
     for preset in (Preset.EXACT, Preset.FAST):
         requests = requests_for(engine, model, scenes, PresetBudget(preset))
 
-        def textures(negative_prompt: str | None, requests: Sequence[GenerationRequest] = requests) -> list[str]:
+        def read(negative_prompt: str | None, requests: Sequence[GenerationRequest] = requests) -> list[Reading]:
             asked = [replace(request, negative_prompt=negative_prompt) for request in requests]
-            return [reading.texture for reading in judge.read(generate(engine, asked, lambda _: None)[0])]
+            return judge.read(generate(engine, asked, lambda _: None)[0])
 
-        without = textures(None)
-        for texture in tqdm(TEXTURES, desc=f"negative prompts at {preset}"):
-            kept = textures(f"{texture} background").count(texture)
+        without = read(None)
+        for texture, tone in tqdm(list(zip(TEXTURES, (*TONES, TONES[-1]), strict=True)), desc=f"negative at {preset}"):
+            kept = read(f"a {texture} {tone} background")
             rows.append(
                 {
                     "name": str(preset),
-                    "texture": texture,
-                    "without": without.count(texture) / count,
-                    "with": kept / count,
+                    "background": f"{texture} {tone}",
+                    "texture_without": sum(reading.texture == texture for reading in without) / count,
+                    "texture_with": sum(reading.texture == texture for reading in kept) / count,
+                    "tone_without": sum(reading.tone == tone for reading in without) / count,
+                    "tone_with": sum(reading.tone == tone for reading in kept) / count,
                 }
             )
     return rows

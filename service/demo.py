@@ -36,7 +36,7 @@ PROMPTS = (
 )
 # For models whose guidance is true. The prompt leaves the background open, so that the negative one can steer it.
 GUIDED_PROMPT = "a large green ring in the centre"
-NEGATIVE_PROMPT = "light background"
+NEGATIVE_PROMPT = "a plain dark background"
 SEED = 7
 _READY_TIMEOUT_S = 180.0
 _REQUEST_TIMEOUT_S = 300.0
