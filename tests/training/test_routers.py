@@ -55,7 +55,9 @@ def test_training_forward_gives_what_serving_gives(
     anatomy = flux if backbone.has_guidance_embedding else qwen_image
     blocks = elastic_blocks(backbone.transformer, anatomy, RouterWeights(routers, {}))
     costs = dict.fromkeys(backbone.blocks, BlockCost(1.0, 1.0))
-    rows = [Row(RULES["router"], policy, "cond", 1, costs) for _ in range(BATCH)]
+    mask = streams.encoder_hidden_states_mask
+    lengths = [None] * BATCH if mask is None else mask.sum(1).tolist()
+    rows = [Row(RULES["router"], policy, "cond", 1, costs, length) for length in lengths]
     served = streams
     with torch.no_grad():
         for i, (block, router) in enumerate(zip(blocks, routers.routers, strict=True)):
