@@ -107,10 +107,6 @@ class PictureFamily(ABC):
     def _encode(self, branch: Branch, request: GenerationRequest) -> BranchInputs:
         """Raises InvalidRequest if the prompt has too many tokens."""
 
-    @abstractmethod
-    def _draw_latents(self, request: GenerationRequest, generator: torch.Generator) -> Tensor:
-        """The noise that the stock pipeline draws, packed, `(1, tokens, channels)`."""
-
     @property
     def pixels_per_token(self) -> int:
         """Sides of a picture are multiples of this."""
@@ -127,7 +123,7 @@ class PictureFamily(ABC):
         """Encode the prompts and draw the noise. Raises InvalidRequest if a prompt has too many tokens."""
         branches = self._branches(request)
         inputs = [self._encode(branch, request) for branch in branches]
-        latents = self._draw_latents(request, torch.Generator().manual_seed(request.seed))
+        latents = self._draw_latents(request)
         sigmas, timesteps = flow_schedule(self.pipeline.scheduler, request.num_inference_steps, latents.shape[1])
         rows = [
             Row(
@@ -153,6 +149,22 @@ class PictureFamily(ABC):
             dense_flops=sum(cost.dense for row in rows for cost in row.costs.values()),
             compute_cap=compute_cap,
         )
+
+    def _draw_latents(self, request: GenerationRequest) -> Tensor:
+        """The noise that the stock pipeline draws, packed, `(1, tokens, channels)`."""
+        transformer = self.transformer
+        drawn = self.pipeline.prepare_latents(
+            1,
+            transformer.config.in_channels // 4,
+            request.height,
+            request.width,
+            transformer.dtype,
+            transformer.device,
+            torch.Generator().manual_seed(request.seed),
+        )
+        # FLUX's pipeline gives the positions of its tokens too.
+        latents: Tensor = drawn[0] if isinstance(drawn, tuple) else drawn
+        return latents
 
     def router_modulations(self, streams: Streams) -> tuple[Tensor, ...] | None:
         """What each block's router takes from the time embedding of this step; None without routers."""

@@ -108,19 +108,6 @@ class FluxFamily(PictureFamily):
         context = transformer.context_embedder(prompt_embeds.to(transformer.device, transformer.dtype))
         return BranchInputs(context, pooled.to(transformer.device, transformer.dtype), guidance)
 
-    def _draw_latents(self, request: GenerationRequest, generator: torch.Generator) -> Tensor:
-        latents: Tensor
-        latents, _ = self.pipeline.prepare_latents(
-            1,
-            self.transformer.config.in_channels // 4,
-            request.height,
-            request.width,
-            self.transformer.dtype,
-            self.transformer.device,
-            generator,
-        )
-        return latents
-
     def prologue(self, states: Sequence[DenoiseState]) -> Streams:
         latents, times = self._latents_and_times(states)
         inputs = [branch for state in states for branch in state.inputs]

@@ -123,18 +123,6 @@ class QwenImageFamily(PictureFamily):
         context = adapter.embed_prompt(transformer, prompt_embeds.to(transformer.device, transformer.dtype))
         return BranchInputs(context)
 
-    def _draw_latents(self, request: GenerationRequest, generator: torch.Generator) -> Tensor:
-        latents: Tensor = self.pipeline.prepare_latents(
-            1,
-            self.transformer.config.in_channels // 4,
-            request.height,
-            request.width,
-            self.transformer.dtype,
-            self.transformer.device,
-            generator,
-        )
-        return latents
-
     def prologue(self, states: Sequence[DenoiseState]) -> Streams:
         latents, times = self._latents_and_times(states)
         context, mask = pad_prompts([branch.context for state in states for branch in state.inputs])
