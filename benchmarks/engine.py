@@ -14,7 +14,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,13 @@ from diffusers import DiffusionPipeline, QwenImagePipeline
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.contenders import Contender, Denoising, contenders, decisions, elastic_denoise, time_in_turn
 from benchmarks.environment import environment
 from benchmarks.table import Row, finish, show
-from models.card import Guidance
+from models.card import Guidance, ImageCard
 from models.engine import Engine, load_engine
 from models.report import GenerationSummary
-from models.request import Budget, ComputeBudget, GenerationRequest, Preset, PresetBudget
+from models.request import Budget, ImageRequest, Preset, PresetBudget
 from training.judge import Judge, Reading, load_judge
 from training.prompts import complex_scenes, evaluation_scenes, simple_scenes
 from training.scenes import TEXTURES, TONES, Scene
@@ -42,46 +43,28 @@ _CAPTIONS: Mapping[str, Callable[[Scene], str]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Contender:
-    """What is measured: a name and the budget that asks for it; None is the stock transformer."""
-
-    name: str
-    budget: Budget | None
-
-
-def contenders(engine: Engine, model: str, caps: Sequence[float]) -> list[Contender]:
-    presets = [point.preset for point in engine.cards[model].curve if point.preset]
-    return [
-        Contender("stock", None),
-        *(Contender(str(preset), PresetBudget(preset)) for preset in presets),
-        *(Contender(f"compute {cap:g}", ComputeBudget(cap)) for cap in caps),
-    ]
-
-
 def requests_for(
     engine: Engine, model: str, scenes: Sequence[Scene], budget: Budget, side: int | None = None
-) -> list[GenerationRequest]:
+) -> list[ImageRequest]:
     card = engine.cards[model]
+    assert isinstance(card, ImageCard)
     caption_of = _CAPTIONS[card.family]
     return [
-        GenerationRequest(
-            model,
-            caption_of(scene),
-            side or card.default_height,
-            side or card.default_width,
-            card.default_num_inference_steps,
-            card.default_guidance_scale,
-            seed,
-            budget,
+        ImageRequest(
+            model=model,
+            prompt=caption_of(scene),
+            height=side or card.default_height,
+            width=side or card.default_width,
+            num_inference_steps=card.default_num_inference_steps,
+            guidance_scale=card.default_guidance_scale,
+            seed=seed,
+            budget=budget,
         )
         for seed, scene in enumerate(scenes)
     ]
 
 
-def stock_denoise(
-    pipeline: DiffusionPipeline, requests: Sequence[GenerationRequest], max_sequence_length: int
-) -> float:
+def stock_denoise(pipeline: DiffusionPipeline, requests: Sequence[ImageRequest], max_sequence_length: int) -> float:
     """Seconds of the stock pipeline from encoded prompts to latents."""
     request, prompts = requests[0], [r.prompt for r in requests]
     inputs: dict[str, Any] = {
@@ -106,17 +89,6 @@ def stock_denoise(
     return time.perf_counter() - started
 
 
-def elastic_denoise(engine: Engine, requests: Sequence[GenerationRequest]) -> tuple[float, float, float]:
-    """Seconds, mean compute ratio and the routers' seconds of our denoise loop."""
-    states = [engine.start(request) for request in requests]
-    router_seconds = 0.0
-    started = time.perf_counter()
-    while not states[0].is_done:
-        router_seconds += engine.step(states).router_seconds
-    seconds = time.perf_counter() - started
-    return seconds, statistics.mean(state.summary().compute_ratio for state in states), router_seconds
-
-
 def measure_time(
     engine: Engine,
     pipeline: DiffusionPipeline,
@@ -126,44 +98,23 @@ def measure_time(
     batch_size: int,
     num_rounds: int,
 ) -> list[Row]:
-    """Rows of name, compute ratio, seconds and time ratio over stock: medians, and the middle four fifths."""
+    """The rows of `time_in_turn`, with side and batch size."""
     scenes = evaluation_scenes(batch_size * (num_rounds + 1), 0)
-    runs: dict[str, list[tuple[float, float, float]]] = {c.name: [] for c in names}
     max_length = engine.max_sequence_length(model)
-    for number in tqdm(range(num_rounds + 1), desc=f"time at {side}, batch {batch_size}"):
+
+    def denoise(contender: Contender, number: int) -> Denoising:
         chosen = scenes[number * batch_size : (number + 1) * batch_size]
-        first = number % len(names)  # nobody always comes after the same one
-        for contender in (*names[first:], *names[:first]):
-            requests = requests_for(engine, model, chosen, contender.budget or PresetBudget(Preset.EXACT), side)
-            if contender.budget is None:
-                measured = stock_denoise(pipeline, requests, max_length), 1.0, 0.0
-            else:
-                measured = elastic_denoise(engine, requests)
-            if number:  # the first round warms up
-                runs[contender.name].append(measured)
-    rows: list[Row] = []
-    for name, own in runs.items():
-        times, compute, router_seconds = zip(*own, strict=True)
-        stock_times = [run[0] for run in runs["stock"]]
-        ratios = sorted(t / stock for t, stock in zip(times, stock_times, strict=True))
-        rows.append(
-            {
-                "name": name,
-                "side": side,
-                "batch_size": batch_size,
-                "compute_ratio": statistics.mean(compute),
-                "seconds": statistics.median(times),
-                "time_ratio": statistics.median(ratios),
-                "time_ratio_low": ratios[len(ratios) // 10],
-                "time_ratio_high": ratios[-1 - len(ratios) // 10],
-                "router_share": statistics.median(router_seconds) / statistics.median(stock_times),
-            }
-        )
-    return rows
+        requests = requests_for(engine, model, chosen, contender.budget or PresetBudget(Preset.EXACT), side)
+        if contender.budget is None:
+            return Denoising(stock_denoise(pipeline, requests, max_length))
+        return elastic_denoise(engine, requests)
+
+    rows = time_in_turn(names, num_rounds, f"time at {side}, batch {batch_size}", denoise)
+    return [{"name": row.pop("name"), "side": side, "batch_size": batch_size, **row} for row in rows]
 
 
 def generate(
-    engine: Engine, requests: Sequence[GenerationRequest], tick: Callable[[int], object]
+    engine: Engine, requests: Sequence[ImageRequest], tick: Callable[[int], object]
 ) -> tuple[Tensor, list[GenerationSummary]]:
     """Pictures `(count, 3, height, width)` in [-1, 1] and what each request got."""
     pictures, summaries = [], []
@@ -199,18 +150,8 @@ def measure_quality(
                 row[f"{group}_object"], row[f"{group}_scene"] = accuracy.per_object, accuracy.per_scene
                 everything += summaries
                 likeness += list(zip(psnr(pictures, exact[group]), ssim(pictures, exact[group]), strict=True))
-            rows.append({**row, **_decisions(everything), **_likeness(likeness)})
+            rows.append({**row, **decisions(everything), **_likeness(likeness)})
     return rows
-
-
-def _decisions(summaries: Sequence[GenerationSummary]) -> dict[str, float]:
-    total = sum(s.num_run + s.num_skipped + s.num_reused for s in summaries)
-    return {
-        "compute_ratio": statistics.mean(s.compute_ratio for s in summaries),
-        "skip_rate": sum(s.num_skipped for s in summaries) / total,
-        "reuse_rate": sum(s.num_reused for s in summaries) / total,
-        "mean_mlp_width": statistics.mean(s.mean_mlp_width for s in summaries),
-    }
 
 
 def _likeness(pairs: Sequence[tuple[float, float]]) -> Row:
@@ -252,7 +193,7 @@ def measure_negative(engine: Engine, judge: Judge, model: str, count: int) -> li
     for preset in (Preset.EXACT, Preset.FAST):
         requests = requests_for(engine, model, scenes, PresetBudget(preset))
 
-        def read(negative_prompt: str | None, requests: Sequence[GenerationRequest] = requests) -> list[Reading]:
+        def read(negative_prompt: str | None, requests: Sequence[ImageRequest] = requests) -> list[Reading]:
             asked = [replace(request, negative_prompt=negative_prompt) for request in requests]
             return judge.read(generate(engine, asked, lambda _: None)[0])
 

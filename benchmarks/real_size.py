@@ -58,7 +58,7 @@ from models.families.flux.pipeline import FluxFamily
 from models.families.picture import Branch, PictureFamily
 from models.families.qwen_image.pipeline import QwenImageFamily, pad_prompts
 from models.report import Decision
-from models.request import GenerationRequest, Preset, PresetBudget
+from models.request import ImageRequest, Preset, PresetBudget
 from models.rules.dense import DenseRule
 from models.state import BranchInputs, DenoiseState
 from models.weights import CheckpointTraits, RouterWeights
@@ -174,7 +174,7 @@ class FluxSubject(Subject, FluxFamily):
         self.prompt_embeds = random_prompts(transformer, scale)
         self.pooled = torch.randn(1, transformer.config.pooled_projection_dim, device=device, dtype=dtype)
 
-    def _encode(self, branch: Branch, request: GenerationRequest) -> BranchInputs:
+    def _encode(self, branch: Branch, request: ImageRequest) -> BranchInputs:
         guidance = torch.full([1], request.guidance_scale, device=self.transformer.device)
         return BranchInputs(self.transformer.context_embedder(self.prompt_embeds[branch.name]), self.pooled, guidance)
 
@@ -184,6 +184,7 @@ class FluxSubject(Subject, FluxFamily):
     @torch.inference_mode()
     def _stock_step(self, states: Sequence[DenoiseState]) -> list[Tensor]:
         request, count = states[0].request, len(states)
+        assert isinstance(request, ImageRequest)
         embeds = self.prompt_embeds["cond"]
         _, image_ids = self.pipeline.prepare_latents(
             1, 16, request.height, request.width, embeds.dtype, embeds.device, None, states[0].latents
@@ -191,7 +192,7 @@ class FluxSubject(Subject, FluxFamily):
         latents, times = self._latents_and_times(states)
         velocity = self.transformer(
             hidden_states=latents,
-            timestep=times,
+            timestep=times / 1000,
             guidance=torch.cat([state.inputs[0].guidance for state in states]),  # type: ignore[misc]  # FLUX.1-dev's
             pooled_projections=self.pooled.expand(count, -1),
             encoder_hidden_states=embeds.expand(count, -1, -1),
@@ -224,7 +225,7 @@ class QwenImageSubject(Subject, QwenImageFamily):
         super().__init__("qwen-image", pipeline, random_routers(transformer), CheckpointTraits())
         self.prompt_embeds = random_prompts(transformer, scale)
 
-    def _encode(self, branch: Branch, request: GenerationRequest) -> BranchInputs:
+    def _encode(self, branch: Branch, request: ImageRequest) -> BranchInputs:
         embeds = self.prompt_embeds[branch.name]
         return BranchInputs(self.transformer.txt_in(self.transformer.txt_norm(embeds)))
 
@@ -243,6 +244,7 @@ class QwenImageSubject(Subject, QwenImageFamily):
 
     def _forward(self, states: Sequence[DenoiseState], embeds: Tensor, mask: Tensor | None) -> Tensor:
         request, count = states[0].request, len(embeds)
+        assert isinstance(request, ImageRequest)
         latents = torch.cat([state.latents for state in states]).repeat(count // len(states), 1, 1)
         time = states[0].timesteps[states[0].step_index].to(latents) / 1000
         shape = (1, request.height // self.pixels_per_token, request.width // self.pixels_per_token)
@@ -313,11 +315,20 @@ def contenders(subject: Subject, costs: Sequence[BlockCost], num_rows: int) -> l
 
 
 def start(subject: Subject, side: int, batch_size: int) -> list[DenoiseState]:
-    budget = PresetBudget(Preset.EXACT)
-    return [
-        subject.start(GenerationRequest(subject.model_id, "", side, side, 8, 4.0, seed, budget), (EXACT,), EXACT)
+    requests = [
+        ImageRequest(
+            model=subject.model_id,
+            prompt="",
+            height=side,
+            width=side,
+            num_inference_steps=8,
+            guidance_scale=4.0,
+            seed=seed,
+            budget=PresetBudget(Preset.EXACT),
+        )
         for seed in range(batch_size)
     ]
+    return [subject.start(request, (EXACT,), EXACT) for request in requests]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""From pixels to the bytes of a picture file. No torch: it runs beside the device thread."""
+"""The file formats there are, and from pixels to a picture file's bytes. No torch: it runs beside the device thread."""
 
 import json
 from collections.abc import Mapping
@@ -29,6 +29,28 @@ class OutputFormat(StrEnum):
     @property
     def is_lossy(self) -> bool:
         return self is not OutputFormat.PNG
+
+
+class MeshFormat(StrEnum):
+    """What `models.mesh.formats` writes."""
+
+    GLB = "glb"
+    OBJ = "obj"
+    STL = "stl"
+    PLY = "ply"
+
+    @property
+    def content_type(self) -> str:
+        """As registered with IANA; PLY is not."""
+        return _MESH_CONTENT_TYPES[self]
+
+
+_MESH_CONTENT_TYPES = {
+    MeshFormat.GLB: "model/gltf-binary",
+    MeshFormat.OBJ: "model/obj",
+    MeshFormat.STL: "model/stl",
+    MeshFormat.PLY: "application/ply",
+}
 
 
 def encode_picture(

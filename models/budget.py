@@ -1,12 +1,14 @@
 """From a budget to a place on a model's calibration curve. Pure: no torch, no clocks."""
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import pairwise
 
-from models.card import CurvePoint, Policy
+from models.card import CurvePoint
 from models.errors import InvalidRequest
 from models.request import Budget, ComputeBudget, Preset, PresetBudget, QualityBudget
+
+_THRESHOLDS = ("skip_threshold", "reuse_band", "residual_threshold")
 
 
 def resolve(budget: Budget, curve: Sequence[CurvePoint]) -> CurvePoint:
@@ -41,8 +43,8 @@ def point_of_preset(preset: Preset, curve: Sequence[CurvePoint]) -> CurvePoint:
 def _between(curve: Sequence[CurvePoint], heights: Sequence[float], wanted: float, is_floor: bool) -> CurvePoint:
     """The point of the curve, read as straight lines between measured points, whose height is `wanted`.
 
-    Points of different rules (the exact one and the first elastic one) have no thresholds to mix: between them the
-    answer is the upper one where `wanted` is a floor, the lower one where it is a cap.
+    Points that differ in more than thresholds (the exact one and the first elastic one, those with other re-use) have
+    nothing between them: the answer is the upper one where `wanted` is a floor, the lower one where it is a cap.
     """
     if wanted >= heights[0]:
         return curve[0]
@@ -50,22 +52,26 @@ def _between(curve: Sequence[CurvePoint], heights: Sequence[float], wanted: floa
         if low == wanted:
             return lower
         if low < wanted:
-            if upper.rule != lower.rule:
+            if not _have_points_between(upper, lower):
                 return upper if is_floor else lower
             return _interpolate(upper, lower, (wanted - low) / (high - low))
     return curve[-1]
 
 
+def _have_points_between(upper: CurvePoint, lower: CurvePoint) -> bool:
+    levelled = replace(upper.policy, **{name: getattr(lower.policy, name) for name in _THRESHOLDS})
+    return upper.rule == lower.rule and levelled == lower.policy
+
+
 def _interpolate(upper: CurvePoint, lower: CurvePoint, share: float) -> CurvePoint:
-    """A point `share` of the way from `lower` up to `upper`, both of one rule."""
-    mixed = {}
-    for field in fields(Policy):
-        low, high = getattr(lower.policy, field.name), getattr(upper.policy, field.name)
-        value = low + share * (high - low)
-        mixed[field.name] = round(value) if isinstance(low, int) and isinstance(high, int) else value
+    """A point `share` of the way from `lower` up to `upper`, which differ in thresholds alone."""
+    mixed = {
+        name: getattr(lower.policy, name) + share * (getattr(upper.policy, name) - getattr(lower.policy, name))
+        for name in _THRESHOLDS
+    }
     return replace(
         lower,
-        policy=Policy(**mixed),
+        policy=replace(lower.policy, **mixed),
         compute_ratio=lower.compute_ratio + share * (upper.compute_ratio - lower.compute_ratio),
         relative_seconds=lower.relative_seconds + share * (upper.relative_seconds - lower.relative_seconds),
         quality=lower.quality + share * (upper.quality - lower.quality),

@@ -1,114 +1,108 @@
-"""Measuring a model's curve: what each setting of its rule costs, and how near its pictures stay to the exact ones."""
+"""Measuring a model's curve: what each setting of its rule costs, and how near its results stay to the exact ones."""
 
 import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from skimage.metrics import structural_similarity
+from numpy.typing import NDArray
 
-from models.budget import resolve
-from models.card import EXACT, CurvePoint, Policy
+from models.card import EXACT, CurvePoint, ImageCard, MeshCard, ModelCard, Policy
 from models.engine import Engine, load_engine
 from models.errors import InvalidRequest
-from models.request import ComputeBudget, GenerationRequest, Preset, PresetBudget
+from models.request import GenerationRequest, ImageRequest, MeshRequest, Preset, PresetBudget
 from models.weights import read_manifest, write_curve
 
-QUALITY_METRIC = "ssim"
 _PRESET_COMPUTE = {Preset.HIGH: 0.8, Preset.BALANCED: 0.6, Preset.FAST: 0.45, Preset.DRAFT: 0.25}
+_LEAST_SAVING = 0.015
 _BATCH_SIZE = 8
 _NUM_TIMED = 5
 
 
-def settings_of(rule: str, published: Sequence[Policy] = ()) -> list[list[Policy]]:
-    """Policies to try, in groups that differ in thresholds only, so that places between two of a group make sense.
-
-    For `router` each of the `published` policies has a group of its own.
-    """
+def settings_of(rule: str, published: Sequence[Policy] = ()) -> list[Policy]:
+    """Policies to try; for `router` the `published` ones too, with a range of thresholds each."""
     if rule == "router":
-        thresholds = (0.05, 0.15, 0.25, 0.4, 0.55, 0.7)
-        without_reuse = [Policy(skip_threshold=t, width_bias=bias) for bias in (0.0, 2.0) for t in thresholds]
-        with_reuse = [
-            Policy(skip_threshold=threshold, reuse_band=band, max_reuses=3)
-            for band in (0.1, 0.25, 0.4)
+        thresholds = (0.02, 0.05, 0.15, 0.25, 0.4, 0.55, 0.7)
+        # MLPs wider than routers say where re-use saves the more, and as they say.
+        groups = [(reuses, -4.0, (0.4, 0.6, 0.8)) for reuses in (1, 2, 3)] + [(3, 0.0, (0.25, 0.4))]
+        ours = [
+            Policy(skip_threshold=threshold, reuse_band=band, max_reuses=max_reuses, width_bias=width_bias)
+            for max_reuses, width_bias, bands in groups
+            for band in bands
             for threshold in thresholds
         ]
-        as_published = [
-            [replace(policy, skip_threshold=t) for t in sorted({*thresholds, policy.skip_threshold})]
+        theirs = [
+            replace(policy, skip_threshold=threshold)
             for policy in published
+            for threshold in sorted({*thresholds, policy.skip_threshold})
         ]
-        return [without_reuse, with_reuse, *as_published]
+        return ours + theirs
     return [
-        [
-            Policy(residual_threshold=threshold, max_reuses=reuses, protected_first=1)
-            for threshold in (0.03, 0.06, 0.1, 0.15, 0.25, 0.4)
-        ]
+        Policy(residual_threshold=threshold, max_reuses=reuses, protected_first=1)
         for reuses in (1, 2, 4, 8)
+        for threshold in (0.03, 0.06, 0.1, 0.15, 0.25, 0.4)
     ]
 
 
 def calibrate_model(
     directory: Path,
-    prompts: Sequence[str],
+    samples: Sequence[str | bytes],
     *,
     rule: str,
     device: str,
     router_weights: Path,
     offload_text_encoders: bool = False,
 ) -> Path:
-    """Calibrate a model directory and write the curve beside its routers. Returns the path of `calibration.json`."""
+    """Calibrate a model directory and write the curve beside its routers. Returns the path of `calibration.json`.
+
+    `samples` are prompts for an image model, picture files for a mesh model. Raises InvalidRequest if there are none or
+    the model does not have the rule.
+    """
     engine = load_engine(
         [directory], device=device, router_weights=router_weights, offload_text_encoders=offload_text_encoders
     )
-    model = directory.name
-    if rule not in engine.cards[model].rules or rule == "dense":
-        raise InvalidRequest(f"{model} has no rule '{rule}' to calibrate; try residual_cache", "rule")
-    if not prompts:
-        raise InvalidRequest("there are no prompts to calibrate on; give at least one", "prompts")
-    published = read_manifest(router_weights / model).published_policies
-    curve = calibrate(engine, model, prompts, rule=rule, published=published)
-    card = engine.cards[model]
+    card = engine.cards[directory.name]
+    if rule not in card.rules or rule == "dense":
+        raise InvalidRequest(f"{card.id} has no rule '{rule}' to calibrate; try residual_cache", "rule")
+    if not samples:
+        raise InvalidRequest("there is nothing to calibrate on; give at least one prompt or picture", "samples")
+    requests = [_request(card, sample, seed) for seed, sample in enumerate(samples)]
+    published = read_manifest(router_weights / card.id).published_policies
+    curve = calibrate(engine, requests, rule=rule, published=published)
     measured = {
-        "num_prompts": len(prompts),
-        "size": f"{card.default_width}x{card.default_height}",
+        "num_samples": len(requests),
         "num_inference_steps": card.default_num_inference_steps,
         "guidance_scale": card.default_guidance_scale,
         "device": device,
         "torch": torch.__version__,
     }
-    return write_curve(router_weights / model, curve, QUALITY_METRIC, measured)
+    if isinstance(card, ImageCard):
+        measured["size"] = f"{card.default_width}x{card.default_height}"
+    return write_curve(router_weights / card.id, curve, card.quality_metric, measured)
 
 
 def calibrate(
-    engine: Engine, model: str, prompts: Sequence[str], *, rule: str, published: Sequence[Policy] = ()
+    engine: Engine, requests: Sequence[GenerationRequest], *, rule: str, published: Sequence[Policy] = ()
 ) -> tuple[CurvePoint, ...]:
-    """Measure `model` under every setting of `rule`, on `prompts` at the model's default size, steps and guidance.
+    """Measure the model of `requests` under every setting of `rule`.
 
-    Of the best group of settings it keeps those that none beats in both compute and quality, from exact to the
-    cheapest, so the curve is strictly monotone. Every setting is printed as it is measured.
+    Kept are the settings that none beats in both compute and quality, from exact to the cheapest, so the curve is
+    strictly monotone, and of those that cost nearly the same, the best. Every setting is printed as it is measured.
     """
-    requests = [_request(engine, model, prompt, seed) for seed, prompt in enumerate(prompts)]
+    model = requests[0].model
+    metric = engine.cards[model].quality_metric
     exact, _ = _generate(engine, requests, EXACT)
-    groups = []
-    for policies in settings_of(rule, published):
-        points = []
-        for policy in policies:
-            point = CurvePoint(rule, policy, 1.0, 1.0, 1.0)
-            pictures, ratios = _generate(engine, requests, point)
-            quality = statistics.mean(similarity(a, b) for a, b in zip(pictures, exact, strict=True))
-            points.append(replace(point, compute_ratio=statistics.mean(ratios), quality=quality))
-            print(f"compute {points[-1].compute_ratio:.3f}  {QUALITY_METRIC} {quality:.4f}  {policy}", flush=True)
-        groups.append(efficient(points))
-    best = max((group for group in groups if group), key=mean_preset_quality)
-    return _time(engine, requests[:_NUM_TIMED], (EXACT, *name_presets(best)))
-
-
-def mean_preset_quality(curve: Sequence[CurvePoint]) -> float:
-    """Mean quality at the presets' compute ratios: what decides between groups of settings."""
-    return statistics.mean(resolve(ComputeBudget(ratio), curve).quality for ratio in _PRESET_COMPUTE.values())
+    points = []
+    for policy in settings_of(rule, published):
+        point = CurvePoint(rule, policy, 1.0, 1.0, 1.0)
+        sketches, ratios = _generate(engine, requests, point)
+        quality = statistics.mean(engine.similarity(model, a, b) for a, b in zip(sketches, exact, strict=True))
+        points.append(replace(point, compute_ratio=statistics.mean(ratios), quality=quality))
+        print(f"compute {points[-1].compute_ratio:.3f}  {metric} {quality:.4f}  {policy}", flush=True)
+    return _time(engine, requests[:_NUM_TIMED], (EXACT, *name_presets(thinned(efficient(points)))))
 
 
 def efficient(points: Iterable[CurvePoint]) -> list[CurvePoint]:
@@ -118,6 +112,15 @@ def efficient(points: Iterable[CurvePoint]) -> list[CurvePoint]:
         if point.compute_ratio < 1 and point.quality < 1 and (not kept or point.quality > kept[-1].quality):
             kept.append(point)
     return kept[::-1]
+
+
+def thinned(curve: Sequence[CurvePoint]) -> list[CurvePoint]:
+    """`curve`, which descends, without points that save less than `_LEAST_SAVING` over a better one that is kept."""
+    kept: list[CurvePoint] = []
+    for point in curve:
+        if not kept or point.compute_ratio <= kept[-1].compute_ratio - _LEAST_SAVING:
+            kept.append(point)
+    return kept
 
 
 def name_presets(curve: Sequence[CurvePoint]) -> list[CurvePoint]:
@@ -135,37 +138,36 @@ def name_presets(curve: Sequence[CurvePoint]) -> list[CurvePoint]:
     return named
 
 
-def similarity(a: np.ndarray, b: np.ndarray) -> float:
-    """SSIM of two pictures `(height, width, 3)` uint8 (Wang et al. 2004), over their channels, window 7, uniform."""
-    return float(structural_similarity(a, b, channel_axis=2, data_range=255))  # type: ignore[no-untyped-call]  # has none
-
-
-def _request(engine: Engine, model: str, prompt: str, seed: int) -> GenerationRequest:
-    card = engine.cards[model]
-    return GenerationRequest(
-        model,
-        prompt,
-        card.default_height,
-        card.default_width,
-        card.default_num_inference_steps,
-        card.default_guidance_scale,
-        seed,
-        PresetBudget(Preset.EXACT),
-    )
+def _request(card: ModelCard, sample: str | bytes, seed: int) -> GenerationRequest:
+    """A request of the card's defaults for a prompt or a picture file."""
+    common: dict[str, Any] = {
+        "model": card.id,
+        "num_inference_steps": card.default_num_inference_steps,
+        "guidance_scale": card.default_guidance_scale,
+        "seed": seed,
+        "budget": PresetBudget(Preset.EXACT),
+    }
+    match card, sample:
+        case ImageCard(), str():
+            return ImageRequest(**common, prompt=sample, height=card.default_height, width=card.default_width)
+        case MeshCard(), bytes():
+            return MeshRequest(**common, input_image=sample, octree_resolution=card.default_octree_resolution)
+    wanted = "prompts" if isinstance(card, ImageCard) else "pictures"
+    raise InvalidRequest(f"{card.id} makes {card.modality} results; it is calibrated on {wanted}", "samples")
 
 
 def _generate(
     engine: Engine, requests: Sequence[GenerationRequest], point: CurvePoint
-) -> tuple[list[np.ndarray], list[float]]:
-    """Pictures and compute ratios of the requests at one point."""
-    pictures, ratios = [], []
+) -> tuple[list[NDArray[Any]], list[float]]:
+    """Sketches of the results, and compute ratios, of the requests at one point."""
+    sketches, ratios = [], []
     for first in range(0, len(requests), _BATCH_SIZE):
         states = [engine.start(request, point) for request in requests[first : first + _BATCH_SIZE]]
         while not states[0].is_done:
             engine.step(states)
-        pictures += [engine.finish(state) for state in states]
+        sketches += [engine.sketch(state) for state in states]
         ratios += [state.summary().compute_ratio for state in states]
-    return pictures, ratios
+    return sketches, ratios
 
 
 def _time(engine: Engine, requests: Sequence[GenerationRequest], curve: Sequence[CurvePoint]) -> tuple[CurvePoint, ...]:

@@ -1,7 +1,8 @@
 """What a loaded model is and can do, as plain data: no torch here, since the API side reads it too."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
+from typing import Any, ClassVar
 
 from models.request import Preset
 
@@ -66,26 +67,22 @@ class SizeLimits:
     maximum: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
     """Identity, defaults, limits and curve of one model, as `/v1/models` shows them.
 
     `curve` begins with EXACT and descends in both compute and quality. `dense_step_seconds` is the time of one dense
-    denoise step at the default size and guidance on this device, measured when the model is loaded. `blocks` are the
-    block names.
+    denoise step at the defaults on this device, measured when the model is loaded. `blocks` are the block names.
     """
+
+    modality: ClassVar[str]
 
     id: str
     family: str
-    modality: str
     license: str
     created: int
-    default_height: int
-    default_width: int
     default_num_inference_steps: int
     default_guidance_scale: float
-    sizes: SizeLimits
-    max_prompt_characters: int
     max_num_inference_steps: int
     guidance: Guidance
     rules: tuple[str, ...]
@@ -94,3 +91,35 @@ class ModelCard:
     blocks: tuple[str, ...]
     dense_step_seconds: float
     max_batch_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageCard(ModelCard):
+    """A model that draws pictures from texts; sides are in pixels."""
+
+    modality: ClassVar[str] = "image"
+
+    default_height: int
+    default_width: int
+    sizes: SizeLimits
+    max_prompt_characters: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeshCard(ModelCard):
+    """A model that makes meshes from pictures; an octree resolution counts cells of the field's grid along a side.
+
+    Resolutions are multiples of `octree_resolution_step`: so every halving on the way to the coarsest grid is exact.
+    """
+
+    modality: ClassVar[str] = "mesh"
+
+    default_octree_resolution: int
+    min_octree_resolution: int
+    max_octree_resolution: int
+    octree_resolution_step: int
+
+
+def basics_of(card: ModelCard) -> dict[str, Any]:
+    """The fields that every card has."""
+    return {field.name: getattr(card, field.name) for field in fields(ModelCard)}

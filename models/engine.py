@@ -1,24 +1,31 @@
-"""The engine: requests in, pictures out, one denoise step at a time, any mix of requests in a step."""
+"""The engine: requests in, pictures and meshes out, one denoise step at a time, any mix of requests in a step."""
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import diffusers.utils.logging
 import numpy as np
 import torch
 import transformers.utils.logging
+from numpy.typing import NDArray
 
 from models.budget import resolve
-from models.card import EXACT, CurvePoint, ModelCard, SizeLimits
+from models.card import EXACT, CurvePoint, ModelCard
 from models.diffusion.sampling import euler_step
 from models.elastic.runner import run_block
 from models.errors import UnknownModel, WeightsError
-from models.families import FAMILIES, family_class
+from models.families import FAMILIES, FamilyEntry
+from models.families.family import Family
+from models.families.hunyuan3d.layout import find_config, part_of, read_config
 from models.families.picture import PictureFamily
+from models.mesh.cleanup import CleanMesh
 from models.report import StepReport
-from models.request import ComputeBudget, GenerationRequest, Preset, PresetBudget
+from models.request import ComputeBudget, GenerationRequest
 from models.state import DenoiseState
 from models.weights import Manifest, load_router_weights, read_curve, read_json, read_manifest
 
@@ -31,7 +38,7 @@ class Engine:
     Modules hold weights only; all that a request has is in its `DenoiseState`.
     """
 
-    def __init__(self, families: Mapping[str, PictureFamily], cards: Mapping[str, ModelCard]) -> None:
+    def __init__(self, families: Mapping[str, Family], cards: Mapping[str, ModelCard]) -> None:
         self.cards = cards
         self._families = families
 
@@ -75,16 +82,30 @@ class Engine:
             torch.cuda.synchronize()  # else the seconds, by which costs are predicted, would be those of launching
         return StepReport(time.perf_counter() - started, router_seconds, len(states), tuple(reports))
 
-    def finish(self, state: DenoiseState) -> np.ndarray:
-        """Decode a done state to pixels `(height, width, 3)` uint8."""
+    def finish(self, state: DenoiseState) -> NDArray[np.uint8] | CleanMesh:
+        """Decode a done state to pixels `(height, width, 3)` or to a mesh.
+
+        Any thread may call this, but one at a time for a model. Raises EmptySurface where there is no mesh to make.
+        """
         assert state.is_done
         return self._family(state.request.model).decode(state)
 
-    def max_sequence_length(self, model: str) -> int:
-        """Prompt tokens that `model` reads: what the stock pipeline must be given for equal results."""
-        return self._family(model).max_sequence_length
+    def sketch(self, state: DenoiseState) -> NDArray[Any]:
+        """What `similarity` compares of a done state."""
+        assert state.is_done
+        return self._family(state.request.model).sketch(state)
 
-    def _family(self, model: str) -> PictureFamily:
+    def similarity(self, model: str, a: NDArray[Any], b: NDArray[Any]) -> float:
+        """How alike two sketches of `model` are, by its card's quality metric."""
+        return self._family(model).similarity(a, b)
+
+    def max_sequence_length(self, model: str) -> int:
+        """Prompt tokens that an image model reads: what the stock pipeline must be given for equal results."""
+        family = self._family(model)
+        assert isinstance(family, PictureFamily)
+        return family.max_sequence_length
+
+    def _family(self, model: str) -> Family:
         if model not in self._families:
             raise UnknownModel(f"model '{model}' is not loaded; there is: {', '.join(self._families)}")
         return self._families[model]
@@ -101,67 +122,71 @@ def load_engine(
     """
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
-    families: dict[str, PictureFamily] = {}
+    families: dict[str, Family] = {}
     cards: dict[str, ModelCard] = {}
     for directory in directories:
         folder = router_weights / directory.name
-        name, cls = _family_of(directory)
+        entry, index = _family_of(directory)
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         manifest = read_manifest(folder)
-        family = cls.load(
+        family: Family = entry.load_class().load(
             directory, device, dtype, load_router_weights(folder, directory), manifest.traits, offload_text_encoders
         )
         families[directory.name] = family
-        cards[directory.name] = _card(family, name, directory, folder, manifest)
+        cards[directory.name] = _card(family, entry.name, index, folder, manifest)
         logger.info("loaded %s on %s in %s", directory.name, device, dtype)
     return Engine(families, cards)
 
 
-def _family_of(directory: Path) -> tuple[str, type[PictureFamily]]:
-    index = directory / "model_index.json"
-    if not index.exists():
-        raise WeightsError(f"{directory} is not a diffusers pipeline directory: it has no model_index.json")
-    pipeline_class = str(read_json(index).get("_class_name"))
-    if pipeline_class not in FAMILIES:
-        raise WeightsError(f"{index} names the class {pipeline_class}; served are: {', '.join(FAMILIES)}")
-    return FAMILIES[pipeline_class][0], family_class(pipeline_class)
+def _family_of(directory: Path) -> tuple[FamilyEntry, Path]:
+    """The family of a model directory, and the file that names it. Raises WeightsError if there is none."""
+    if (index := directory / "model_index.json").exists():
+        name = str(read_json(index).get("_class_name"))
+    elif config := find_config(directory):
+        index, name = config, part_of(read_config(config), "model", config).class_name
+    else:
+        raise WeightsError(
+            f"{directory} is no model directory: it has neither the model_index.json of a diffusers pipeline nor the "
+            "config.yaml of Hunyuan3D"
+        )
+    if name not in FAMILIES:
+        raise WeightsError(f"{index} names the class {name}; served are: {', '.join(FAMILIES)}")
+    return FAMILIES[name], index
 
 
-def _card(family: PictureFamily, family_name: str, directory: Path, folder: Path, manifest: Manifest) -> ModelCard:
-    curve, metric = read_curve(folder)
+def _card(family: Family, family_name: str, index: Path, folder: Path, manifest: Manifest) -> ModelCard:
+    """`index` is the file that names the model's class."""
+    curve = read_curve(folder, family.quality_metric)
     rules = ("dense", *(["router"] if family.routers else []), "residual_cache")
     if missing := {point.rule for point in curve} - {*rules}:
         raise WeightsError(
             f"{folder}: the calibration is of rule {', '.join(missing)}; the model has {', '.join(rules)}"
         )
-    height, width = manifest.height or family.default_side, manifest.width or family.default_side
-    guidance = family.default_guidance_scale if manifest.guidance_scale is None else manifest.guidance_scale
-    return ModelCard(
-        id=directory.name,
+    basics = ModelCard(
+        id=family.model_id,
         family=family_name,
-        modality="image",
         license=manifest.license,
-        created=int((directory / "model_index.json").stat().st_mtime),
-        default_height=height,
-        default_width=width,
+        created=int(index.stat().st_mtime),
         default_num_inference_steps=manifest.num_inference_steps or family.default_num_inference_steps,
-        default_guidance_scale=guidance,
-        sizes=SizeLimits(family.pixels_per_token, 4 * family.pixels_per_token, 2 * max(height, width)),
-        max_prompt_characters=16 * family.max_sequence_length,  # ahead of counting its tokens
+        default_guidance_scale=(
+            family.default_guidance_scale if manifest.guidance_scale is None else manifest.guidance_scale
+        ),
         max_num_inference_steps=100,
         guidance=family.guidance,
         rules=rules,
-        quality_metric=metric,
+        quality_metric=family.quality_metric,
         curve=curve,
         blocks=tuple(block.name for block in family.blocks),
-        dense_step_seconds=_dense_step_seconds(family, directory.name, height, width, guidance),
+        dense_step_seconds=math.inf,
         max_batch_size=8,
     )
+    card = family.card(basics, manifest)
+    return replace(card, dense_step_seconds=_dense_step_seconds(family, card))
 
 
-def _dense_step_seconds(family: PictureFamily, model: str, height: int, width: int, guidance: float) -> float:
-    """Time of one dense step at the default size and guidance: the fastest of four, the first of which warms up."""
-    request = GenerationRequest(model, "", height, width, 4, guidance, 0, PresetBudget(Preset.EXACT))
-    engine = Engine({model: family}, {})
+def _dense_step_seconds(family: Family, card: ModelCard) -> float:
+    """Time of one dense step at the card's defaults: the fastest of some four, the first of which warms up."""
+    request = replace(family.example_request(card), num_inference_steps=4)
+    engine = Engine({card.id: family}, {})
     state = family.start(request, (EXACT,), EXACT)
-    return min(engine.step([state]).seconds for _ in range(request.num_inference_steps))
+    return min(engine.step([state]).seconds for _ in range(state.num_steps))

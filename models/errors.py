@@ -3,6 +3,7 @@
 GenerationError
 ├── InvalidRequest      the request cannot be served as it was asked
 ├── UnknownModel        no model of that name is loaded
+├── EmptySurface        a decoded field has no surface to make a mesh of
 └── WeightsError        a model directory or a router file is not what it should be
 """
 
@@ -20,6 +21,10 @@ class InvalidRequest(GenerationError):
 
 
 class UnknownModel(GenerationError):
+    pass
+
+
+class EmptySurface(GenerationError):
     pass
 
 

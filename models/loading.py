@@ -1,11 +1,12 @@
-"""Loading diffusers pipeline directories straight onto the device, with at most one tensor at a time on the host.
+"""Loading model directories straight onto the device, with at most one tensor at a time on the host.
 
 What diffusers' own `from_pretrained(device_map=...)` leaves open: it reports nothing for missing tensors but a failed
 copy from the meta device, names neither file nor further names, and reads tensors only by whole shards.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import diffusers
 import torch
@@ -51,6 +52,13 @@ def stream_pipeline(
     return pipeline if offload_text_encoders else pipeline.to(device)
 
 
+class TensorHead(NamedTuple):
+    """What is known of a tensor before it is read: its shape, and the name of its file."""
+
+    shape: list[int]
+    file: str
+
+
 def stream_module(cls: type[ModelMixin], directory: Path, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
     """The module that `cls.from_pretrained(directory, dtype=dtype)` gives, on `device`.
 
@@ -59,22 +67,73 @@ def stream_module(cls: type[ModelMixin], directory: Path, device: str | torch.de
     files = _weight_files(directory)
     try:
         module = _build_empty(cls, directory, dtype)
-        _check_fit(module, directory, files)
+        if fault := misfit(shapes_of(module), read_heads(files)):
+            raise WeightsError(f"{directory} does not fit its config.json: {fault}")
         kept = cls._keep_in_fp32_modules or []
-        size_bytes = sum(file.stat().st_size for file in files)
-        with tqdm(total=size_bytes, desc=str(directory), unit="B", unit_scale=True, disable=None) as bar:
-            for file in files:
-                with safe_open(file, framework="pt") as tensors:
-                    for name in tensors.keys():  # noqa: SIM118  # it is no mapping
-                        tensor = tensors.get_tensor(name)
-                        wanted = torch.float32 if any(part in kept for part in name.split(".")) else dtype
-                        # Integers stay what they are.
-                        set_module_tensor_to_device(module, name, device, tensor, wanted, clear_cache=False)
-                        bar.update(tensor.nbytes)
+
+        def place(name: str) -> tuple[str | torch.device, torch.dtype]:
+            return device, torch.float32 if any(part in kept for part in name.split(".")) else dtype
+
+        stream_tensors(module, files, place, str(directory))
     except (OSError, ValueError, SafetensorError) as error:
         raise WeightsError(f"{directory} can't be loaded: {error}") from error
     # Buffers that are not saved were computed on the host.
     return module.to(device).eval()
+
+
+def stream_tensors(
+    module: nn.Module,
+    files: Sequence[Path],
+    place: Callable[[str], tuple[str | torch.device, torch.dtype]],
+    description: str,
+    *,
+    copies: bool = False,
+) -> None:
+    """Read the tensors of `files` one by one into `module`, each to the device and in the type that `place` says.
+
+    Integers stay what they are. On a CPU tensors that need no other type stay mapped from their file, unless `copies`:
+    there they lie at any 8 bytes, and kernels sum in another order than with the aligned memory of `load_state_dict`.
+    A bar over bytes shows on terminals.
+    """
+    size_bytes = sum(file.stat().st_size for file in files)
+    with tqdm(total=size_bytes, desc=description, unit="B", unit_scale=True, disable=None) as bar:
+        for file in files:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  # it is no mapping
+                    tensor = tensors.get_tensor(name)
+                    if copies:
+                        tensor = tensor.clone()
+                    device, dtype = place(name)
+                    set_module_tensor_to_device(module, name, device, tensor, dtype, clear_cache=False)
+                    bar.update(tensor.nbytes)
+
+
+def read_heads(files: Sequence[Path]) -> dict[str, TensorHead]:
+    """Names and shapes of all tensors, which are in the heads of the files."""
+    heads = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # it is no mapping
+                heads[name] = TensorHead(tensors.get_slice(name).get_shape(), file.name)
+    return heads
+
+
+def shapes_of(module: nn.Module) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def misfit(expected: Mapping[str, list[int]], found: Mapping[str, TensorHead]) -> str:
+    """In what names and shapes differ from those expected; empty where they do not."""
+    faults = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "surplus": [f"{name} in {head.file}" for name, head in found.items() if name not in expected],
+        "misshapen": [
+            f"{name} in {head.file}, {head.shape} for {expected[name]}"
+            for name, head in found.items()
+            if name in expected and head.shape != expected[name]
+        ],
+    }
+    return "; ".join(f"{fault}: {_some(names)}" for fault, names in faults.items() if names)
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -105,24 +164,6 @@ def _build_empty(cls: type[ModelMixin], directory: Path, dtype: torch.dtype) -> 
     finally:
         torch.set_default_dtype(default)
     return module
-
-
-def _check_fit(module: nn.Module, directory: Path, files: Sequence[Path]) -> None:
-    """Compare names and shapes, which are in the heads of the files."""
-    expected = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
-    missing, surplus, misshapen = set(expected), [], []
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  # it is no mapping
-                missing.discard(name)
-                shape = tensors.get_slice(name).get_shape()
-                if name not in expected:
-                    surplus.append(f"{name} in {file.name}")
-                elif shape != expected[name]:
-                    misshapen.append(f"{name} in {file.name}, {shape} for {expected[name]}")
-    for fault, names in (("missing", sorted(missing)), ("surplus", surplus), ("misshapen", misshapen)):
-        if names:
-            raise WeightsError(f"{directory} does not fit its config.json: {fault}: {_some(names)}")
 
 
 def _some(names: Sequence[str]) -> str:

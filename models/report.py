@@ -65,3 +65,14 @@ class GenerationSummary:
     mean_mlp_width: float
     num_inference_steps: int
     decisions: tuple[StepDecision, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class MeshReport:
+    """`is_watertight`: each edge belongs to two faces, which agree on what is outside."""
+
+    num_vertices: int
+    num_faces: int
+    num_components: int
+    num_removed_floaters: int
+    is_watertight: bool

@@ -36,25 +36,56 @@ class ComputeBudget:
 Budget = PresetBudget | QualityBudget | ComputeBudget
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """One picture to make. A client's `n` pictures are `n` requests with consecutive seeds.
+    """One thing to make: a client's `n` pictures are `n` requests with consecutive seeds.
 
-    `height` and `width` are in pixels and fit the model. True classifier-free guidance is on above a scale of 1, which
-    is `guidance_scale` where the model's `Guidance` is TRUE (`true_cfg_scale` is 1 there, and without a
-    `negative_prompt` the negative prompt is empty), else `true_cfg_scale`, which never comes without a
-    `negative_prompt`. Where it is off there is no `negative_prompt`. `wants_trace` keeps every block's decision for the
-    receipt.
+    `wants_trace` keeps every block's decision for the receipt.
     """
 
     model: str
-    prompt: str
-    height: int
-    width: int
     num_inference_steps: int
     guidance_scale: float
     seed: int
     budget: Budget
+    wants_trace: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRequest(GenerationRequest):
+    """One picture to draw from a text.
+
+    `height` and `width` are in pixels and fit the model. True classifier-free guidance is on above a scale of 1, which
+    is `guidance_scale` where the model's `Guidance` is TRUE (`true_cfg_scale` is 1 there, and without a
+    `negative_prompt` the negative prompt is empty), else `true_cfg_scale`, which never comes without a
+    `negative_prompt`. Where it is off there is no `negative_prompt`.
+    """
+
+    prompt: str
+    height: int
+    width: int
     negative_prompt: str | None = None
     true_cfg_scale: float = 1.0
-    wants_trace: bool = False
+
+
+class BackgroundRemoval(StrEnum):
+    """Whether an object is cut out of its picture before a mesh is made of it."""
+
+    AUTO = "auto"  # if the picture has no transparency
+    ALWAYS = "always"
+    NEVER = "never"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeshRequest(GenerationRequest):
+    """One mesh to make from a picture.
+
+    `input_image` is an upright picture file that has been checked: its pixels can be decoded, and are within limits.
+    `octree_resolution` counts the cells of the field's grid along a side. `target_faces` is how many triangles the mesh
+    may have, None where nothing is to be reduced.
+    """
+
+    input_image: bytes
+    octree_resolution: int
+    target_faces: int | None = None
+    remove_background: BackgroundRemoval = BackgroundRemoval.AUTO

@@ -17,8 +17,8 @@ from models.request import ComputeBudget, GenerationRequest
 class BranchInputs:
     """What one guidance branch feeds the transformer at every step.
 
-    `context` is the embedded prompt `(1, text tokens, channels)`, already in the transformer's width; `pooled` and
-    `guidance` go into the time embedding of those families that have them.
+    `context` is the embedded prompt or picture, `(1, tokens, channels)`, texts being in the transformer's width
+    already; `pooled` and `guidance` go into the time embedding of those families that have them.
     """
 
     context: Tensor
@@ -32,7 +32,7 @@ class BranchInputs:
 
 @dataclass(slots=True)
 class DenoiseState:
-    """One request on its way from noise to picture.
+    """One request on its way from noise to picture or shape.
 
     `latents` is `(1, tokens, channels)`; `sigmas` `(steps + 1,)` and `timesteps` `(steps,)` are float32 on the CPU.
     `rows` and `inputs` have one entry a guidance branch, the conditional first. `dense_flops` is the cost of one dense
@@ -54,12 +54,13 @@ class DenoiseState:
     step_index: int = 0
 
     @property
-    def num_inference_steps(self) -> int:
+    def num_steps(self) -> int:
+        """Steps to take: what was asked for, but for those of no length in a model's schedule."""
         return len(self.timesteps)
 
     @property
     def is_done(self) -> bool:
-        return self.step_index == self.num_inference_steps
+        return self.step_index == self.num_steps
 
     @property
     def spent_flops(self) -> float:
@@ -75,14 +76,15 @@ class DenoiseState:
         policy: Policy = self.point.policy
         allowance = Allowance()
         if self.compute_cap is not None and self.point.rule != "dense":
-            steps_left = self.num_inference_steps - self.step_index
-            left = self.compute_cap * self.num_inference_steps * self.dense_flops - self.spent_flops
+            steps_left = self.num_steps - self.step_index
+            left = self.compute_cap * self.num_steps * self.dense_flops - self.spent_flops
             even_share = left / steps_left
             elastic = [point for point in self.curve if point.rule == self.point.rule]
             policy = resolve(ComputeBudget(even_share / self.dense_flops), elastic).policy
             cheapest = self.curve[-1].compute_ratio * self.dense_flops
+            unavoidable = sum(cost.always for row in self.rows for cost in row.costs.values())
             # Rounding must not turn the last block that the cap pays for into a skip.
-            allowance.flops = max(even_share, left - (steps_left - 1) * cheapest) * (1 + 1e-9)
+            allowance.flops = max(even_share, left - (steps_left - 1) * cheapest) * (1 + 1e-9) - unavoidable
         for row in self.rows:
             row.begin_step(self.step_index, policy, allowance)
 
@@ -110,6 +112,6 @@ class DenoiseState:
             num_skipped=counts[Decision.SKIP],
             num_reused=counts[Decision.REUSE],
             mean_mlp_width=sum(widths) / len(widths) if widths else 1.0,
-            num_inference_steps=self.num_inference_steps,
+            num_inference_steps=self.request.num_inference_steps,
             decisions=tuple(sorted(trace, key=lambda e: (e.step, e.branch))) if self.request.wants_trace else None,
         )

@@ -57,6 +57,7 @@ class Manifest:
     guidance_scale: float | None = None
     height: int | None = None
     width: int | None = None
+    octree_resolution: int | None = None
     traits: CheckpointTraits = CheckpointTraits()
     published_policies: tuple[Policy, ...] = ()
 
@@ -77,6 +78,7 @@ def read_manifest(folder: Path) -> Manifest:
             guidance_scale=float(defaults["guidance_scale"]),
             height=int(defaults["height"]) if "height" in defaults else None,
             width=int(defaults["width"]) if "width" in defaults else None,
+            octree_resolution=int(defaults["octree_resolution"]) if "octree_resolution" in defaults else None,
             traits=CheckpointTraits(
                 **traits | {"mlp_activation": MlpActivation(traits.get("mlp_activation", MlpActivation.GELU_TANH))}
             ),
@@ -141,13 +143,19 @@ def save_router_weights(weights: RouterWeights, folder: Path) -> None:
     save_file(tensors, folder / "router.safetensors")
 
 
-def read_curve(folder: Path) -> tuple[tuple[CurvePoint, ...], str]:
-    """The calibration curve in a router folder and its quality metric; only the exact point if it has none."""
+def read_curve(folder: Path, quality_metric: str) -> tuple[CurvePoint, ...]:
+    """The calibration curve in a router folder; only the exact point if it has none.
+
+    Raises WeightsError if its quality is not in `quality_metric`.
+    """
     path = folder / "calibration.json"
     if not path.exists():
-        return (EXACT,), "ssim"
+        return (EXACT,)
     content = read_json(path)
-    points = tuple(
+    if content["quality_metric"] != quality_metric:
+        metric = content["quality_metric"]
+        raise WeightsError(f"{path} has quality in {metric}, the model is measured by {quality_metric}")
+    return tuple(
         CurvePoint(
             rule=entry["rule"],
             policy=Policy(**entry["policy"]),
@@ -158,7 +166,6 @@ def read_curve(folder: Path) -> tuple[tuple[CurvePoint, ...], str]:
         )
         for entry in content["curve"]
     )
-    return points, content["quality_metric"]
 
 
 def write_curve(folder: Path, curve: tuple[CurvePoint, ...], quality_metric: str, measured: Mapping[str, Any]) -> Path:

@@ -3,13 +3,14 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
-from service.api import routes_images, routes_jobs, routes_models, routes_operations
+from service.api import routes_images, routes_jobs, routes_meshes, routes_models, routes_operations
 from service.api.errors import add_error_handlers
 from service.api.middleware import BodyLimit, RequestId
 from service.jobs.memory import MemoryStore
@@ -36,16 +37,20 @@ def build_worker(
 
 def create_app(settings: Settings, worker: Worker) -> FastAPI:
     """The application. Whoever calls starts the worker; the application stops it when it ends."""
+    # One at a time, which bounds the memory that decoded pictures take.
+    picture_checks = ThreadPoolExecutor(1, thread_name_prefix="pictures")
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
+        picture_checks.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(worker.stop)
 
     # FastAPI's own documentation page loads its scripts from a CDN; this one brings them along.
     app = FastAPIOffline(
         title="Elastic DiT Serve",
-        description="Text-to-image generation with diffusion transformers that spend compute where it is needed.",
+        description="Pictures from texts and meshes from pictures, by diffusion transformers that spend compute where "
+        "it is needed.",
         version="0.1.0",
         redoc_url=None,
         lifespan=lifespan,
@@ -53,10 +58,12 @@ def create_app(settings: Settings, worker: Worker) -> FastAPI:
     )
     app.state.worker = worker
     app.state.settings = settings
-    app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
+    app.state.picture_checks = picture_checks
+    limits = {"/v1/meshes": settings.max_mesh_body_bytes}
+    app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes, of_paths=limits)
     app.add_middleware(RequestId)
     add_error_handlers(app)
-    for routes in (routes_images, routes_jobs, routes_models, routes_operations):
+    for routes in (routes_images, routes_meshes, routes_jobs, routes_models, routes_operations):
         app.include_router(routes.router)
     _document_own_errors_only(app)
     return app

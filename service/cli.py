@@ -1,27 +1,31 @@
-"""The command line: `elastic-dit serve`, `elastic-dit generate`, `elastic-dit calibrate`."""
+"""The command line: `elastic-dit serve`, `generate`, `mesh`, `calibrate`, `convert`."""
 
 import secrets
 import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from pydantic import ValidationError
 from typer.exceptions import TyperException
 
-from models.artifact import OutputFormat
+from models.artifact import MeshFormat, OutputFormat
 from models.errors import GenerationError, InvalidRequest
 from service.api.budget import budget_fields
+from service.api.input_image import checked_picture
 from service.api.parsing import RANDOM_SEEDS
-from service.api.schemas import ImageBody
+from service.api.responses import ReceiptBody
+from service.api.schemas import ImageBody, MeshBody
 from service.api.validation import invalid_request
+from service.errors import ServiceError
 from service.logging import configure_logging
 from service.settings import load_settings
 
 app = typer.Typer(help="Elastic diffusion transformers, served.", add_completion=False, rich_markup_mode=None)
 
+Format = TypeVar("Format", OutputFormat, MeshFormat)
 Config = Annotated[Path | None, typer.Option(help="A TOML file of settings.")]
 
 
@@ -99,12 +103,53 @@ def generate(
         "guidance_scale": guidance,
         "size": size,
         "budget": None if budget is None else budget_fields(budget),
-        "output_format": _format_of(out),
+        "output_format": _format_of(out, OutputFormat),
     }
     directory, body = _model_directory(model), ImageBody.model_validate(fields)
     from service.generation import generate_picture  # torch: only where something is computed
 
     data, done = generate_picture(directory, body, settings, random_seed=secrets.randbelow(RANDOM_SEEDS))
+    _write(out, data, receipt, done)
+
+
+@app.command()
+def mesh(
+    image: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="The picture of one object.")],
+    model: Annotated[str, typer.Option(help="A model directory, or its name in checkpoints/.")] = "tiny-hunyuan3d",
+    seed: Annotated[int | None, typer.Option(help="Random by default.")] = None,
+    budget: Annotated[str | None, typer.Option(help="A preset, or quality=0.9, or compute_ratio=0.5.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoise steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is off.")] = None,
+    octree_resolution: Annotated[int | None, typer.Option(help="Cells of the field's grid along a side.")] = None,
+    target_faces: Annotated[int | None, typer.Option(help="How many triangles the mesh may have.")] = None,
+    remove_background: Annotated[str, typer.Option(help="auto, true or false.")] = "auto",
+    out: Annotated[Path, typer.Option(help="The file to write: .glb, .obj, .stl or .ply.")] = Path("mesh.glb"),
+    receipt: Annotated[Path | None, typer.Option(help="Also write the receipt, as JSON.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.  [default: cpu]")] = None,
+    config: Config = None,
+) -> None:
+    """Make one mesh from a picture without a server."""
+    settings = load_settings(config, device=device)
+    fields: dict[str, Any] = {
+        "input_image": str(image),  # what is read below; a body names its picture
+        "seed": seed,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "octree_resolution": octree_resolution,
+        "target_faces": target_faces,
+        "remove_background": {"true": True, "false": False}.get(remove_background, remove_background),
+        "budget": None if budget is None else budget_fields(budget),
+        "output_format": _format_of(out, MeshFormat),
+    }
+    directory, body = _model_directory(model), MeshBody.model_validate(fields)
+    from service.generation import generate_mesh  # torch: only where something is computed
+
+    random_seed = secrets.randbelow(RANDOM_SEEDS)
+    data, done = generate_mesh(directory, body, image.read_bytes(), settings, random_seed=random_seed)
+    _write(out, data, receipt, done)
+
+
+def _write(out: Path, data: bytes, receipt: Path | None, done: ReceiptBody) -> None:
     out.write_bytes(data)
     if receipt is not None:
         receipt.write_text(done.model_dump_json(indent=2, exclude_unset=True) + "\n")
@@ -113,7 +158,12 @@ def generate(
 
 @app.command()
 def calibrate(
-    prompts: Annotated[Path, typer.Option(help="A text file, one prompt a line.")],
+    prompts: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="For an image model: a text file, a prompt a line.")
+    ] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="For a mesh model: a folder of pictures.")
+    ] = None,
     model: Annotated[str, typer.Option(help="A model directory, or its name in checkpoints/.")] = "tiny-flux",
     rule: Annotated[str, typer.Option(help="router, or residual_cache, which needs no trained weights.")] = "router",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.  [default: cpu]")] = None,
@@ -121,13 +171,13 @@ def calibrate(
 ) -> None:
     """Measure a model's curve of compute against quality, and write it as its calibration.json."""
     settings = load_settings(config, device=device)
-    lines = [line for line in prompts.read_text().splitlines() if line.strip()]
+    samples = _samples(prompts, pictures, settings.max_image_pixels)
     directory = _model_directory(model)
     from models.calibration import calibrate_model  # torch: only where something is computed
 
     path = calibrate_model(
         directory,
-        lines,
+        samples,
         rule=rule,
         device=settings.device,
         router_weights=settings.router_weights,
@@ -141,17 +191,25 @@ def convert(
     source: Annotated[
         Path, typer.Option("--src", exists=True, help="The checkpoint: a file, an index of shards, or their folder.")
     ],
-    base: Annotated[
-        Path, typer.Option(exists=True, file_okay=False, help="A model directory that has what the checkpoint lacks.")
-    ],
     out: Annotated[Path, typer.Option(help="The model directory to write.")],
     format_name: Annotated[
-        str, typer.Option("--format", help="elastic-dit: Elastic-DiT's checkpoint; --base is Qwen-Image's directory.")
+        str,
+        typer.Option(
+            "--format",
+            help="elastic-dit: Elastic-DiT's checkpoint; --base is Qwen-Image's directory. "
+            "hunyuan3d: a .ckpt with its config.yaml beside it, or their folder; without --base.",
+        ),
     ],
-    max_shard_gb: Annotated[float, typer.Option(min=0, help="The largest file of weights.")] = 5.0,
+    base: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="A model directory that has what the checkpoint lacks."),
+    ] = None,
+    max_shard_gb: Annotated[
+        float, typer.Option(min=0, help="The largest file of weights; hunyuan3d's is one file, as published.")
+    ] = 5.0,
     config: Config = None,
 ) -> None:
-    """Import a checkpoint of another layout, routers included."""
+    """Import a checkpoint of another layout, routers included if it has any."""
     settings = load_settings(config)
     from models.conversion import convert as convert_checkpoint  # torch: only where something is computed
 
@@ -174,13 +232,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(str(invalid_request(error.errors()[0])), 2)
     except (InvalidRequest, FileNotFoundError, tomllib.TOMLDecodeError) as error:
         return _complain(str(error), 2)
-    except (GenerationError, OSError) as error:
+    except (GenerationError, ServiceError, OSError) as error:
         return _complain(str(error), 1)
 
 
 def _complain(message: str, code: int) -> int:
     print(f"elastic-dit: {message}", file=sys.stderr)
     return code
+
+
+def _samples(prompts: Path | None, pictures: Path | None, max_pixels: int) -> list[str] | list[bytes]:
+    if (prompts is None) == (pictures is None):
+        raise typer.BadParameter("give either --prompts or --pictures")
+    if prompts is not None:
+        return [line for line in prompts.read_text().splitlines() if line.strip()]
+    assert pictures is not None
+    return [checked_picture(path.read_bytes(), max_pixels=max_pixels) for path in sorted(pictures.iterdir())]
 
 
 def _model_directory(model: str) -> Path:
@@ -191,11 +258,11 @@ def _model_directory(model: str) -> Path:
     raise typer.BadParameter(f"there is no model directory '{model}' or 'checkpoints/{model}'")
 
 
-def _format_of(out: Path) -> OutputFormat:
+def _format_of(out: Path, formats: type[Format]) -> Format:
     suffix = out.suffix.lower().removeprefix(".").replace("jpg", "jpeg")
-    if suffix not in list(OutputFormat):
-        raise typer.BadParameter(f"--out {out} must end in {', '.join(f'.{name}' for name in OutputFormat)}")
-    return OutputFormat(suffix)
+    if suffix not in list(formats):
+        raise typer.BadParameter(f"--out {out} must end in {', '.join(f'.{name}' for name in formats)}")
+    return formats(suffix)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The demo: start a server, ask each of its models for the same pictures at every budget, lay them side by side.
+"""The demo: start a server, ask each of its models for the same at every budget, lay the pictures side by side.
 
 Run as `python -m service.demo --out demo`. It is a client like any other: it knows the HTTP contract and nothing else.
 """
@@ -37,6 +37,7 @@ PROMPTS = (
 # For models whose guidance is true. The prompt leaves the background open, so that the negative one can steer it.
 GUIDED_PROMPT = "a large green ring in the centre"
 NEGATIVE_PROMPT = "a plain dark background"
+SOLID = Path("docs/images/solid.png")
 SEED = 7
 _READY_TIMEOUT_S = 180.0
 _REQUEST_TIMEOUT_S = 300.0
@@ -61,12 +62,11 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
-    """One picture and its receipt, as the server answered."""
+class Made:
+    """What was really done at one budget, as the server answered."""
 
     row: Row
     preset: Preset
-    picture: Image.Image
     receipt: dict[str, Any]
 
     @property
@@ -91,6 +91,13 @@ class Drawn:
         return blocks[decision] / sum(blocks.values())
 
 
+@dataclass(frozen=True, slots=True)
+class Drawn(Made):
+    """One picture with that."""
+
+    picture: Image.Image
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m service.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the pictures (default: demo)")
@@ -102,9 +109,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         httpx2.Client(base_url=address, timeout=_REQUEST_TIMEOUT_S) as client,
     ):
         drawn = draw_all(client)
+        meshes = make_meshes(client, options.out)
     save(drawn, options.out)
-    print(table(drawn))
+    print(table([*drawn, *meshes]))
     print(f"\nThe pictures side by side: {options.out / 'contact_sheet.png'}")
+    if meshes:
+        print(f"The meshes of {SOLID}, to open in any viewer of glTF: {options.out / 'mesh-*.glb'}")
 
 
 @contextmanager
@@ -172,13 +182,46 @@ def draw_all(client: httpx2.Client) -> list[Drawn]:
     A model's first row is drawn once before and thrown away, so that no time shown holds a first call's set-up.
     """
     drawn = []
-    for model in client.get("/v1/models").raise_for_status().json()["data"]:
-        presets = [Preset(point["preset"]) for point in model["curve"] if point["preset"]]
+    for model in models_of(client, "image"):
+        presets = presets_of(model)
         rows = rows_of(model)
         todo = [(row, preset) for row in (rows[0], *rows) for preset in presets]
         progress = tqdm(todo, desc=model["id"], unit="picture", leave=False)
         drawn += [draw(client, row, preset) for row, preset in progress][len(presets) :]
     return drawn
+
+
+def models_of(client: httpx2.Client, modality: str) -> list[dict[str, Any]]:
+    listed = client.get("/v1/models").raise_for_status().json()["data"]
+    return [model for model in listed if model["modality"] == modality]
+
+
+def presets_of(model: dict[str, Any]) -> list[Preset]:
+    return [Preset(point["preset"]) for point in model["curve"] if point["preset"]]
+
+
+def make_meshes(client: httpx2.Client, folder: Path) -> list[Made]:
+    """A mesh of the same picture by every mesh model at every budget, written to `folder`; the first is made twice."""
+    made = []
+    for model in models_of(client, "mesh"):
+        row, presets = Row(model["id"], f"a mesh of {SOLID}"), presets_of(model)
+        progress = tqdm([presets[0], *presets], desc=model["id"], unit="mesh", leave=False)
+        made += [make_mesh(client, row, preset, folder) for preset in progress][1:]
+    return made
+
+
+def make_mesh(client: httpx2.Client, row: Row, preset: Preset, folder: Path) -> Made:
+    budget = json.dumps({"preset": preset})
+    result = _result_of(
+        client.post(
+            "/v1/meshes",
+            data={"model": row.model, "seed": str(SEED), "budget": budget},
+            files={"input_image": (SOLID.name, SOLID.read_bytes())},
+        ),
+        f"{row.model} at budget {preset}",
+    )
+    (folder / f"mesh-{preset}.glb").write_bytes(base64.b64decode(result["data"][0]["b64_json"]))
+    return Made(row, preset, result["receipt"])
 
 
 def rows_of(model: dict[str, Any]) -> list[Row]:
@@ -189,14 +232,17 @@ def rows_of(model: dict[str, Any]) -> list[Row]:
 
 
 def draw(client: httpx2.Client, row: Row, preset: Preset) -> Drawn:
-    response = client.post("/v1/images", json={**asdict(row), "seed": SEED, "budget": {"preset": preset}})
-    if response.status_code != 200:
-        raise SystemExit(
-            f"POST /v1/images to {row.model} at budget {preset} answered {response.status_code}: {response.text}"
-        )
-    result = response.json()
+    body = {**asdict(row), "seed": SEED, "budget": {"preset": preset}}
+    result = _result_of(client.post("/v1/images", json=body), f"{row.model} at budget {preset}")
     picture = Image.open(io.BytesIO(base64.b64decode(result["data"][0]["b64_json"]))).convert("RGB")
-    return Drawn(row, preset, picture, result["receipt"])
+    return Drawn(row, preset, result["receipt"], picture)
+
+
+def _result_of(response: httpx2.Response, asked: str) -> dict[str, Any]:
+    if response.status_code != 200:
+        raise SystemExit(f"{response.request.url.path} of {asked} answered {response.status_code}: {response.text}")
+    result: dict[str, Any] = response.json()
+    return result
 
 
 def save(drawn: Sequence[Drawn], folder: Path) -> None:
@@ -253,7 +299,7 @@ def _font_that_fits(text: str, width: int) -> ImageFont.FreeTypeFont | ImageFont
     return ImageFont.load_default(8)
 
 
-def table(drawn: Sequence[Drawn]) -> str:
+def table(drawn: Sequence[Made]) -> str:
     """The same figures as text, row by row, with each budget's mean at the end of each model's."""
     lines = [f"{'budget':<9} {'seconds':>8} {'compute':>8} {'skipped':>8} {'reused':>8}"]
     for model, of_model in groupby(drawn, key=lambda entry: entry.row.model):
@@ -267,7 +313,7 @@ def table(drawn: Sequence[Drawn]) -> str:
     return "\n".join(lines)
 
 
-def _table_line(entries: Sequence[Drawn]) -> str:
+def _table_line(entries: Sequence[Made]) -> str:
     return (
         f"{entries[0].preset:<9} {fmean(e.seconds for e in entries):>8.2f}"
         f" {fmean(e.compute_ratio for e in entries):>8.1%}"

@@ -1,7 +1,8 @@
 """What the service itself answers no with.
 
 ServiceError
-├── UnsupportedMediaType  the body is not JSON
+├── UnsupportedMediaType  the body is not of a type that the call takes
+├── InvalidImage          the picture can't be read, or is more than this server takes
 ├── Overloaded            the predicted backlog is too long; says when to come back
 ├── Draining              the server is shutting down
 ├── JobNotFound           no such job, or forgotten since
@@ -19,6 +20,10 @@ class ServiceError(Exception):
 
 class UnsupportedMediaType(ServiceError):
     pass
+
+
+class InvalidImage(ServiceError):
+    param = "input_image"
 
 
 class Overloaded(ServiceError):

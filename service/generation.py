@@ -1,17 +1,23 @@
-"""One picture in this process, without a server or a queue."""
+"""One picture or mesh in this process, without a server or a queue."""
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import typer
 
+from models.card import ImageCard, MeshCard, ModelCard
 from models.engine import load_engine
-from service.api.parsing import parse_output, parse_requests, quality_of
+from models.errors import InvalidRequest
+from models.mesh.cleanup import CleanMesh
+from models.request import GenerationRequest
+from service.api.input_image import checked_picture
+from service.api.parsing import parse_mesh_output, parse_mesh_request, parse_output, parse_requests, quality_of
 from service.api.responses import ReceiptBody
-from service.api.schemas import ImageBody
+from service.api.schemas import ImageBody, MeshBody
 from service.api.views import receipt_body
-from service.jobs.job import Receipt, StageSeconds
+from service.jobs.job import Output, Receipt, StageSeconds
 from service.output import encode_output
 from service.settings import Settings
 
@@ -20,6 +26,35 @@ def generate_picture(
     directory: Path, body: ImageBody, settings: Settings, *, random_seed: int
 ) -> tuple[bytes, ReceiptBody]:
     """The file and the receipt of `body`'s picture, with a progress bar on stderr meanwhile."""
+
+    def parse(card: ModelCard) -> GenerationRequest:
+        if not isinstance(card, ImageCard):
+            raise InvalidRequest(f"{card.id} makes no pictures; try elastic-dit {card.modality}", "model")
+        budget = settings.default_budget.to_budget()
+        (request,) = parse_requests(body, card, default_budget=budget, random_seed=random_seed)
+        return request
+
+    return _generate(directory, settings, parse, parse_output(body))
+
+
+def generate_mesh(
+    directory: Path, body: MeshBody, picture: bytes, settings: Settings, *, random_seed: int
+) -> tuple[bytes, ReceiptBody]:
+    """The same for the mesh of a `picture`'s file."""
+    checked = checked_picture(picture, max_pixels=settings.max_image_pixels)
+
+    def parse(card: ModelCard) -> GenerationRequest:
+        if not isinstance(card, MeshCard):
+            raise InvalidRequest(f"{card.id} makes no meshes; try elastic-dit generate", "model")
+        budget = settings.default_budget.to_budget()
+        return parse_mesh_request(body, card, checked, default_budget=budget, random_seed=random_seed)
+
+    return _generate(directory, settings, parse, parse_mesh_output(body))
+
+
+def _generate(
+    directory: Path, settings: Settings, parse: Callable[[ModelCard], GenerationRequest], output: Output
+) -> tuple[bytes, ReceiptBody]:
     engine = load_engine(
         [directory],
         device=settings.device,
@@ -27,20 +62,18 @@ def generate_picture(
         offload_text_encoders=settings.offload_text_encoders,
     )
     (card,) = engine.cards.values()
-    default_budget = settings.default_budget.to_budget()
-    (request,) = parse_requests(body, card, default_budget=default_budget, random_seed=random_seed)
-    output = parse_output(body)
+    request = parse(card)
     arrived = time.perf_counter()
     state = engine.start(request)
     started = time.perf_counter()
-    with typer.progressbar(length=request.num_inference_steps, label="denoising", file=sys.stderr) as progress:
+    with typer.progressbar(length=state.num_steps, label="denoising", file=sys.stderr) as progress:
         while not state.is_done:
             engine.step([state])
             progress.update(1)
     denoised = time.perf_counter()
-    pixels = engine.finish(state)
+    result = engine.finish(state)
     decoded = time.perf_counter()
-    data = encode_output(pixels, request, output)
+    data = encode_output(result, request, output)
     seconds = StageSeconds(
         queue=0.0,
         encode=started - arrived,
@@ -48,4 +81,6 @@ def generate_picture(
         decode=decoded - denoised,
         total=time.perf_counter() - arrived,
     )
-    return data, receipt_body(Receipt(state.summary(), quality_of(request.budget, card), seconds, batch_size_mean=1.0))
+    quality = quality_of(request.budget, card)
+    mesh = result.report if isinstance(result, CleanMesh) else None
+    return data, receipt_body(Receipt(state.summary(), quality, seconds, batch_size_mean=1.0, mesh=mesh))

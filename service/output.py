@@ -1,21 +1,28 @@
-"""From a picture's pixels and request to its file."""
+"""From a result and its request to its file."""
 
 import json
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.artifact import encode_picture
-from models.request import Budget, ComputeBudget, GenerationRequest, PresetBudget, QualityBudget
+from models.artifact import MeshFormat, OutputFormat, encode_picture
+from models.mesh.cleanup import CleanMesh
+from models.mesh.formats import encode_mesh
+from models.request import Budget, ComputeBudget, GenerationRequest, ImageRequest, PresetBudget, QualityBudget
 from service.jobs.job import Output
 
 
-def encode_output(pixels: NDArray[np.uint8], request: GenerationRequest, output: Output) -> bytes:
+def encode_output(result: NDArray[np.uint8] | CleanMesh, request: GenerationRequest, output: Output) -> bytes:
+    if isinstance(result, CleanMesh):
+        assert isinstance(output.format, MeshFormat)
+        return encode_mesh(result.mesh, output.format)
+    assert isinstance(request, ImageRequest)
+    assert isinstance(output.format, OutputFormat)
     metadata = picture_metadata(request) if output.has_metadata else None
-    return encode_picture(pixels, output.format, metadata=metadata, quality=output.compression_quality)
+    return encode_picture(result, output.format, metadata=metadata, quality=output.compression_quality)
 
 
-def picture_metadata(request: GenerationRequest) -> dict[str, str]:
+def picture_metadata(request: ImageRequest) -> dict[str, str]:
     """What a picture's file says about how it was made: enough to ask for it again."""
     metadata = {
         "prompt": request.prompt,

@@ -1,15 +1,18 @@
-"""How jobs end: files are encoded, and the store, the metrics and the log are told."""
+"""How jobs end: results are decoded, files encoded, and the store, the metrics and the log are told."""
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import GenerationError, InvalidRequest
+from models.mesh.cleanup import CleanMesh
 from models.report import GenerationSummary
 from service.jobs.job import Failure, FailureReason, Job, JobStatus, Receipt, StageSeconds
 from service.jobs.memory import MemoryStore
@@ -18,48 +21,61 @@ from service.output import encode_output
 
 logger = logging.getLogger(__name__)
 
-NUM_ENCODER_THREADS = 2
-
 
 @dataclass(frozen=True, slots=True)
-class DecodedPicture:
-    """One picture of a job, number `index`, as the engine gave it: `(height, width, 3)` uint8."""
+class Denoised:
+    """A picture or mesh of a job, number `index`, after its last step. `decode` gives it; any thread may call it."""
 
     job: Job
     index: int
-    pixels: NDArray[np.uint8]
+    decode: Callable[[], NDArray[np.uint8] | CleanMesh]
     summary: GenerationSummary
     queue_s: float
     encode_s: float
     denoise_s: float
-    decode_s: float
     batch_size_mean: float
+
+
+class _EndedAlready(Exception):
+    """Nobody waits for this result any more."""
 
 
 class Publisher:
     """Used by the worker's thread, except for `end` and `fail_everything_left`, which any thread may call.
 
-    Encoding runs in a small pool of threads, so that the device does not wait for PNG compression.
+    Decoding and encoding run in a thread for each model: most of a mesh's time is its decoding, and neither the next
+    steps nor the pictures of another model wait for it. diffusers' AutoencoderKLQwenImage could not do two at once.
     """
 
     def __init__(self, store: MemoryStore, metrics: Metrics, *, clock: Callable[[], float]) -> None:
         self._store = store
         self._metrics = metrics
         self._clock = clock
-        self._pool = ThreadPoolExecutor(NUM_ENCODER_THREADS, thread_name_prefix="encoder")
+        self._pools: defaultdict[str, ThreadPoolExecutor] = defaultdict(
+            partial(ThreadPoolExecutor, 1, thread_name_prefix="publisher")
+        )
         self._files: dict[str, dict[int, Future[tuple[bytes, Receipt]]]] = {}
+        self._unfinished: list[Future[tuple[bytes, Receipt]]] = []
 
-    def publish(self, picture: DecodedPicture) -> None:
-        """Encode a picture; the last one of a job also ends the job."""
-        job = picture.job
-        self._metrics.observe_stage(job.model, "denoise", picture.denoise_s)
-        self._metrics.observe_stage(job.model, "decode", picture.decode_s)
+    def publish(self, denoised: Denoised, on_file: Callable[[], None]) -> None:
+        """Make a result's file, then call `on_file` in some thread; the last one of a job also ends the job."""
+        job = denoised.job
+        self._metrics.observe_stage(job.model, "denoise", denoised.denoise_s)
+        file = self._pools[job.model].submit(self._make_file, denoised)
+        file.add_done_callback(lambda _: on_file())
+        self._unfinished.append(file)
         files = self._files.setdefault(job.id, {})
-        files[picture.index] = self._pool.submit(self._encode, picture)
+        files[denoised.index] = file
         if len(files) == len(job.requests):
             del self._files[job.id]
-            # After the job's files in the pool's queue, so that it waits only for what has already begun.
-            self._pool.submit(self._succeed, job, [files[index] for index in sorted(files)])
+            # After the job's files in the thread's queue, so that it waits for nothing.
+            self._pools[job.model].submit(self._succeed, job, [files[index] for index in sorted(files)])
+
+    @property
+    def num_unfinished(self) -> int:
+        """Results that are not files yet: their latents are still in memory."""
+        self._unfinished = [file for file in self._unfinished if not file.done()]
+        return len(self._unfinished)
 
     def drop_ended(self) -> None:
         """Let go of the files of jobs that ended before their last picture."""
@@ -105,24 +121,34 @@ class Publisher:
 
     def close(self) -> None:
         """Return when everything that was published has ended."""
-        self._pool.shutdown()
+        for pool in self._pools.values():
+            pool.shutdown()
 
-    def _encode(self, picture: DecodedPicture) -> tuple[bytes, Receipt]:
-        job, began = picture.job, time.perf_counter()
-        data = encode_output(picture.pixels, job.requests[picture.index], job.output)
-        self._metrics.observe_stage(job.model, "output", time.perf_counter() - began)
+    def _make_file(self, denoised: Denoised) -> tuple[bytes, Receipt]:
+        job = denoised.job
+        if not self._store.is_live(job.id):
+            raise _EndedAlready
+        began = time.perf_counter()
+        result = denoised.decode()
+        decoded = time.perf_counter()
+        data = encode_output(result, job.requests[denoised.index], job.output)
+        self._metrics.observe_stage(job.model, "decode", decoded - began)
+        self._metrics.observe_stage(job.model, "output", time.perf_counter() - decoded)
         seconds = StageSeconds(
-            queue=picture.queue_s,
-            encode=picture.encode_s,
-            denoise=picture.denoise_s,
-            decode=picture.decode_s,
+            queue=denoised.queue_s,
+            encode=denoised.encode_s,
+            denoise=denoised.denoise_s,
+            decode=decoded - began,
             total=self._clock() - job.created_at,
         )
-        return data, Receipt(picture.summary, job.quality_requested, seconds, picture.batch_size_mean)
+        mesh = result.report if isinstance(result, CleanMesh) else None
+        return data, Receipt(denoised.summary, job.quality_requested, seconds, denoised.batch_size_mean, mesh)
 
     def _succeed(self, job: Job, files: list[Future[tuple[bytes, Receipt]]]) -> None:
         try:
             pictures, receipts = zip(*(file.result() for file in files), strict=True)
+        except _EndedAlready:
+            return
         except Exception as error:
             self.fail(job, error)
             return

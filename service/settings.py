@@ -44,9 +44,11 @@ class Settings(BaseSettings):
         description="The budget of requests that name none, as JSON in the environment.",
     )
     max_batch_size: int = Field(
-        default=8, ge=1, description="Pictures that share a denoise step, if the model allows as many."
+        default=8, ge=1, description="Pictures or meshes that share a denoise step, if the model allows as many."
     )
-    max_running: int = Field(default=16, ge=1, description="Pictures in memory at once, over all models and sizes.")
+    max_running: int = Field(
+        default=16, ge=1, description="Pictures and meshes in memory at once, over all models and sizes."
+    )
     max_backlog_s: float = Field(
         default=120.0,
         gt=0,
@@ -54,9 +56,15 @@ class Settings(BaseSettings):
     )
     grace_s: float = Field(default=30.0, ge=0, description="How long accepted requests may take to finish at shutdown.")
     max_body_bytes: int = Field(default=1_000_000, ge=1, description="The longest request body.")
-    result_ttl_s: float = Field(default=3600.0, gt=0, description="How long finished pictures can be fetched.")
+    max_mesh_body_bytes: int = Field(
+        default=32_000_000, ge=1, description="The longest body of POST /v1/meshes, which holds a picture."
+    )
+    max_image_pixels: int = Field(
+        default=25_000_000, ge=1, description="The largest picture to make a mesh of; checked before it is decoded."
+    )
+    result_ttl_s: float = Field(default=3600.0, gt=0, description="How long finished results can be fetched.")
     max_result_bytes: int = Field(
-        default=512_000_000, ge=1, description="Finished pictures in memory; the oldest go first."
+        default=512_000_000, ge=1, description="Finished results in memory; the oldest go first."
     )
     job_ttl_s: float = Field(default=86400.0, gt=0, description="How long the record of an ended job can be read.")
     log_level: LogLevel = Field(default=LogLevel.INFO, description="DEBUG, INFO, WARNING or ERROR.")

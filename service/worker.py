@@ -1,4 +1,4 @@
-"""The loop that turns queued jobs into pictures: claim, start, step, finish. One thread owns the engine."""
+"""The loop that turns queued jobs into pictures and meshes: claim, start, step, publish. One thread owns the steps."""
 
 import logging
 import math
@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from service.errors import Draining
 from service.jobs.job import Job, JobStatus, Outcome
 from service.jobs.memory import MemoryStore
 from service.metrics import Metrics
-from service.publisher import DecodedPicture, Publisher
+from service.publisher import Denoised, Publisher
 from service.scheduling.batching import Candidate, next_group, shape_of
 
 if TYPE_CHECKING:  # models.engine brings torch, which the API side never loads
@@ -30,7 +31,7 @@ LAST_STEP_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class WorkerLimits:
-    """`max_batch_size` pictures share a step, `max_running` are in memory; `grace_s` is for finishing at the end."""
+    """`max_batch_size` results share a step, `max_running` are in memory; `grace_s` is for finishing at the end."""
 
     max_batch_size: int
     max_running: int
@@ -162,12 +163,17 @@ class Worker:
         self._start_what_fits(engine)
         if self._running:
             self._step(engine, self._next_batch())
-            self._finish_done(engine)
-        elif is_draining:
-            return False
-        else:
+            self._publish_done(engine)
+        elif not is_draining:
             self._wake.wait()
+        elif self._publisher.num_unfinished and self._grace_left() > 0:
+            self._wake.wait(self._grace_left())  # while they take up the room, some may still be in the queue
+        else:
+            return False
         return True
+
+    def _grace_left(self) -> float:
+        return 0.0 if self._grace_ends is None else self._grace_ends - time.monotonic()
 
     def _drop_ended(self) -> None:
         """Let go of pictures whose job was cancelled or has failed, and with them of their memory."""
@@ -197,7 +203,7 @@ class Worker:
 
     def _has_room(self, request: GenerationRequest) -> bool:
         shapes: list[Hashable] = [shape_of(running.picture.request) for running in self._running]
-        is_full = len(shapes) >= self.limits.max_running
+        is_full = len(shapes) + self._publisher.num_unfinished >= self.limits.max_running
         return not is_full and shapes.count(shape_of(request)) < self._max_batch_size(request.model)
 
     def _max_batch_size(self, model: str) -> int:
@@ -241,26 +247,20 @@ class Worker:
             running.num_companions += report.batch_size
             self.store.record_step(running.picture.job.id)
 
-    def _finish_done(self, engine: "Engine") -> None:
-        """Decode the pictures that took their last step and hand them to the publisher."""
+    def _publish_done(self, engine: "Engine") -> None:
+        """Hand those that took their last step to the publisher."""
         for running in [running for running in self._running if running.state.is_done]:
             self._running.remove(running)
-            began = time.perf_counter()
-            try:
-                pixels, summary = engine.finish(running.state), running.state.summary()
-            except Exception as error:
-                self._publisher.fail(running.picture.job, error)
-                continue
             self._publisher.publish(
-                DecodedPicture(
+                Denoised(
                     job=running.picture.job,
                     index=running.picture.index,
-                    pixels=pixels,
-                    summary=summary,
+                    decode=partial(engine.finish, running.state),
+                    summary=running.state.summary(),
                     queue_s=running.queue_s,
                     encode_s=running.encode_s,
-                    denoise_s=began - running.denoise_began,
-                    decode_s=time.perf_counter() - began,
-                    batch_size_mean=running.num_companions / running.state.num_inference_steps,
-                )
+                    denoise_s=time.perf_counter() - running.denoise_began,
+                    batch_size_mean=running.num_companions / running.state.num_steps,
+                ),
+                on_file=self._wake.set,
             )

@@ -1,8 +1,11 @@
-"""What training needs to know of each family's transformer; the rest of the training code knows no family."""
+"""What training needs to know of each family's transformer; the rest of the training code knows no family.
+
+Times are noise levels: 1 is noise, 0 data, and velocities lead from data to noise.
+"""
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
@@ -10,7 +13,10 @@ from torch import Tensor, nn
 
 from models.elastic.runner import Streams
 from models.families.flux import adapter as flux
+from models.families.hunyuan3d import plain_adapter
+from models.families.hunyuan3d.plain_dit import HunYuanDiTPlain, MixtureOfExperts
 from models.families.qwen_image import adapter as qwen_image
+from models.families.wrapping import Mlp
 from training.text import MAX_SEQUENCE_LENGTH, QWEN_SEQUENCE_LENGTH, Text
 
 CELLS = 8
@@ -24,7 +30,7 @@ class Backbone(Protocol):
     """
 
     @property
-    def transformer(self) -> FluxTransformer2DModel | QwenImageTransformer2DModel: ...
+    def transformer(self) -> nn.Module: ...
     @property
     def channels(self) -> int: ...
     @property
@@ -40,16 +46,37 @@ class Backbone(Protocol):
         """The text stream, then the image stream."""
         ...
 
-    def mlp_layers(self, block: nn.Module) -> tuple[nn.Linear, nn.Linear, int]: ...
+    def enter(self, index: int, streams: Streams) -> Streams:
+        """What happens before the block of this number, whether it runs or not; `leave` after it."""
+        ...
+
+    def leave(self, index: int, streams: Streams) -> Streams: ...
+    def mlps(self, block: nn.Module) -> Mapping[str, Mlp]: ...
     def epilogue(self, streams: Streams) -> Tensor: ...
+    def compile_blocks(self) -> None: ...
 
 
-class FluxBackbone:
+class _WithoutLongSkips:
+    """Of transformers where nothing passes a block but its streams."""
+
+    transformer: FluxTransformer2DModel | QwenImageTransformer2DModel
+
+    def enter(self, index: int, streams: Streams) -> Streams:
+        return streams
+
+    def leave(self, index: int, streams: Streams) -> Streams:
+        return streams
+
+    def compile_blocks(self) -> None:
+        self.transformer.compile_repeated_blocks(dynamic=False)
+
+
+class FluxBackbone(_WithoutLongSkips):
     has_guidance_embedding = True
 
     def __init__(self, transformer: FluxTransformer2DModel) -> None:
         self.transformer = transformer
-        self.channels: int = transformer.inner_dim
+        self.channels: int = flux.channels(transformer)
         self.blocks = flux.blocks(transformer)
 
     @cached_property
@@ -64,19 +91,19 @@ class FluxBackbone:
     def call_block(self, block: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
         return flux.call_block(block, streams)
 
-    def mlp_layers(self, block: nn.Module) -> tuple[nn.Linear, nn.Linear, int]:
-        return flux.mlp_layers(block)
+    def mlps(self, block: nn.Module) -> Mapping[str, Mlp]:
+        return flux.mlps(block)
 
     def epilogue(self, streams: Streams) -> Tensor:
         return flux.epilogue(self.transformer, streams)
 
 
-class QwenImageBackbone:
+class QwenImageBackbone(_WithoutLongSkips):
     has_guidance_embedding = False
 
     def __init__(self, transformer: QwenImageTransformer2DModel) -> None:
         self.transformer = transformer
-        self.channels: int = transformer.inner_dim
+        self.channels: int = qwen_image.channels(transformer)
         self.blocks = qwen_image.blocks(transformer)
 
     @cached_property
@@ -90,11 +117,108 @@ class QwenImageBackbone:
     def call_block(self, block: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
         return qwen_image.call_block(block, streams)
 
-    def mlp_layers(self, block: nn.Module) -> tuple[nn.Linear, nn.Linear, int]:
-        return qwen_image.mlp_layers(block)
+    def mlps(self, block: nn.Module) -> Mapping[str, Mlp]:
+        return qwen_image.mlps(block)
 
     def epilogue(self, streams: Streams) -> Tensor:
         return qwen_image.epilogue(self.transformer, streams)
+
+
+class Hunyuan3DBackbone:
+    """The 2.1 kind. Its own time runs the other way, so times and velocities are turned round here."""
+
+    has_guidance_embedding = False
+
+    def __init__(self, transformer: HunYuanDiTPlain) -> None:
+        self.transformer = transformer
+        self.channels = plain_adapter.channels(transformer)
+        self.blocks = plain_adapter.blocks(transformer)
+        for block in transformer.blocks:
+            if block.has_experts:
+                assert isinstance(block.moe, MixtureOfExperts)
+                block.moe = EveryExpert(block.moe)
+        places = range(len(self.blocks))
+        self._entrances = [plain_adapter.entrance(transformer, i) for i in places]
+        self._departures = [plain_adapter.departure(transformer, i) for i in places]
+
+    def prologue(self, latents: Tensor, timestep: Tensor, guidance: Tensor, text: Text) -> Streams:
+        return plain_adapter.prologue(self.transformer, latents, 1 - timestep, text.embeds)
+
+    def call_block(self, block: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
+        return plain_adapter.call_block(block, streams)
+
+    def enter(self, index: int, streams: Streams) -> Streams:
+        entrance = self._entrances[index]
+        return entrance(streams) if entrance else streams
+
+    def leave(self, index: int, streams: Streams) -> Streams:
+        departure = self._departures[index]
+        return departure(streams) if departure else streams
+
+    def mlps(self, block: nn.Module) -> Mapping[str, Mlp]:
+        return plain_adapter.mlps(block)
+
+    def epilogue(self, streams: Streams) -> Tensor:
+        return -plain_adapter.epilogue(self.transformer, streams)
+
+    def compile_blocks(self) -> None:
+        for block in self.transformer.blocks:
+            block.compile(dynamic=False)
+
+
+class EveryExpert(nn.Module):
+    """A mixture that runs every expert on every token, in the names of `MixtureOfExperts`; its results are the same.
+
+    Training narrows MLPs for each sample, so it has to know which sample a token is of, and one graph without a wait
+    compiles.
+    """
+
+    def __init__(self, mixture: MixtureOfExperts) -> None:
+        super().__init__()
+        self.top_k = mixture.top_k
+        self.gate = mixture.gate
+        self.experts = mixture.experts
+        self.shared_experts = mixture.shared_experts
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        weights = self.gate(hidden_states).softmax(dim=-1)
+        least = weights.topk(self.top_k, dim=-1).values[..., -1:]
+        weights = weights.where(weights >= least, 0.0)
+        result = self.shared_experts(hidden_states)
+        for weight, expert in zip(weights.unbind(-1), self.experts, strict=True):
+            result = result + weight[..., None] * expert(hidden_states)
+        return result
+
+
+HUNYUAN3D_PARAMS: dict[str, Any] = {
+    "in_channels": 16,
+    "hidden_size": 192,
+    "context_dim": 192,
+    "depth": 10,
+    "num_heads": 6,
+    "num_moe_layers": 2,
+    "num_experts": 3,
+    "moe_top_k": 2,
+    "qkv_bias": False,
+    "qk_norm": True,
+}
+
+
+def build_hunyuan3d() -> HunYuanDiTPlain:
+    """10 blocks of 192 channels, 4 with long skips, 2 with experts; every branch and the output start at zero."""
+    torch.manual_seed(4)
+    transformer = HunYuanDiTPlain(**HUNYUAN3D_PARAMS)
+    for name, module in transformer.named_modules():
+        if name.endswith(("out_proj", "fc2", "net.2", "final_layer.linear")):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+        if name.endswith("skip_linear"):
+            # Begin by passing the state on.
+            nn.init.zeros_(module.bias)
+            with torch.no_grad():
+                module.weight /= 2
+                module.weight[:, module.out_features :] += torch.eye(module.out_features)
+    return transformer
 
 
 def build_flux() -> FluxTransformer2DModel:

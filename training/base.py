@@ -1,4 +1,4 @@
-"""The tiny diffusion transformers: flow matching on encoded scenes, made ready for elasticity and for guidance.
+"""The tiny diffusion transformers: flow matching on encoded samples, made ready for elasticity and for guidance.
 
 Three things are taught besides plain flow matching. Half of the batches run with random blocks left out and random MLP
 widths (stochastic depth, Huang et al. 2016; nested widths, Yu et al. 2018), so that routers find something to save. A
@@ -9,8 +9,7 @@ prompt (cf. Meng et al. 2023). Where it is true guidance, some samples are told 
 that negative prompts have a meaning.
 """
 
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,50 +17,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers import FluxPipeline
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.backbones import CELLS, Backbone
+from models.elastic.runner import Streams
+from training.backbones import Backbone
+from training.lesson import Lesson
 from training.loop import run_loop, warm_then_linear
-from training.rendering import object_map, render
-from training.scenes import COLOURS, SHAPES, Scene, sample_scene, training_scenes
-from training.text import Conditioner, Text
-from training.vae import LATENT_CHANNELS, PictureVae
+from training.text import Text
 
-NUM_SCENES = 49_152
 BATCH_SIZE = 40  # a process
-_DISTILLATION_SHARE = 0.2  # of the run, at its end
-_EMPTY_SHARE = 0.1  # of the samples have no prompt
-_FRAGMENT_SHARE = 0.1  # of the samples, where guidance is true
-
-
-@torch.no_grad()
-def encode_scenes(vae: PictureVae, count: int, path: Path) -> Tensor:
-    """Latents of the first `count` training scenes, packed: `(count, 64, 32)` float16. Kept in `path`."""
-    if path.exists():
-        latents: Tensor = torch.load(path, weights_only=True)
-        return latents
-    parts = []
-    for start in range(0, count, 64):
-        pictures = render(list(training_scenes(start, min(64, count - start))))
-        with torch.autocast("cpu", torch.bfloat16):
-            parts.append(pack(vae.encode(pictures).float()).half())
-        if start % 4096 == 0:
-            print(f"  encoded {start} of {count} scenes", flush=True)
-    latents = torch.cat(parts)
-    torch.save(latents, path)
-    return latents
-
-
-def pack(latents: Tensor) -> Tensor:
-    """`(batch, channels, height, width)` to 2x2 patches `(batch, height / 2 * width / 2, 4 * channels)`.
-
-    FLUX's and Qwen-Image's order is the same.
-    """
-    packed: Tensor = FluxPipeline._pack_latents(latents, *latents.shape)
-    return packed
+DISTILLATION_SHARE = 0.2
+"""Of the run, at its end, where guidance is an input."""
 
 
 class WidthMasks:
@@ -71,34 +38,35 @@ class WidthMasks:
     """
 
     def __init__(self, backbone: Backbone) -> None:
-        self._masks: list[tuple[Tensor, int]] = []
+        self._masks: list[list[tuple[Tensor, int]]] = []
         for block in backbone.blocks.values():
-            _, last, column = backbone.mlp_layers(block)
-            mask = torch.ones(last.in_features)
-            last.register_buffer("width_mask", mask, persistent=False)
-            last.register_forward_pre_hook(lambda module, args: (args[0] * module.width_mask,))
-            self._masks.append((mask, column))
+            self._masks.append([])
+            for mlp in backbone.mlps(block).values():
+                mask = torch.ones(mlp.last.in_features)
+                mlp.last.register_buffer("width_mask", mask, persistent=False)
+                mlp.last.register_forward_pre_hook(lambda module, args: (args[0] * module.width_mask,))
+                self._masks[-1].append((mask, mlp.column))
 
     def set(self, widths: Sequence[float]) -> None:
         """`widths` holds the share of hidden neurons of each block that stays."""
-        for (mask, column), width in zip(self._masks, widths, strict=True):
-            end = column + int((len(mask) - column) * width)
-            mask[:end] = 1
-            mask[end:] = 0
+        for masks, width in zip(self._masks, widths, strict=True):
+            for mask, column in masks:
+                end = column + int((len(mask) - column) * width)
+                mask[:end] = 1
+                mask[end:] = 0
 
 
 class _Objective(nn.Module):
-    """One training step's loss for a batch of scenes."""
+    """One training step's loss for a batch of samples."""
 
-    def __init__(self, backbone: Backbone, conditioner: Conditioner) -> None:
+    def __init__(self, backbone: Backbone, lesson: Lesson) -> None:
         super().__init__()
         self.backbone = backbone
         self.transformer = backbone.transformer
-        self.object_head = nn.Linear(backbone.channels, len(SHAPES) + len(COLOURS) + 2)
-        self.conditioner = conditioner
+        self.head = lesson.head
+        self.encoder = lesson.encoder
+        self.lesson = lesson
         self.widths = WidthMasks(backbone)
-        with torch.no_grad():
-            self.no_prompt = conditioner.encode([""])
 
     def velocity(
         self, latents: Tensor, timestep: Tensor, guidance: Tensor, text: Text, skipped: set[int]
@@ -107,26 +75,27 @@ class _Objective(nn.Module):
         streams = self.backbone.prologue(latents, timestep, guidance, text)
         middle = streams.hidden_states
         for i, block in enumerate(self.backbone.blocks.values()):
+            streams = self.backbone.enter(i, streams)
             if i not in skipped:
-                text_stream, image_stream = self.backbone.call_block(block, streams)
-                streams = replace(streams, hidden_states=image_stream, encoder_hidden_states=text_stream)
+                streams = after_block(self.backbone, block, streams)
+            streams = self.backbone.leave(i, streams)
             if i == len(self.backbone.blocks) // 2 - 1:
                 middle = streams.hidden_states
         return self.backbone.epilogue(streams), middle
 
-    def forward(self, clean: Tensor, scenes: Sequence[Scene], rng: torch.Generator, guided: bool) -> tuple[Tensor, ...]:
-        """Returns the flow-matching loss and the auxiliary one. `clean` is `(batch, tokens, channels)`."""
-        batch = len(scenes)
+    def forward(self, rows: list[int], rng: torch.Generator, guided: bool) -> tuple[Tensor, Tensor]:
+        """Returns the flow-matching loss of these samples of the lesson, and the auxiliary one."""
+        batch = len(rows)
         num_blocks = len(self.backbone.blocks)
-        noise = torch.randn(clean.shape, generator=rng)
+        clean = self.lesson.latents[rows].float()
+        noise = self.lesson.noise(clean, rng)
         # Stratified, so that every batch sees the whole range of noise levels.
         uniform = (torch.randperm(batch, generator=rng) + torch.rand(batch, generator=rng)) / batch
         timestep = torch.sigmoid(torch.special.ndtri(uniform.clamp(1e-4, 1 - 1e-4)))
         latents = torch.lerp(clean, noise, timestep[:, None, None])
         target = noise - clean
-        with torch.no_grad():
-            prompts, told = self._prompts(scenes, rng)
-            text = self.conditioner.encode(prompts)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.encoder is not None):
+            text, told = self.lesson.conditions(rows, rng)
         guidance = torch.ones(batch)
         self.widths.set([1.0] * num_blocks)
         if guided:
@@ -141,23 +110,9 @@ class _Objective(nn.Module):
             self.widths.set(torch.where(torch.rand(num_blocks, generator=rng) < 0.5, choice, 1.0).tolist())
         with torch.autocast("cpu", torch.bfloat16):
             velocity, middle = self.velocity(latents, timestep, guidance, text, skipped)
-            logits = self.object_head(middle)
-        return F.mse_loss(velocity.float(), target), self._object_loss(logits.float(), scenes, told)
-
-    def _prompts(self, scenes: Sequence[Scene], rng: torch.Generator) -> tuple[list[str], Tensor]:
-        """What each sample is told, and whether that is its whole caption, `(batch,)`."""
-        fragments = 0.0 if self.backbone.has_guidance_embedding else _FRAGMENT_SHARE
-        draw = torch.rand(len(scenes), generator=rng).tolist()
-        words = random.Random(draw[0])
-        prompts = [
-            ""
-            if x < _EMPTY_SHARE
-            else scene.fragment(words)
-            if x < _EMPTY_SHARE + fragments
-            else self.conditioner.caption(scene)
-            for x, scene in zip(draw, scenes, strict=True)
-        ]
-        return prompts, torch.tensor(draw) >= _EMPTY_SHARE + fragments
+            output = None if self.head is None else self.head(middle)
+        flow = F.mse_loss(velocity.float(), target)
+        return flow, flow.new_zeros(()) if output is None else self.lesson.auxiliary_loss(output.float(), rows, told)
 
     @torch.no_grad()
     def _guidance_shift(
@@ -168,24 +123,11 @@ class _Objective(nn.Module):
         Both halves go in one call, which keeps the compiled batch size.
         """
         pair = [torch.cat((part[:half], part[:half])) for part in (latents, timestep)]
-        texts = text.rows(slice(0, half)).join(self.no_prompt.repeat(half))
+        texts = text.rows(slice(0, half)).join(self.lesson.no_condition.repeat(half))
         with torch.autocast("cpu", torch.bfloat16):
             velocity = self.velocity(pair[0], pair[1], torch.ones(2 * half), texts, set())[0].float()
         shift = (guidance[:half] - 1) * told[:half]
         return shift[:, None, None] * (velocity[:half] - velocity[half:])
-
-    def _object_loss(self, logits: Tensor, scenes: Sequence[Scene], told: Tensor) -> Tensor:
-        slot = object_map(scenes, CELLS).flatten(1)
-        shape_of = torch.full((len(scenes), 5), len(SHAPES))
-        colour_of = torch.full((len(scenes), 5), len(COLOURS))
-        for i, scene in enumerate(scenes):
-            for k, thing in enumerate(scene.objects):
-                shape_of[i, k], colour_of[i, k] = SHAPES.index(thing.shape), COLOURS.index(thing.colour)
-        slot = torch.where(slot < 0, 4, slot)
-        logits, slot = logits[told], slot[told]
-        by_shape, by_colour = logits.split((len(SHAPES) + 1, len(COLOURS) + 1), dim=-1)
-        shape_loss = F.cross_entropy(by_shape.flatten(0, 1), shape_of[told].gather(1, slot).flatten())
-        return shape_loss + F.cross_entropy(by_colour.flatten(0, 1), colour_of[told].gather(1, slot).flatten())
 
 
 class MovingAverage:
@@ -214,16 +156,20 @@ class MovingAverage:
 
 
 def split_optimizers(
-    module: nn.Module, *, matrix_lr: float, lr: float
+    module: nn.Module, *, matrix_lr: float, lr: float, without: nn.Module | None = None
 ) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for everything else. Modulations count as everything else."""
+    """Muon for the matrices inside the blocks, AdamW for everything else. Modulations and gates count as that too.
+
+    Parameters of `without` are left out.
+    """
+    left_out = set() if without is None else {id(parameter) for parameter in without.parameters()}
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            is_modulation = "norm" in name or "_mod." in name
-            inside = "transformer_blocks" in name and parameter.ndim == 2 and not is_modulation
-            (matrices if inside else others).append(parameter)
+        if parameter.requires_grad and id(parameter) not in left_out:
+            is_other = any(part in name for part in ("norm", "_mod.", ".gate."))
+            is_inside = ("blocks." in name or ".layer." in name) and parameter.ndim == 2 and not is_other
+            (matrices if is_inside else others).append(parameter)
     return (
         torch.optim.Muon(matrices, lr=matrix_lr, momentum=0.95, weight_decay=0.0),
         torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
@@ -251,21 +197,26 @@ def train_base(
     run_dir: Path,
     backbone: Backbone,
     average_of: Backbone,
-    vae: PictureVae,
-    conditioner: Conditioner,
+    lesson: Lesson,
+    look: Callable[[int, float], None],
     *,
     rank: int,
     num_processes: int,
     num_steps: int,
 ) -> None:
-    """Train `backbone`, or resume, as process `rank` of `num_processes`; `average_of` gets its moving average."""
-    latents = torch.load(run_dir / "latents.pt", weights_only=True, mmap=True)
-    objective = _Objective(backbone, conditioner)
+    """Train `backbone`, or resume, as process `rank` of `num_processes`; `average_of` gets its moving average.
+
+    `look(step, share)` shows what that can do, `share` of the way through the run.
+    """
+    latents = lesson.latents
+    objective = _Objective(backbone, lesson)
     average = MovingAverage(backbone.transformer, average_of.transformer, decay=0.999)
-    optimizers = split_optimizers(objective, matrix_lr=0.05, lr=2e-3)
+    optimizers = [*split_optimizers(objective, matrix_lr=0.05, lr=2e-3, without=lesson.encoder)]
+    if lesson.encoder:  # which has learned already
+        optimizers += split_optimizers(lesson.encoder, matrix_lr=0.01, lr=5e-4)
     base_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     parameters = [p for p in objective.parameters() if p.requires_grad]
-    backbone.transformer.compile_repeated_blocks(dynamic=False)
+    backbone.compile_blocks()
     global_batch = BATCH_SIZE * num_processes
 
     def train_step(step: int) -> Mapping[str, float]:
@@ -273,9 +224,8 @@ def train_base(
         epoch, offset = divmod(step * global_batch, len(latents) - global_batch)
         order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(epoch))
         rows = order[offset + rank * BATCH_SIZE : offset + (rank + 1) * BATCH_SIZE].tolist()
-        scenes = [sample_scene(row) for row in rows]
-        guided = backbone.has_guidance_embedding and step >= num_steps * (1 - _DISTILLATION_SHARE)
-        flow, auxiliary = objective(latents[rows].float(), scenes, rng, guided)
+        guided = backbone.has_guidance_embedding and step >= num_steps * (1 - DISTILLATION_SHARE)
+        flow, auxiliary = objective(rows, rng, guided)
         for optimizer in optimizers:
             optimizer.zero_grad()
         (flow + 0.1 * auxiliary).backward()
@@ -288,12 +238,7 @@ def train_base(
         for optimizer in optimizers:
             optimizer.step()
         average.update()
-        return {"flow": flow.item(), "objects": auxiliary.item()}
-
-    def look(step: int) -> None:
-        if rank == 0:
-            distilled = backbone.has_guidance_embedding and step >= num_steps * (1 - _DISTILLATION_SHARE * 0.8)
-            draw_samples(average_of, conditioner, vae, run_dir / f"samples-{step:05d}.png", distilled=distilled)
+        return {"flow": flow.item(), "auxiliary": auxiliary.item()}
 
     run_loop(
         "transformer",
@@ -302,12 +247,11 @@ def train_base(
         {
             "objective": _WithoutCompilation(objective),
             "average": average,
-            "matrices": optimizers[0],
-            "others": optimizers[1],
+            **{f"optimizer.{number}": optimizer for number, optimizer in enumerate(optimizers)},
         },
         run_dir / "base.pt",
-        save_every=500,
-        look=look,
+        save_every=250,
+        look=(lambda step: look(step, step / num_steps)) if rank == 0 else None,
         is_main=rank == 0,
     )
 
@@ -326,29 +270,42 @@ class _WithoutCompilation:
         self.module.load_state_dict({names[k]: v for k, v in state.items()})
 
 
+def after_block(backbone: Backbone, block: nn.Module, streams: Streams) -> Streams:
+    """The streams after one block."""
+    text_stream, image_stream = backbone.call_block(block, streams)
+    return replace(streams, hidden_states=image_stream, encoder_hidden_states=text_stream)
+
+
+def run_all(backbone: Backbone, streams: Streams) -> Tensor:
+    """The velocity, every block being run on `streams`."""
+    for i, block in enumerate(backbone.blocks.values()):
+        streams = backbone.leave(i, after_block(backbone, block, backbone.enter(i, streams)))
+    return backbone.epilogue(streams)
+
+
 @torch.no_grad()
 def sample(
     backbone: Backbone,
     text: Text,
     no_prompt: Text | None,
+    shape: tuple[int, int],
     *,
     guidance_scale: float,
     num_steps: int = 20,
     seed: int = 0,
 ) -> Tensor:
-    """Euler sampling for looks during training. With `no_prompt` guidance is classifier-free, else distilled."""
+    """Euler sampling for looks during training: latents `(batch, *shape)`, `shape` being their tokens and channels.
+
+    With `no_prompt` guidance is classifier-free, else distilled.
+    """
     batch = len(text.embeds)
-    generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(batch, CELLS * CELLS, 4 * LATENT_CHANNELS, generator=generator)
+    latents = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(seed))
     sigmas = torch.linspace(1, 0, num_steps + 1)
     scale = torch.full((batch,), 1.0 if no_prompt else guidance_scale)
 
     def velocity(which: Text, sigma: Tensor) -> Tensor:
         streams = backbone.prologue(latents, sigma.expand(batch), scale, which)
-        for block in backbone.blocks.values():
-            text_stream, image_stream = backbone.call_block(block, streams)
-            streams = replace(streams, hidden_states=image_stream, encoder_hidden_states=text_stream)
-        return backbone.epilogue(streams)
+        return run_all(backbone, streams)
 
     for sigma, following in pairwise(sigmas):
         step = velocity(text, sigma)
@@ -357,17 +314,3 @@ def sample(
             step = other + guidance_scale * (step - other)
         latents = latents + (following - sigma) * step
     return latents
-
-
-@torch.no_grad()
-def draw_samples(backbone: Backbone, conditioner: Conditioner, vae: PictureVae, path: Path, *, distilled: bool) -> None:
-    """A sheet of 32 held-out prompts: 16 with one object, 8 with two, 8 with three or four."""
-    counts = [1] * 16 + [2] * 8 + [3] * 4 + [4] * 4
-    scenes = [sample_scene(10**9 + i, held_out=True, num_objects=n, tells_all=True) for i, n in enumerate(counts)]
-    text = conditioner.encode([conditioner.caption(scene) for scene in scenes])
-    no_prompt = None if distilled else conditioner.encode([""])
-    latents = sample(backbone, text, no_prompt, guidance_scale=3.0)
-    pictures = vae.decode(FluxPipeline._unpack_latents(latents, 128, 128, 8)).clamp(-1, 1)
-    pictures = torch.stack((render(scenes), pictures), 1).flatten(0, 1)  # true scene left, sample right
-    sheet = ((pictures + 1) * 127.5).round().byte().view(4, 16, 3, 128, 128).permute(0, 3, 1, 4, 2)
-    Image.fromarray(sheet.reshape(4 * 128, 16 * 128, 3).numpy()).save(path)

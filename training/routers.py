@@ -1,4 +1,4 @@
-"""Routers for the tiny picture models: which blocks a sample needs at a step, and how wide. The backbone is frozen.
+"""Routers for the tiny models: which blocks a sample needs at a step, and how wide. The backbone is frozen.
 
 After the recipe of Elastic Diffusion Transformer (arXiv 2602.13993): hard decisions forward, soft gradients backward,
 every block computed for every sample so that a closed gate still learns. Ours differs where serving wants a whole range
@@ -6,7 +6,7 @@ of budgets from one set of routers: each batch draws a skip threshold and a widt
 that it is held to follow from them. Means are over the batch, so which samples and which noise levels get more is free.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,13 +16,12 @@ from torch.nn import functional as F
 
 from models.elastic.router import MLP_WIDTHS, RouterStack
 from models.elastic.runner import Streams
-from models.families.wrapping import permute_neurons
+from models.families.wrapping import mlp_name, permute_neurons
 from models.weights import RouterWeights
 from training.backbones import Backbone
-from training.base import average_gradients
+from training.base import average_gradients, run_all
+from training.lesson import Lesson
 from training.loop import run_loop, warm_then_linear
-from training.scenes import sample_scene
-from training.text import Conditioner
 
 NUM_STEPS = 400
 BATCH_SIZE = 32  # a process
@@ -62,21 +61,22 @@ def elastic_forward(
     Returns velocity `(batch, tokens, channels)`, gates `(blocks, batch)` and widths `(blocks, batch)`.
     """
     gates, widths = [], []
-    masks = (streams.encoder_hidden_states_mask, None)
     lowered = torch.tensor([1 - i / (len(MLP_WIDTHS) - 1) for i in range(len(MLP_WIDTHS))]) * knobs.width_bias
     shares = torch.tensor(MLP_WIDTHS)
-    for router, block in zip(routers.routers, backbone.blocks.values(), strict=True):
+    for i, (router, block) in enumerate(zip(routers.routers, backbone.blocks.values(), strict=True)):
+        streams = backbone.enter(i, streams)
         before = (streams.encoder_hidden_states, streams.hidden_states)
+        scored, masks = streams.scored
         with torch.autocast("cpu", enabled=False):
-            inputs = [stream.float() for stream in before]
+            inputs = [stream.float() for stream in scored]
             scores = router(inputs, router.modulation(streams.temb.float()), masks)
         gate = hard_gate(scores.depth_logits, knobs.skip_threshold)
         width = hard_width(scores.width_logits + lowered)
-        _, last, column = backbone.mlp_layers(block)
-        last.width_mask = prefix_mask(width, last.in_features - column, column)
+        for mlp in backbone.mlps(block).values():
+            mlp.last.width_mask = prefix_mask(width, mlp.num_hidden, mlp.column)
         after = backbone.call_block(block, streams)
         text, image = (x + gate[:, None, None] * (y - x) for x, y in zip(before, after, strict=True))
-        streams = replace(streams, hidden_states=image, encoder_hidden_states=text)
+        streams = backbone.leave(i, replace(streams, hidden_states=image, encoder_hidden_states=text))
         gates.append(gate)
         widths.append(width @ shares)
     return backbone.epilogue(streams), torch.stack(gates), torch.stack(widths)
@@ -109,33 +109,33 @@ def prefix_mask(width: Tensor, hidden: int, column: int) -> Tensor:
 def install_masks(backbone: Backbone) -> None:
     """Let every MLP that may be narrowed multiply its hidden neurons by its `width_mask`."""
     for block in backbone.blocks.values():
-        last = backbone.mlp_layers(block)[1]
-        last.width_mask = torch.ones(())
-        last.register_forward_pre_hook(lambda module, args: (args[0] * module.width_mask,))
+        for mlp in backbone.mlps(block).values():
+            mlp.last.width_mask = torch.ones(())
+            mlp.last.register_forward_pre_hook(lambda module, args: (args[0] * module.width_mask,))
 
 
 class RouterObjective:
-    """One training step's losses for a batch of scenes."""
+    """One training step's losses for a batch of samples."""
 
-    def __init__(self, backbone: Backbone, conditioner: Conditioner, routers: RouterStack) -> None:
+    def __init__(self, backbone: Backbone, lesson: Lesson, routers: RouterStack) -> None:
         self.backbone = backbone
-        self.conditioner = conditioner
+        self.lesson = lesson
         self.routers = routers
         backbone.transformer.requires_grad_(False)
         install_masks(backbone)
 
-    def losses(self, clean: Tensor, captions: Sequence[str], rng: torch.Generator, knobs: Knobs) -> dict[str, Tensor]:
+    def losses(self, rows: list[int], rng: torch.Generator, knobs: Knobs) -> dict[str, Tensor]:
         """Flow-matching error, distance to the dense prediction, distance of mean gate and mean width from the target.
 
-        `clean` is `(batch, tokens, channels)`. Where guidance is true, the second half of the batch are the first
-        half's unconditional branches, and the distance to the dense prediction counts after guidance too.
+        `rows` are samples of the lesson. Where guidance is true, the second half of the batch are the first half's
+        unconditional branches, and the distance to the dense prediction counts after guidance too.
         """
-        batch, half = len(captions), len(captions) // 2
+        batch, half = len(rows), len(rows) // 2
         paired = not self.backbone.has_guidance_embedding
         if paired:
-            clean = torch.cat((clean[:half], clean[:half]))
-            captions = [*captions[:half], *[""] * half]
-        noise = torch.randn(clean.shape, generator=rng)
+            rows = rows[:half] * 2
+        clean = self.lesson.latents[rows].float()
+        noise = self.lesson.noise(clean, rng)
         # Noise levels as sampling visits them: evenly, stratified over the batch.
         timestep = (torch.randperm(batch, generator=rng) + torch.rand(batch, generator=rng)) / batch
         if paired:
@@ -145,7 +145,11 @@ class RouterObjective:
         guidance = 1 + 4 * torch.rand(batch, generator=rng)
         guidance[:half] = 1
         with torch.no_grad():
-            streams = self.backbone.prologue(latents, timestep, guidance, self.conditioner.encode(captions))
+            if paired:
+                text = self.lesson.full_conditions(rows[:half]).join(self.lesson.no_condition.repeat(half))
+            else:
+                text = self.lesson.full_conditions(rows)
+            streams = self.backbone.prologue(latents, timestep, guidance, text)
             with torch.autocast("cpu", torch.bfloat16):
                 dense = self._dense(streams).float()
         with torch.autocast("cpu", torch.bfloat16):
@@ -167,31 +171,31 @@ class RouterObjective:
 
     def _dense(self, streams: Streams) -> Tensor:
         for block in self.backbone.blocks.values():
-            self.backbone.mlp_layers(block)[1].width_mask = torch.ones(())
-            text, image = self.backbone.call_block(block, streams)
-            streams = replace(streams, hidden_states=image, encoder_hidden_states=text)
-        return self.backbone.epilogue(streams)
+            for mlp in self.backbone.mlps(block).values():
+                mlp.last.width_mask = torch.ones(())
+        return run_all(self.backbone, streams)
 
 
-def neuron_orders(
-    objective: RouterObjective, clean: Tensor, captions: Sequence[str], rng: torch.Generator
-) -> dict[str, Tensor]:
-    """Hidden neurons of each block by importance, `(hidden,)` old positions, the most important first.
+def neuron_orders(objective: RouterObjective, rows: list[int], rng: torch.Generator) -> dict[str, Tensor]:
+    """Hidden neurons of each MLP by importance, `(hidden,)` old positions, the most important first.
 
     A neuron matters by its mean |activation| times the norm of its output column, over all tokens of the samples.
     """
     importance: dict[str, Tensor] = {}
     handles = []
     for name, block in objective.backbone.blocks.items():
-        _, last, column = objective.backbone.mlp_layers(block)
+        for part, mlp in objective.backbone.mlps(block).items():
+            order_name = mlp_name(name, part)
 
-        def measure(module: nn.Linear, args: tuple[Tensor], name: str = name, column: int = column) -> None:
-            activation = args[0][..., column:].float().abs().mean((0, 1))
-            importance[name] = activation * module.weight[:, column:].float().norm(dim=0)
+            def measure(
+                module: nn.Linear, args: tuple[Tensor], name: str = order_name, column: int = mlp.column
+            ) -> None:
+                activation = args[0][..., column:].float().abs().flatten(0, -2).mean(0)
+                importance[name] = activation * module.weight[:, column:].float().norm(dim=0)
 
-        handles.append(last.register_forward_pre_hook(measure))
+            handles.append(mlp.last.register_forward_pre_hook(measure))
     with torch.no_grad():
-        objective.losses(clean, captions, rng, Knobs(0.0, 0.0))
+        objective.losses(rows, rng, Knobs(0.0, 0.0))
     for handle in handles:
         handle.remove()
     return {name: values.argsort(descending=True) for name, values in importance.items()}
@@ -200,7 +204,7 @@ def neuron_orders(
 def train_routers(
     run_dir: Path,
     backbone: Backbone,
-    conditioner: Conditioner,
+    lesson: Lesson,
     *,
     rank: int,
     num_processes: int,
@@ -208,13 +212,10 @@ def train_routers(
 ) -> RouterWeights:
     """Train, or resume, as process `rank` of `num_processes`, for MLP neurons in the order of their importance."""
     torch.manual_seed(SEED)
-    latents = torch.load(run_dir / "latents.pt", weights_only=True, mmap=True)
     routers = RouterStack(len(backbone.blocks), backbone.channels, HIDDEN)
-    objective = RouterObjective(backbone, conditioner, routers)
-    sample = list(range(2 * BATCH_SIZE))
-    captions = [conditioner.caption(sample_scene(row)) for row in sample]
-    orders = neuron_orders(objective, latents[sample].float(), captions, torch.Generator().manual_seed(SEED))
-    permute_neurons(backbone.blocks, orders, backbone.mlp_layers)
+    objective = RouterObjective(backbone, lesson, routers)
+    orders = neuron_orders(objective, list(range(2 * BATCH_SIZE)), torch.Generator().manual_seed(SEED))
+    permute_neurons(backbone.blocks, orders, backbone.mlps)
     optimizer = torch.optim.AdamW(routers.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
     parameters = list(routers.parameters())
 
@@ -222,9 +223,8 @@ def train_routers(
         rng = torch.Generator().manual_seed(SEED * 10**6 + step * 64 + rank)
         threshold, bias = torch.rand(2, generator=rng).tolist()
         knobs = Knobs(0.02 + 0.96 * threshold, MAX_WIDTH_BIAS * bias)
-        rows = torch.randint(len(latents), (BATCH_SIZE,), generator=rng).tolist()
-        captions = [conditioner.caption(sample_scene(row)) for row in rows]
-        losses = objective.losses(latents[rows].float(), captions, rng, knobs)
+        rows = torch.randint(len(lesson.latents), (BATCH_SIZE,), generator=rng).tolist()
+        losses = objective.losses(rows, rng, knobs)
         loss = losses["flow"] + losses["dense"] + 8 * (losses["gate"] + losses["width"])
         optimizer.zero_grad()
         loss.backward()

@@ -23,7 +23,7 @@ def ssim(pictures: Tensor, others: Tensor) -> Tensor:
     """
     _check(pictures, others)
     values = [
-        structural_similarity(  # type: ignore[no-untyped-call]  # scikit-image has no annotations
+        structural_similarity(
             one, other, channel_axis=0, data_range=2.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
         )
         for one, other in zip(pictures.double().cpu().numpy(), others.double().cpu().numpy(), strict=True)

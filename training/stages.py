@@ -1,71 +1,71 @@
-"""The stages that train one tiny picture model from nothing; each resumes where it was interrupted.
+"""The stages that train one tiny model from nothing; each resumes where it was interrupted.
 
-Stages: vae, text, latents, base (two processes), assemble (writes checkpoints/<name>), routers (two processes, writes
-router_weights/<name> but for calibration.json, which `elastic-dit calibrate` measures).
+First those of its recipe, which end in the encoded samples of its lesson; then base (two processes), assemble (writes
+checkpoints/<name>), routers (two processes, writes router_weights/<name> but for calibration.json, which `elastic-dit
+calibrate` measures).
 """
 
 import argparse
-import json
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from diffusers import DiffusionPipeline
-from torch import nn
 from torch.multiprocessing.spawn import spawn
 
 from models.weights import save_router_weights, write_manifest
-from training import base, routers, text
+from training import base, routers
 from training.backbones import Backbone
-from training.prompts import calibration_scenes
-from training.text import Conditioner
-from training.vae import PictureVae, train_vae
+from training.lesson import Lesson
 
 NUM_PROCESSES = 2
-STAGES = ("vae", "text", "latents", "base", "assemble", "routers")
-_TRANSFORMER_FILE = "transformer/diffusion_pytorch_model.safetensors"
 
 
 class Recipe(Protocol):
-    """What differs between the tiny picture models.
+    """What differs between the tiny models.
 
-    `defaults` are the model's in serving, `encoders` the folders of its text encoders.
+    `defaults` are the model's in serving. `transformer_file` is the file of a checkpoint that has the transformer.
+    `preparations` are the stages before the transformer's, which get the folder of the run.
     """
 
     name: str
-    text_steps: int
     base_steps: int
     defaults: Mapping[str, float]
-    encoders: Sequence[str]
+    transformer_file: str
 
-    def new_vae(self) -> PictureVae: ...
-    def load_vae(self, folder: Path) -> PictureVae: ...
-    def conditioner(self) -> Conditioner: ...
+    @property
+    def preparations(self) -> Mapping[str, Callable[[Path], None]]: ...
+
     def new_backbone(self) -> Backbone: ...
-    def load_backbone(self, folder: Path) -> Backbone: ...
+    def load_backbone(self, checkpoint: Path) -> Backbone: ...
+    def lesson(self, run_dir: Path, backbone: Backbone, checkpoint: Path | None) -> Lesson:
+        """What the transformer learns or, if there is a `checkpoint`, its routers."""
+        ...
 
-    def pipeline(self, vae: nn.Module, conditioner: Any, transformer: Any) -> DiffusionPipeline:
-        """The family's stock pipeline of these parts."""
+    def look(self, run_dir: Path, backbone: Backbone, lesson: Lesson) -> Callable[[int, float], None]:
+        """Shows what `backbone` can do, at a step and a share of the training."""
+        ...
+
+    def assemble(self, run_dir: Path, backbone: Backbone, checkpoint: Path) -> None:
+        """Write a model directory, all weights in 16 bits."""
+        ...
+
+    def write_samples(self, folder: Path) -> None:
+        """Write what to calibrate routers on."""
         ...
 
 
-def _paths(recipe: Recipe) -> tuple[Path, Path, Path]:
+def paths(recipe: Recipe) -> tuple[Path, Path, Path]:
     """Folders of the run, the checkpoint and the router weights."""
     return Path("runs") / recipe.name, Path("checkpoints") / recipe.name, Path("router_weights") / recipe.name
 
 
-def _trained_conditioner(recipe: Recipe) -> Conditioner:
-    conditioner = recipe.conditioner()
-    text.load_text(conditioner, _paths(recipe)[0])
-    return conditioner
-
-
-def _in_processes(train: Callable[[Recipe, int], None], recipe: Recipe) -> None:
+def in_processes(train: Callable[[Any, int], None], recipe: Any) -> None:
     """Run `train(recipe, rank)` in two processes of one thread each, which do more than one process of two threads."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -73,7 +73,7 @@ def _in_processes(train: Callable[[Recipe, int], None], recipe: Recipe) -> None:
     spawn(_process, args=(port, train, recipe), nprocs=NUM_PROCESSES)
 
 
-def _process(rank: int, port: int, train: Callable[[Recipe, int], None], recipe: Recipe) -> None:
+def _process(rank: int, port: int, train: Callable[[Any, int], None], recipe: Any) -> None:
     logging.basicConfig(level=logging.INFO)
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -83,13 +83,15 @@ def _process(rank: int, port: int, train: Callable[[Recipe, int], None], recipe:
 
 
 def _train_base(recipe: Recipe, rank: int) -> None:
-    run_dir, _, _ = _paths(recipe)
+    run_dir, _, _ = paths(recipe)
+    backbone, average = recipe.new_backbone(), recipe.new_backbone()
+    lesson = recipe.lesson(run_dir, backbone, None)
     base.train_base(
         run_dir,
-        recipe.new_backbone(),
-        recipe.new_backbone(),
-        recipe.load_vae(run_dir / "vae"),
-        _trained_conditioner(recipe),
+        backbone,
+        average,
+        lesson,
+        recipe.look(run_dir, average, lesson),
         rank=rank,
         num_processes=NUM_PROCESSES,
         num_steps=recipe.base_steps,
@@ -97,11 +99,12 @@ def _train_base(recipe: Recipe, rank: int) -> None:
 
 
 def _train_routers(recipe: Recipe, rank: int) -> None:
-    run_dir, checkpoint, router_weights = _paths(recipe)
+    run_dir, checkpoint, router_weights = paths(recipe)
+    backbone = recipe.load_backbone(checkpoint)
     weights = routers.train_routers(
         run_dir,
-        recipe.load_backbone(checkpoint / "transformer"),
-        _trained_conditioner(recipe),
+        backbone,
+        recipe.lesson(run_dir, backbone, checkpoint),
         rank=rank,
         num_processes=NUM_PROCESSES,
         num_steps=routers.NUM_STEPS,
@@ -112,10 +115,10 @@ def _train_routers(recipe: Recipe, rank: int) -> None:
 
 
 def describe_routers(recipe: Recipe, folder: Path) -> None:
-    """Say where the routers come from and what they fit; beside it the prompts to calibrate them on."""
-    _, checkpoint, _ = _paths(recipe)
+    """Say where the routers come from and what they fit; beside it the samples to calibrate them on."""
+    _, checkpoint, _ = paths(recipe)
     manifest = {
-        "source": "trained from nothing by this repository on scenes that it draws",
+        "source": "trained from nothing by this repository on samples that it draws",
         "license": "Apache-2.0",
         "base": str(checkpoint),
         "training_command": f"python -m training.{recipe.name.replace('-', '_')} --stage routers",
@@ -123,55 +126,35 @@ def describe_routers(recipe: Recipe, folder: Path) -> None:
         "num_steps": routers.NUM_STEPS,
         "defaults": dict(recipe.defaults),
     }
-    write_manifest(folder, checkpoint, _TRANSFORMER_FILE, manifest)
-    conditioner = recipe.conditioner()
-    captions = [conditioner.caption(scene) for scene in calibration_scenes(32)]
-    (folder / "calibration_prompts.txt").write_text("\n".join(captions) + "\n")
+    write_manifest(folder, checkpoint, recipe.transformer_file, manifest)
+    recipe.write_samples(folder)
 
 
-def assemble(recipe: Recipe) -> None:
-    """Write an ordinary pipeline directory, all weights in 16 bits."""
-    run_dir, target, _ = _paths(recipe)
-    transformer: nn.Module = recipe.new_backbone().transformer
-    transformer.load_state_dict(torch.load(run_dir / "base.pt", weights_only=True)["average"]["shadow"])
-    pipeline = recipe.pipeline(recipe.load_vae(run_dir / "vae").module, _trained_conditioner(recipe), transformer)
-    pipeline.to(dtype=torch.float16).save_pretrained(target)
-    for encoder in recipe.encoders:
-        # transformers loads in the type that the configuration names, diffusers in float32: agree on float32.
-        path = target / encoder / "config.json"
-        path.write_text(json.dumps(_in_float32(json.loads(path.read_text())), indent=2) + "\n")
+def _assemble(recipe: Recipe) -> None:
+    run_dir, checkpoint, _ = paths(recipe)
+    backbone = recipe.new_backbone()
+    trained = torch.load(run_dir / "base.pt", weights_only=True)["average"]["shadow"]
+    backbone.transformer.load_state_dict(trained)
+    recipe.assemble(run_dir, backbone, checkpoint)
 
 
-def _in_float32(config: dict[str, Any]) -> dict[str, Any]:
-    inner = {key: _in_float32(value) for key, value in config.items() if isinstance(value, dict) and "dtype" in value}
-    return config | inner | {"dtype": "float32"}
-
-
-def run_stage(recipe: Recipe, stage: str) -> None:
-    run_dir, _, _ = _paths(recipe)
-    match stage:
-        case "vae":
-            vae = recipe.new_vae()
-            train_vae(vae, run_dir)
-            vae.module.save_pretrained(run_dir / "vae")
-        case "text":
-            text.train_text(recipe.conditioner(), run_dir, num_steps=recipe.text_steps)
-        case "latents":
-            base.encode_scenes(recipe.load_vae(run_dir / "vae"), base.NUM_SCENES, run_dir / "latents.pt")
-        case "base":
-            _in_processes(_train_base, recipe)
-        case "assemble":
-            assemble(recipe)
-        case "routers":
-            _in_processes(_train_routers, recipe)
+def _stages(recipe: Recipe) -> Mapping[str, Callable[[], object]]:
+    run_dir, _, _ = paths(recipe)
+    return {
+        **{name: partial(prepare, run_dir) for name, prepare in recipe.preparations.items()},
+        "base": partial(in_processes, _train_base, recipe),
+        "assemble": partial(_assemble, recipe),
+        "routers": partial(in_processes, _train_routers, recipe),
+    }
 
 
 def main(recipe: Recipe) -> None:
     """The command line of `python -m training.tiny_<family>`."""
+    stages = _stages(recipe)
     parser = argparse.ArgumentParser(description=f"Trains {recipe.name} from nothing.")
-    parser.add_argument("--stage", choices=STAGES, help="only this one (default: all that are not done, in order)")
+    parser.add_argument("--stage", choices=stages, help="only this one (default: all that are not done, in order)")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
-    _paths(recipe)[0].mkdir(parents=True, exist_ok=True)
-    for stage in [arguments.stage] if arguments.stage else STAGES:
-        run_stage(recipe, stage)
+    paths(recipe)[0].mkdir(parents=True, exist_ok=True)
+    for stage in [arguments.stage] if arguments.stage else stages:
+        stages[stage]()

@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 
 from training import stages
 from training.backbones import FluxBackbone, build_flux
+from training.picture_recipe import PictureRecipe
 from training.text import FluxConditioner
 from training.vae import PictureVae, flux_vae, wrap_flux_vae
 
@@ -49,4 +50,4 @@ class TinyFlux:
 
 
 if __name__ == "__main__":
-    stages.main(TinyFlux())
+    stages.main(PictureRecipe(TinyFlux()))

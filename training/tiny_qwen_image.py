@@ -13,6 +13,7 @@ from diffusers import (
 
 from training import stages
 from training.backbones import QwenImageBackbone, build_qwen_image
+from training.picture_recipe import PictureRecipe
 from training.text import QwenImageConditioner
 from training.vae import PictureVae, qwen_image_vae, wrap_qwen_image_vae
 
@@ -55,4 +56,4 @@ class TinyQwenImage:
 
 
 if __name__ == "__main__":
-    stages.main(TinyQwenImage())
+    stages.main(PictureRecipe(TinyQwenImage()))

@@ -28,6 +28,28 @@ def flow_schedule(
     return scheduler.sigmas, scheduler.timesteps
 
 
+def rising_flow_schedule(num_inference_steps: int, shift: float = 1.0) -> Tensor:
+    """Times `(steps + 1,)` from 0, which is noise, to 1, which is data, float32 on the CPU. They are the model's too.
+
+    Hunyuan3D's schedule: its path runs against the usual direction. Even times reach 1 at the last step already, which
+    so has no length; the public checkpoints count their steps with it (Hunyuan3D-2.1 at 5e3ec6d, `hy3dshape`).
+    """
+    times = np.linspace(0.0, 1.0, num_inference_steps)
+    shifted = shift * times / (1 + (shift - 1) * times)
+    return torch.from_numpy(np.append(shifted, 1.0)).float()
+
+
+def consistency_schedule(num_inference_steps: int, pcm_timesteps: int) -> Tensor:
+    """Times `(steps + 1,)` from 0 to 1 as in `rising_flow_schedule`, out of those that a model was distilled for.
+
+    Hunyuan3D's turbo checkpoints know `pcm_timesteps` of 1000 times (Wang et al. 2024, "Phased Consistency Models",
+    https://arxiv.org/abs/2405.18407). At most that many steps have a length.
+    """
+    known = np.maximum(np.arange(pcm_timesteps) * (1000 // pcm_timesteps) - 1, 0)
+    chosen = known[np.arange(num_inference_steps) * pcm_timesteps // num_inference_steps]
+    return torch.from_numpy(np.append(np.linspace(0.0, 1.0, 1000)[chosen], 1.0)).float()
+
+
 def euler_step(latents: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
     """One step along the velocity, in float32 whatever the model's type, as FlowMatchEulerDiscreteScheduler does it."""
     return (latents.float() + (next_sigma - sigma) * velocity).to(velocity.dtype)

@@ -7,20 +7,23 @@ from dataclasses import dataclass
 class BlockCost:
     """One row's floating-point operations in one block, two for each multiply-add.
 
-    `fixed` is everything but the MLP that may be narrowed, which costs `mlp` at full width.
+    `fixed` is everything but the MLP that may be narrowed, which costs `mlp` at full width. `always` is what the row
+    costs at this place even if the block is left out.
     """
 
     fixed: float
     mlp: float
+    always: float = 0.0
 
     @property
     def dense(self) -> float:
-        return self.fixed + self.mlp
+        return self.always + self.fixed + self.mlp
 
     def at_width(self, mlp_width: float) -> float:
+        """Of the block itself, when it runs."""
         return self.fixed + self.mlp * mlp_width
 
 
-def attention_flops(num_tokens: int, channels: int) -> float:
-    """Scores and weighted sum of full attention over `num_tokens`, all heads together."""
-    return 4.0 * num_tokens * num_tokens * channels
+def attention_flops(num_tokens: int, channels: int, num_keys: int | None = None) -> float:
+    """Scores and weighted sum of attention from `num_tokens` to `num_keys`, or to themselves, all heads together."""
+    return 4.0 * num_tokens * (num_tokens if num_keys is None else num_keys) * channels

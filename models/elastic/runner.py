@@ -16,7 +16,7 @@ from models.elastic.plan import SKIP, RowPlan, RowView, Rule
 from models.elastic.router import Router
 from models.report import BlockReport, Decision, StepDecision
 
-_CALL_COSTS_TOKENS = 100
+CALL_COSTS_TOKENS = 100
 """What a call of a block costs beside its tokens, in tokens' worth of time.
 
 On two CPU cores about 0.5 ms of the 0.9 ms that 64 tokens of 192 channels take. For a GPU estimated from sizes: some
@@ -35,32 +35,47 @@ class Streams:
     """What flows from block to block.
 
     `hidden_states` is `(batch, image tokens, channels)`, `encoder_hidden_states` `(batch, text tokens, channels)`,
-    `temb` `(batch, channels)`; `image_rotary_emb` holds the position factors shared by all rows.
-    `encoder_hidden_states_mask` `(batch, text tokens)` is true for real text tokens, None where all are. Families that
-    pad texts have the image's and the text's position factors apart, `image_rotary_emb` being the two.
+    `temb` `(batch, channels)`; `image_rotary_emb` holds the position factors shared by all rows, None where there are
+    none. `encoder_hidden_states_mask` `(batch, text tokens)` is true for real text tokens, None where all are. Families
+    that pad texts have the image's and the text's position factors apart, `image_rotary_emb` being the two.
+
+    In families whose blocks look at something that they do not change, `context` `(batch, context tokens, context
+    channels)` is that (zeros in rows without it), and the tokens of `encoder_hidden_states` tell routers nothing.
+    `long_skips` maps the number of a block to what it left for a later one, `(batch, tokens, channels)`.
     """
 
     hidden_states: Tensor
     encoder_hidden_states: Tensor
     temb: Tensor
-    image_rotary_emb: tuple[Tensor, Tensor]
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None
     encoder_hidden_states_mask: Tensor | None = None
+    context: Tensor | None = None
+    long_skips: Mapping[int, Tensor] = field(default_factory=dict)
 
-    def of_rows(self, where: Tensor, lengths: Sequence[int | None]) -> "Streams":
-        """The streams of the rows with these numbers alone.
+    @property
+    def scored(self) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+        """The streams that routers read, and their masks."""
+        if self.context is not None:
+            return (self.hidden_states,), (None,)
+        return (self.encoder_hidden_states, self.hidden_states), (self.encoder_hidden_states_mask, None)
 
-        `lengths` are their real text tokens. Padding that none of them needs is cut off, and with it the mask where
-        all are of one length: it costs time, and attention's fastest kernels.
+    def of_rows(self, where: Tensor, rows: Sequence["Row"]) -> "Streams":
+        """The streams of these rows alone, `where` being their numbers; what they left for later blocks is not needed.
+
+        Padding that none of them needs is cut off, and with it the mask where all are of one length: it costs time, and
+        attention's fastest kernels.
         """
         part = replace(
             self,
             hidden_states=self.hidden_states[where],
             encoder_hidden_states=self.encoder_hidden_states[where],
             temb=self.temb[where],
+            context=self.context[where] if self.context is not None and rows[0].has_context else None,
         )
         if self.encoder_hidden_states_mask is None:
             return part
-        known = [length for length in lengths if length is not None]
+        assert self.image_rotary_emb is not None
+        known = [row.num_text_tokens for row in rows if row.num_text_tokens is not None]
         longest = max(known)
         image_factors, text_factors = self.image_rotary_emb
         return replace(
@@ -75,12 +90,18 @@ class Streams:
 
 @dataclass(frozen=True, slots=True)
 class ElasticBlock:
-    """One block of a model: `variants` maps an MLP width to the module that runs it, 1.0 being the original."""
+    """One block of a model: `variants` maps an MLP width to the module that runs it, 1.0 being the original.
+
+    `enter` and `leave` are what the model does before and after the block for every row, whatever its plan; they see to
+    long skips, where there are any.
+    """
 
     name: str
     variants: Mapping[float, nn.Module]
     call: Callable[[nn.Module, Streams], tuple[Tensor, Tensor]]
     router: Router | None
+    enter: Callable[[Streams], Streams] | None = None
+    leave: Callable[[Streams], Streams] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +145,8 @@ class Row:
 
     `residuals` maps block names to stored residuals; `reference` is the first block's residual in the last step that
     computed the other blocks. `allowance` is shared by the branches of a request. `num_text_tokens` counts the row's
-    real ones (None where texts are never padded). `begin_step` and `end_step` frame a step.
+    real ones (None where texts are never padded). Rows without context run apart from those with one: their block needs
+    none. `begin_step` and `end_step` frame a step.
     """
 
     rule: Rule
@@ -133,6 +155,7 @@ class Row:
     num_steps: int
     costs: Mapping[str, BlockCost]
     num_text_tokens: int | None = None
+    has_context: bool = True
     step: int = 0
     allowance: Allowance = field(default_factory=Allowance)
     residuals: dict[str, Residual] = field(default_factory=dict)
@@ -171,6 +194,8 @@ def run_block(
     untouched and cost nothing; rows that re-use add their stored residual; rows that run are gathered by width and by
     about the length of their text, run by the original block and scattered back.
     """
+    if block.enter:
+        streams = block.enter(streams)
     plans, router_seconds = _plan(block, index, streams, modulation, rows)
     planned = time.perf_counter()
     hidden_states, encoder_hidden_states = streams.hidden_states, streams.encoder_hidden_states
@@ -182,7 +207,7 @@ def run_block(
             hidden_states, encoder_hidden_states = image, text
         else:
             where = _index(chosen, hidden_states.device)
-            part = streams.of_rows(where, [rows[i].num_text_tokens for i in chosen])
+            part = streams.of_rows(where, [rows[i] for i in chosen])
             text, image = block.call(module, part)
             _keep_residuals(block.name, rows, plans, chosen, part, image, text)
             hidden_states = hidden_states.index_copy(0, where, image)
@@ -197,8 +222,9 @@ def run_block(
         row.journal.trace.append(StepDecision(row.step, row.branch, block.name, plan.decision, plan.mlp_width))
     if index == 0 and any(row.rule.needs_residual_change for row in rows):
         _measure_change(rows, hidden_states - streams.hidden_states)
+    left = replace(streams, hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states)
     return BlockResult(
-        replace(streams, hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states),
+        block.leave(left) if block.leave else left,
         BlockReport(
             block=block.name,
             seconds=time.perf_counter() - planned,
@@ -218,8 +244,8 @@ def _plan(
     started = time.perf_counter()
     scores: list[list[float]] | None = None
     if modulation is not None and block.router is not None:
-        inputs = (streams.encoder_hidden_states, streams.hidden_states)
-        answer = block.router(inputs, modulation, (streams.encoder_hidden_states_mask, None))
+        inputs, masks = streams.scored
+        answer = block.router(inputs, modulation, masks)
         # The one wait for the device in a block: five numbers a row, without which nothing can be left out.
         scores = torch.cat((answer.depth_logits[:, None], answer.width_logits), dim=1).float().tolist()
     router_seconds = time.perf_counter() - started
@@ -244,13 +270,14 @@ def _plan(
 def _groups(plans: Sequence[RowPlan], rows: Sequence[Row], num_image_tokens: int) -> Iterator[tuple[float, list[int]]]:
     """The rows that run together, with their width: one call each.
 
-    Of one width the longest texts come first; those of a shorter length join where their padding, and the mask that the
-    call then needs, cost less than a call of their own.
+    Of one width, and with or without context, the longest texts come first; those of a shorter length join where their
+    padding, and the mask that the call then needs, cost less than a call of their own.
     """
-    for width in sorted({plan.mlp_width for plan in plans if plan.decision is Decision.RUN}):
+    running = [i for i, plan in enumerate(plans) if plan.decision is Decision.RUN]
+    for width, has_context in sorted({(plans[i].mlp_width, rows[i].has_context) for i in running}):
         of_length: dict[int, list[int]] = {}
-        for i, plan in enumerate(plans):
-            if plan.decision is Decision.RUN and plan.mlp_width == width:
+        for i in running:
+            if (plans[i].mlp_width, rows[i].has_context) == (width, has_context):
                 of_length.setdefault(rows[i].num_text_tokens or 0, []).append(i)
         longest, *shorter = sorted(of_length, reverse=True)
         group, is_masked = of_length[longest], False
@@ -258,7 +285,7 @@ def _groups(plans: Sequence[RowPlan], rows: Sequence[Row], num_image_tokens: int
             joining = of_length[length]
             newly_masked = (len(joining) if is_masked else len(group) + len(joining)) * (num_image_tokens + longest)
             padding = (longest - length) * len(joining)
-            if padding + _MASK_COSTS_SHARE * newly_masked < _CALL_COSTS_TOKENS:
+            if padding + _MASK_COSTS_SHARE * newly_masked < CALL_COSTS_TOKENS:
                 group, is_masked = group + joining, True
             else:
                 yield width, sorted(group)
@@ -273,6 +300,7 @@ def _sigmoid(logit: float) -> float:
 
 def _settle(row: Row, plan: RowPlan, cost: BlockCost) -> RowPlan:
     """Account for a plan; one that the request's allowance cannot pay for becomes a skip."""
+    row.journal.flops += cost.always
     if plan.decision is not Decision.RUN:
         return plan
     flops = cost.at_width(plan.mlp_width)

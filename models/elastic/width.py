@@ -39,14 +39,18 @@ def _view(tensor: Tensor) -> nn.Parameter:
 
 
 @torch.no_grad()
-def permute_hidden_neurons(first: nn.Linear, last: nn.Linear, order: Tensor, first_column: int = 0) -> None:
+def permute_hidden_neurons(
+    first: nn.Linear, last: nn.Linear, order: Tensor, first_row: int = 0, first_column: int = 0
+) -> None:
     """Reorder an MLP's hidden neurons in place, which changes nothing at full width but the order of a sum.
 
-    `order` `(hidden,)` holds old positions, the most important first; the hidden neurons enter `last` from column
-    `first_column` on (FLUX's single blocks put the attention's channels before them).
+    `order` `(hidden,)` holds old positions, the most important first. The hidden neurons are the outputs of `first`
+    from `first_row` on and enter `last` from column `first_column` on: single-stream blocks have attention's channels
+    before.
     """
-    first.weight.copy_(first.weight[order])
+    rows = slice(first_row, first_row + len(order))
+    first.weight[rows] = first.weight[rows][order]
     if first.bias is not None:
-        first.bias.copy_(first.bias[order])
+        first.bias[rows] = first.bias[rows][order]
     columns = slice(first_column, first_column + len(order))
     last.weight[:, columns] = last.weight[:, columns][:, order]

@@ -1,25 +1,23 @@
-"""What the text-to-image families share: wrapping the transformer's blocks, starting requests, batches of rows."""
+"""What the text-to-image families share: prompts, noise, positions and pixels."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
-from torch.nn import functional as F
+from numpy.typing import NDArray
+from skimage.metrics import structural_similarity
+from torch import Tensor
 
-from models.card import CurvePoint, Guidance
+from models.card import CurvePoint, ImageCard, ModelCard, SizeLimits, basics_of
 from models.diffusion.sampling import flow_schedule
 from models.elastic.compute import BlockCost
-from models.elastic.runner import Row, Streams
-from models.families.wrapping import Anatomy, elastic_blocks
-from models.request import GenerationRequest
-from models.rules import RULES
+from models.families.family import BranchStart, Family
+from models.request import GenerationRequest, ImageRequest, Preset, PresetBudget
 from models.state import BranchInputs, DenoiseState
-from models.weights import CheckpointTraits, RouterWeights
+from models.weights import Manifest, RouterWeights
 
 
 class Branch(NamedTuple):
@@ -30,53 +28,20 @@ class Branch(NamedTuple):
     param: str
 
 
-class PictureFamily(ABC):
-    """One loaded text-to-image model.
+class PictureFamily(Family):
+    """One loaded text-to-image model. What a subclass adds is its pipeline's own code, called piece by piece."""
 
-    `blocks` are the elastic blocks in order; `routers`, if there are any, stand beside the model, whose state dict is
-    untouched. What a subclass adds is its diffusers pipeline's own code, called piece by piece.
-    """
-
-    anatomy: Anatomy
+    quality_metric: ClassVar[str] = "ssim"
 
     def __init__(self, model_id: str, pipeline: DiffusionPipeline, router_weights: RouterWeights | None) -> None:
-        self.model_id = model_id
         self.pipeline: Any = pipeline
-        self.transformer: Any = self.pipeline.transformer
-        self.routers = router_weights.stack if router_weights else None
-        self.blocks = elastic_blocks(self.transformer, self.anatomy, router_weights)
-        self._router_modulation: nn.Linear | None = router_weights.stack.fused_modulation() if router_weights else None
+        super().__init__(model_id, self.pipeline.transformer, router_weights)
         self._rotary: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
-
-    @classmethod
-    @abstractmethod
-    def load(
-        cls,
-        directory: Path,
-        device: str,
-        dtype: torch.dtype,
-        router_weights: RouterWeights | None,
-        traits: CheckpointTraits,
-        offload_text_encoders: bool,
-    ) -> Self:
-        """Load an ordinary diffusers directory. Raises WeightsError if parts are missing or do not fit."""
-
-    @property
-    @abstractmethod
-    def guidance(self) -> Guidance: ...
 
     @property
     @abstractmethod
     def default_side(self) -> int:
         """Sides in pixels of a picture whose size nobody says, as in the stock pipeline."""
-
-    @property
-    @abstractmethod
-    def default_num_inference_steps(self) -> int: ...
-
-    @property
-    @abstractmethod
-    def default_guidance_scale(self) -> float: ...
 
     @property
     @abstractmethod
@@ -88,29 +53,47 @@ class PictureFamily(ABC):
         """Floating-point operations of one row in every block, for a picture of `height` x `width` pixels."""
 
     @abstractmethod
-    def prologue(self, states: Sequence[DenoiseState]) -> Streams:
-        """The streams that enter the first block, one row a guidance branch of each state."""
-
-    @abstractmethod
-    def guide(self, request: GenerationRequest, velocities: Tensor) -> Tensor:
-        """One velocity `(1, tokens, channels)` from those of the branches `(branches, tokens, channels)`."""
-
-    @abstractmethod
-    def decode(self, state: DenoiseState) -> np.ndarray:
-        """Latents to pixels `(height, width, 3)` uint8."""
-
-    @abstractmethod
-    def _branches(self, request: GenerationRequest) -> Sequence[Branch]:
+    def _branches(self, request: ImageRequest) -> Sequence[Branch]:
         """The guidance branches, the conditional one first."""
 
     @abstractmethod
-    def _encode(self, branch: Branch, request: GenerationRequest) -> BranchInputs:
+    def _encode(self, branch: Branch, request: ImageRequest) -> BranchInputs:
         """Raises InvalidRequest if the prompt has too many tokens."""
+
+    @abstractmethod
+    def _rotary_factors(self, num_text_tokens: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Position factors as the transformer takes them, for a picture whose sides are in tokens."""
+
+    @abstractmethod
+    def decode(self, state: DenoiseState) -> NDArray[np.uint8]: ...
 
     @property
     def pixels_per_token(self) -> int:
         """Sides of a picture are multiples of this."""
         return int(self.pipeline.vae_scale_factor) * 2
+
+    def card(self, basics: ModelCard, manifest: Manifest) -> ImageCard:
+        height, width = manifest.height or self.default_side, manifest.width or self.default_side
+        return ImageCard(
+            **basics_of(basics),
+            default_height=height,
+            default_width=width,
+            sizes=SizeLimits(self.pixels_per_token, 4 * self.pixels_per_token, 2 * max(height, width)),
+            max_prompt_characters=16 * self.max_sequence_length,  # ahead of counting its tokens
+        )
+
+    def example_request(self, card: ModelCard) -> ImageRequest:
+        assert isinstance(card, ImageCard)
+        return ImageRequest(
+            model=card.id,
+            prompt="",
+            height=card.default_height,
+            width=card.default_width,
+            num_inference_steps=card.default_num_inference_steps,
+            guidance_scale=card.default_guidance_scale,
+            seed=0,
+            budget=PresetBudget(Preset.EXACT),
+        )
 
     @torch.inference_mode()
     def start(
@@ -120,37 +103,39 @@ class PictureFamily(ABC):
         point: CurvePoint,
         compute_cap: float | None = None,
     ) -> DenoiseState:
-        """Encode the prompts and draw the noise. Raises InvalidRequest if a prompt has too many tokens."""
+        assert isinstance(request, ImageRequest)
         branches = self._branches(request)
         inputs = [self._encode(branch, request) for branch in branches]
         latents = self._draw_latents(request)
         sigmas, timesteps = flow_schedule(self.pipeline.scheduler, request.num_inference_steps, latents.shape[1])
-        rows = [
-            Row(
-                RULES[point.rule],
-                point.policy,
-                branch.name,
-                request.num_inference_steps,
-                self.block_costs(request.height, request.width, part.num_text_tokens),
-                part.num_text_tokens,
-            )
-            for branch, part in zip(branches, inputs, strict=True)
-        ]
-        return DenoiseState(
-            request=request,
-            batch_key=(self.model_id, request.height, request.width),
+        return self._new_state(
+            request,
+            curve,
+            point,
+            compute_cap,
+            shape=(request.height, request.width),
             latents=latents,
             sigmas=sigmas,
             timesteps=timesteps,
-            rows=rows,
-            inputs=inputs,
-            curve=curve,
-            point=point,
-            dense_flops=sum(cost.dense for row in rows for cost in row.costs.values()),
-            compute_cap=compute_cap,
+            branches=[
+                BranchStart(
+                    branch.name,
+                    part,
+                    self.block_costs(request.height, request.width, part.num_text_tokens),
+                    part.num_text_tokens,
+                )
+                for branch, part in zip(branches, inputs, strict=True)
+            ],
         )
 
-    def _draw_latents(self, request: GenerationRequest) -> Tensor:
+    def sketch(self, state: DenoiseState) -> NDArray[np.uint8]:
+        return self.decode(state)
+
+    def similarity(self, a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
+        """SSIM of two pictures (Wang et al. 2004), over their channels, window 7, uniform."""
+        return float(structural_similarity(a, b, channel_axis=2, data_range=255))
+
+    def _draw_latents(self, request: ImageRequest) -> Tensor:
         """The noise that the stock pipeline draws, packed, `(1, tokens, channels)`."""
         transformer = self.transformer
         drawn = self.pipeline.prepare_latents(
@@ -166,32 +151,17 @@ class PictureFamily(ABC):
         latents: Tensor = drawn[0] if isinstance(drawn, tuple) else drawn
         return latents
 
-    def router_modulations(self, streams: Streams) -> tuple[Tensor, ...] | None:
-        """What each block's router takes from the time embedding of this step; None without routers."""
-        if self._router_modulation is None:
-            return None
-        return self._router_modulation(F.silu(streams.temb)).chunk(len(self.blocks), dim=1)
-
-    def epilogue(self, states: Sequence[DenoiseState], streams: Streams) -> list[Tensor]:
-        """Each state's velocity `(1, tokens, channels)`, guidance applied."""
-        velocities = self.anatomy.epilogue(self.transformer, streams).split([len(state.rows) for state in states])
-        return [v if len(v) == 1 else self.guide(state.request, v) for state, v in zip(states, velocities, strict=True)]
-
-    def _latents_and_times(self, states: Sequence[DenoiseState]) -> tuple[Tensor, Tensor]:
-        """Latents `(rows, tokens, channels)` and times `(rows,)` in [0, 1] of all branches."""
-        latents = torch.cat([state.latents for state in states for _ in state.rows])
-        times = torch.cat([state.timesteps[state.step_index].expand(len(state.rows)) for state in states])
-        return latents, times.to(latents.device, latents.dtype) / 1000
-
-    def _rotary_embedding(self, request: GenerationRequest, num_text_tokens: int) -> tuple[Tensor, Tensor]:
+    def _rotary_embedding(self, states: Sequence[DenoiseState], num_text_tokens: int) -> tuple[Tensor, Tensor]:
+        request = states[0].request
+        assert isinstance(request, ImageRequest)
         key = (num_text_tokens, request.height // self.pixels_per_token, request.width // self.pixels_per_token)
         if key not in self._rotary:
             if len(self._rotary) == 64:  # picture sizes and prompt lengths in use at the same time are few
                 self._rotary.clear()
-            self._rotary[key] = self.anatomy.rotary_embedding(self.transformer, *key)
+            self._rotary[key] = self._rotary_factors(*key)
         return self._rotary[key]
 
-    def _pixels(self, picture: Tensor) -> np.ndarray:
+    def _pixels(self, picture: Tensor) -> NDArray[np.uint8]:
         """Decoded `(1, 3, height, width)` in [-1, 1] as the stock pipeline rounds it."""
-        pixels: np.ndarray = self.pipeline.image_processor.postprocess(picture, output_type="np")[0]
-        return (pixels * 255).round().astype("uint8")
+        pixels: NDArray[Any] = self.pipeline.image_processor.postprocess(picture, output_type="np")[0]
+        return (pixels * 255).round().astype(np.uint8)

@@ -1,7 +1,7 @@
 """Wrapping a transformer's own blocks as elastic ones: narrow twins, routers beside them, neurons in order."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -12,16 +12,45 @@ from models.errors import WeightsError
 from models.weights import RouterWeights
 
 
-class Anatomy(Protocol):
-    """A family's adapter module: how its transformer comes apart. `prologue` differs from family to family."""
+class Mlp(NamedTuple):
+    """The two layers of an MLP that may be narrowed.
 
+    Its hidden neurons are the outputs of `first` from `row` on, and enter `last` from `column` on: some families keep
+    attention's channels before them.
+    """
+
+    first: nn.Linear
+    last: nn.Linear
+    row: int = 0
+    column: int = 0
+
+    @property
+    def num_hidden(self) -> int:
+        return self.first.out_features - self.row
+
+
+class Anatomy(Protocol):
+    """A family's adapter module: how its transformer comes apart. `prologue` differs from family to family.
+
+    `mlps` gives the MLPs of a block that may be narrowed, by name; the name is empty where there is but one.
+    """
+
+    def channels(self, transformer: Any, /) -> int: ...
     def blocks(self, transformer: Any, /) -> Mapping[str, nn.Module]: ...
     def call_block(self, block: nn.Module, streams: Streams, /) -> tuple[Tensor, Tensor]: ...
-    def mlp_layers(self, block: nn.Module, /) -> tuple[nn.Linear, nn.Linear, int]: ...
+    def mlps(self, block: nn.Module, /) -> Mapping[str, Mlp]: ...
     def epilogue(self, transformer: Any, streams: Streams, /) -> Tensor: ...
-    def rotary_embedding(
-        self, transformer: Any, num_text_tokens: int, height: int, width: int, /
-    ) -> tuple[Tensor, Tensor]: ...
+
+
+@runtime_checkable
+class LongSkipAnatomy(Protocol):
+    """What an adapter has besides where blocks leave their state for later ones.
+
+    What happens before and after the block of a number, for every row and whatever its plan; None where nothing does.
+    """
+
+    def entrance(self, transformer: Any, index: int, /) -> Callable[[Streams], Streams] | None: ...
+    def departure(self, transformer: Any, index: int, /) -> Callable[[Streams], Streams] | None: ...
 
 
 def elastic_blocks(
@@ -34,8 +63,8 @@ def elastic_blocks(
     blocks = anatomy.blocks(transformer)
     routers: list[Any] = [None] * len(blocks)
     if router_weights:
-        _check_fit(router_weights.stack, len(blocks), transformer.inner_dim)
-        permute_neurons(blocks, router_weights.neuron_orders, anatomy.mlp_layers)
+        _check_fit(router_weights.stack, len(blocks), anatomy.channels(transformer))
+        permute_neurons(blocks, router_weights.neuron_orders, anatomy.mlps)
         routers = router_weights.stack.routers
     return tuple(
         ElasticBlock(
@@ -43,8 +72,10 @@ def elastic_blocks(
             {width: block if width == 1 else _narrow(block, width, anatomy) for width in MLP_WIDTHS},
             anatomy.call_block,
             router,
+            anatomy.entrance(transformer, index) if isinstance(anatomy, LongSkipAnatomy) else None,
+            anatomy.departure(transformer, index) if isinstance(anatomy, LongSkipAnatomy) else None,
         )
-        for (name, block), router in zip(blocks.items(), routers, strict=True)
+        for index, ((name, block), router) in enumerate(zip(blocks.items(), routers, strict=True))
     )
 
 
@@ -57,23 +88,35 @@ def _check_fit(stack: RouterStack, num_blocks: int, channels: int) -> None:
 
 
 def _narrow(block: nn.Module, mlp_width: float, anatomy: Anatomy) -> nn.Module:
-    """The block with a prefix of its MLP's hidden neurons."""
-    first, last, column = anatomy.mlp_layers(block)
+    """The block with a prefix of its MLPs' hidden neurons."""
     names = {id(module): name for name, module in block.named_modules()}
-    hidden = int(first.out_features * mlp_width)
-    return narrowed(block, {names[id(first)]: hidden}, {names[id(last)]: column + hidden})
+    keep_rows, keep_columns = {}, {}
+    for mlp in anatomy.mlps(block).values():
+        kept = int(mlp.num_hidden * mlp_width)
+        keep_rows[names[id(mlp.first)]] = mlp.row + kept
+        keep_columns[names[id(mlp.last)]] = mlp.column + kept
+    return narrowed(block, keep_rows, keep_columns)
 
 
 def permute_neurons(
     blocks: Mapping[str, nn.Module],
     orders: Mapping[str, Tensor],
-    mlp_layers: Callable[[nn.Module], tuple[nn.Linear, nn.Linear, int]],
+    mlps: Callable[[nn.Module], Mapping[str, Mlp]],
 ) -> None:
-    """Put the hidden neurons of the named blocks in these orders, in place. Raises WeightsError if one does not fit."""
+    """Put the hidden neurons of the MLPs that `orders` names in its orders, in place.
+
+    Raises WeightsError if an order does not fit.
+    """
+    named = {mlp_name(block, part): mlp for block, module in blocks.items() for part, mlp in mlps(module).items()}
     for name, order in orders.items():
-        if name not in blocks:
-            raise WeightsError(f"neuron_order.{name} is of no block; there are: {', '.join(blocks)}")
-        first, last, column = mlp_layers(blocks[name])
-        if sorted(order.tolist()) != list(range(first.out_features)):
-            raise WeightsError(f"neuron_order.{name} is no order of the block's {first.out_features} hidden neurons")
-        permute_hidden_neurons(first, last, order.to(first.weight.device), column)
+        if name not in named:
+            raise WeightsError(f"neuron_order.{name} is of no block; there are: {', '.join(named)}")
+        mlp = named[name]
+        if sorted(order.tolist()) != list(range(mlp.num_hidden)):
+            raise WeightsError(f"neuron_order.{name} is no order of the block's {mlp.num_hidden} hidden neurons")
+        permute_hidden_neurons(mlp.first, mlp.last, order.to(mlp.first.weight.device), mlp.row, mlp.column)
+
+
+def mlp_name(block: str, part: str) -> str:
+    """The name of a block's MLP in files of neuron orders."""
+    return f"{block}.{part}" if part else block

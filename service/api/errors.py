@@ -14,6 +14,7 @@ from service.api.validation import invalid_request
 from service.errors import (
     Draining,
     GenerationFailed,
+    InvalidImage,
     JobNotFinished,
     JobNotFound,
     Overloaded,
@@ -24,6 +25,7 @@ from service.errors import (
 from service.jobs.job import Failure, FailureReason
 
 STATUS_AND_CODE: Mapping[type[Exception], tuple[int, str]] = {
+    InvalidImage: (400, "invalid_image"),
     UnknownModel: (404, "model_not_found"),
     JobNotFound: (404, "job_not_found"),
     JobNotFinished: (409, "job_not_finished"),
@@ -54,7 +56,7 @@ def status_and_error(error: Exception) -> tuple[int, ErrorDetail]:
             return error.status_code, _detail(error.status_code, code, str(error.detail))
         case _ if type(error) in STATUS_AND_CODE:
             status, code = STATUS_AND_CODE[type(error)]
-            param = error.param if isinstance(error, InvalidRequest) else None
+            param = error.param if isinstance(error, InvalidRequest | InvalidImage) else None
             return status, _detail(status, code, str(error), param or None)
         case _:
             return 500, _detail(500, "internal_error", "the server failed on this request")

@@ -2,6 +2,7 @@
 
 import re
 import uuid
+from collections.abc import Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -44,35 +45,38 @@ class RequestId:
 
 
 class BodyLimit:
-    """Stop reading a body that is longer than `max_body_bytes`.
+    """Stop reading a body that is longer than `max_body_bytes`, or what `of_paths` says of its path.
 
     FastAPI has such a limit too, but answers it as plain text, outside our error handlers.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, of_paths: Mapping[str, int]) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
+        self.of_paths = of_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        limit = self.of_paths.get(scope["path"], self.max_body_bytes)
         declared = Headers(scope=scope).get("content-length", "")
         num_bytes = int(declared) if declared.isdecimal() else 0
         is_declared = num_bytes > 0
 
         async def receive_within_limit() -> Message:
             nonlocal num_bytes
-            if num_bytes > self.max_body_bytes:
-                raise self._too_large()
+            if num_bytes > limit:
+                raise _too_large(limit)
             message = await receive()
             if message["type"] == "http.request" and not is_declared:
                 num_bytes += len(message.get("body", b""))
-                if num_bytes > self.max_body_bytes:
-                    raise self._too_large()
+                if num_bytes > limit:
+                    raise _too_large(limit)
             return message
 
         await self.app(scope, receive_within_limit, send)
 
-    def _too_large(self) -> HTTPException:
-        return HTTPException(413, f"the body is larger than {self.max_body_bytes} bytes, the limit of this server")
+
+def _too_large(limit: int) -> HTTPException:
+    return HTTPException(413, f"the body is larger than {limit} bytes, the limit of this server")

@@ -1,13 +1,15 @@
-"""From an image request's body to `GenerationRequest`s that the model can serve."""
+"""From a request's body to records that the model can serve."""
 
 import re
+from collections.abc import Mapping
+from typing import Literal
 
-from models.artifact import OutputFormat
+from models.artifact import MeshFormat, OutputFormat
 from models.budget import resolve
-from models.card import Guidance, ModelCard, SizeLimits
+from models.card import Guidance, ImageCard, MeshCard, ModelCard, SizeLimits
 from models.errors import InvalidRequest
-from models.request import Budget, GenerationRequest, Preset, PresetBudget, QualityBudget
-from service.api.schemas import MAX_SEED, ImageBody, QualityWord, ResponseFormat
+from models.request import BackgroundRemoval, Budget, ImageRequest, MeshRequest, Preset, PresetBudget, QualityBudget
+from service.api.schemas import MAX_SEED, GenerationBody, ImageBody, MeshBody, QualityWord, ResponseFormat
 from service.jobs.job import Output
 
 # Random seeds stay exact in JSON readers that hold numbers as doubles (RFC 8259, section 6).
@@ -24,18 +26,13 @@ _PRESETS_OF_WORDS = {
 
 
 def parse_requests(
-    body: ImageBody, card: ModelCard, *, default_budget: Budget, random_seed: int
-) -> tuple[GenerationRequest, ...]:
+    body: ImageBody, card: ImageCard, *, default_budget: Budget, random_seed: int
+) -> tuple[ImageRequest, ...]:
     """The `n` requests of `body` for the model of `card`, or InvalidRequest."""
     _check_prompt(body, card)
     guidance_scale, true_cfg_scale = _parse_guidance(body, card)
     width, height = _parse_size(body, card)
-    steps = card.default_num_inference_steps if body.num_inference_steps is None else body.num_inference_steps
-    if steps > card.max_num_inference_steps:
-        raise InvalidRequest(
-            f"num_inference_steps {steps} is above the limit of {card.id}; try {card.max_num_inference_steps}",
-            "num_inference_steps",
-        )
+    steps = _parse_steps(body, card)
     n = 1 if body.n is None else body.n
     seed = random_seed if body.seed is None else body.seed
     if seed + n - 1 > MAX_SEED:
@@ -45,7 +42,7 @@ def parse_requests(
     budget = _parse_budget(body, default_budget)
     resolve(budget, card.curve)  # raises for a preset that this model does not offer
     return tuple(
-        GenerationRequest(
+        ImageRequest(
             model=card.id,
             prompt=body.prompt,
             height=height,
@@ -62,6 +59,34 @@ def parse_requests(
     )
 
 
+def parse_mesh_request(
+    body: MeshBody, card: MeshCard, input_image: bytes, *, default_budget: Budget, random_seed: int
+) -> MeshRequest:
+    """The request of `body` for the model of `card`, or InvalidRequest. `input_image` is its picture, checked."""
+    budget = default_budget if body.budget is None else body.budget.to_budget()
+    resolve(budget, card.curve)  # raises for a preset that this model does not offer
+    return MeshRequest(
+        model=card.id,
+        num_inference_steps=_parse_steps(body, card),
+        guidance_scale=card.default_guidance_scale if body.guidance_scale is None else body.guidance_scale,
+        seed=random_seed if body.seed is None else body.seed,
+        budget=budget,
+        wants_trace=body.trace,
+        input_image=input_image,
+        octree_resolution=_parse_octree_resolution(body, card),
+        target_faces=body.target_faces,
+        remove_background=_REMOVALS[body.remove_background],
+    )
+
+
+_REMOVALS: Mapping[Literal["auto"] | bool | None, BackgroundRemoval] = {
+    None: BackgroundRemoval.AUTO,
+    "auto": BackgroundRemoval.AUTO,
+    True: BackgroundRemoval.ALWAYS,
+    False: BackgroundRemoval.NEVER,
+}
+
+
 def parse_output(body: ImageBody) -> Output:
     output_format = body.output_format or OutputFormat.PNG
     if body.output_compression is not None and not output_format.is_lossy:
@@ -73,6 +98,10 @@ def parse_output(body: ImageBody) -> Output:
             f"response_format binary answers one picture, not n = {body.n}; try url", "response_format"
         )
     return Output(output_format, body.output_compression, body.metadata)
+
+
+def parse_mesh_output(body: MeshBody) -> Output:
+    return Output(body.output_format or MeshFormat.GLB)
 
 
 def quality_of(budget: Budget, card: ModelCard) -> float | None:
@@ -93,7 +122,25 @@ def nearest_size(pixels: int, sizes: SizeLimits) -> int:
     return min(max((pixels + (step - 1) // 2) // step * step, lowest), highest)
 
 
-def _check_prompt(body: ImageBody, card: ModelCard) -> None:
+def _parse_steps(body: GenerationBody, card: ModelCard) -> int:
+    steps = card.default_num_inference_steps if body.num_inference_steps is None else body.num_inference_steps
+    if steps > card.max_num_inference_steps:
+        raise InvalidRequest(
+            f"num_inference_steps {steps} is above the limit of {card.id}; try {card.max_num_inference_steps}",
+            "num_inference_steps",
+        )
+    return steps
+
+
+def _parse_octree_resolution(body: MeshBody, card: MeshCard) -> int:
+    if body.octree_resolution is None:
+        return card.default_octree_resolution
+    limits = SizeLimits(card.octree_resolution_step, card.min_octree_resolution, card.max_octree_resolution)
+    _check_side("octree_resolution", body.octree_resolution, limits, param="octree_resolution")
+    return body.octree_resolution
+
+
+def _check_prompt(body: ImageBody, card: ImageCard) -> None:
     for param, text in (("prompt", body.prompt), ("negative_prompt", body.negative_prompt)):
         if text is not None and len(text) > card.max_prompt_characters:
             raise InvalidRequest(
@@ -128,7 +175,7 @@ def _parse_guidance(body: ImageBody, card: ModelCard) -> tuple[float, float]:
     return guidance_scale, true_cfg_scale
 
 
-def _parse_size(body: ImageBody, card: ModelCard) -> tuple[int, int]:
+def _parse_size(body: ImageBody, card: ImageCard) -> tuple[int, int]:
     """Width and height in pixels."""
     if (body.width is None) != (body.height is None):
         missing = "height" if body.height is None else "width"
@@ -145,7 +192,7 @@ def _parse_size(body: ImageBody, card: ModelCard) -> tuple[int, int]:
     return width, height
 
 
-def _size_of_text(size: str, card: ModelCard) -> tuple[int, int]:
+def _size_of_text(size: str, card: ImageCard) -> tuple[int, int]:
     if size == "auto":
         return card.default_width, card.default_height
     match = _SIZE.fullmatch(size)

@@ -42,6 +42,14 @@ class DecisionBody(BaseModel):
     mlp_width: float
 
 
+class MeshReportBody(BaseModel):
+    num_vertices: int
+    num_faces: int
+    num_components: int = Field(description="Parts that hang together.")
+    num_removed_floaters: int = Field(description="Tiny parts that were taken away.")
+    is_watertight: bool
+
+
 class ReceiptBody(BaseModel):
     """What was really done. Of several pictures: counts are sums, seconds the longest, the rest means."""
 
@@ -58,12 +66,13 @@ class ReceiptBody(BaseModel):
     batch_size_mean: float
     degraded: bool = Field(description="Whether load lowered the quality within min_quality.")
     deadline_met: bool | None = Field(description="Null without a deadline.")
+    mesh: MeshReportBody | None = Field(default=None, description="Of a mesh only.")
     decisions: list[list[DecisionBody]] | None = Field(
         default=None, description='With "trace": for each step, every block. Not in a receipt of several pictures.'
     )
 
 
-class PictureBody(BaseModel):
+class FileBody(BaseModel):
     b64_json: str | None = Field(default=None, description="With response_format b64_json.")
     url: str | None = Field(default=None, description="With response_format url.")
     seed: int
@@ -74,8 +83,18 @@ class ImageResponse(BaseModel):
     created: int
     id: str = Field(description="The job's id.")
     model: str
-    data: list[PictureBody]
+    data: list[FileBody]
     size: str
+    output_format: str
+    receipt: ReceiptBody
+
+
+class MeshResponse(BaseModel):
+    created: int
+    id: str = Field(description="The job's id.")
+    model: str
+    data: list[FileBody] = Field(description="One mesh.")
+    octree_resolution: int
     output_format: str
     receipt: ReceiptBody
 
@@ -108,14 +127,21 @@ class SizesBody(BaseModel):
     maximum: int
 
 
+class OctreeResolutionsBody(BaseModel):
+    multiple_of: int
+    minimum: int
+    maximum: int
+
+
 class DefaultsBody(BaseModel):
-    size: str
+    size: str | None = Field(default=None, description="Of an image model.")
+    octree_resolution: int | None = Field(default=None, description="Of a mesh model.")
     num_inference_steps: int
     guidance_scale: float
 
 
 class LimitsBody(BaseModel):
-    prompt_characters: int
+    prompt_characters: int | None = Field(default=None, description="Of an image model.")
     num_inference_steps: int
     batch_size: int
 
@@ -135,7 +161,7 @@ class CurvePointBody(BaseModel):
     preset: Preset | None
     quality: float
     compute_ratio: float
-    expected_seconds: float = Field(description="Denoising time of one picture, alone, with the model's defaults.")
+    expected_seconds: float = Field(description="Denoising time of one result, alone, with the model's defaults.")
     rule: str
     policy: PolicyBody
 
@@ -152,7 +178,10 @@ class ModelBody(BaseModel):
         description="What guidance_scale is: distilled, an input of the model; none, without effect; true, "
         "classifier-free guidance, with negative_prompt. Unless it is true, true_cfg_scale is that guidance."
     )
-    sizes: SizesBody
+    sizes: SizesBody | None = Field(default=None, description="Sides in pixels, of an image model.")
+    octree_resolutions: OctreeResolutionsBody | None = Field(
+        default=None, description="Cells of the field's grid along a side, of a mesh model."
+    )
     defaults: DefaultsBody
     limits: LimitsBody
     rules: list[str]

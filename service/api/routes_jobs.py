@@ -1,9 +1,10 @@
-"""Jobs and their pictures."""
+"""Jobs and their files."""
 
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
+from models.artifact import MeshFormat, OutputFormat
 from models.errors import InvalidRequest
 from service.api.dependencies import SettingsOfApp, WorkerOfApp
 from service.api.errors import error_of, error_responses, status_and_error
@@ -49,7 +50,8 @@ async def show_job(job_id: str, request: Request, worker: WorkerOfApp, settings:
         200: {
             "description": "The file, as the job's output_format says.",
             "content": {
-                f"image/{name}": {"schema": {"type": "string", "format": "binary"}} for name in ("png", "webp", "jpeg")
+                file_format.content_type: {"schema": {"type": "string", "format": "binary"}}
+                for file_format in (*OutputFormat, *MeshFormat)
             },
         },
         **error_responses(404, 409, 410, 422),

@@ -11,13 +11,13 @@ from service.api.views import model_body
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
 
-@router.get("", summary="List the models, with their calibration curves")
+@router.get("", summary="List the models, with their calibration curves", response_model_exclude_unset=True)
 async def list_models(worker: WorkerOfApp) -> ModelList:
     return ModelList(object="list", data=[model_body(card) for card in worker.cards.values()])
 
 
 # Ids are directory names; the path converter lets an id with a slash be not found in our words.
-@router.get("/{model_id:path}", summary="One model", responses=error_responses(404))
+@router.get("/{model_id:path}", summary="One model", response_model_exclude_unset=True, responses=error_responses(404))
 async def show_model(model_id: str, worker: WorkerOfApp) -> ModelBody:
     if model_id not in worker.cards:
         raise UnknownModel(f"there is no model '{model_id}'; loaded: {', '.join(worker.cards)}")

@@ -1,4 +1,4 @@
-"""The image request's body, as clients write it. What a model allows is checked in `parsing`."""
+"""The requests' bodies, as clients write them. What a model allows is checked in `parsing`."""
 
 from enum import StrEnum
 from typing import Annotated, Literal
@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
 from pydantic_core import PydanticCustomError
 
-from models.artifact import OutputFormat
+from models.artifact import MeshFormat, OutputFormat
+from models.mesh.limits import MIN_TARGET_FACES
 from service.api.budget import BudgetBody, Number
 from service.jobs.job import Priority
 
@@ -43,9 +44,25 @@ def _unless(accepted: tuple[object, ...], message: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-class ImageBody(BaseModel):
+class GenerationBody(BaseModel):
+    """What can be said of anything that is made."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    num_inference_steps: Integer | None = Field(
+        default=None, ge=1, description="Denoise steps; the model has a default."
+    )
+    seed: Integer | None = Field(default=None, ge=0, le=MAX_SEED, description="Random if absent; always returned.")
+    budget: BudgetBody | None = Field(default=None, description="Speed against quality; the server has a default.")
+    priority: Priority | None = Field(default=None, description="Place in the queue; normal by default.")
+    trace: StrictBool = Field(default=False, description="Whether the receipt lists every decision of every block.")
+    stream: Annotated[Literal[False] | None, _unless((False, None), "this server does not stream; omit stream")] = (
+        Field(default=None, description="Only false: this server does not stream.")
+    )
+
+
+class ImageBody(GenerationBody):
     model_config = ConfigDict(
-        extra="forbid",
         json_schema_extra={"examples": [{"prompt": "a red circle above a blue square", "budget": {"quality": 0.9}}]},
     )
 
@@ -75,9 +92,6 @@ class ImageBody(BaseModel):
     )
     width: Integer | None = Field(default=None, description="In pixels, together with `height`.")
     height: Integer | None = Field(default=None, description="In pixels, together with `width`.")
-    num_inference_steps: Integer | None = Field(
-        default=None, ge=1, description="Denoise steps; the model has a default."
-    )
     guidance_scale: Number | None = Field(
         default=None,
         ge=0,
@@ -85,8 +99,6 @@ class ImageBody(BaseModel):
         description="The model has a default, and its `guidance` in /v1/models says what this is: distilled, an input "
         "of the model; none, without effect; true, classifier-free guidance: off up to 1, above it twice the compute.",
     )
-    seed: Integer | None = Field(default=None, ge=0, le=MAX_SEED, description="Random if absent; always returned.")
-    budget: BudgetBody | None = Field(default=None, description="Speed against quality; the server has a default.")
     quality: QualityWord | None = Field(
         default=None,
         description="OpenAI's word instead of a budget: low is draft, medium fast, high high, hd exact; auto and "
@@ -106,8 +118,6 @@ class ImageBody(BaseModel):
         default=True,
         description="Whether PNG and WebP files carry prompt, seed, model and budget. JPEG files never do.",
     )
-    priority: Priority | None = Field(default=None, description="Place in the queue; normal by default.")
-    trace: StrictBool = Field(default=False, description="Whether the receipt lists every decision of every block.")
     user: str | None = Field(default=None, description="OpenAI's field; ignored.")
     safety_identifier: str | None = Field(default=None, description="OpenAI's field; ignored.")
     background: Annotated[
@@ -121,9 +131,46 @@ class ImageBody(BaseModel):
     style: Annotated[
         None, _unless((None,), "this server has no styles; omit style and describe the style in the prompt")
     ] = Field(default=None, description="OpenAI's field; describe the style in the prompt instead.")
-    stream: Annotated[Literal[False] | None, _unless((False, None), "this server does not stream; omit stream")] = (
-        Field(default=None, description="Only false: this server does not stream.")
-    )
     partial_images: Annotated[
         Literal[0] | None, _unless((0, None), "this server sends no partial images; omit partial_images or use 0")
     ] = Field(default=None, description="Only 0: this server does not stream.")
+
+
+class MeshBody(GenerationBody):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"input_image": "data:image/png;base64,iVBORw0KGgo…", "budget": {"quality": 0.9}}]
+        },
+    )
+
+    model: str | None = Field(
+        default=None, description="An id from /v1/models; the server's first mesh model by default."
+    )
+    input_image: str = Field(
+        min_length=1, description="The picture of one object, as base64 or as a `data:` URL: PNG, JPEG or WebP."
+    )
+    remove_background: Annotated[
+        Literal["auto"] | bool | None,
+        _unless(("auto", True, False, None), "remove_background can be 'auto', true or false"),
+    ] = Field(
+        default=None,
+        description="Whether the object is cut out of a plain background; auto, the default, does it where the picture "
+        "has no transparency.",
+    )
+    guidance_scale: Number | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="The model has a default. Where its `guidance` in /v1/models is true, 1 is off, and any other "
+        "scale twice the compute.",
+    )
+    octree_resolution: Integer | None = Field(
+        default=None, description="Cells of the field's grid along a side; the model has a default and limits."
+    )
+    target_faces: Integer | None = Field(
+        default=None,
+        ge=MIN_TARGET_FACES,
+        description="How many triangles the mesh may have; null reduces nothing.",
+    )
+    output_format: MeshFormat | None = Field(default=None, description="glb by default.")
+    response_format: ResponseFormat | None = Field(default=None, description="b64_json by default.")

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from itertools import groupby
 from statistics import fmean
 
-from models.card import CurvePoint, ModelCard
+from models.card import CurvePoint, ImageCard, MeshCard, ModelCard
 from models.report import StepDecision
 from service.api.responses import (
     BlocksBody,
@@ -13,7 +13,9 @@ from service.api.responses import (
     DecisionBody,
     DefaultsBody,
     LimitsBody,
+    MeshReportBody,
     ModelBody,
+    OctreeResolutionsBody,
     PolicyBody,
     ReceiptBody,
     SecondsBody,
@@ -32,6 +34,8 @@ def job_receipt_body(receipts: Sequence[Receipt]) -> ReceiptBody:
 def receipt_body(receipt: Receipt) -> ReceiptBody:
     """The receipt of one picture, with its decisions if it was traced."""
     body = _merged([receipt])
+    if receipt.mesh is not None:
+        body.mesh = MeshReportBody(**asdict(receipt.mesh))
     if receipt.summary.decisions is not None:
         body.decisions = _decisions_by_step(receipt.summary.decisions)
     return body
@@ -71,7 +75,7 @@ def _merged(receipts: Sequence[Receipt]) -> ReceiptBody:
 
 
 def model_body(card: ModelCard) -> ModelBody:
-    return ModelBody(
+    body = ModelBody(
         id=card.id,
         object="model",
         created=card.created,
@@ -80,21 +84,28 @@ def model_body(card: ModelCard) -> ModelBody:
         modality=card.modality,
         license=card.license,
         guidance=card.guidance,
-        sizes=SizesBody(**asdict(card.sizes)),
         defaults=DefaultsBody(
-            size=f"{card.default_width}x{card.default_height}",
             num_inference_steps=card.default_num_inference_steps,
             guidance_scale=card.default_guidance_scale,
         ),
-        limits=LimitsBody(
-            prompt_characters=card.max_prompt_characters,
-            num_inference_steps=card.max_num_inference_steps,
-            batch_size=card.max_batch_size,
-        ),
+        limits=LimitsBody(num_inference_steps=card.max_num_inference_steps, batch_size=card.max_batch_size),
         rules=list(card.rules),
         quality_metric=card.quality_metric,
         curve=[_curve_point_body(point, card) for point in card.curve],
     )
+    match card:
+        case ImageCard():
+            body.sizes = SizesBody(**asdict(card.sizes))
+            body.defaults.size = f"{card.default_width}x{card.default_height}"
+            body.limits.prompt_characters = card.max_prompt_characters
+        case MeshCard():
+            body.octree_resolutions = OctreeResolutionsBody(
+                multiple_of=card.octree_resolution_step,
+                minimum=card.min_octree_resolution,
+                maximum=card.max_octree_resolution,
+            )
+            body.defaults.octree_resolution = card.default_octree_resolution
+    return body
 
 
 def _curve_point_body(point: CurvePoint, card: ModelCard) -> CurvePointBody:

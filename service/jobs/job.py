@@ -1,12 +1,12 @@
-"""A job: one API call's pictures, from the queue to the result."""
+"""A job: one API call's pictures or mesh, from the queue to the result."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Self
 
-from models.artifact import OutputFormat
-from models.report import GenerationSummary
+from models.artifact import MeshFormat, OutputFormat
+from models.report import GenerationSummary, MeshReport
 from models.request import GenerationRequest
 
 
@@ -58,9 +58,9 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """How a job's pictures become files. `compression_quality`, 0 to 100, is of WebP and JPEG only."""
+    """How a job's results become files. `compression_quality`, 0 to 100, is of WebP and JPEG only."""
 
-    format: OutputFormat = OutputFormat.PNG
+    format: OutputFormat | MeshFormat = OutputFormat.PNG
     compression_quality: int | None = None
     has_metadata: bool = True
 
@@ -78,12 +78,16 @@ class StageSeconds:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What one picture really got. `batch_size_mean` is over its steps; `quality_requested` None if none was."""
+    """What one picture or mesh really got.
+
+    `batch_size_mean` is over its steps; `quality_requested` None if none was; `mesh` None of a picture.
+    """
 
     summary: GenerationSummary
     quality_requested: float | None
     seconds: StageSeconds
     batch_size_mean: float
+    mesh: MeshReport | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from models.request import GenerationRequest
+from models.request import GenerationRequest, ImageRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,4 +27,8 @@ def next_group(candidates: Sequence[Candidate]) -> list[int]:
 
 def shape_of(request: GenerationRequest) -> Hashable:
     """Requests of equal shape will share steps: what can be told of a `batch_key` before the request is started."""
-    return request.model, request.height, request.width, request.true_cfg_scale > 1
+    match request:
+        case ImageRequest():
+            return request.model, request.height, request.width, request.true_cfg_scale > 1
+        case _:
+            return (request.model,)

@@ -1,8 +1,8 @@
 """What a request will cost, predicted from the model's card before any work is done."""
 
 from models.budget import resolve
-from models.card import Guidance, ModelCard
-from models.request import GenerationRequest
+from models.card import Guidance, ImageCard, MeshCard, ModelCard
+from models.request import GenerationRequest, ImageRequest
 
 
 def predicted_seconds(request: GenerationRequest, card: ModelCard) -> float:
@@ -11,13 +11,28 @@ def predicted_seconds(request: GenerationRequest, card: ModelCard) -> float:
     Time grows with the pixels; that is low for very large pictures, whose attention grows with their square. It grows
     with the rows too: true classifier-free guidance runs every step on two, and the card's time is of the default.
     """
-    pixels = request.height * request.width / (card.default_height * card.default_width)
-    is_true = card.guidance is Guidance.TRUE
-    rows = _num_rows(request.guidance_scale if is_true else request.true_cfg_scale)
-    default_rows = _num_rows(card.default_guidance_scale if is_true else 1.0)
-    dense_seconds = card.dense_step_seconds * request.num_inference_steps * pixels * rows / default_rows
-    return dense_seconds * resolve(request.budget, card.curve).relative_seconds
+    dense_seconds = card.dense_step_seconds * request.num_inference_steps * _relative_size(request, card)
+    rows = _num_rows(request, card) / _num_rows_at(card.default_guidance_scale, card)
+    return dense_seconds * rows * resolve(request.budget, card.curve).relative_seconds
 
 
-def _num_rows(true_guidance_scale: float) -> int:
-    return 2 if true_guidance_scale > 1 else 1
+def _relative_size(request: GenerationRequest, card: ModelCard) -> float:
+    """Pixels over those of the default size; meshes are denoised at one size, whatever grid they are decoded on."""
+    if isinstance(request, ImageRequest) and isinstance(card, ImageCard):
+        return request.height * request.width / (card.default_height * card.default_width)
+    return 1.0
+
+
+def _num_rows(request: GenerationRequest, card: ModelCard) -> int:
+    """Rows of every step: true guidance runs it with and without the prompt or the picture."""
+    match request:
+        case ImageRequest() if card.guidance is not Guidance.TRUE:
+            return 2 if request.true_cfg_scale > 1 else 1
+        case _:
+            return _num_rows_at(request.guidance_scale, card)
+
+
+def _num_rows_at(guidance_scale: float, card: ModelCard) -> int:
+    """At what the model calls `guidance_scale`. diffusers guides above 1, Hunyuan3D at any scale but 1."""
+    is_guided = guidance_scale != 1 if isinstance(card, MeshCard) else guidance_scale > 1
+    return 2 if card.guidance is Guidance.TRUE and is_guided else 1

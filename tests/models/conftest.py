@@ -5,13 +5,18 @@ Tests that use `kind`, or anything made from it, run for every family; a family'
 
 import json
 import string
+import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLQwenImage,
@@ -22,20 +27,37 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, Qwen2Tokenizer, T5EncoderModel, T5Tokenizer
 
 from models.card import EXACT, CurvePoint, Policy
+from models.diffusion.sampling import (
+    classifier_free_guidance,
+    consistency_schedule,
+    euler_step,
+    rising_flow_schedule,
+)
+from models.elastic.compute import BlockCost
 from models.elastic.router import RouterStack
+from models.elastic.runner import Streams
 from models.engine import Engine, load_engine
+from models.families.family import Family
 from models.families.flux import adapter as flux
 from models.families.flux.pipeline import FluxFamily
-from models.families.picture import PictureFamily
+from models.families.hunyuan3d import plain_adapter, stream_adapter
+from models.families.hunyuan3d.conditioner import SingleImageEncoder
+from models.families.hunyuan3d.pipeline import Hunyuan3DFamily
+from models.families.hunyuan3d.plain_dit import HunYuanDiTPlain
+from models.families.hunyuan3d.preparation import PictureSettings, prepare_picture
+from models.families.hunyuan3d.shape_vae import ShapeVAE
+from models.families.hunyuan3d.stream_dit import Hunyuan3DDiT
 from models.families.qwen_image import adapter as qwen_image
 from models.families.qwen_image.pipeline import QwenImageFamily
-from models.families.wrapping import Anatomy
-from models.request import GenerationRequest, Preset, PresetBudget
+from models.families.wrapping import Anatomy, mlp_name
+from models.request import BackgroundRemoval, GenerationRequest, ImageRequest, MeshRequest, Preset, PresetBudget
 from models.state import DenoiseState
 from models.weights import (
     CheckpointTraits,
@@ -64,9 +86,10 @@ def enlarge(blocks: Mapping[str, nn.Module]) -> None:
         for block in blocks.values():
             for name, module in block.named_modules():
                 if isinstance(module, nn.Linear):
-                    is_modulation = name.startswith("norm") or "_mod." in name
+                    is_modulation = name.startswith(("norm", "modulation")) or "_mod." in name
                     module.weight.normal_(std=0.3 if is_modulation else 0.15)
-                    module.bias.normal_(std=0.1)
+                    if module.bias is not None:
+                        module.bias.normal_(std=0.1)
 
 
 def build_flux(*, guidance_embeds: bool) -> FluxTransformer2DModel:
@@ -183,47 +206,312 @@ def save_qwen_image(directory: Path) -> None:
     ).save_pretrained(directory)
 
 
+PLAIN_DIT = {
+    "in_channels": 4,
+    "hidden_size": CHANNELS,
+    "context_dim": 24,
+    "depth": 5,
+    "num_heads": 2,
+    "qk_norm": True,
+    "qkv_bias": False,
+    "num_moe_layers": 2,
+    "num_experts": 4,
+    "moe_top_k": 2,
+}
+STREAM_DIT = {
+    "in_channels": 4,
+    "context_in_dim": 24,
+    "hidden_size": CHANNELS,
+    "mlp_ratio": 4.0,
+    "num_heads": 2,
+    "depth": 2,
+    "depth_single_blocks": 3,
+    "qkv_bias": True,
+}
+SHAPE_VAE = {
+    "num_latents": 12,
+    "embed_dim": 4,
+    "width": 16,
+    "heads": 2,
+    "num_decoder_layers": 1,
+    "num_encoder_layers": 1,
+    "num_freqs": 2,
+    "include_pi": False,
+    "qkv_bias": False,
+    "qk_norm": True,
+    "point_feats": 4,
+    "scale_factor": 1.1,
+}
+DINO = {
+    "hidden_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "layer_norm_eps": 1e-6,
+}
+CONDITIONER = {"main_image_encoder": {"type": "DinoImageEncoder", "kwargs": {"config": DINO, "image_size": 28}}}
+HUNYUAN3D_FILE = "model.safetensors"
+
+
+def save_hunyuan3d(directory: Path, denoiser: nn.Module, params: Mapping[str, Any], anatomy: Anatomy) -> None:
+    """A published model's folder. Its schedule is the distilled one, all of whose steps have a length."""
+    parts = {
+        "model": (type(denoiser).__name__, params),
+        "vae": ("ShapeVAE", SHAPE_VAE),
+        "conditioner": ("SingleImageEncoder", CONDITIONER),
+        "scheduler": ("ConsistencyFlowMatchEulerDiscreteScheduler", {"pcm_timesteps": 100}),
+        "image_processor": ("ImageProcessorV2", {"size": 32, "border_ratio": 0.15}),
+    }
+    config = {name: {"target": f"published.{cls}", "params": dict(params)} for name, (cls, params) in parts.items()}
+    modules = nn.ModuleDict(
+        {"model": denoiser, "vae": ShapeVAE(**SHAPE_VAE), "conditioner": SingleImageEncoder(**CONDITIONER)}
+    )
+    with torch.no_grad():
+        for name, parameter in modules.named_parameters():
+            if not name.startswith("model."):
+                parameter.normal_(std=0.3)
+        # Else what the random field is at one place outweighs how it changes, and it has no surface.
+        modules.get_parameter("vae.geo_decoder.output_proj.bias").zero_()
+        modules.get_parameter("vae.geo_decoder.ln_post.bias").zero_()
+        modules.get_parameter("vae.geo_decoder.query_proj.weight").mul_(4)
+    enlarge(anatomy.blocks(denoiser))
+    directory.mkdir()
+    (directory / "config.yaml").write_text(yaml.safe_dump(config))
+    save_file(modules.state_dict(), directory / HUNYUAN3D_FILE)
+
+
+def save_plain_hunyuan3d(directory: Path) -> None:
+    torch.manual_seed(0)
+    denoiser = HunYuanDiTPlain(**PLAIN_DIT)
+    with torch.no_grad():
+        # Time reaches blocks and routers through one token; let steps differ as much as FLUX's do.
+        denoiser.t_embedder.mlp[0].weight.mul_(8)
+        denoiser.t_embedder.mlp[2].weight.mul_(2)
+    save_hunyuan3d(directory, denoiser, PLAIN_DIT, plain_adapter)
+
+
+def save_stream_hunyuan3d(directory: Path) -> None:
+    torch.manual_seed(0)
+    denoiser = Hunyuan3DDiT(**STREAM_DIT)
+    with torch.no_grad():
+        denoiser.time_in.out_layer.weight.mul_(3)
+    save_hunyuan3d(directory, denoiser, STREAM_DIT, stream_adapter)
+
+
+class PlainHunyuan3D:
+    """The same modules, loaded by torch alone, and sampling as it is published."""
+
+    def __init__(self, directory: Path) -> None:
+        self.config = yaml.safe_load((directory / "config.yaml").read_text())
+        tensors = load_file(directory / HUNYUAN3D_FILE)
+        self.transformer, self.vae, self.conditioner = (
+            self._load(cls, part, tensors)
+            for cls, part in (
+                (
+                    HunYuanDiTPlain if self.config["model"]["target"].endswith("Plain") else Hunyuan3DDiT,
+                    "model",
+                ),
+                (ShapeVAE, "vae"),
+                (SingleImageEncoder, "conditioner"),
+            )
+        )
+
+    def _load(self, cls: type[nn.Module], part: str, tensors: Mapping[str, Tensor]) -> Any:
+        module = cls(**self.config[part]["params"])
+        module.load_state_dict(
+            {name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")}
+        )
+        return module.eval().requires_grad_(False)
+
+    def sigmas(self, num_inference_steps: int) -> Tensor:
+        scheduler = self.config["scheduler"]
+        if "Consistency" in scheduler["target"]:
+            return consistency_schedule(num_inference_steps, scheduler["params"]["pcm_timesteps"])
+        return rising_flow_schedule(num_inference_steps)
+
+    def latents(self, request: MeshRequest) -> Tensor:
+        """All steps, also those of no length; a scale of 1 is no guidance, any other two rows."""
+        settings = PictureSettings(**self.config["image_processor"]["params"])
+        with Image.open(BytesIO(request.input_image)) as file:
+            context = self.conditioner(prepare_picture(file, settings, BackgroundRemoval.AUTO))
+        rng = torch.Generator().manual_seed(request.seed)
+        latents = torch.randn(1, SHAPE_VAE["num_latents"], SHAPE_VAE["embed_dim"], generator=rng)
+        sigmas = self.sigmas(request.num_inference_steps)
+        for sigma, next_sigma in pairwise(sigmas):
+            if request.guidance_scale == 1:
+                velocity = self.transformer(latents, sigma[None], context)
+            else:
+                rows = torch.cat((context, torch.zeros_like(context)))
+                both = self.transformer(latents.repeat(2, 1, 1), sigma.repeat(2), rows)
+                velocity = classifier_free_guidance(both[:1], both[1:], request.guidance_scale)
+            latents = euler_step(latents, velocity, sigma, next_sigma)
+        return latents
+
+
+def picture_file(text: str) -> bytes:
+    """A picture of its own for each text: an object in some colour and place, the rest transparent."""
+    rng = np.random.default_rng(zlib.crc32(text.encode()))
+    pixels = np.zeros((40, 40, 4), np.uint8)
+    top, left, height, width = (*rng.integers(0, 15, 2), *rng.integers(8, 24, 2))
+    pixels[top : top + height, left : left + width] = (*rng.integers(0, 255, 3), 255)
+    pixels[top : top + height // 2, left : left + width // 2, :3] = rng.integers(0, 255, 3)
+    file = BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def mesh_request(
+    *, prompt: str, height: int, width: int, negative_prompt: str | None = None, **fields: Any
+) -> MeshRequest:
+    """What tests ask of all families: a prompt stands for a picture, sizes and negative prompts for nothing."""
+    return MeshRequest(input_image=picture_file(prompt), octree_resolution=16, **fields)
+
+
+def picture_streams(kind: "Kind", family: Any, batch: int, rng: torch.Generator) -> Streams:
+    """Of a picture of 4 x 6 tokens, with a prompt of 7."""
+    image, text = (torch.randn(batch, count, CHANNELS, generator=rng) for count in (24, 7))
+    rotary = kind.anatomy.rotary_embedding(family.transformer, 7, 4, 6)  # type: ignore[attr-defined]
+    return Streams(image, text, torch.randn(batch, CHANNELS, generator=rng), rotary)
+
+
+def plain_streams(kind: "Kind", family: Any, batch: int, rng: torch.Generator) -> Streams:
+    shape, time = (torch.randn(batch, count, CHANNELS, generator=rng) for count in (12, 1))
+    return Streams(shape, time, time[:, 0], context=torch.randn(batch, 5, 24, generator=rng))
+
+
+def double_streams(kind: "Kind", family: Any, batch: int, rng: torch.Generator) -> Streams:
+    shape, picture = (torch.randn(batch, count, CHANNELS, generator=rng) for count in (12, 5))
+    return Streams(shape, picture, torch.randn(batch, CHANNELS, generator=rng))
+
+
+def stock_picture(stock: Any, request: ImageRequest, kind: "Kind", max_length: int, output_type: str) -> Any:
+    guided = getattr(request, kind.true_scale) > 1
+    fields = {"true_cfg_scale": getattr(request, kind.true_scale)}
+    if kind.true_scale != "guidance_scale":
+        fields["guidance_scale"] = request.guidance_scale
+    return stock(
+        prompt=request.prompt,
+        # Where guidance is on and there is none, the stock Qwen-Image pipeline would leave guidance off.
+        negative_prompt=(request.negative_prompt or "") if guided else None,
+        height=request.height,
+        width=request.width,
+        num_inference_steps=request.num_inference_steps,
+        generator=torch.Generator().manual_seed(request.seed),
+        max_sequence_length=max_length,
+        output_type=output_type,
+        **fields,
+    ).images
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """One family and its test model.
 
     `true_scale` is the request's field that switches true guidance on, `silent` what `ask` assumes besides what all
-    families share, `other_scale` a guidance scale that is not the silent one and does not switch true guidance on.
+    families share, `other_scale` a guidance scale that is not the silent one. `streams` makes what enters a block, and
+    `costs` takes what `block_costs` needs for its sizes. Picture models have a diffusers `pipeline`. The blocks in
+    `expert_blocks` wait for the device once a call, to learn how many tokens each expert gets.
     """
 
     model: str
     directory: str
-    family: type[PictureFamily]
+    modality: str
+    family: type[Family]
     anatomy: Anatomy
-    pipeline: type[DiffusionPipeline]
+    request: Callable[..., GenerationRequest]
+    transformer_file: str
+    streams: Callable[["Kind", Any, int, torch.Generator], Streams]
+    costs: tuple[int, ...]
     true_scale: str
     silent: Mapping[str, Any]
     other_scale: Mapping[str, Any]
     defaults: Mapping[str, Any]
+    pipeline: type[DiffusionPipeline] | None = None
+    expert_blocks: tuple[str, ...] = field(default=())
+
+    def load_stock(self, directory: Path) -> Any:
+        """The plain model, as if there were no engine; its denoiser is `transformer`."""
+        if self.pipeline is None:
+            return PlainHunyuan3D(directory)
+        pipeline = self.pipeline.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def block_costs(self, family: Any) -> Mapping[str, BlockCost]:
+        costs: Mapping[str, BlockCost] = family.block_costs(*self.costs)
+        return costs
+
+    def modules(self, family: Any) -> dict[str, nn.Module]:
+        if self.pipeline is None:
+            checkpoint = family.checkpoint
+            return {"denoiser": checkpoint.denoiser, "vae": checkpoint.vae, "conditioner": checkpoint.conditioner}
+        return {name: part for name, part in family.pipeline.components.items() if isinstance(part, nn.Module)}
 
 
 KINDS = {
     "flux": Kind(
         model="tiny-flux",
         directory="tiny_flux",
+        modality="image",
         family=FluxFamily,
         anatomy=flux,
-        pipeline=FluxPipeline,
+        request=ImageRequest,
+        transformer_file=TRANSFORMER_FILE,
+        streams=picture_streams,
+        costs=(64, 96, 7),
         true_scale="true_cfg_scale",
         silent={"guidance_scale": 3.5},
         other_scale={"guidance_scale": 7.0},
         defaults={"num_inference_steps": 4, "guidance_scale": 2.5},
+        pipeline=FluxPipeline,
     ),
     "qwen_image": Kind(
         model="tiny-qwen-image",
         directory="tiny_qwen_image",
+        modality="image",
         family=QwenImageFamily,
         anatomy=qwen_image,
-        pipeline=QwenImagePipeline,
+        request=ImageRequest,
+        transformer_file=TRANSFORMER_FILE,
+        streams=picture_streams,
+        costs=(64, 96, 7),
         true_scale="guidance_scale",
         silent={"guidance_scale": 1.0},
         other_scale={"guidance_scale": 0.0},
         defaults={"num_inference_steps": 4, "guidance_scale": 2.5, "height": 64, "width": 80},
+        pipeline=QwenImagePipeline,
+    ),
+    "hunyuan3d_plain": Kind(
+        model="tiny-hunyuan3d",
+        directory="tiny_plain_hunyuan3d",
+        modality="mesh",
+        family=Hunyuan3DFamily,
+        anatomy=plain_adapter,
+        request=mesh_request,
+        transformer_file=HUNYUAN3D_FILE,
+        streams=plain_streams,
+        costs=(5,),
+        true_scale="guidance_scale",
+        silent={"guidance_scale": 1.0},
+        other_scale={"guidance_scale": 0.5},
+        defaults={"num_inference_steps": 4, "guidance_scale": 2.5, "octree_resolution": 16},
+        expert_blocks=("block.03", "block.04"),
+    ),
+    "hunyuan3d_stream": Kind(
+        model="tiny-hunyuan3d",
+        directory="tiny_stream_hunyuan3d",
+        modality="mesh",
+        family=Hunyuan3DFamily,
+        anatomy=stream_adapter,
+        request=mesh_request,
+        transformer_file=HUNYUAN3D_FILE,
+        streams=double_streams,
+        costs=(5,),
+        true_scale="guidance_scale",
+        silent={"guidance_scale": 1.0},
+        other_scale={"guidance_scale": 0.0},
+        defaults={"num_inference_steps": 4, "guidance_scale": 2.5, "octree_resolution": 16},
     ),
 }
 
@@ -245,21 +533,21 @@ def build_routers(num_blocks: int) -> RouterStack:
 
 
 def save_routers(folder: Path, kind: Kind, model_directory: Path, *, permuted: bool) -> None:
-    transformer = kind.pipeline.from_pretrained(model_directory, local_files_only=True).transformer
-    blocks = kind.anatomy.blocks(transformer)
+    blocks = kind.anatomy.blocks(kind.load_stock(model_directory).transformer)
     rng = torch.Generator().manual_seed(3)
     orders = {
-        name: torch.randperm(kind.anatomy.mlp_layers(block)[0].out_features, generator=rng)
+        mlp_name(name, part): torch.randperm(mlp.num_hidden, generator=rng)
         for name, block in blocks.items()
+        for part, mlp in kind.anatomy.mlps(block).items()
     }
     save_router_weights(RouterWeights(build_routers(len(blocks)), orders if permuted else {}), folder)
-    write_curve(folder, CURVE, "ssim", {"prompts": 0})
+    write_curve(folder, CURVE, kind.family.quality_metric, {"prompts": 0})
     manifest = {
         "license": "apache-2.0",
         "defaults": kind.defaults,
         "sha256": {
             "router.safetensors": sha256(folder / "router.safetensors"),
-            TRANSFORMER_FILE: sha256(model_directory / TRANSFORMER_FILE),
+            kind.transformer_file: sha256(model_directory / kind.transformer_file),
         },
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -300,13 +588,29 @@ def tiny_qwen_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_plain_hunyuan3d(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A published model's folder like Hunyuan3D-2.1's."""
+    directory = tmp_path_factory.mktemp("plain_hunyuan3d") / "tiny-hunyuan3d"
+    save_plain_hunyuan3d(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_stream_hunyuan3d(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A published model's folder like Hunyuan3D-2's."""
+    directory = tmp_path_factory.mktemp("stream_hunyuan3d") / "tiny-hunyuan3d"
+    save_stream_hunyuan3d(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def model(kind: Kind) -> str:
     return kind.model
 
 
 @pytest.fixture(scope="session")
 def directory(request: pytest.FixtureRequest, kind: Kind) -> Path:
-    """The family's pipeline directory."""
+    """The family's model directory."""
     directory: Path = request.getfixturevalue(kind.directory)
     return directory
 
@@ -346,47 +650,42 @@ def permuted_engine(directory: Path, permuted_router_weights: Path) -> Engine:
 
 
 @pytest.fixture(scope="session")
-def family(kind: Kind, directory: Path, router_weights: Path) -> PictureFamily:
+def family(kind: Kind, directory: Path, router_weights: Path) -> Family:
     routers = load_router_weights(router_weights / kind.model, directory)
     return kind.family.load(directory, "cpu", torch.float32, routers, CheckpointTraits(), False)
 
 
 @pytest.fixture(scope="session")
-def open_engine(family: PictureFamily, engine: Engine) -> Engine:
+def open_engine(family: Family, engine: Engine) -> Engine:
     """An engine over `family`, for tests that look at its blocks."""
     return Engine({family.model_id: family}, engine.cards)
 
 
 @pytest.fixture(scope="session")
-def stock(kind: Kind, directory: Path) -> DiffusionPipeline:
-    pipeline = kind.pipeline.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+def stock(kind: Kind, directory: Path) -> Any:
+    return kind.load_stock(directory)
 
 
 @pytest.fixture(scope="session")
 def stock_result(kind: Kind) -> Callable[..., Any]:
-    """What a stock pipeline gives for a request: latents `(1, tokens, channels)` or a list of one picture."""
+    """What the plain model gives for a request: latents `(1, tokens, channels)`, or a list of one picture."""
 
-    def stock_result(stock: Any, request: GenerationRequest, max_length: int, output_type: str = "latent") -> Any:
-        guided = getattr(request, kind.true_scale) > 1
-        fields = {"true_cfg_scale": getattr(request, kind.true_scale)}
-        if kind.true_scale != "guidance_scale":
-            fields["guidance_scale"] = request.guidance_scale
-        return stock(
-            prompt=request.prompt,
-            # Where guidance is on and there is none, the stock Qwen-Image pipeline would leave guidance off.
-            negative_prompt=(request.negative_prompt or "") if guided else None,
-            height=request.height,
-            width=request.width,
-            num_inference_steps=request.num_inference_steps,
-            generator=torch.Generator().manual_seed(request.seed),
-            max_sequence_length=max_length,
-            output_type=output_type,
-            **fields,
-        ).images
+    def stock_result(stock: Any, request: Any, engine: Engine, output_type: str = "latent") -> Any:
+        if kind.pipeline is None:
+            return stock.latents(request)
+        return stock_picture(stock, request, kind, engine.max_sequence_length(request.model), output_type)
 
     return stock_result
+
+
+@pytest.fixture(scope="session")
+def streams_of(kind: Kind) -> Callable[..., Streams]:
+    """What may enter a block, always the same."""
+
+    def streams_of(family: Family, batch: int = 1) -> Streams:
+        return kind.streams(kind, family, batch, torch.Generator().manual_seed(0))
+
+    return streams_of
 
 
 @pytest.fixture(scope="session")
@@ -404,7 +703,7 @@ def ask(kind: Kind) -> Callable[..., GenerationRequest]:
             "budget": PresetBudget(Preset.EXACT),
             "wants_trace": True,
         }
-        return GenerationRequest(**{**silent, **kind.silent, **fields})
+        return kind.request(**{**silent, **kind.silent, **fields})
 
     return ask
 
@@ -421,7 +720,7 @@ def guided(kind: Kind) -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def other_scale(kind: Kind) -> Mapping[str, Any]:
-    """The fields of a request with another guidance scale than the silent one, and no further branch."""
+    """The fields of a request with another guidance scale than the silent one."""
     return kind.other_scale
 
 

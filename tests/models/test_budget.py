@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -85,13 +86,18 @@ def test_everything_asked_for_is_exact(budget: Budget) -> None:
     assert resolve(budget, CURVE) is EXACT
 
 
-def test_between_two_points_all_settings_are_mixed() -> None:
-    answer = resolve(ComputeBudget(0.6), CURVE)
-    assert answer.policy.skip_threshold == pytest.approx(0.4)
-    assert answer.policy.max_reuses == 4  # 3.5, rounded to even
+def test_between_two_points_thresholds_are_mixed() -> None:
+    upper, lower = (replace(point, policy=replace(point.policy, max_reuses=3)) for point in (HIGH, FAST))
+    answer = resolve(ComputeBudget(0.6), (EXACT, upper, lower))
+    assert answer.policy == Policy(skip_threshold=pytest.approx(0.4), max_reuses=3)
     assert answer.quality == pytest.approx(0.88)
     assert answer.relative_seconds == pytest.approx(0.7)
     assert answer.preset is None
+
+
+def test_between_points_of_other_reuse_a_cap_goes_down_and_a_floor_up() -> None:
+    assert resolve(ComputeBudget(0.6), CURVE) == FAST
+    assert resolve(QualityBudget(0.9), CURVE) == HIGH
 
 
 def test_between_exact_and_the_first_elastic_point_a_cap_goes_down_and_a_floor_up() -> None:

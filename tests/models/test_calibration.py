@@ -1,15 +1,16 @@
 import random
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.calibration import calibrate, efficient, name_presets, settings_of, similarity
+from models.calibration import calibrate, efficient, name_presets, settings_of, thinned
 from models.card import EXACT, CurvePoint, Policy
 from models.engine import Engine
-from models.request import Preset
+from models.request import GenerationRequest, Preset
 
 points = st.builds(
     CurvePoint,
@@ -46,6 +47,15 @@ def test_efficient_points_do_not_depend_on_the_order_of_measuring(
     assert efficient(shuffled) == efficient(measured)
 
 
+@given(st.lists(points, max_size=12))
+def test_thinned_curve_has_no_near_twins_and_a_better_point_for_each_that_went(measured: list[CurvePoint]) -> None:
+    curve = efficient(measured)
+    kept = thinned(curve)
+    assert all(upper.compute_ratio - lower.compute_ratio >= 0.0149 for upper, lower in pairwise(kept))
+    for point in set(curve) - set(kept):
+        assert any(0 <= k.compute_ratio - point.compute_ratio < 0.0151 and k.quality > point.quality for k in kept)
+
+
 @given(st.lists(st.floats(0.01, 0.99), max_size=8, unique=True))
 def test_a_faster_preset_never_costs_more(ratios: list[float]) -> None:
     curve = name_presets([CurvePoint("router", Policy(), ratio, ratio, ratio) for ratio in sorted(ratios)[::-1]])
@@ -73,36 +83,23 @@ PUBLISHED = (Policy(skip_threshold=0.5, reuse_band=0.05, max_reuses=7, reuse_fro
 
 @pytest.mark.parametrize(("rule", "published"), [("router", ()), ("router", PUBLISHED), ("residual_cache", ())])
 def test_no_setting_is_tried_twice(rule: str, published: tuple[Policy, ...]) -> None:
-    settings = [policy for group in settings_of(rule, published) for policy in group]
+    settings = settings_of(rule, published)
     assert len(set(settings)) == len(settings)
 
 
-@pytest.mark.parametrize(("rule", "published"), [("router", ()), ("router", PUBLISHED), ("residual_cache", ())])
-def test_settings_of_a_group_differ_in_thresholds_only(rule: str, published: tuple[Policy, ...]) -> None:
-    for group in settings_of(rule, published):
-        assert len({(policy.max_reuses, policy.reuse_from_step, policy.protected_first) for policy in group}) == 1
-
-
-def test_published_policies_are_tried_as_they_are() -> None:
-    groups = settings_of("router", PUBLISHED)
-    assert groups[: -len(PUBLISHED)] == settings_of("router")
-    for policy, group in zip(PUBLISHED, groups[-len(PUBLISHED) :], strict=True):
-        assert policy in group
-        assert len({candidate.skip_threshold for candidate in group}) == len(group)
-
-
-def test_similarity_is_one_for_equal_pictures_and_less_for_others() -> None:
-    rng = np.random.default_rng(0)
-    picture = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    assert similarity(picture, picture) == 1
-    assert similarity(picture, 255 - picture) < 0.1
+def test_published_policies_are_tried_as_they_are_and_at_other_thresholds() -> None:
+    added = [policy for policy in settings_of("router", PUBLISHED) if policy not in settings_of("router")]
+    for policy in PUBLISHED:
+        assert policy in added
+        of_it = [replace(other, skip_threshold=policy.skip_threshold) for other in added]
+        assert of_it.count(policy) > 3
 
 
 def test_calibration_measures_a_descending_curve(
-    engine: Engine, model: str, capsys: pytest.CaptureFixture[str]
+    engine: Engine, ask: Callable[..., GenerationRequest], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    curve = calibrate(engine, model, ["a red circle"], rule="router")
-    assert len(capsys.readouterr().out.splitlines()) == sum(len(group) for group in settings_of("router"))
+    curve = calibrate(engine, [ask()], rule="router")
+    assert len(capsys.readouterr().out.splitlines()) == len(settings_of("router"))
     assert curve[0].preset == Preset.EXACT
     assert (curve[0].rule, curve[0].compute_ratio, curve[0].quality) == ("dense", 1, 1)
     assert len(curve) > 1

@@ -1,25 +1,28 @@
 """The engine keeps its promises: exact is exact, companions do not matter, nothing leaks, work not done is not done."""
 
+import copy
 import json
 import shutil
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from models.card import EXACT, CurvePoint, Policy
 from models.engine import Engine, load_engine
 from models.errors import UnknownModel, WeightsError
-from models.families.picture import PictureFamily
+from models.families.family import Family
 from models.report import Decision
 from models.request import Budget, ComputeBudget, GenerationRequest, Preset, PresetBudget, QualityBudget
 from models.state import DenoiseState
@@ -55,41 +58,41 @@ def unpermuted_engine(request: pytest.FixtureRequest) -> Engine:
 @SHAPES
 def test_exact_equals_the_stock_pipeline_bit_for_bit(
     unpermuted_engine: Engine,
-    stock: DiffusionPipeline,
+    stock: Any,
     stock_result: StockResult,
     ask: Ask,
     denoise: Denoise,
     fields: dict[str, Any],
 ) -> None:
     request = ask(**fields)
-    expected = stock_result(stock, request, unpermuted_engine.max_sequence_length(request.model))
+    expected = stock_result(stock, request, unpermuted_engine)
     assert torch.equal(denoise(unpermuted_engine, request).latents, expected)
 
 
 def test_exact_equals_the_stock_pipeline_at_another_guidance_scale(
     engine: Engine,
-    stock: DiffusionPipeline,
+    stock: Any,
     stock_result: StockResult,
     ask: Ask,
     denoise: Denoise,
     other_scale: Mapping[str, Any],
 ) -> None:
     request = ask(**other_scale)
-    expected = stock_result(stock, request, engine.max_sequence_length(request.model))
+    expected = stock_result(stock, request, engine)
     assert torch.equal(denoise(engine, request).latents, expected)
 
 
 @SHAPES
 def test_exact_equals_the_stock_pipeline_with_permuted_neurons_up_to_rounding(
     permuted_engine: Engine,
-    stock: DiffusionPipeline,
+    stock: Any,
     stock_result: StockResult,
     ask: Ask,
     denoise: Denoise,
     fields: dict[str, Any],
 ) -> None:
     request = ask(**fields)
-    expected = stock_result(stock, request, permuted_engine.max_sequence_length(request.model))
+    expected = stock_result(stock, request, permuted_engine)
     latents = denoise(permuted_engine, request).latents
     torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
     assert request.num_inference_steps == 1 or not torch.equal(latents, expected)
@@ -100,7 +103,7 @@ def test_exact_equals_the_stock_pipeline_with_permuted_neurons_up_to_rounding(
 )
 def test_exact_equals_the_stock_pipeline_with_true_guidance(
     unpermuted_engine: Engine,
-    stock: DiffusionPipeline,
+    stock: Any,
     stock_result: StockResult,
     ask: Ask,
     guided: Guided,
@@ -113,16 +116,17 @@ def test_exact_equals_the_stock_pipeline_with_true_guidance(
     Where prompts are not of one length anyway, the shorter is padded and masked, which changes the order of sums.
     """
     request = ask(width=80, **guided(negative_prompt, scale))
-    expected = stock_result(stock, request, unpermuted_engine.max_sequence_length(request.model))
+    expected = stock_result(stock, request, unpermuted_engine)
     latents = denoise(unpermuted_engine, request).latents
     torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
     assert not torch.allclose(latents, denoise(unpermuted_engine, ask(width=80)).latents, atol=0.01)
 
 
+@pytest.mark.parametrize("kind", ["flux", "qwen_image"], indirect=True, scope="session")
 @pytest.mark.parametrize("has_guidance", [False, True], ids=["one branch", "two branches"])
 def test_exact_picture_is_that_of_the_stock_pipeline(
     engine: Engine,
-    stock: DiffusionPipeline,
+    stock: Any,
     stock_result: StockResult,
     ask: Ask,
     guided: Guided,
@@ -130,7 +134,7 @@ def test_exact_picture_is_that_of_the_stock_pipeline(
     has_guidance: bool,
 ) -> None:
     request = ask(height=80, width=64, **guided() if has_guidance else {})
-    expected = stock_result(stock, request, engine.max_sequence_length(request.model), "pil")[0]
+    expected = stock_result(stock, request, engine, "pil")[0]
     pixels = engine.finish(denoise(engine, request))
     assert pixels.shape == (80, 64, 3)
     assert pixels.dtype == np.uint8
@@ -286,11 +290,10 @@ def test_state_holds_no_memory_of_its_companions(engine: Engine, visitors: list[
             assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
-def modules_of(family: PictureFamily) -> dict[str, nn.Module]:
+def modules_of(kind: Any, family: Family) -> dict[str, nn.Module]:
     twins = {f"{block.name} at {width}": module for block in family.blocks for width, module in block.variants.items()}
-    parts = {name: part for name, part in family.pipeline.components.items() if isinstance(part, nn.Module)}
     assert family.routers is not None
-    return {**twins, **parts, "routers": family.routers}
+    return {**twins, **kind.modules(family), "routers": family.routers}
 
 
 def held_by(module: nn.Module) -> dict[str, int]:
@@ -302,9 +305,9 @@ def held_by(module: nn.Module) -> dict[str, int]:
 
 
 def test_serving_changes_no_module(
-    open_engine: Engine, family: PictureFamily, ask: Ask, denoise: Denoise, visitors: list[Visitor]
+    kind: Any, open_engine: Engine, family: Family, ask: Ask, denoise: Denoise, visitors: list[Visitor]
 ) -> None:
-    modules = modules_of(family)
+    modules = modules_of(kind, family)
     open_engine.finish(
         denoise(open_engine, ask(num_inference_steps=1))
     )  # Qwen-Image's VAE has its counters from now on
@@ -319,7 +322,7 @@ def test_serving_changes_no_module(
         assert all(torch.equal(after[key], value) for key, value in weights[name].items()), name
 
 
-def test_routers_stand_beside_the_model(family: PictureFamily, stock: DiffusionPipeline) -> None:
+def test_routers_stand_beside_the_model(family: Family, stock: Any) -> None:
     ours, theirs = family.transformer.state_dict(), stock.transformer.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -328,7 +331,7 @@ def test_routers_stand_beside_the_model(family: PictureFamily, stock: DiffusionP
 class BlockCalls:
     """Counts the rows that every block runs at every width, and notes the size of the MLP's hidden layer."""
 
-    def __init__(self, family: PictureFamily) -> None:
+    def __init__(self, family: Family) -> None:
         self.rows: dict[tuple[str, float], int] = {}
         self.num_calls = 0
         self._handles = [
@@ -350,7 +353,7 @@ class BlockCalls:
 
 
 @pytest.fixture
-def calls(family: PictureFamily) -> Iterator[BlockCalls]:
+def calls(family: Family) -> Iterator[BlockCalls]:
     calls = BlockCalls(family)
     yield calls
     calls.remove()
@@ -372,12 +375,50 @@ def test_blocks_see_exactly_the_rows_that_run_at_their_width(
     assert calls.rows == decided_rows(states)
 
 
+@pytest.mark.parametrize(
+    "point",
+    [EXACT, ROUTED, CurvePoint("residual_cache", Policy(residual_threshold=1.3, max_reuses=2), 0.5, 0.5, 0.5)],
+    ids=lambda point: point.rule,
+)
+def test_compute_ratio_is_what_torch_counts_in_the_blocks(
+    family: Family, engine: Engine, ask: Ask, guided: Guided, point: CurvePoint
+) -> None:
+    """Both prompts have as many tokens, so nothing is padded: padding is multiplied too, but is on nobody's account."""
+    counted = 0.0
+
+    def counting(call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted_call(*args: Any) -> Any:
+            nonlocal counted
+            # Torch counts attention by its parts; the fused kernel of a CPU it does not know.
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                result = call(*args)
+            counted += counter.get_total_flops()
+            return result
+
+        return counted_call
+
+    watched = copy.copy(family)
+    watched.blocks = tuple(
+        replace(block, call=counting(block.call), enter=counting(block.enter) if block.enter else None)
+        for block in family.blocks
+    )
+    watched_engine = Engine({family.model_id: watched}, engine.cards)
+    request = ask(num_inference_steps=5, prompt="a large red circle", **guided("a large blue square"))
+    state = watched_engine.start(request, point)
+    while not state.is_done:
+        watched_engine.step([state])
+    assert state.spent_flops == pytest.approx(counted, rel=0.01)
+    assert state.summary().compute_ratio == pytest.approx(counted / (5 * state.dense_flops), rel=0.01)
+    assert point is EXACT or state.summary().compute_ratio < 0.95
+
+
 def test_block_that_nobody_runs_is_not_called(open_engine: Engine, calls: BlockCalls, ask: Ask) -> None:
     state = open_engine.start(ask(), CurvePoint("router", Policy(skip_threshold=1.1), 0.0, 0.0, 0.0))
     report = open_engine.step([state])
     assert calls.num_calls == 0
     assert [block.num_skipped for block in report.blocks] == [1] * len(open_engine.cards[state.request.model].blocks)
-    assert state.summary().compute_ratio == 0
+    unavoidable = sum(cost.always for cost in state.rows[0].costs.values())
+    assert state.summary().compute_ratio == unavoidable / state.dense_flops < 0.1
 
 
 def test_reused_blocks_are_not_called(open_engine: Engine, calls: BlockCalls, ask: Ask) -> None:
@@ -458,20 +499,21 @@ def test_host_reads_are_noticed() -> None:
 
 @pytest.mark.parametrize("rules", [["dense"], ["router"], ["residual_cache"], ["dense", "router", "residual_cache"]])
 def test_host_waits_at_most_once_a_block(
-    engine: Engine, model: str, visitors: list[Visitor], rules: Sequence[str]
+    kind: Any, engine: Engine, model: str, visitors: list[Visitor], rules: Sequence[str]
 ) -> None:
-    """And once a step for the first block's change, where it is measured."""
+    """And once a step for the first block's change, where it is measured, and in each call of a block with experts."""
     most = len(engine.cards[model].blocks) * ("router" in rules) + ("residual_cache" in rules)
     states = [engine.start(request, point) for request, point in visitors]
     states = [state for state in states if state.point.rule in rules]
     for _ in range(3):
         with HostReads() as reads:
-            engine.step(states)
-        assert reads.num_reads <= most
+            report = engine.step(states)
+        num_expert_calls = sum(len({*b.mlp_widths}) for b in report.blocks if b.block in kind.expert_blocks)
+        assert reads.num_reads <= most + num_expert_calls
 
 
 def test_step_that_failed_can_be_repeated(
-    open_engine: Engine, family: PictureFamily, visitors: list[Visitor], alone: list[DenoiseState]
+    open_engine: Engine, family: Family, visitors: list[Visitor], alone: list[DenoiseState]
 ) -> None:
     def run_out_of_memory(*_: object) -> None:
         raise torch.OutOfMemoryError("no memory left")
@@ -493,7 +535,7 @@ def test_point_given_overrides_a_compute_budget(engine: Engine, ask: Ask, denois
     assert torch.equal(denoise(engine, capped, ROUTED).latents, denoise(engine, uncapped, ROUTED).latents)
 
 
-def test_router_logits_of_any_size_are_decided(family: PictureFamily, open_engine: Engine, ask: Ask) -> None:
+def test_router_logits_of_any_size_are_decided(family: Family, open_engine: Engine, ask: Ask) -> None:
     assert family.routers is not None
     bias = family.routers.get_parameter("gate_mlps.0.out.2.bias")
     before = bias.clone()
@@ -508,9 +550,9 @@ def test_router_logits_of_any_size_are_decided(family: PictureFamily, open_engin
     assert decisions[0].decision is Decision.SKIP
 
 
-def test_card_tells_what_routers_and_curve_allow(engine: Engine, family: PictureFamily, model: str) -> None:
+def test_card_tells_what_routers_and_curve_allow(kind: Any, engine: Engine, family: Family, model: str) -> None:
     card = engine.cards[model]
-    assert (card.id, card.modality, card.license) == (model, "image", "apache-2.0")
+    assert (card.id, card.modality, card.license) == (model, kind.modality, "apache-2.0")
     assert (card.default_num_inference_steps, card.default_guidance_scale) == (4, 2.5)
     assert card.rules == ("dense", "router", "residual_cache")
     assert card.blocks == tuple(block.name for block in family.blocks)
@@ -533,7 +575,7 @@ def test_unknown_model_is_refused_with_those_there_are(engine: Engine, model: st
 def test_directory_that_is_no_pipeline_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("missing", "empty"):
-        with pytest.raises(WeightsError, match=rf"{name} is not a diffusers pipeline directory"):
+        with pytest.raises(WeightsError, match=rf"{name} is no model directory"):
             load_engine([tmp_path / name], device="cpu", router_weights=tmp_path)
 
 
@@ -555,9 +597,11 @@ def test_directory_of_another_kind_is_refused(tmp_path: Path, index: str, messag
         load_engine([tmp_path], device="cpu", router_weights=tmp_path)
 
 
-def test_pipeline_directory_without_its_transformer_is_refused(directory: Path, model: str, tmp_path: Path) -> None:
+def test_model_directory_without_its_transformer_is_refused(
+    kind: Any, directory: Path, model: str, tmp_path: Path
+) -> None:
     incomplete = Path(shutil.copytree(directory, tmp_path / model))
-    shutil.rmtree(incomplete / "transformer")
+    (incomplete / kind.transformer_file).unlink()
     with pytest.raises(WeightsError, match=model):
         load_engine([incomplete], device="cpu", router_weights=tmp_path)
 

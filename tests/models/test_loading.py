@@ -18,6 +18,12 @@ from models.loading import stream_module, stream_pipeline
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
+@pytest.fixture(scope="session", params=["flux", "qwen_image"])
+def kind(kind: Any) -> Any:
+    """The families of diffusers pipelines."""
+    return kind
+
+
 @pytest.fixture
 def published(kind: Any, directory: Path) -> tuple[type[DiffusionPipeline], Path]:
     """A pipeline class and a directory of it."""

@@ -9,7 +9,7 @@ from models.budget import resolve
 from models.card import EXACT, CurvePoint, Policy
 from models.engine import Engine
 from models.errors import InvalidRequest
-from models.families.picture import PictureFamily
+from models.families.family import Family
 from models.report import Decision
 from models.request import ComputeBudget, GenerationRequest, Preset, PresetBudget
 from models.state import DenoiseState
@@ -89,10 +89,16 @@ def curves(draw: st.DrawFn) -> list[CurvePoint]:
 @settings(max_examples=25)
 @given(curve=curves(), cap=st.floats(0.01, 1), steps=st.integers(1, 4))
 def test_compute_is_never_over_the_cap_whatever_the_curve_says(
-    open_engine: Engine, family: PictureFamily, ask: Ask, curve: list[CurvePoint], cap: float, steps: int
+    open_engine: Engine, family: Family, ask: Ask, curve: list[CurvePoint], cap: float, steps: int
 ) -> None:
     budget = ComputeBudget(cap)
-    state = family.start(ask(budget=budget, num_inference_steps=steps), curve, resolve(budget, curve), cap)
+    request, point = ask(budget=budget, num_inference_steps=steps), resolve(budget, curve)
+    uncapped = family.start(request, curve, point)
+    if cap < sum(cost.always for cost in uncapped.rows[0].costs.values()) / uncapped.dense_flops:
+        with pytest.raises(InvalidRequest, match=r"compute_ratio 0\.0\d+ is not possible: .*; try 0\.0"):
+            family.start(request, curve, point, cap)
+        return
+    state = family.start(request, curve, point, cap)
     while not state.is_done:
         open_engine.step([state])
     assert state.summary().compute_ratio <= cap * ROUNDING

@@ -173,7 +173,7 @@ def test_malformed_traits_are_refused(tmp_path: Path, traits: Any, message: str)
 
 
 def test_folder_without_a_manifest_assumes_nothing(tmp_path: Path) -> None:
-    assert read_manifest(tmp_path) == Manifest("unknown", None, None, None, None, CheckpointTraits())
+    assert read_manifest(tmp_path) == Manifest("unknown", None, None, None, None, None, CheckpointTraits())
 
 
 @pytest.mark.parametrize(
@@ -209,8 +209,10 @@ def test_curve_survives_a_round_trip(tmp_path: Path) -> None:
         CurvePoint("residual_cache", Policy(residual_threshold=0.3, max_reuses=4), 0.3, 0.4, 0.5),
     )
     write_curve(tmp_path / "new", curve, "iou", {"device": "cpu"})
-    assert read_curve(tmp_path / "new") == (curve, "iou")
+    assert read_curve(tmp_path / "new", "iou") == curve
+    with pytest.raises(WeightsError, match="has quality in iou, the model is measured by ssim"):
+        read_curve(tmp_path / "new", "ssim")
 
 
 def test_folder_without_a_curve_knows_only_the_exact_point(tmp_path: Path) -> None:
-    assert read_curve(tmp_path) == ((EXACT,), "ssim")
+    assert read_curve(tmp_path, "ssim") == (EXACT,)

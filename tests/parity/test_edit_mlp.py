@@ -127,7 +127,7 @@ def test_training_masks_give_the_recorded_values_and_gradients(
     backbone = QwenImageBackbone(transformer)
     install_masks(backbone)
     block: Any = next(iter(backbone.blocks.values()))
-    _, last, column = backbone.mlp_layers(block)
+    _, last, _, column = backbone.mlps(block)[""]
     last.width_mask = prefix_mask(hard_width(logits), last.in_features - column, column)
     y = block.img_mlp(x)
     (y * recording.tensors["in/train/cotangent"]).sum().backward()

@@ -19,7 +19,7 @@ from models.families.qwen_image import adapter
 from models.families.qwen_image.conversion import router_tensors
 from models.families.qwen_image.pipeline import QwenImageFamily
 from models.report import Decision
-from models.request import GenerationRequest, Preset, PresetBudget
+from models.request import ImageRequest, Preset, PresetBudget
 from models.rules import RULES
 from models.rules.router import OFFICIAL
 from models.state import BranchInputs, DenoiseState
@@ -102,15 +102,15 @@ def state_of(recording: Any) -> Callable[..., DenoiseState]:
     ) -> DenoiseState:
         """A request whose prompts are encoded already. `latents` is `(1, channels, height, width)`."""
         sigmas, timesteps = schedule
-        request = GenerationRequest(
-            "qwen",
-            "",
-            config["height"],
-            config["width"],
-            len(timesteps),
-            guidance_scale,
-            0,
-            PresetBudget(Preset.EXACT),
+        request = ImageRequest(
+            model="qwen",
+            prompt="",
+            height=config["height"],
+            width=config["width"],
+            num_inference_steps=len(timesteps),
+            guidance_scale=guidance_scale,
+            seed=0,
+            budget=PresetBudget(Preset.EXACT),
         )
         rows = [
             Row(

@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
+import trimesh
 from fastapi.testclient import TestClient
 from numpy.typing import NDArray
 
 from models.budget import resolve
-from models.card import EXACT, CurvePoint, Guidance, ModelCard, Policy, SizeLimits
-from models.errors import InvalidRequest
+from models.card import EXACT, CurvePoint, Guidance, ImageCard, MeshCard, ModelCard, Policy, SizeLimits
+from models.errors import EmptySurface, InvalidRequest
+from models.mesh.cleanup import CleanMesh, clean
+from models.mesh.surface import Mesh
 from models.report import BlockReport, Decision, GenerationSummary, StepDecision, StepReport
-from models.request import GenerationRequest, Preset, QualityBudget
+from models.request import ImageRequest, MeshRequest, Preset, QualityBudget
 from service.app import build_worker, create_app
 from service.jobs.job import Job, Output, Priority
 from service.settings import Settings
@@ -35,10 +38,9 @@ CURVE = (
     CurvePoint("router", Policy(skip_threshold=0.7), 0.4, 0.46, 0.6, Preset.DRAFT),
 )
 
-DRAWN_CARD = ModelCard(
+DRAWN_CARD = ImageCard(
     id="drawn",
     family="drawn",
-    modality="image",
     license="apache-2.0",
     created=1_700_000_000,
     default_height=64,
@@ -61,22 +63,48 @@ DRAWN_CARD = ModelCard(
 GUIDED_CARD = replace(DRAWN_CARD, id="guided", guidance=Guidance.TRUE)
 
 
+MESH_CARD = MeshCard(
+    id="ball",
+    family="drawn",
+    license="apache-2.0",
+    created=1_700_000_000,
+    default_num_inference_steps=4,
+    default_guidance_scale=3.5,
+    max_num_inference_steps=50,
+    guidance=Guidance.TRUE,
+    rules=("dense", "router"),
+    quality_metric="volume_iou",
+    curve=CURVE,
+    blocks=("block.00",),
+    dense_step_seconds=0.5,
+    max_batch_size=4,
+    default_octree_resolution=32,
+    min_octree_resolution=16,
+    max_octree_resolution=64,
+    octree_resolution_step=8,
+)
+
+
 @dataclass(slots=True)
 class DrawnState:
-    request: GenerationRequest
+    request: ImageRequest | MeshRequest
     step_index: int = 0
 
     @property
     def batch_key(self) -> Hashable:
-        return self.request.model, self.request.height, self.request.width
+        match self.request:
+            case ImageRequest(model=model, height=height, width=width):
+                return model, height, width
+            case _:
+                return self.request.model
 
     @property
-    def num_inference_steps(self) -> int:
+    def num_steps(self) -> int:
         return self.request.num_inference_steps
 
     @property
     def is_done(self) -> bool:
-        return self.step_index == self.num_inference_steps
+        return self.step_index == self.num_steps
 
     def summary(self) -> GenerationSummary:
         point = resolve(self.request.budget, CURVE)
@@ -96,26 +124,31 @@ class DrawnState:
             num_skipped=0,
             num_reused=0,
             mean_mlp_width=1.0,
-            num_inference_steps=self.num_inference_steps,
+            num_inference_steps=self.num_steps,
             decisions=decisions if self.request.wants_trace else None,
         )
 
 
 class DrawnEngine:
-    """`gate` holds steps back while it is cleared; `batches` has the seeds of every step's batch."""
+    """`gate` holds steps back while it is cleared, `decoding_gate` what comes after them.
+
+    `batches` has the seeds of every step's batch. Meshes are balls; of seed 666 there is no surface.
+    """
 
     def __init__(self) -> None:
-        self.cards = {"drawn": DRAWN_CARD, "guided": GUIDED_CARD}
+        self.cards: dict[str, ModelCard] = {"drawn": DRAWN_CARD, "guided": GUIDED_CARD, "ball": MESH_CARD}
+        self.decoding_gate = Event()
+        self.decoding_gate.set()
         self.gate = Event()
         self.gate.set()
         self.stepping = Event()
         self.batches: list[list[int]] = []
         self.started: list[int] = []
 
-    def start(self, request: GenerationRequest) -> DrawnState:
-        if "refuse" in request.prompt:
+    def start(self, request: ImageRequest | MeshRequest) -> DrawnState:
+        if "refuse" in _prompt(request):
             raise InvalidRequest("the prompt has 900 tokens; try 512", "prompt")
-        if "break at start" in request.prompt:
+        if "break at start" in _prompt(request):
             raise RuntimeError("secret detail")
         self.started.append(request.seed)
         return DrawnState(request)
@@ -126,7 +159,7 @@ class DrawnEngine:
         assert len({state.batch_key for state in states}) == 1
         assert not any(state.is_done for state in states)
         self.batches.append([state.request.seed for state in states])
-        if any("break at step" in state.request.prompt for state in states):
+        if any("break at step" in _prompt(state.request) for state in states):
             raise RuntimeError("secret detail")
         for state in states:
             state.step_index += 1
@@ -134,21 +167,33 @@ class DrawnEngine:
         blocks = tuple(BlockReport(block, 0.001, len(states), 0, 0, widths) for block in DRAWN_CARD.blocks)
         return StepReport(0.002, 0.0001, len(states), blocks)
 
-    def finish(self, state: DrawnState) -> NDArray[np.uint8]:
+    def finish(self, state: DrawnState) -> NDArray[np.uint8] | CleanMesh:
         assert state.is_done
-        if "break at finish" in state.request.prompt:
+        assert self.decoding_gate.wait(timeout=20)
+        request = state.request
+        if isinstance(request, MeshRequest):
+            if request.seed == 666:
+                raise EmptySurface("no surface: the field lies in [-2, -1] and never crosses 0")
+            ball = trimesh.creation.icosphere(subdivisions=3)
+            mesh = Mesh(ball.vertices.astype(np.float32), ball.faces.astype(np.int32))
+            return clean(mesh, request.target_faces)
+        if "break at finish" in request.prompt:
             raise RuntimeError("secret detail")
-        shape = (state.request.height, state.request.width, 3)
-        return np.random.default_rng(state.request.seed).integers(0, 256, shape, dtype=np.uint8)
+        shape = (request.height, request.width, 3)
+        return np.random.default_rng(request.seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def _prompt(request: ImageRequest | MeshRequest) -> str:
+    return request.prompt if isinstance(request, ImageRequest) else ""
 
 
 @pytest.fixture
-def drawn_card() -> ModelCard:
+def drawn_card() -> ImageCard:
     return DRAWN_CARD
 
 
 @pytest.fixture
-def guided_card() -> ModelCard:
+def guided_card() -> ImageCard:
     return GUIDED_CARD
 
 
@@ -159,7 +204,7 @@ def engine() -> DrawnEngine:
 
 @pytest.fixture
 def settings() -> Settings:
-    return Settings(max_body_bytes=20_000, grace_s=20)
+    return Settings(max_body_bytes=20_000, max_mesh_body_bytes=200_000, max_image_pixels=1_000_000, grace_s=20)
 
 
 @pytest.fixture
@@ -175,6 +220,7 @@ def start_worker(engine: DrawnEngine) -> Iterator[Callable[[Settings], Worker]]:
 
     yield start
     engine.gate.set()
+    engine.decoding_gate.set()
     for worker in workers:
         worker.stop()
 
@@ -191,8 +237,8 @@ def client(worker: Worker, settings: Settings) -> Iterator[TestClient]:
 
 
 @pytest.fixture
-def make_request() -> Callable[..., GenerationRequest]:
-    def make(**fields: Any) -> GenerationRequest:
+def make_request() -> Callable[..., ImageRequest]:
+    def make(**fields: Any) -> ImageRequest:
         defaults: dict[str, Any] = {
             "model": "drawn",
             "prompt": "a red circle",
@@ -203,13 +249,13 @@ def make_request() -> Callable[..., GenerationRequest]:
             "seed": 0,
             "budget": QualityBudget(0.9),
         }
-        return GenerationRequest(**{**defaults, **fields})
+        return ImageRequest(**{**defaults, **fields})
 
     return make
 
 
 @pytest.fixture
-def make_job(make_request: Callable[..., GenerationRequest]) -> Callable[..., Job]:
+def make_job(make_request: Callable[..., ImageRequest]) -> Callable[..., Job]:
     """A job of one picture, or of as many as there are `seeds`; other fields are its requests'."""
 
     def make(job_id: str, *, seeds: Sequence[int] = (0,), priority: Priority = Priority.NORMAL, **fields: Any) -> Job:

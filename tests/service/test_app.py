@@ -42,6 +42,7 @@ def test_openapi_has_our_errors_and_only_what_works(client: TestClient) -> None:
     assert set(document["paths"]) == {
         "/v1/images",
         "/v1/images/generations",
+        "/v1/meshes",
         "/v1/jobs/{job_id}",
         "/v1/jobs/{job_id}/content",
         "/v1/models",

@@ -39,7 +39,7 @@ def test_directory_that_is_no_model_is_one_line_and_exit_code_1(
 ) -> None:
     arguments = {"serve": ["--models", str(tmp_path)], "generate": ["--prompt", "a", "--model", str(tmp_path)]}
     assert main([command, *arguments[command]]) == 1
-    assert "no model_index.json" in capsys.readouterr().err
+    assert "is no model directory" in capsys.readouterr().err
 
 
 def test_broken_settings_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

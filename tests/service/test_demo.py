@@ -10,12 +10,24 @@ from typing import Any
 import httpx2
 import numpy as np
 import pytest
+import trimesh
 from fastapi.testclient import TestClient
 from PIL import Image
 
 from models.request import Preset
 from service import demo
-from service.demo import Drawn, Row, contact_sheet, draw_all, figures, rows_of, running_server, save, table
+from service.demo import (
+    Drawn,
+    Row,
+    contact_sheet,
+    draw_all,
+    figures,
+    make_meshes,
+    rows_of,
+    running_server,
+    save,
+    table,
+)
 
 COLOURS = {preset: (40 * i, 255 - 40 * i, 90) for i, preset in enumerate(Preset)}
 
@@ -26,12 +38,12 @@ def drawn(prompt: str, preset: Preset, compute_ratio: float = 0.5) -> Drawn:
         "compute_ratio": compute_ratio,
         "blocks": {"run": 60, "skipped": 30, "reused": 10},
     }
-    return Drawn(Row("tiny", prompt), preset, Image.new("RGB", (128, 128), COLOURS[preset]), receipt)
+    return Drawn(Row("tiny", prompt), preset, receipt, Image.new("RGB", (128, 128), COLOURS[preset]))
 
 
 def listed(model: str, guidance: str, presets: list[str | None]) -> dict[str, Any]:
     """An entry of /v1/models."""
-    return {"id": model, "guidance": guidance, "curve": [{"preset": preset} for preset in presets]}
+    return {"id": model, "modality": "image", "guidance": guidance, "curve": [{"preset": preset} for preset in presets]}
 
 
 def answer_of(**receipt: object) -> httpx2.Response:
@@ -148,6 +160,13 @@ def test_server_answers_all_that_the_demo_asks(client: TestClient, tmp_path: Pat
     save(pictures, tmp_path)
     assert (tmp_path / "contact_sheet.png").is_file()
     assert "guided: mean of 2 rows" in table(pictures)
+    meshes = make_meshes(client, tmp_path)
+    assert [(mesh.row.model, mesh.preset) for mesh in meshes] == [("ball", preset) for preset in Preset]
+    assert "ball: mean of 1 rows" in table(meshes)
+    for preset in Preset:
+        loaded = trimesh.load(tmp_path / f"mesh-{preset}.glb", force="mesh")
+        assert isinstance(loaded, trimesh.Trimesh)
+        assert loaded.is_watertight
 
 
 def test_refused_request_ends_the_demo_with_the_servers_message() -> None:

@@ -7,8 +7,13 @@ import torch
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
 from torch import nn
 
-from training.backbones import Backbone, FluxBackbone, QwenImageBackbone
+from models.families.hunyuan3d.conditioner import SingleImageEncoder
+from models.families.hunyuan3d.plain_dit import HunYuanDiTPlain
+from training.backbones import Backbone, FluxBackbone, Hunyuan3DBackbone, QwenImageBackbone
+from training.lesson import Lesson
+from training.scene_lesson import SceneLesson
 from training.scenes import Scene
+from training.solid_lesson import SolidLesson
 from training.text import MAX_SEQUENCE_LENGTH, QWEN_SEQUENCE_LENGTH, Text
 
 NUM_BLOCKS = 5
@@ -72,18 +77,58 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=["flux", "qwen_image"])
+def build_hunyuan3d() -> HunYuanDiTPlain:
+    return HunYuanDiTPlain(
+        in_channels=32,
+        hidden_size=32,
+        context_dim=TEXT_CHANNELS,
+        depth=5,
+        num_heads=2,
+        num_moe_layers=2,
+        num_experts=3,
+        moe_top_k=2,
+        qkv_bias=False,
+        qk_norm=True,
+    )
+
+
+@pytest.fixture(params=["flux", "qwen_image", "hunyuan3d"])
 def backbone(request: pytest.FixtureRequest) -> Backbone:
     """Five blocks of 32 channels; tests may change it."""
     torch.manual_seed(0)
-    if request.param == "flux":
-        return FluxBackbone(build_flux())
-    return QwenImageBackbone(build_qwen_image())
+    match request.param:
+        case "flux":
+            return FluxBackbone(build_flux())
+        case "qwen_image":
+            return QwenImageBackbone(build_qwen_image())
+        case _:
+            return Hunyuan3DBackbone(build_hunyuan3d())
+
+
+def tiny_conditioner() -> SingleImageEncoder:
+    config = {
+        "hidden_size": TEXT_CHANNELS,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    kwargs = {"config": config, "image_size": 28, "use_cls_token": True}
+    return SingleImageEncoder(main_image_encoder={"type": "DinoImageEncoder", "kwargs": kwargs})
 
 
 @pytest.fixture
-def conditioner(backbone: Backbone) -> RandomConditioner:
-    """One that fits `backbone`."""
-    if backbone.has_guidance_embedding:
-        return RandomConditioner(MAX_SEQUENCE_LENGTH, has_pooled=True)
-    return RandomConditioner(QWEN_SEQUENCE_LENGTH, has_pooled=False)
+def lesson(backbone: Backbone) -> Lesson:
+    """One that fits `backbone`, of 40 random samples of 64 tokens."""
+    rng = torch.Generator().manual_seed(3)
+    latents = torch.randn(40, 64, 32, generator=rng)
+    if isinstance(backbone, Hunyuan3DBackbone):
+        pictures = torch.randint(256, (8, 3, 28, 28), dtype=torch.uint8, generator=rng)
+        return SolidLesson(
+            latents, torch.randint(8, (40,), generator=rng), pictures, tiny_conditioner(), is_frozen=True
+        )
+    if isinstance(backbone, FluxBackbone):
+        conditioner = RandomConditioner(MAX_SEQUENCE_LENGTH, has_pooled=True)
+    else:
+        conditioner = RandomConditioner(QWEN_SEQUENCE_LENGTH, has_pooled=False)
+    return SceneLesson(latents, conditioner, backbone.channels, has_fragments=not backbone.has_guidance_embedding)

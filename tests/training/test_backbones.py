@@ -1,15 +1,26 @@
 """Every family's transformer, as training takes it apart."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from training.backbones import CELLS, Backbone, FluxBackbone, QwenImageBackbone, build_flux, build_qwen_image
-from training.text import MAX_SEQUENCE_LENGTH, QWEN_SEQUENCE_LENGTH, Conditioner, Text
+from models.families.hunyuan3d.plain_dit import MixtureOfExperts
+from training.backbones import (
+    CELLS,
+    Backbone,
+    EveryExpert,
+    FluxBackbone,
+    Hunyuan3DBackbone,
+    QwenImageBackbone,
+    build_flux,
+    build_hunyuan3d,
+    build_qwen_image,
+)
+from training.base import run_all
+from training.lesson import Lesson
+from training.text import MAX_SEQUENCE_LENGTH, QWEN_SEQUENCE_LENGTH, Text
 
 
-@pytest.mark.parametrize("family", ["flux", "qwen_image"])
+@pytest.mark.parametrize("family", ["flux", "qwen_image", "hunyuan3d"])
 @torch.no_grad()
 def test_new_transformer_predicts_nothing_and_its_blocks_change_nothing(family: str) -> None:
     """At the size that is trained."""
@@ -17,22 +28,28 @@ def test_new_transformer_predicts_nothing_and_its_blocks_change_nothing(family: 
     if family == "flux":
         backbone = FluxBackbone(build_flux())
         text = Text(torch.ones(1, MAX_SEQUENCE_LENGTH, 128), torch.ones(1, 128), None)
+    elif family == "hunyuan3d":
+        backbone = Hunyuan3DBackbone(build_hunyuan3d())
+        text = Text(torch.ones(1, 65, 192), None, None)
     else:
         backbone = QwenImageBackbone(build_qwen_image())
         text = Text(torch.ones(1, QWEN_SEQUENCE_LENGTH, 128), None, torch.arange(QWEN_SEQUENCE_LENGTH)[None] < 9)
-    latents = torch.randn(1, CELLS * CELLS, 32, generator=torch.Generator().manual_seed(1))
+    channels = 16 if family == "hunyuan3d" else 32
+    latents = torch.randn(1, CELLS * CELLS, channels, generator=torch.Generator().manual_seed(1))
     streams = backbone.prologue(latents, torch.tensor([0.2]), torch.ones(1), text)
     assert streams.hidden_states.shape == (1, 64, backbone.channels)
-    for block in backbone.blocks.values():
+    for i, block in enumerate(backbone.blocks.values()):
+        streams = backbone.enter(i, streams)
         text_stream, image_stream = backbone.call_block(block, streams)
         assert torch.equal(text_stream, streams.encoder_hidden_states)
         assert torch.equal(image_stream, streams.hidden_states)
-    assert torch.equal(backbone.epilogue(streams), torch.zeros(1, 64, 32))
+        streams = backbone.leave(i, streams)
+    assert torch.equal(backbone.epilogue(streams), torch.zeros(1, 64, channels))
 
 
 @torch.no_grad()
-def test_parts_together_equal_the_forward(backbone: Backbone, conditioner: Conditioner) -> None:
-    text = conditioner.encode(["a red circle", "a large blue square on the right"])
+def test_parts_together_equal_the_forward(backbone: Backbone, lesson: Lesson) -> None:
+    text = lesson.full_conditions([0, 1])
     rng = torch.Generator().manual_seed(2)
     latents, timestep = torch.randn(2, CELLS * CELLS, 32, generator=rng), torch.tensor([0.2, 0.9])
     guidance = torch.tensor([1.0, 4.0])
@@ -47,7 +64,7 @@ def test_parts_together_equal_the_forward(backbone: Backbone, conditioner: Condi
             txt_ids=torch.zeros(MAX_SEQUENCE_LENGTH, 3),
             return_dict=False,
         )[0]
-    else:
+    elif isinstance(backbone, QwenImageBackbone):
         expected = backbone.transformer(
             hidden_states=latents,
             encoder_hidden_states=text.embeds,
@@ -56,8 +73,17 @@ def test_parts_together_equal_the_forward(backbone: Backbone, conditioner: Condi
             img_shapes=[[(1, CELLS, CELLS)]] * 2,
             return_dict=False,
         )[0]
-    streams = backbone.prologue(latents, timestep, guidance, text)
-    for block in backbone.blocks.values():
-        text_stream, image_stream = backbone.call_block(block, streams)
-        streams = replace(streams, hidden_states=image_stream, encoder_hidden_states=text_stream)
-    assert torch.equal(backbone.epilogue(streams), expected)
+    else:
+        assert isinstance(backbone, Hunyuan3DBackbone)
+        expected = -backbone.transformer(latents, 1 - timestep, text.embeds)
+    assert torch.equal(run_all(backbone, backbone.prologue(latents, timestep, guidance, text)), expected)
+
+
+@torch.no_grad()
+def test_running_every_expert_gives_what_the_mixture_gives() -> None:
+    torch.manual_seed(0)
+    mixture = MixtureOfExperts(16, num_experts=5, top_k=2)
+    tokens = torch.randn(3, 7, 16)
+    together = EveryExpert(mixture)
+    torch.testing.assert_close(together(tokens), mixture(tokens))
+    assert list(together.state_dict()) == list(mixture.state_dict())

@@ -1,8 +1,5 @@
 """What routers learn must be what serving does with them."""
 
-from dataclasses import replace
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,17 +9,20 @@ from models.elastic.compute import BlockCost
 from models.elastic.router import RouterStack
 from models.elastic.runner import Row, Streams, run_block
 from models.families.flux import adapter as flux
+from models.families.hunyuan3d import plain_adapter as hunyuan3d
 from models.families.qwen_image import adapter as qwen_image
-from models.families.wrapping import elastic_blocks, permute_neurons
+from models.families.wrapping import elastic_blocks, mlp_name, permute_neurons
 from models.report import Decision
 from models.rules import RULES
 from models.weights import RouterWeights
-from training.backbones import Backbone
+from training.backbones import Backbone, FluxBackbone, Hunyuan3DBackbone, QwenImageBackbone
+from training.base import run_all
+from training.lesson import Lesson
 from training.routers import Knobs, RouterObjective, elastic_forward, install_masks, neuron_orders
-from training.text import Conditioner
+from training.text import Text
 
-PROMPTS = ["", "red", "a small red circle", "a large blue square on the right", "a green ring left of a white cross"]
-BATCH = len(PROMPTS)
+BATCH = 5
+ANATOMIES = {FluxBackbone: flux, QwenImageBackbone: qwen_image, Hunyuan3DBackbone: hunyuan3d}
 
 # Under autocast: norms keep their weights in float32.
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
@@ -38,12 +38,12 @@ def routers(backbone: Backbone) -> RouterStack:
 
 
 @pytest.fixture
-def streams(backbone: Backbone, conditioner: Conditioner) -> Streams:
-    """Of prompts of different lengths."""
+def streams(backbone: Backbone, lesson: Lesson) -> Streams:
+    """Of prompts of different lengths, where there are prompts."""
     backbone.transformer.requires_grad_(False)
     rng = torch.Generator().manual_seed(2)
     latents, timestep = torch.randn(BATCH, 64, 32, generator=rng), torch.rand(BATCH, generator=rng)
-    return backbone.prologue(latents, timestep, torch.full((BATCH,), 3.0), conditioner.encode(PROMPTS))
+    return backbone.prologue(latents, timestep, torch.full((BATCH,), 3.0), lesson.full_conditions([*range(BATCH)]))
 
 
 @pytest.mark.parametrize("knobs", [Knobs(0.3, 0.0), Knobs(0.5, 1.0), Knobs(0.6, 3.0)])
@@ -52,8 +52,7 @@ def test_training_forward_gives_what_serving_gives(
 ) -> None:
     # Given what serving does under the same settings
     policy = Policy(skip_threshold=knobs.skip_threshold, width_bias=knobs.width_bias)
-    anatomy = flux if backbone.has_guidance_embedding else qwen_image
-    blocks = elastic_blocks(backbone.transformer, anatomy, RouterWeights(routers, {}))
+    blocks = elastic_blocks(backbone.transformer, ANATOMIES[type(backbone)], RouterWeights(routers, {}))
     costs = dict.fromkeys(backbone.blocks, BlockCost(1.0, 1.0))
     mask = streams.encoder_hidden_states_mask
     lengths = [None] * BATCH if mask is None else mask.sum(1).tolist()
@@ -99,57 +98,64 @@ def test_higher_settings_ask_for_less(threshold: float, bias: float) -> None:
     assert harder.target_width < knobs.target_width <= 1
 
 
-def dense(backbone: Backbone, streams: Streams) -> Tensor:
-    for block in backbone.blocks.values():
-        text, image = backbone.call_block(block, streams)
-        streams = replace(streams, hidden_states=image, encoder_hidden_states=text)
-    return backbone.epilogue(streams)
-
-
 def test_permuted_neurons_leave_the_dense_model_as_it_is(backbone: Backbone, streams: Streams) -> None:
-    before = dense(backbone, streams)
-    sizes = {name: backbone.mlp_layers(block)[0].out_features for name, block in backbone.blocks.items()}
+    before = run_all(backbone, streams)
+    sizes = {
+        mlp_name(name, part): mlp.num_hidden
+        for name, block in backbone.blocks.items()
+        for part, mlp in backbone.mlps(block).items()
+    }
     orders = {name: torch.randperm(size) for name, size in sizes.items()}
-    permute_neurons(backbone.blocks, orders, backbone.mlp_layers)
-    torch.testing.assert_close(dense(backbone, streams), before, atol=1e-5, rtol=1e-5)
+    permute_neurons(backbone.blocks, orders, backbone.mlps)
+    torch.testing.assert_close(run_all(backbone, streams), before, atol=1e-5, rtol=1e-5)
+
+
+ROWS = [0, 1, 2, 3, 4, 5]
 
 
 def losses(objective: RouterObjective, knobs: Knobs) -> dict[str, Tensor]:
-    clean = torch.randn(6, 64, 32, generator=torch.Generator().manual_seed(3))
-    captions = [f"a {colour} circle" for colour in ("red", "green", "blue", "white", "black", "cyan")]
-    return objective.losses(clean, captions, torch.Generator().manual_seed(4), knobs)
+    return objective.losses(ROWS, torch.Generator().manual_seed(4), knobs)
 
 
 def test_routers_that_leave_nothing_out_are_at_no_distance_from_the_dense_model(
-    backbone: Backbone, conditioner: Conditioner, routers: RouterStack
+    backbone: Backbone, lesson: Lesson, routers: RouterStack
 ) -> None:
-    objective = RouterObjective(backbone, conditioner, routers)
+    objective = RouterObjective(backbone, lesson, routers)
     everything, little = losses(objective, Knobs(0.0, -1e6)), losses(objective, Knobs(0.6, 3.0))
     assert everything["dense"] < 1e-4 * little["dense"]
     assert everything["gate"] < 1e-6
     assert all(value.isfinite() for value in little.values())
 
 
-def test_where_guidance_is_true_each_sample_is_also_seen_without_its_prompt(
-    backbone: Backbone, conditioner: Any, routers: RouterStack
+def test_where_guidance_is_true_each_sample_is_also_seen_without_its_condition(
+    backbone: Backbone, lesson: Lesson, routers: RouterStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses(RouterObjective(backbone, conditioner, routers), Knobs(0.5, 1.0))
-    told = [prompt for prompt in conditioner.asked if prompt]
-    assert len(conditioner.asked) == 6
-    assert told == conditioner.asked[: 6 if backbone.has_guidance_embedding else 3]
+    seen: list[Text] = []
+    prologue = backbone.prologue
+
+    def noted(latents: Tensor, timestep: Tensor, guidance: Tensor, text: Text) -> Streams:
+        seen.append(text)
+        return prologue(latents, timestep, guidance, text)
+
+    monkeypatch.setattr(backbone, "prologue", noted)
+    losses(RouterObjective(backbone, lesson, routers), Knobs(0.5, 1.0))
+    told, none = lesson.full_conditions(ROWS).embeds, lesson.no_condition.embeds
+    expected = told if backbone.has_guidance_embedding else torch.cat((told[:3], none.expand(3, -1, -1)))
+    assert torch.equal(seen[0].embeds, expected)
 
 
-def test_neurons_are_ordered_by_what_they_add(backbone: Backbone, conditioner: Conditioner) -> None:
+def test_neurons_are_ordered_by_what_they_add(backbone: Backbone, lesson: Lesson) -> None:
     """The last neuron is made the strongest, the first silent; new routers let all of them run."""
-    for block in backbone.blocks.values():
-        _, last, column = backbone.mlp_layers(block)
-        with torch.no_grad():
-            last.weight[:, -1] *= 1000
-            last.weight[:, column] = 0
-    clean = torch.randn(6, 64, 32, generator=torch.Generator().manual_seed(3))
-    objective = RouterObjective(backbone, conditioner, RouterStack(5, backbone.channels, hidden=8))
-    orders = neuron_orders(objective, clean, [*PROMPTS, "blue"], torch.Generator().manual_seed(4))
-    assert list(orders) == list(backbone.blocks)
+    names = []
+    for name, block in backbone.blocks.items():
+        for part, mlp in backbone.mlps(block).items():
+            names.append(mlp_name(name, part))
+            with torch.no_grad():
+                mlp.last.weight[:, -1] *= 1000
+                mlp.last.weight[:, mlp.column] = 0
+    objective = RouterObjective(backbone, lesson, RouterStack(5, backbone.channels, hidden=8))
+    orders = neuron_orders(objective, ROWS, torch.Generator().manual_seed(4))
+    assert list(orders) == names
     for order in orders.values():
         assert sorted(order.tolist()) == list(range(128))
         assert (int(order[0]), int(order[-1])) == (127, 0)

@@ -5,13 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.card import MeshCard
 from models.elastic.router import RouterStack
+from models.engine import load_engine
 from models.weights import RouterWeights, load_router_weights, read_manifest, save_router_weights
+from training.picture_encoder import build_conditioner
+from training.picture_recipe import PictureParts, PictureRecipe
 from training.prompts import calibration_scenes
 from training.scenes import Scene
-from training.stages import Recipe, describe_routers
+from training.shape_vae import build_shape_vae
+from training.stages import describe_routers, paths
 from training.text import Text
 from training.tiny_flux import TinyFlux
+from training.tiny_hunyuan3d import TinyHunyuan3D
 from training.tiny_qwen_image import TinyQwenImage
 
 
@@ -29,15 +35,16 @@ class Captions:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "size"), [(TinyFlux(), (None, None)), (TinyQwenImage(), (128, 128))], ids=["flux", "qwen_image"]
+    ("parts", "size"), [(TinyFlux(), (None, None)), (TinyQwenImage(), (128, 128))], ids=["flux", "qwen_image"]
 )
 def test_serving_reads_what_training_says_of_its_routers(
-    recipe: Recipe, size: tuple[int | None, int | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parts: PictureParts, size: tuple[int | None, int | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Qwen-Image's pictures would be of 1024 pixels a side if the manifest named no size."""
     # Given a trained checkpoint and routers
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(type(recipe), "conditioner", lambda self: Captions())
+    monkeypatch.setattr(type(parts), "conditioner", lambda self: Captions())
+    recipe = PictureRecipe(parts)
     checkpoint, folder = Path("checkpoints") / recipe.name, Path("router_weights") / recipe.name
     (checkpoint / "transformer").mkdir(parents=True)
     (checkpoint / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
@@ -50,6 +57,36 @@ def test_serving_reads_what_training_says_of_its_routers(
     assert (manifest.num_inference_steps, manifest.guidance_scale) == (20, 3.0)
     assert (manifest.height, manifest.width) == size
     assert load_router_weights(folder, checkpoint) is not None
-    assert json.loads((folder / "manifest.json").read_text())["training_command"].split()[2] == type(recipe).__module__
+    assert json.loads((folder / "manifest.json").read_text())["training_command"].split()[2] == type(parts).__module__
     prompts = (folder / "calibration_prompts.txt").read_text().splitlines()
     assert prompts == [scene.long_caption for scene in calibration_scenes(32)]
+
+
+def test_an_assembled_shape_model_is_served_with_its_routers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given trained parts, and routers
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("training.tiny_hunyuan3d._NUM_CALIBRATION", 2)
+    recipe = TinyHunyuan3D()
+    run_dir, checkpoint, folder = paths(recipe)
+    run_dir.mkdir(parents=True)
+    torch.save(build_shape_vae().state_dict(), run_dir / "shape_vae.pt")
+    trained = {f"encoder.{name}": tensor for name, tensor in build_conditioner().state_dict().items()}
+    torch.save({"objective": trained}, run_dir / "base.pt")
+    backbone = recipe.new_backbone()
+    # When they are assembled and described
+    recipe.assemble(run_dir, backbone, checkpoint)
+    save_router_weights(RouterWeights(RouterStack(len(backbone.blocks), backbone.channels, hidden=4), {}), folder)
+    describe_routers(recipe, folder)
+    # Then the engine serves the model with its terms and defaults
+    engine = load_engine([checkpoint], device="cpu", router_weights=folder.parent)
+    card = engine.cards["tiny-hunyuan3d"]
+    assert isinstance(card, MeshCard)
+    assert card.rules == ("dense", "router", "residual_cache")
+    assert card.license == "Apache-2.0"
+    assert (card.default_num_inference_steps, card.default_guidance_scale) == (20, 2.0)
+    assert card.default_octree_resolution == 128
+    pictures = sorted((folder / "calibration_pictures").iterdir())
+    assert [picture.name for picture in pictures] == ["00.png", "01.png"]
+    loaded = recipe.load_backbone(checkpoint).transformer.state_dict()
+    for name, tensor in backbone.transformer.state_dict().items():
+        torch.testing.assert_close(loaded[name], tensor, rtol=1e-3, atol=1e-4)

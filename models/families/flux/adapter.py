@@ -8,6 +8,7 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from torch import Tensor, nn
 
 from models.elastic.runner import Streams
+from models.families.wrapping import Mlp
 
 FluxBlock = FluxTransformerBlock | FluxSingleTransformerBlock
 
@@ -44,6 +45,11 @@ def blocks(transformer: FluxTransformer2DModel) -> Mapping[str, FluxBlock]:
     return double | single
 
 
+def channels(transformer: FluxTransformer2DModel) -> int:
+    """The width of the blocks."""
+    return int(transformer.inner_dim)
+
+
 def call_block(block: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
     """Run one original block, double or single: both return the text stream, then the image stream."""
     result: tuple[Tensor, Tensor] = block(
@@ -56,15 +62,16 @@ def call_block(block: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
     return result
 
 
-def mlp_layers(block: nn.Module) -> tuple[nn.Linear, nn.Linear, int]:
-    """First and last layer of the MLP that may be narrowed, and the last one's column where hidden neurons begin."""
+def mlps(block: nn.Module) -> Mapping[str, Mlp]:
+    """The MLP that may be narrowed: in a double block, the image stream's."""
     if isinstance(block, FluxTransformerBlock):
         first, last = block.ff.net[0].proj, block.ff.net[2]
         assert isinstance(first, nn.Linear)
         assert isinstance(last, nn.Linear)
-        return first, last, 0
+        return {"": Mlp(first, last)}
     assert isinstance(block, FluxSingleTransformerBlock)
-    return block.proj_mlp, block.proj_out, block.proj_out.in_features - block.proj_mlp.out_features
+    column = block.proj_out.in_features - block.proj_mlp.out_features
+    return {"": Mlp(block.proj_mlp, block.proj_out, column=column)}
 
 
 def epilogue(transformer: FluxTransformer2DModel, streams: Streams) -> Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from diffusers import FluxPipeline
 from diffusers.pipelines.flux import pipeline_flux
+from numpy.typing import NDArray
 from torch import Tensor
 
 from models.card import Guidance
@@ -20,7 +21,7 @@ from models.families.flux import adapter
 from models.families.picture import Branch, PictureFamily
 from models.families.wrapping import Anatomy
 from models.loading import stream_pipeline
-from models.request import GenerationRequest
+from models.request import GenerationRequest, ImageRequest
 from models.state import BranchInputs, DenoiseState
 from models.weights import CheckpointTraits, RouterWeights
 
@@ -72,7 +73,7 @@ class FluxFamily(PictureFamily):
 
     def block_costs(self, height: int, width: int, num_text_tokens: int) -> Mapping[str, BlockCost]:
         image = (height // self.pixels_per_token) * (width // self.pixels_per_token)
-        text, channels = num_text_tokens, self.transformer.inner_dim
+        text, channels = num_text_tokens, adapter.channels(self.transformer)
         square, tokens = 2.0 * channels * channels, text + image
         attention = attention_flops(tokens, channels)
         # Modulation, then attention's four projections, the text stream's MLP; double blocks have each twice.
@@ -80,13 +81,13 @@ class FluxFamily(PictureFamily):
         single = BlockCost(fixed=square * (3 + 4 * tokens) + attention, mlp=square * 8 * tokens)
         return {block.name: double if block.name.startswith("double") else single for block in self.blocks}
 
-    def _branches(self, request: GenerationRequest) -> Sequence[Branch]:
+    def _branches(self, request: ImageRequest) -> Sequence[Branch]:
         branches = [Branch("cond", request.prompt, "prompt")]
         if request.true_cfg_scale > 1 and request.negative_prompt is not None:
             branches.append(Branch("uncond", request.negative_prompt, "negative_prompt"))
         return branches
 
-    def _encode(self, branch: Branch, request: GenerationRequest) -> BranchInputs:
+    def _encode(self, branch: Branch, request: ImageRequest) -> BranchInputs:
         count = len(self.pipeline.tokenizer_2(branch.prompt).input_ids)
         if count > self.max_sequence_length:
             raise InvalidRequest(
@@ -115,20 +116,25 @@ class FluxFamily(PictureFamily):
         return adapter.prologue(
             self.transformer,
             latents,
-            times,
+            times.to(latents.dtype) / 1000,  # rounded as the stock pipeline does it
             torch.cat(guidance) if guidance else None,
             torch.cat([branch.context for branch in inputs]),
             torch.cat([branch.pooled for branch in inputs if branch.pooled is not None]),
-            self._rotary_embedding(states[0].request, inputs[0].num_text_tokens),
+            self._rotary_embedding(states, inputs[0].num_text_tokens),
         )
 
+    def _rotary_factors(self, num_text_tokens: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+        return adapter.rotary_embedding(self.transformer, num_text_tokens, height, width)
+
     def guide(self, request: GenerationRequest, velocities: Tensor) -> Tensor:
+        assert isinstance(request, ImageRequest)
         return classifier_free_guidance(velocities[:1], velocities[1:], request.true_cfg_scale)
 
     @torch.inference_mode()
-    def decode(self, state: DenoiseState) -> np.ndarray:
+    def decode(self, state: DenoiseState) -> NDArray[np.uint8]:
         pipeline, vae = self.pipeline, self.pipeline.vae
         request = state.request
+        assert isinstance(request, ImageRequest)
         latents = pipeline._unpack_latents(state.latents, request.height, request.width, pipeline.vae_scale_factor)
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
         picture = vae.decode(latents, return_dict=False)[0]

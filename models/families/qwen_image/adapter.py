@@ -7,6 +7,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from torch import Tensor, nn
 
 from models.elastic.runner import Streams
+from models.families.wrapping import Mlp
 
 
 def prologue(
@@ -40,6 +41,11 @@ def blocks(transformer: QwenImageTransformer2DModel) -> Mapping[str, QwenImageTr
     return {f"block.{i:02d}": block for i, block in enumerate(transformer.transformer_blocks)}
 
 
+def channels(transformer: QwenImageTransformer2DModel) -> int:
+    """The width of the blocks."""
+    return int(transformer.inner_dim)
+
+
 def call_block(block: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
     """Run one original block, which returns the text stream, then the image stream."""
     result: tuple[Tensor, Tensor] = block(
@@ -54,16 +60,16 @@ def call_block(block: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
     return result
 
 
-def mlp_layers(block: nn.Module) -> tuple[nn.Linear, nn.Linear, int]:
-    """First and last layer of the MLP that may be narrowed, and the last one's column where hidden neurons begin.
+def mlps(block: nn.Module) -> Mapping[str, Mlp]:
+    """The MLP that may be narrowed.
 
-    The image MLP: the text MLP always runs in full (Elastic-DiT at ce39f1d, `qwen_image_dit.py`).
+    The image stream's: the text MLP always runs in full (Elastic-DiT at ce39f1d, `qwen_image_dit.py`).
     """
     assert isinstance(block, QwenImageTransformerBlock)
     first, last = block.img_mlp.net[0].proj, block.img_mlp.net[2]
     assert isinstance(first, nn.Linear)
     assert isinstance(last, nn.Linear)
-    return first, last, 0
+    return {"": Mlp(first, last)}
 
 
 def epilogue(transformer: QwenImageTransformer2DModel, streams: Streams) -> Tensor:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from diffusers.models.activations import ApproximateGELU
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -20,7 +21,7 @@ from models.families.picture import Branch, PictureFamily
 from models.families.qwen_image import adapter
 from models.families.wrapping import Anatomy
 from models.loading import stream_pipeline
-from models.request import GenerationRequest
+from models.request import GenerationRequest, ImageRequest
 from models.state import BranchInputs, DenoiseState
 from models.weights import CheckpointTraits, MlpActivation, RouterWeights
 
@@ -92,7 +93,7 @@ class QwenImageFamily(PictureFamily):
 
     def block_costs(self, height: int, width: int, num_text_tokens: int) -> Mapping[str, BlockCost]:
         image = (height // self.pixels_per_token) * (width // self.pixels_per_token)
-        text, channels = num_text_tokens, self.transformer.inner_dim
+        text, channels = num_text_tokens, adapter.channels(self.transformer)
         square, tokens = 2.0 * channels * channels, text + image
         # Two modulations, then attention's four projections, the text stream's MLP.
         cost = BlockCost(
@@ -100,14 +101,14 @@ class QwenImageFamily(PictureFamily):
         )
         return {block.name: cost for block in self.blocks}
 
-    def _branches(self, request: GenerationRequest) -> Sequence[Branch]:
+    def _branches(self, request: ImageRequest) -> Sequence[Branch]:
         branches = [Branch("cond", request.prompt, "prompt")]
         if request.guidance_scale > 1:
             # The stock pipeline drops guidance, with a warning, where no negative prompt is given.
             branches.append(Branch("uncond", request.negative_prompt or "", "negative_prompt"))
         return branches
 
-    def _encode(self, branch: Branch, request: GenerationRequest) -> BranchInputs:
+    def _encode(self, branch: Branch, request: ImageRequest) -> BranchInputs:
         pipeline, transformer = self.pipeline, self.transformer
         tokens = pipeline.tokenizer(pipeline.prompt_template_encode.format(branch.prompt)).input_ids
         template = pipeline.tokenizer(pipeline.prompt_template_encode.format("")).input_ids
@@ -126,8 +127,13 @@ class QwenImageFamily(PictureFamily):
     def prologue(self, states: Sequence[DenoiseState]) -> Streams:
         latents, times = self._latents_and_times(states)
         context, mask = pad_prompts([branch.context for state in states for branch in state.inputs])
-        rotary = self._rotary_embedding(states[0].request, context.shape[1])
-        return adapter.prologue(self.transformer, latents, times, context, mask, rotary)
+        rotary = self._rotary_embedding(states, context.shape[1])
+        # Rounded as the stock pipeline does it.
+        timestep = times.to(latents.dtype) / 1000
+        return adapter.prologue(self.transformer, latents, timestep, context, mask, rotary)
+
+    def _rotary_factors(self, num_text_tokens: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+        return adapter.rotary_embedding(self.transformer, num_text_tokens, height, width)
 
     def guide(self, request: GenerationRequest, velocities: Tensor) -> Tensor:
         cond, uncond = velocities[:1], velocities[1:]
@@ -135,9 +141,10 @@ class QwenImageFamily(PictureFamily):
         return rescale_to_norm(guided, cond) if self._rescales_guidance else guided
 
     @torch.inference_mode()
-    def decode(self, state: DenoiseState) -> np.ndarray:
+    def decode(self, state: DenoiseState) -> NDArray[np.uint8]:
         pipeline, vae = self.pipeline, self.pipeline.vae
         request = state.request
+        assert isinstance(request, ImageRequest)
         latents = pipeline._unpack_latents(state.latents, request.height, request.width, pipeline.vae_scale_factor)
         latents = latents.to(vae.dtype)
         shape = (1, vae.config.z_dim, 1, 1, 1)

@@ -242,12 +242,14 @@ def test_streams_of_rows_keep_what_belongs_to_each_row() -> None:
     streams = padded_streams([2, 4, 3], padding=9.0)
     assert streams.encoder_hidden_states_mask is not None
     where = torch.tensor([2, 0])
-    part = streams.of_rows(where, [3, 2])
+    part = streams.of_rows(where, [padded_row(3), padded_row(2)])
     assert part.encoder_hidden_states_mask is not None
     assert part.encoder_hidden_states_mask.sum(1).tolist() == [3, 2]
     for name in ("hidden_states", "temb"):
         assert torch.equal(getattr(part, name), getattr(streams, name)[where])
     assert torch.equal(part.encoder_hidden_states, streams.encoder_hidden_states[where, :3])
+    assert part.image_rotary_emb is not None
+    assert streams.image_rotary_emb is not None
     image_factors, text_factors = part.image_rotary_emb
     assert torch.equal(image_factors, streams.image_rotary_emb[0])
     assert torch.equal(text_factors, streams.image_rotary_emb[1][:3])
@@ -255,13 +257,13 @@ def test_streams_of_rows_keep_what_belongs_to_each_row() -> None:
 
 def test_rows_of_one_length_lose_their_padding_and_their_mask() -> None:
     streams = padded_streams([2, 4, 2], padding=9.0)
-    part = streams.of_rows(torch.tensor([0, 2]), [2, 2])
+    part = streams.of_rows(torch.tensor([0, 2]), [padded_row(2), padded_row(2)])
     assert part.encoder_hidden_states_mask is None
     assert part.encoder_hidden_states.shape == (2, 2, 4)
 
 
 def test_streams_without_a_mask_have_none_for_their_rows_either() -> None:
-    assert streams_of(3).of_rows(torch.tensor([1]), [None]).encoder_hidden_states_mask is None
+    assert streams_of(3).of_rows(torch.tensor([1]), [row_of()]).encoder_hidden_states_mask is None
 
 
 @pytest.mark.parametrize("num_running", [2, 3], ids=["some rows run", "all rows run"])
@@ -377,3 +379,51 @@ def test_rows_of_large_pictures_share_no_masked_call() -> None:
         [padded_row(length, RUN_IN_FULL) for length in (9, 7, 9)],
     )
     assert module.shapes == [(2, 9), (1, 7)]
+
+
+class Looking(nn.Module):
+    """Adds the mean of the context, or a constant where there is none; knows which rows it was called on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[int, bool]] = []
+
+    def forward(self, streams: Streams) -> tuple[Tensor, Tensor]:
+        context = streams.context
+        self.calls.append((len(streams.temb), context is not None))
+        seen = torch.tensor(7.0) if context is None else context.mean((1, 2))[:, None, None]
+        return streams.encoder_hidden_states, streams.hidden_states + seen
+
+
+def test_rows_without_context_run_in_a_call_without_it() -> None:
+    looking = Looking()
+    block = ElasticBlock("only", {1.0: looking}, lambda module, streams: module(streams), None)
+    rows = [row_of(RUN_IN_FULL) for _ in range(4)]
+    rows[1].has_context = rows[2].has_context = False
+    context = torch.arange(1.0, 5.0)[:, None, None].expand(4, 3, 2)
+    before = replace(streams_of(4), context=context)
+    after = run_block(block, 0, before, None, rows).streams
+    assert sorted(looking.calls) == [(2, False), (2, True)]
+    added = (after.hidden_states - before.hidden_states)[:, 0, 0]
+    torch.testing.assert_close(added, torch.tensor([1.0, 7.0, 7.0, 4.0]))
+
+
+def test_entrance_and_departure_are_for_every_row_and_always_counted() -> None:
+    """As of a long skip: whoever skips the block still takes and leaves what the model hands on."""
+    block = ElasticBlock(
+        "only",
+        {1.0: nn.Identity()},
+        lambda module, streams: (streams.encoder_hidden_states, streams.hidden_states * 10),
+        None,
+        enter=lambda streams: replace(streams, hidden_states=streams.hidden_states + streams.long_skips[0]),
+        leave=lambda streams: replace(streams, long_skips={1: streams.hidden_states}),
+    )
+    rows = [row_of(SKIP), row_of(RUN_IN_FULL)]
+    for row in rows:
+        row.costs = {"only": replace(COST, always=5.0)}
+    before = replace(streams_of(2), long_skips={0: torch.ones(2, 1, 1)})
+    after = run_block(block, 0, before, None, rows).streams
+    torch.testing.assert_close(after.hidden_states[0], before.hidden_states[0] + 1)
+    torch.testing.assert_close(after.hidden_states[1], (before.hidden_states[1] + 1) * 10)
+    assert torch.equal(after.long_skips[1], after.hidden_states)
+    assert [row.journal.flops for row in rows] == [5.0, 5.0 + COST.at_width(1.0)]

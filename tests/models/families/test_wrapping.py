@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,22 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.elastic.router import MLP_WIDTHS
 from models.elastic.runner import Streams
 from models.errors import WeightsError
-from models.families.picture import PictureFamily
-from models.families.wrapping import elastic_blocks, permute_neurons
+from models.families.family import Family
+from models.families.wrapping import elastic_blocks, mlp_name, permute_neurons
 from models.weights import RouterWeights, load_router_weights
 
-TEXT, HEIGHT, WIDTH = 7, 4, 6
 CHANNELS, HIDDEN = 32, 128
+
+StreamsOf = Callable[..., Streams]
 
 each_width = pytest.mark.parametrize("width", MLP_WIDTHS)
 first_and_last = pytest.mark.parametrize("index", [0, -1], ids=["first block", "last block"])
-
-
-def streams_of(family: PictureFamily, batch: int = 1) -> Streams:
-    rng = torch.Generator().manual_seed(0)
-    image, text = (torch.randn(batch, count, CHANNELS, generator=rng) for count in (HEIGHT * WIDTH, TEXT))
-    rotary = family.anatomy.rotary_embedding(family.transformer, TEXT, HEIGHT, WIDTH)
-    return Streams(image, text, torch.randn(batch, CHANNELS, generator=rng), rotary)
 
 
 @torch.inference_mode()
@@ -42,51 +36,59 @@ def counted_flops(call: Callable[[], object]) -> int:
 @each_width
 @first_and_last
 @pytest.mark.parametrize("batch", [1, 3])
-def test_cost_of_a_block_is_what_torch_counts(family: PictureFamily, index: int, width: float, batch: int) -> None:
+def test_cost_of_a_block_is_what_torch_counts(
+    kind: Any, family: Family, streams_of: StreamsOf, index: int, width: float, batch: int
+) -> None:
     block, streams = family.blocks[index], streams_of(family, batch)
-    expected = batch * family.block_costs(16 * HEIGHT, 16 * WIDTH, TEXT)[block.name].at_width(width)
-    assert counted_flops(lambda: block.call(block.variants[width], streams)) == pytest.approx(expected, rel=0.01)
+    cost = kind.block_costs(family)[block.name]
+    counted = counted_flops(lambda: block.call(block.variants[width], streams))
+    assert counted == pytest.approx(batch * cost.at_width(width), rel=0.01)
 
 
 @each_width
 @first_and_last
-def test_narrow_block_multiplies_narrow_matrices(family: PictureFamily, index: int, width: float) -> None:
+def test_narrow_block_multiplies_narrow_matrices(
+    family: Family, streams_of: StreamsOf, index: int, width: float
+) -> None:
     block = family.blocks[index]
-    first, last, _ = family.anatomy.mlp_layers(block.variants[width])
-    column = family.anatomy.mlp_layers(block.variants[1.0])[2]
-    assert first.weight.shape == (HIDDEN * width, CHANNELS)
-    assert last.weight.shape == (CHANNELS, column + HIDDEN * width)
-    sizes: list[int] = []
-    handle = first.register_forward_hook(lambda module, args, output: sizes.append(output.shape[-1]))
+    originals, sizes = family.anatomy.mlps(block.variants[1.0]), []
+    for name, (first, last, row, column) in family.anatomy.mlps(block.variants[width]).items():
+        assert (row, column) == originals[name][2:]
+        assert first.weight.shape == (row + HIDDEN * width, CHANNELS)
+        assert last.weight.shape == (CHANNELS, column + HIDDEN * width)
+        last.register_forward_pre_hook(lambda module, args, column=column: sizes.append(args[0].shape[-1] - column))
     block.call(block.variants[width], streams_of(family))
-    handle.remove()
-    assert sizes == [HIDDEN * width]
+    for mlp in family.anatomy.mlps(block.variants[width]).values():
+        mlp.last._forward_pre_hooks.clear()
+    assert set(sizes) == {HIDDEN * width}
 
 
 @each_width
 @first_and_last
 @torch.inference_mode()
 def test_narrow_block_equals_the_block_with_its_other_neurons_masked(
-    family: PictureFamily, index: int, width: float
+    family: Family, streams_of: StreamsOf, index: int, width: float
 ) -> None:
     block, streams = family.blocks[index], streams_of(family, 2)
-    _, last, column = family.anatomy.mlp_layers(block.variants[1.0])
-    mask = (torch.arange(column + HIDDEN) < column + HIDDEN * width).float()
-    handle = last.register_forward_pre_hook(lambda module, args: (args[0] * mask,))
+    handles = []
+    for mlp in family.anatomy.mlps(block.variants[1.0]).values():
+        mask = (torch.arange(mlp.column + HIDDEN) < mlp.column + HIDDEN * width).float()
+        handles.append(mlp.last.register_forward_pre_hook(lambda module, args, mask=mask: (args[0] * mask,)))
     masked = block.call(block.variants[1.0], streams)
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     for ours, expected in zip(block.call(block.variants[width], streams), masked, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_widths_share_the_memory_of_the_checkpoint(family: PictureFamily) -> None:
+def test_widths_share_the_memory_of_the_checkpoint(family: Family) -> None:
     for block in family.blocks:
         originals = {p.untyped_storage().data_ptr() for p in block.variants[1.0].parameters()}
         for module in block.variants.values():
             assert {p.untyped_storage().data_ptr() for p in module.parameters()} == originals
 
 
-def test_full_width_is_the_original_block(family: PictureFamily) -> None:
+def test_full_width_is_the_original_block(family: Family) -> None:
     blocks = family.anatomy.blocks(family.transformer)
     assert [block.name for block in family.blocks] == list(blocks)
     for block in family.blocks:
@@ -94,7 +96,7 @@ def test_full_width_is_the_original_block(family: PictureFamily) -> None:
 
 
 @pytest.fixture
-def blocks(stock: DiffusionPipeline, family: PictureFamily) -> dict[str, nn.Module]:
+def blocks(stock: Any, family: Family) -> dict[str, nn.Module]:
     """Blocks that a wrong order must leave as they are."""
     return dict(family.anatomy.blocks(stock.transformer))
 
@@ -102,35 +104,38 @@ def blocks(stock: DiffusionPipeline, family: PictureFamily) -> dict[str, nn.Modu
 @pytest.mark.parametrize(
     "order", [torch.arange(HIDDEN - 1), torch.zeros(HIDDEN, dtype=torch.int32)], ids=["too short", "with repeats"]
 )
-def test_order_that_is_none_is_refused_by_name(
-    family: PictureFamily, blocks: dict[str, nn.Module], order: Tensor
-) -> None:
-    name = family.blocks[1].name
+def test_order_that_is_none_is_refused_by_name(family: Family, blocks: dict[str, nn.Module], order: Tensor) -> None:
+    block = family.blocks[1]
+    part = next(iter(family.anatomy.mlps(block.variants[1.0])))
+    name = mlp_name(block.name, part)
     with pytest.raises(WeightsError, match=f"neuron_order.{name} is no order of the block's {HIDDEN} hidden neurons"):
-        permute_neurons(blocks, {name: order}, family.anatomy.mlp_layers)
+        permute_neurons(blocks, {name: order}, family.anatomy.mlps)
 
 
 def test_order_of_an_unknown_block_is_refused_with_those_there_are(
-    family: PictureFamily, blocks: dict[str, nn.Module]
+    family: Family, blocks: dict[str, nn.Module]
 ) -> None:
-    with pytest.raises(WeightsError, match=f"neuron_order.block.99 is of no block; there are: {', '.join(blocks)}"):
-        permute_neurons(blocks, {"block.99": torch.arange(HIDDEN)}, family.anatomy.mlp_layers)
+    with pytest.raises(
+        WeightsError, match=f"neuron_order.block.99 is of no block; there are: {family.blocks[0].name}, "
+    ):
+        permute_neurons(blocks, {"block.99": torch.arange(HIDDEN)}, family.anatomy.mlps)
 
 
 @first_and_last
 @torch.inference_mode()
 def test_permuted_neurons_change_only_the_order_of_a_sum(
-    family: PictureFamily, directory: Path, permuted_router_weights: Path, index: int
+    kind: Any, family: Family, streams_of: StreamsOf, directory: Path, permuted_router_weights: Path, index: int
 ) -> None:
     permuted = load_router_weights(permuted_router_weights / family.model_id, directory)
     assert permuted is not None
-    transformer = type(family.transformer).from_pretrained(directory / "transformer")
+    transformer = kind.load_stock(directory).transformer
     block = elastic_blocks(transformer, family.anatomy, RouterWeights(permuted.stack, permuted.neuron_orders))[index]
-    streams = streams_of(family, 2)
-    first, same = (family.anatomy.mlp_layers(b.variants[1.0])[0].weight for b in (block, family.blocks[index]))
-    order = permuted.neuron_orders[block.name]
-    assert torch.equal(first, same[order])
-    assert not torch.equal(first, same)
+    streams, same = streams_of(family, 2), family.anatomy.mlps(family.blocks[index].variants[1.0])
+    for name, mlp in family.anatomy.mlps(block.variants[1.0]).items():
+        order = permuted.neuron_orders[mlp_name(block.name, name)]
+        ours, theirs = mlp.first.weight[mlp.row :], same[name].first.weight[mlp.row :]
+        assert torch.equal(ours, theirs[order])
+        assert not torch.equal(ours, theirs)
     expected = family.blocks[index].call(family.blocks[index].variants[1.0], streams)
     for ours, theirs in zip(block.call(block.variants[1.0], streams), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

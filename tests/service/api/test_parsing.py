@@ -6,9 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models.artifact import OutputFormat
-from models.card import EXACT, Guidance, ModelCard, SizeLimits
+from models.card import EXACT, Guidance, ImageCard, SizeLimits
 from models.errors import InvalidRequest
-from models.request import Budget, ComputeBudget, GenerationRequest, Preset, PresetBudget, QualityBudget
+from models.request import Budget, ComputeBudget, ImageRequest, Preset, PresetBudget, QualityBudget
 from service.api.parsing import nearest_size, parse_output, parse_requests, quality_of
 from service.api.schemas import ImageBody
 from service.jobs.job import Output
@@ -16,13 +16,13 @@ from service.jobs.job import Output
 DEFAULT = QualityBudget(0.9)
 
 
-def parse(card: ModelCard, **fields: Any) -> tuple[GenerationRequest, ...]:
+def parse(card: ImageCard, **fields: Any) -> tuple[ImageRequest, ...]:
     body = ImageBody.model_validate({"prompt": "a red circle", **fields})
     return parse_requests(body, card, default_budget=DEFAULT, random_seed=77)
 
 
-def test_defaults_are_the_models_and_the_servers(drawn_card: ModelCard) -> None:
-    expected = GenerationRequest(
+def test_defaults_are_the_models_and_the_servers(drawn_card: ImageCard) -> None:
+    expected = ImageRequest(
         model="drawn",
         prompt="a red circle",
         height=64,
@@ -35,7 +35,7 @@ def test_defaults_are_the_models_and_the_servers(drawn_card: ModelCard) -> None:
     assert parse(drawn_card) == (expected,)
 
 
-def test_pictures_have_consecutive_seeds(drawn_card: ModelCard) -> None:
+def test_pictures_have_consecutive_seeds(drawn_card: ImageCard) -> None:
     assert [request.seed for request in parse(drawn_card, n=3, seed=2**63 - 3)] == [2**63 - 3, 2**63 - 2, 2**63 - 1]
 
 
@@ -49,7 +49,7 @@ def test_pictures_have_consecutive_seeds(drawn_card: ModelCard) -> None:
         ({"width": 96, "height": 128, "size": "96x128"}, (96, 128)),
     ],
 )
-def test_size_has_two_forms(fields: dict[str, Any], size: tuple[int, int], drawn_card: ModelCard) -> None:
+def test_size_has_two_forms(fields: dict[str, Any], size: tuple[int, int], drawn_card: ImageCard) -> None:
     (request,) = parse(drawn_card, **fields)
     assert (request.width, request.height) == size
 
@@ -65,7 +65,7 @@ def test_size_has_two_forms(fields: dict[str, Any], size: tuple[int, int], drawn
         ("standard", DEFAULT),
     ],
 )
-def test_openai_words_are_budgets(word: str, budget: Budget, drawn_card: ModelCard) -> None:
+def test_openai_words_are_budgets(word: str, budget: Budget, drawn_card: ImageCard) -> None:
     assert parse(drawn_card, quality=word)[0].budget == budget
 
 
@@ -91,7 +91,7 @@ def test_openai_words_are_budgets(word: str, budget: Budget, drawn_card: ModelCa
     ],
 )
 def test_refusal_names_the_nearest_valid_value(
-    fields: dict[str, Any], message: str, param: str, drawn_card: ModelCard
+    fields: dict[str, Any], message: str, param: str, drawn_card: ImageCard
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse(drawn_card, **fields)
@@ -101,7 +101,7 @@ def test_refusal_names_the_nearest_valid_value(
 
 @pytest.mark.parametrize("guidance", [Guidance.DISTILLED, Guidance.NONE])
 def test_true_guidance_is_a_scale_of_its_own_where_guidance_scale_is_not_true(
-    guidance: Guidance, drawn_card: ModelCard
+    guidance: Guidance, drawn_card: ImageCard
 ) -> None:
     card = replace(drawn_card, guidance=guidance)
     (request,) = parse(card, guidance_scale=0.5, negative_prompt="", true_cfg_scale=2)
@@ -120,7 +120,7 @@ def test_true_guidance_is_a_scale_of_its_own_where_guidance_scale_is_not_true(
     ],
 )
 def test_negative_prompt_goes_with_guidance_scale_where_that_is_true(
-    fields: dict[str, Any], guidance_scale: float, negative_prompt: str | None, guided_card: ModelCard
+    fields: dict[str, Any], guidance_scale: float, negative_prompt: str | None, guided_card: ImageCard
 ) -> None:
     (request,) = parse(guided_card, **fields)
     assert (request.guidance_scale, request.negative_prompt) == (guidance_scale, negative_prompt)
@@ -142,7 +142,7 @@ def test_negative_prompt_goes_with_guidance_scale_where_that_is_true(
     ],
 )
 def test_refusal_where_guidance_scale_is_true_says_what_to_set(
-    fields: dict[str, Any], message: str, param: str, guided_card: ModelCard
+    fields: dict[str, Any], message: str, param: str, guided_card: ImageCard
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse(guided_card, **fields)
@@ -150,12 +150,12 @@ def test_refusal_where_guidance_scale_is_true_says_what_to_set(
     assert caught.value.param == param
 
 
-def test_negative_prompt_needs_the_default_guidance_to_be_on(guided_card: ModelCard) -> None:
+def test_negative_prompt_needs_the_default_guidance_to_be_on(guided_card: ImageCard) -> None:
     with pytest.raises(InvalidRequest, match="set guidance_scale above 1, not 1"):
         parse(replace(guided_card, default_guidance_scale=1.0), negative_prompt="blue")
 
 
-def test_preset_must_be_on_the_models_curve(drawn_card: ModelCard) -> None:
+def test_preset_must_be_on_the_models_curve(drawn_card: ImageCard) -> None:
     with pytest.raises(InvalidRequest, match="offers: exact"):
         parse(replace(drawn_card, curve=(EXACT,)), budget={"preset": "fast"})
 
@@ -173,7 +173,7 @@ def test_binary_answers_one_picture() -> None:
         parse_output(ImageBody.model_validate({"prompt": "a", "n": 2, "response_format": "binary"}))
 
 
-def test_quality_that_was_asked_for(drawn_card: ModelCard) -> None:
+def test_quality_that_was_asked_for(drawn_card: ImageCard) -> None:
     assert quality_of(QualityBudget(0.3), drawn_card) == 0.3
     assert quality_of(PresetBudget(Preset.FAST), drawn_card) == 0.8
     assert quality_of(ComputeBudget(0.3), drawn_card) is None
@@ -190,7 +190,7 @@ def test_nearest_size_is_valid_and_nothing_valid_is_nearer(pixels: int, sizes: S
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(width=st.integers(0, 99999), height=st.integers(0, 99999))
-def test_any_size_is_taken_or_refused_with_one_that_is_taken(width: int, height: int, drawn_card: ModelCard) -> None:
+def test_any_size_is_taken_or_refused_with_one_that_is_taken(width: int, height: int, drawn_card: ImageCard) -> None:
     size = (width, height)
     for _ in range(3):
         try:

@@ -4,8 +4,8 @@ from fastapi.testclient import TestClient
 def test_models_are_listed_with_their_curves(client: TestClient) -> None:
     listed = client.get("/v1/models").json()
     assert listed["object"] == "list"
-    assert [model["id"] for model in listed["data"]] == ["drawn", "guided"]
-    assert [model["guidance"] for model in listed["data"]] == ["distilled", "true"]
+    assert [model["id"] for model in listed["data"]] == ["drawn", "guided", "ball"]
+    assert [model["guidance"] for model in listed["data"]] == ["distilled", "true", "true"]
     model = listed["data"][0]
     assert model["object"] == "model"
     assert model["sizes"] == {"multiple_of": 16, "minimum": 32, "maximum": 1024}
@@ -22,3 +22,12 @@ def test_unknown_model_is_not_found(client: TestClient) -> None:
         assert response.status_code == 404
         assert response.json()["error"]["code"] == "model_not_found"
         assert f"'{model}'; loaded: drawn, guided" in response.json()["error"]["message"]
+
+
+def test_a_mesh_model_tells_its_resolutions_and_nothing_of_pictures(client: TestClient) -> None:
+    model = client.get("/v1/models/ball").json()
+    assert (model["modality"], model["quality_metric"]) == ("mesh", "volume_iou")
+    assert model["octree_resolutions"] == {"multiple_of": 8, "minimum": 16, "maximum": 64}
+    assert model["defaults"] == {"octree_resolution": 32, "num_inference_steps": 4, "guidance_scale": 3.5}
+    assert "sizes" not in model
+    assert "prompt_characters" not in model["limits"]

@@ -3,7 +3,7 @@ from collections.abc import Callable
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.request import GenerationRequest
+from models.request import ImageRequest
 from service.scheduling.batching import Candidate, next_group, shape_of
 
 candidates = st.lists(st.builds(Candidate, st.sampled_from("abc"), st.integers(0, 20)), min_size=1, max_size=12)
@@ -27,7 +27,7 @@ def test_nobody_starves(waiting: list[Candidate], max_batch_size: int) -> None:
     assert picked == set(range(len(waiting)))
 
 
-def test_shape_is_model_size_and_guidance(make_request: Callable[..., GenerationRequest]) -> None:
+def test_shape_is_model_size_and_guidance(make_request: Callable[..., ImageRequest]) -> None:
     assert shape_of(make_request(seed=1)) == shape_of(make_request(seed=2, prompt="other", num_inference_steps=9))
     for different in ({"width": 128}, {"model": "guided"}, {"true_cfg_scale": 2.0}):
         assert shape_of(make_request(**different)) != shape_of(make_request())

@@ -3,8 +3,8 @@ from dataclasses import replace
 
 import pytest
 
-from models.card import ModelCard
-from models.request import GenerationRequest, Preset, PresetBudget
+from models.card import ImageCard
+from models.request import ImageRequest, Preset, PresetBudget
 from service.scheduling.cost import predicted_seconds
 
 EXACT = PresetBudget(Preset.EXACT)
@@ -22,7 +22,7 @@ EXACT = PresetBudget(Preset.EXACT)
     ],
 )
 def test_cost_grows_with_steps_pixels_branches_and_budget(
-    fields: dict[str, object], seconds: float, make_request: Callable[..., GenerationRequest], drawn_card: ModelCard
+    fields: dict[str, object], seconds: float, make_request: Callable[..., ImageRequest], drawn_card: ImageCard
 ) -> None:
     assert predicted_seconds(make_request(**fields), drawn_card) == pytest.approx(seconds)
 
@@ -35,8 +35,8 @@ def test_cost_of_true_guidance_is_relative_to_the_default_guidance(
     default_guidance_scale: float,
     guidance_scale: float,
     seconds: float,
-    make_request: Callable[..., GenerationRequest],
-    guided_card: ModelCard,
+    make_request: Callable[..., ImageRequest],
+    guided_card: ImageCard,
 ) -> None:
     card = replace(guided_card, default_guidance_scale=default_guidance_scale)
     request = make_request(budget=EXACT, guidance_scale=guidance_scale)

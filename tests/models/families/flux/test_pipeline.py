@@ -13,12 +13,12 @@ from models.engine import Engine, load_engine
 from models.errors import InvalidRequest, WeightsError
 from models.families.flux import adapter
 from models.families.flux.pipeline import FluxFamily
-from models.request import GenerationRequest
+from models.request import ImageRequest
 from models.state import DenoiseState
 from models.weights import CheckpointTraits, MlpActivation
 
 MODEL = "tiny-flux"
-Ask = Callable[..., GenerationRequest]
+Ask = Callable[..., ImageRequest]
 Denoise = Callable[..., DenoiseState]
 
 
@@ -29,7 +29,7 @@ def test_exact_equals_the_stock_pipeline_of_a_model_without_guidance(
     stock = FluxPipeline.from_pretrained(tiny_schnell, dtype=torch.float32, local_files_only=True)
     stock.set_progress_bar_config(disable=True)
     request = ask(guidance_scale=0.0)
-    expected = stock_result(stock, request, engine.max_sequence_length(MODEL))
+    expected = stock_result(stock, request, engine)
     assert torch.equal(denoise(engine, request).latents, expected)
     card = engine.cards[MODEL]
     assert card.guidance is Guidance.NONE
@@ -46,7 +46,7 @@ def test_distilled_guidance_is_that_of_the_stock_pipeline(
     guidance_scale: float,
 ) -> None:
     request = ask(guidance_scale=guidance_scale)
-    expected = stock_result(stock, request, engine.max_sequence_length(MODEL))
+    expected = stock_result(stock, request, engine)
     latents = denoise(engine, request).latents
     assert torch.equal(latents, expected)
     assert not torch.allclose(latents, denoise(engine, ask()).latents, atol=1e-3)

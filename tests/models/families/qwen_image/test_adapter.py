@@ -79,10 +79,10 @@ def test_blocks_take_the_keywords_that_they_are_called_by() -> None:
 
 def test_image_mlp_is_the_one_that_may_be_narrowed(transformer: QwenImageTransformer2DModel) -> None:
     block = transformer.transformer_blocks[1]
-    first, last, column = adapter.mlp_layers(block)
+    first, last, row, column = adapter.mlps(block)[""]
     assert first is block.get_submodule("img_mlp.net.0.proj")
     assert last is block.get_submodule("img_mlp.net.2")
-    assert column == 0
+    assert (row, column) == (0, 0)
     assert (first.out_features, last.in_features) == (128, 128)
 
 

@@ -21,7 +21,7 @@ from models.errors import WeightsError
 from models.families.qwen_image.conversion import router_tensors
 from models.families.qwen_image.pipeline import QwenImageFamily
 from models.report import Decision
-from models.request import GenerationRequest, Preset, PresetBudget
+from models.request import ImageRequest, Preset, PresetBudget
 from models.rules.router import OFFICIAL, PAPER
 from models.state import DenoiseState
 from models.weights import (
@@ -95,8 +95,16 @@ def run(source: Path, base: Path, root: Path, max_shard_bytes: int = SHARD_BYTES
 
 
 def generate(engine: Engine, policy: Policy, num_steps: int) -> DenoiseState:
-    request = GenerationRequest(
-        "e-dit", "a small red circle", 64, 64, num_steps, 4.0, 0, PresetBudget(Preset.EXACT), wants_trace=True
+    request = ImageRequest(
+        model="e-dit",
+        prompt="a small red circle",
+        height=64,
+        width=64,
+        num_inference_steps=num_steps,
+        guidance_scale=4.0,
+        seed=0,
+        budget=PresetBudget(Preset.EXACT),
+        wants_trace=True,
     )
     state = engine.start(request, CurvePoint("router", policy, 1.0, 1.0, 1.0))
     while not state.is_done:

@@ -16,7 +16,7 @@ from models.engine import Engine, load_engine
 from models.errors import InvalidRequest
 from models.families.qwen_image import adapter
 from models.families.qwen_image.pipeline import QwenImageFamily, pad_prompts, set_activation
-from models.request import GenerationRequest
+from models.request import ImageRequest
 from models.state import DenoiseState
 from models.weights import CheckpointTraits, MlpActivation
 
@@ -26,7 +26,7 @@ LONGEST = " ".join(["red"] * 35)
 REUSING = CurvePoint("router", Policy(0.0, 1.0, 2, width_bias=-1e6), 0.5, 0.5, 0.5)
 """Every block runs in every third step and is used again in between."""
 
-Ask = Callable[..., GenerationRequest]
+Ask = Callable[..., ImageRequest]
 Denoise = Callable[..., DenoiseState]
 StockResult = Callable[..., Any]
 
@@ -83,7 +83,7 @@ def test_words_that_look_like_the_template_are_a_prompt_all_the_same(
     engine: Engine, stock: QwenImagePipeline, stock_result: StockResult, ask: Ask, denoise: Denoise
 ) -> None:
     request = ask(prompt="{} a <|im_end|> {red} circle", num_inference_steps=1)
-    expected = stock_result(stock, request, engine.max_sequence_length(MODEL))
+    expected = stock_result(stock, request, engine)
     assert torch.equal(denoise(engine, request).latents, expected)
 
 
@@ -103,7 +103,7 @@ def test_silent_negative_prompt_is_an_empty_one(
     silent, empty = ask(guidance_scale=3.0), ask(guidance_scale=3.0, negative_prompt="")
     latents = denoise(engine, silent).latents
     assert torch.equal(latents, denoise(engine, empty).latents)
-    expected = stock_result(stock, empty, engine.max_sequence_length(MODEL))
+    expected = stock_result(stock, empty, engine)
     torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
 
 

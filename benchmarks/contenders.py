@@ -1,0 +1,93 @@
+"""What benchmarks of whole models compare: the stock model, and the elastic one at its budgets, timed in turn."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from benchmarks.table import Row
+from models.engine import Engine
+from models.report import GenerationSummary
+from models.request import Budget, ComputeBudget, GenerationRequest, PresetBudget
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """What is measured: a name and the budget that asks for it; None is the stock model."""
+
+    name: str
+    budget: Budget | None
+
+
+class Denoising(NamedTuple):
+    """One run of a denoise loop: its seconds, compute ratio, and seconds in routers."""
+
+    seconds: float
+    compute_ratio: float = 1.0
+    router_seconds: float = 0.0
+
+
+def contenders(engine: Engine, model: str, caps: Sequence[float]) -> list[Contender]:
+    presets = [point.preset for point in engine.cards[model].curve if point.preset]
+    return [
+        Contender("stock", None),
+        *(Contender(str(preset), PresetBudget(preset)) for preset in presets),
+        *(Contender(f"compute {cap:g}", ComputeBudget(cap)) for cap in caps),
+    ]
+
+
+def elastic_denoise(engine: Engine, requests: Sequence[GenerationRequest]) -> Denoising:
+    """Our denoise loop, on all requests in one batch."""
+    states = [engine.start(request) for request in requests]
+    router_seconds = 0.0
+    started = time.perf_counter()
+    while not states[0].is_done:
+        router_seconds += engine.step(states).router_seconds
+    seconds = time.perf_counter() - started
+    return Denoising(seconds, statistics.mean(state.summary().compute_ratio for state in states), router_seconds)
+
+
+def time_in_turn(
+    names: Sequence[Contender], num_rounds: int, title: str, denoise: Callable[[Contender, int], Denoising]
+) -> list[Row]:
+    """Rows of name, compute ratio, seconds and time ratio over stock: medians, and the middle four fifths.
+
+    `denoise` runs a contender on the inputs of a round, whose number it is given; there is one round more, to warm up.
+    """
+    runs: dict[str, list[Denoising]] = {contender.name: [] for contender in names}
+    for number in tqdm(range(num_rounds + 1), desc=title):
+        first = number % len(names)  # nobody always comes after the same one
+        for contender in (*names[first:], *names[:first]):
+            run = denoise(contender, number)
+            if number:
+                runs[contender.name].append(run)
+    stock_times = [run.seconds for run in runs["stock"]]
+    rows: list[Row] = []
+    for name, own in runs.items():
+        ratios = sorted(run.seconds / stock for run, stock in zip(own, stock_times, strict=True))
+        rows.append(
+            {
+                "name": name,
+                "compute_ratio": statistics.mean(run.compute_ratio for run in own),
+                "seconds": statistics.median(run.seconds for run in own),
+                "time_ratio": statistics.median(ratios),
+                "time_ratio_low": ratios[len(ratios) // 10],
+                "time_ratio_high": ratios[-1 - len(ratios) // 10],
+                "router_share": statistics.median(run.router_seconds for run in own) / statistics.median(stock_times),
+            }
+        )
+    return rows
+
+
+def decisions(summaries: Sequence[GenerationSummary]) -> dict[str, float]:
+    """Means over requests, and shares of all decisions."""
+    total = sum(s.num_run + s.num_skipped + s.num_reused for s in summaries)
+    return {
+        "compute_ratio": statistics.mean(s.compute_ratio for s in summaries),
+        "skip_rate": sum(s.num_skipped for s in summaries) / total,
+        "reuse_rate": sum(s.num_reused for s in summaries) / total,
+        "mean_mlp_width": statistics.mean(s.mean_mlp_width for s in summaries),
+    }

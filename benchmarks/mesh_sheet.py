@@ -1,0 +1,70 @@
+"""A sheet of solids and the meshes that were made of their pictures."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from benchmarks.mesh_pictures import draw_mesh
+from models.mesh.surface import Mesh, extract_surface
+from models.mesh.volume import decode_coarse_to_fine
+from training.solids import Solid, SolidBatch
+
+_SIDE = 192
+_GAP = 12
+_LINE = 20
+_INK = (30, 30, 30)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One mesh, if there is one, and what is written under it."""
+
+    mesh: Mesh | None
+    figures: str
+
+
+def draw_sheet(
+    solids: Sequence[Solid], pictures: Sequence[Image.Image], columns: Mapping[str, Sequence[Cell]]
+) -> Image.Image:
+    """A row a solid: its picture, in RGBA, its true form, and a cell of each column under its heading."""
+    all_columns = {
+        "picture": [(_on_white(picture), "") for picture in pictures],
+        "true solid": [(draw_mesh(_mesh_of(solid), _SIDE), _name(solid)) for solid in solids],
+        **{heading: [(_drawn(cell.mesh), cell.figures) for cell in cells] for heading, cells in columns.items()},
+    }
+    row_height = _SIDE + 2 * _LINE + _GAP
+    top = _GAP + 2 * _LINE
+    sheet = Image.new("RGB", (_GAP + len(all_columns) * (_SIDE + _GAP), top + len(solids) * row_height), "white")
+    ink, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for number, (heading, cells) in enumerate(all_columns.items()):
+        left = _GAP + number * (_SIDE + _GAP)
+        ink.multiline_text((left, _GAP), heading, _INK, font)
+        for row, (picture, text) in enumerate(cells):
+            sheet.paste(picture, (left, top + row * row_height))
+            ink.multiline_text((left, top + row * row_height + _SIDE), text, _INK, font)
+    return sheet
+
+
+def _drawn(mesh: Mesh | None) -> Image.Image:
+    return draw_mesh(mesh, _SIDE) if mesh else Image.new("RGB", (_SIDE, _SIDE), "white")
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    sheet = Image.new("RGB", picture.size, "white")
+    sheet.paste(picture, mask=picture.getchannel("A"))
+    return sheet.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+
+
+def _name(solid: Solid) -> str:
+    first, *others = (part.kind for part in solid.parts)
+    return " ".join([first, *(f"{solid.operation} {kind}" for kind in others)])
+
+
+def _mesh_of(solid: Solid) -> Mesh:
+    batch = SolidBatch([solid])
+    grid_logits = decode_coarse_to_fine(
+        lambda points: batch.signed_distance(points[None])[0], 192, points_per_call=2**15, device=torch.device("cpu")
+    )
+    return extract_surface(grid_logits.numpy())

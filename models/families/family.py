@@ -1,0 +1,187 @@
+"""What all families share: elastic blocks around a loaded transformer, and requests in batches of rows."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.card import CurvePoint, Guidance, ModelCard
+from models.elastic.compute import BlockCost
+from models.elastic.runner import Row, Streams
+from models.errors import InvalidRequest
+from models.families.wrapping import Anatomy, elastic_blocks
+from models.mesh.cleanup import CleanMesh
+from models.request import GenerationRequest
+from models.rules import RULES
+from models.state import BranchInputs, DenoiseState
+from models.weights import CheckpointTraits, Manifest, RouterWeights
+
+
+class BranchStart(NamedTuple):
+    """One guidance branch at its start: its name in traces, its inputs, and what each block costs on its row.
+
+    `num_text_tokens` are real ones, None where texts are never padded. `has_context` is false where the blocks need not
+    look at the context, because they have a shortcut for an empty one.
+    """
+
+    name: str
+    inputs: BranchInputs
+    costs: Mapping[str, BlockCost]
+    num_text_tokens: int | None = None
+    has_context: bool = True
+
+
+class Family(ABC):
+    """One loaded model.
+
+    `blocks` are the elastic blocks in order; `routers`, if there are any, stand beside the model, whose state dict is
+    untouched. `quality_metric` names what `similarity` measures.
+    """
+
+    anatomy: Anatomy
+    quality_metric: ClassVar[str]
+
+    def __init__(self, model_id: str, transformer: Any, router_weights: RouterWeights | None) -> None:
+        self.model_id = model_id
+        self.transformer = transformer
+        self.routers = router_weights.stack if router_weights else None
+        self.blocks = elastic_blocks(transformer, self.anatomy, router_weights)
+        self._router_modulation: nn.Linear | None = router_weights.stack.fused_modulation() if router_weights else None
+
+    @classmethod
+    @abstractmethod
+    def load(
+        cls,
+        directory: Path,
+        device: str,
+        dtype: torch.dtype,
+        router_weights: RouterWeights | None,
+        traits: CheckpointTraits,
+        offload_text_encoders: bool,
+    ) -> Self:
+        """Load a model directory. Raises WeightsError if parts are missing or do not fit."""
+
+    @property
+    @abstractmethod
+    def guidance(self) -> Guidance: ...
+
+    @property
+    @abstractmethod
+    def default_num_inference_steps(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def default_guidance_scale(self) -> float: ...
+
+    @abstractmethod
+    def card(self, basics: ModelCard, manifest: Manifest) -> ModelCard:
+        """The model's card, from what all cards have and what the manifest says of defaults."""
+
+    @abstractmethod
+    def example_request(self, card: ModelCard) -> GenerationRequest:
+        """A request of the card's defaults, as dear as a client's, at the exact budget."""
+
+    @abstractmethod
+    def start(
+        self,
+        request: GenerationRequest,
+        curve: Sequence[CurvePoint],
+        point: CurvePoint,
+        compute_cap: float | None = None,
+    ) -> DenoiseState:
+        """Encode what the request shows or says and draw the noise. Raises InvalidRequest if it can't be read."""
+
+    @abstractmethod
+    def prologue(self, states: Sequence[DenoiseState]) -> Streams:
+        """The streams that enter the first block, one row a guidance branch of each state."""
+
+    @abstractmethod
+    def guide(self, request: GenerationRequest, velocities: Tensor) -> Tensor:
+        """One velocity `(1, tokens, channels)` from those of the branches `(branches, tokens, channels)`."""
+
+    @abstractmethod
+    def decode(self, state: DenoiseState) -> NDArray[np.uint8] | CleanMesh:
+        """Latents to pixels `(height, width, 3)` or to a mesh."""
+
+    @abstractmethod
+    def sketch(self, state: DenoiseState) -> NDArray[Any]:
+        """What `similarity` compares of a done state."""
+
+    @abstractmethod
+    def similarity(self, a: NDArray[Any], b: NDArray[Any]) -> float:
+        """How alike two sketches are, 1 being the same."""
+
+    def router_modulations(self, streams: Streams) -> tuple[Tensor, ...] | None:
+        """What each block's router takes from the time embedding of this step; None without routers."""
+        if self._router_modulation is None:
+            return None
+        return self._router_modulation(F.silu(streams.temb)).chunk(len(self.blocks), dim=1)
+
+    def epilogue(self, states: Sequence[DenoiseState], streams: Streams) -> list[Tensor]:
+        """Each state's velocity `(1, tokens, channels)`, guidance applied."""
+        velocities = self.anatomy.epilogue(self.transformer, streams).split([len(state.rows) for state in states])
+        return [v if len(v) == 1 else self.guide(state.request, v) for state, v in zip(states, velocities, strict=True)]
+
+    def _new_state(
+        self,
+        request: GenerationRequest,
+        curve: Sequence[CurvePoint],
+        point: CurvePoint,
+        compute_cap: float | None,
+        *,
+        shape: Hashable,
+        latents: Tensor,
+        sigmas: Tensor,
+        timesteps: Tensor,
+        branches: Sequence[BranchStart],
+    ) -> DenoiseState:
+        """A state before its first step; states of one `shape` can share steps.
+
+        Raises InvalidRequest if what no plan can leave out costs more than the cap.
+        """
+        rows = [
+            Row(
+                RULES[point.rule],
+                point.policy,
+                branch.name,
+                len(timesteps),
+                branch.costs,
+                branch.num_text_tokens,
+                branch.has_context,
+            )
+            for branch in branches
+        ]
+        dense_flops = sum(cost.dense for row in rows for cost in row.costs.values())
+        unavoidable = sum(cost.always for row in rows for cost in row.costs.values()) / dense_flops
+        if compute_cap is not None and compute_cap < unavoidable:
+            raise InvalidRequest(
+                f"compute_ratio {compute_cap} is not possible: a step of this model that skips every block costs "
+                f"{unavoidable:.4f}; try {math.ceil(100 * unavoidable) / 100}",
+                "budget.compute_ratio",
+            )
+        return DenoiseState(
+            request=request,
+            batch_key=(self.model_id, shape),
+            latents=latents,
+            sigmas=sigmas,
+            timesteps=timesteps,
+            rows=rows,
+            inputs=[branch.inputs for branch in branches],
+            curve=curve,
+            point=point,
+            dense_flops=dense_flops,
+            compute_cap=compute_cap,
+        )
+
+    def _latents_and_times(self, states: Sequence[DenoiseState]) -> tuple[Tensor, Tensor]:
+        """Latents `(rows, tokens, channels)` and float32 times `(rows,)`, as in `timesteps`, of all branches."""
+        latents = torch.cat([state.latents for state in states for _ in state.rows])
+        times = torch.cat([state.timesteps[state.step_index].expand(len(state.rows)) for state in states])
+        return latents, times.to(latents.device)

@@ -1,0 +1,239 @@
+"""Hunyuan3D: from a picture to a mesh. Loading, the picture's tokens, batches of rows, decoding."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from models.card import CurvePoint, Guidance, MeshCard, ModelCard, basics_of
+from models.diffusion.sampling import classifier_free_guidance
+from models.elastic.compute import BlockCost
+from models.elastic.runner import CALL_COSTS_TOKENS, Streams
+from models.errors import WeightsError
+from models.families.family import BranchStart, Family
+from models.families.hunyuan3d import plain_adapter, stream_adapter
+from models.families.hunyuan3d.checkpoint import Hunyuan3DCheckpoint, load_checkpoint
+from models.families.hunyuan3d.plain_dit import HunYuanDiTPlain
+from models.families.hunyuan3d.preparation import prepare_picture
+from models.families.hunyuan3d.shape_vae import Field
+from models.families.wrapping import Anatomy
+from models.mesh.cleanup import CleanMesh, clean
+from models.mesh.surface import BOUNDS, extract_surface
+from models.mesh.volume import decode_coarse_to_fine
+from models.request import GenerationRequest, MeshRequest, Preset, PresetBudget
+from models.state import BranchInputs, DenoiseState
+from models.weights import CheckpointTraits, Manifest, RouterWeights
+
+_CROSS_ATTENTION_SHARE = 0.15
+"""Of a block's time, where 1370 image tokens meet 4096 latents: 12.6 of 62.9 million weights, and its attention."""
+
+_NUM_SKETCH_POINTS = 32768
+_POINTS_PER_CALL_CPU = 2048
+"""With more, a call's numbers leave the caches (`ShapeVAE.field`)."""
+_OCTREE_STEP = 8
+"""Multiples of 8 can be halved as often as grids of up to 512 cells are, the coarsest having at least 64."""
+
+
+class Hunyuan3DFamily(Family):
+    """Versions 2.1 and 2.0. Guidance is true, with zeros for no picture, but in checkpoints distilled to need none."""
+
+    quality_metric: ClassVar[str] = "volume_iou"
+
+    def __init__(self, model_id: str, checkpoint: Hunyuan3DCheckpoint, router_weights: RouterWeights | None) -> None:
+        self.checkpoint = checkpoint
+        self._is_plain = isinstance(checkpoint.denoiser, HunYuanDiTPlain)
+        self._adapter: Any = plain_adapter if self._is_plain else stream_adapter
+        self.anatomy: Anatomy = self._adapter
+        super().__init__(model_id, checkpoint.denoiser, router_weights)
+
+    @classmethod
+    def load(
+        cls,
+        directory: Path,
+        device: str,
+        dtype: torch.dtype,
+        router_weights: RouterWeights | None,
+        traits: CheckpointTraits,
+        offload_text_encoders: bool,
+    ) -> Self:
+        if traits != CheckpointTraits():
+            raise WeightsError(f"{directory} is a Hunyuan3D model, of which there are none with {traits}")
+        if router_weights:
+            router_weights.stack.to(device, dtype)
+        checkpoint = load_checkpoint(
+            directory, device, dtype, conditioner_device="cpu" if offload_text_encoders else None
+        )
+        return cls(directory.name, checkpoint, router_weights)
+
+    @property
+    def guidance(self) -> Guidance:
+        return Guidance.DISTILLED if self.checkpoint.has_guidance_embedding else Guidance.TRUE
+
+    @property
+    def default_num_inference_steps(self) -> int:
+        """As the published pipelines have it; so is the guidance."""
+        return 5 if self.checkpoint.is_consistency_model else 50
+
+    @property
+    def default_guidance_scale(self) -> float:
+        return 5.0
+
+    def card(self, basics: ModelCard, manifest: Manifest) -> MeshCard:
+        return MeshCard(
+            **basics_of(basics),
+            default_octree_resolution=manifest.octree_resolution or 384,
+            min_octree_resolution=2 * _OCTREE_STEP,
+            max_octree_resolution=512,
+            octree_resolution_step=_OCTREE_STEP,
+        )
+
+    def example_request(self, card: ModelCard) -> MeshRequest:
+        """Its picture shows a disc."""
+        assert isinstance(card, MeshCard)
+        side = np.linspace(-1, 1, 64)
+        is_disc = np.hypot(side, side[:, None]) < 0.8
+        file = BytesIO()
+        Image.fromarray(np.where(is_disc[..., None], (128, 128, 128, 255), 0).astype(np.uint8)).save(file, "PNG")
+        return MeshRequest(
+            model=card.id,
+            num_inference_steps=card.default_num_inference_steps,
+            guidance_scale=card.default_guidance_scale,
+            seed=0,
+            budget=PresetBudget(Preset.EXACT),
+            input_image=file.getvalue(),
+            octree_resolution=card.default_octree_resolution,
+        )
+
+    @torch.inference_mode()
+    def start(
+        self,
+        request: GenerationRequest,
+        curve: Sequence[CurvePoint],
+        point: CurvePoint,
+        compute_cap: float | None = None,
+    ) -> DenoiseState:
+        """Raises InvalidRequest if the picture shows no object, or its background can't be removed as asked."""
+        assert isinstance(request, MeshRequest)
+        vae = self.checkpoint.vae
+        with Image.open(BytesIO(request.input_image)) as file:
+            picture = prepare_picture(file, self.checkpoint.picture, request.remove_background)
+        encoder = next(self.checkpoint.conditioner.parameters())
+        context = self.checkpoint.conditioner(picture.to(encoder.device)).to(self._parameter)
+        # Latents stay in float32 from step to step, whatever the denoiser's type.
+        noise = torch.randn((1, vae.num_latents, vae.embed_dim), generator=torch.Generator().manual_seed(request.seed))
+        sigmas = self.checkpoint.schedule(request.num_inference_steps)
+        # Steps of no length change nothing: the even schedule's last is one, so the model need not be asked.
+        lengths = sigmas.diff()
+        sigmas = torch.cat((sigmas[:-1][lengths > 0], sigmas[-1:]))
+        return self._new_state(
+            request,
+            curve,
+            point,
+            compute_cap,
+            shape=vae.num_latents,
+            latents=noise.to(self._parameter.device),
+            sigmas=sigmas,
+            timesteps=sigmas[:-1],
+            branches=self._branches(request, context),
+        )
+
+    def _branches(self, request: MeshRequest, context: Tensor) -> list[BranchStart]:
+        num_tokens = context.shape[1]
+        if self.guidance is Guidance.DISTILLED:
+            guidance = torch.full((1,), request.guidance_scale, device=context.device)
+            return [BranchStart("cond", BranchInputs(context, guidance=guidance), self.block_costs(num_tokens))]
+        branches = [BranchStart("cond", BranchInputs(context), self.block_costs(num_tokens))]
+        # At a scale of 1 what stands for no picture cancels out; below, unlike elsewhere, it does not.
+        if request.guidance_scale != 1:
+            # An empty context's attention is a constant. Rows that use that run in calls of their own, so it has to be
+            # worth a call: of two rows, it is with enough latents.
+            has_context = not (
+                self._is_plain and _CROSS_ATTENTION_SHARE * self.checkpoint.vae.num_latents > CALL_COSTS_TOKENS
+            )
+            costs = self.block_costs(num_tokens, has_context)
+            branches.append(
+                BranchStart("uncond", BranchInputs(torch.zeros_like(context)), costs, has_context=has_context)
+            )
+        return branches
+
+    def block_costs(self, num_image_tokens: int, has_context: bool = True) -> Mapping[str, BlockCost]:
+        """Floating-point operations of one row in every block."""
+        costs: Mapping[str, BlockCost] = self._adapter.block_costs(
+            self.transformer, self.checkpoint.vae.num_latents, num_image_tokens, has_context
+        )
+        return costs
+
+    def prologue(self, states: Sequence[DenoiseState]) -> Streams:
+        latents, times = self._latents_and_times(states)
+        inputs = [branch for state in states for branch in state.inputs]
+        context = torch.cat([branch.context for branch in inputs])
+        guidance = [branch.guidance for branch in inputs if branch.guidance is not None]
+        streams: Streams = self._adapter.prologue(
+            self.transformer,
+            latents.to(self._parameter.dtype),
+            times,
+            context,
+            *([torch.cat(guidance)] if guidance else []),
+        )
+        return streams
+
+    def guide(self, request: GenerationRequest, velocities: Tensor) -> Tensor:
+        return classifier_free_guidance(velocities[:1], velocities[1:], request.guidance_scale)
+
+    @torch.inference_mode()
+    def decode(self, state: DenoiseState) -> CleanMesh:
+        """Raises EmptySurface if the field is nowhere positive, or nowhere negative."""
+        request = state.request
+        assert isinstance(request, MeshRequest)
+        grid_logits = decode_coarse_to_fine(
+            self._field(state),
+            request.octree_resolution,
+            points_per_call=self._points_per_call,
+            device=self._parameter.device,
+        )
+        return clean(extract_surface(grid_logits.cpu().numpy()), request.target_faces)
+
+    @torch.inference_mode()
+    def sketch(self, state: DenoiseState) -> NDArray[np.bool_]:
+        """Whether each of many points, always the same, is inside."""
+        points = self._sketch_points.split(self._points_per_call)
+        field = self._field(state)
+        inside: NDArray[np.bool_] = torch.cat([field(part) > 0 for part in points]).cpu().numpy()
+        return inside
+
+    def similarity(self, a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
+        """Volume IoU; two shapes without volume are the same."""
+        union = int((a | b).sum())
+        return int((a & b).sum()) / union if union else 1.0
+
+    def _field(self, state: DenoiseState) -> Field:
+        vae = self.checkpoint.vae
+        return vae.field(state.latents / vae.scale_factor)
+
+    @cached_property
+    def _sketch_points(self) -> Tensor:
+        rng = torch.Generator().manual_seed(0)
+        points = (2 * torch.rand(_NUM_SKETCH_POINTS, 3, generator=rng) - 1) * BOUNDS
+        return points.to(self._parameter.device)
+
+    @property
+    def _parameter(self) -> Tensor:
+        """Any one, for its device and type."""
+        return next(self.transformer.parameters())
+
+    @property
+    def _points_per_call(self) -> int:
+        parameter = next(self.checkpoint.vae.parameters())
+        if parameter.device.type == "cpu":
+            return _POINTS_PER_CALL_CPU
+        free, _ = torch.cuda.mem_get_info(parameter.device)
+        # A point takes about ten times the width; a quarter of what is free leaves room for others' steps.
+        bytes_per_point = 10 * self.checkpoint.vae.post_kl.out_features * parameter.element_size()
+        return max(_POINTS_PER_CALL_CPU, free // 4 // bytes_per_point)

@@ -1,0 +1,66 @@
+"""From a field's values on a grid to the triangles of its surface. No torch: it can run beside the device thread."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from skimage.measure import marching_cubes
+
+from models.errors import EmptySurface
+
+BOUNDS = 1.01
+"""Half the side of the cube that grids fill, centred on the origin: where Hunyuan3D's shape VAE was trained."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mesh:
+    """Triangles, counter-clockwise seen from outside.
+
+    `vertices` is `(vertices, 3)` float32 x, y, z with y up, as the models are trained and glTF has it; `faces` is
+    `(faces, 3)` int32, rows of `vertices`.
+    """
+
+    vertices: NDArray[np.float32]
+    faces: NDArray[np.int32]
+
+
+def extract_surface(grid_logits: NDArray[np.float32], *, iso_level: float = 0.0, bounds: float = BOUNDS) -> Mesh:
+    """Where the field is `iso_level`, positive being inside: marching cubes (Lewiner et al. 2003, by scikit-image).
+
+    `grid_logits` is `(points,) * 3`, x first, and reaches from -`bounds` to `bounds`, both included; with R cells a
+    side the point i stands at `i / R * 2 * bounds - bounds`. (Hunyuan3D's own code divides by R + 1, and so shrinks and
+    shifts its meshes.) NaN is a point not evaluated, and cells with such a corner are left out. A solid that the border
+    of the grid cuts off is closed flat there.
+    Raises `EmptySurface` where all points lie on one side.
+    """
+    lowest, highest = float(np.nanmin(grid_logits)), float(np.nanmax(grid_logits))
+    if not lowest <= iso_level < highest:
+        raise EmptySurface(
+            f"no surface: the field lies in [{lowest:.4g}, {highest:.4g}] and never crosses {iso_level:g}"
+        )
+    num_cells = len(grid_logits) - 1
+    is_cut = any((end > iso_level).any() for dim in range(3) for end in np.take(grid_logits, [0, -1], axis=dim))
+    if is_cut:
+        # So far outside that the vertices beyond the border are as good as on it.
+        grid_logits = np.pad(grid_logits, 1, constant_values=iso_level - 1e6 * (highest - iso_level))
+    is_known = ~np.isnan(grid_logits)
+    positions, faces, _, _ = marching_cubes(
+        grid_logits,
+        iso_level,
+        # scikit-image's "descent" turns faces for axes in the order z, y, x.
+        gradient_direction="ascent",
+        mask=None if is_known.all() else _last_corners_of_complete_cells(is_known),
+    )
+    vertices = (positions.astype(np.float64) - int(is_cut)) * (2 * bounds / num_cells) - bounds
+    return Mesh(
+        vertices=vertices.clip(-bounds, bounds).astype(np.float32), faces=np.ascontiguousarray(faces, dtype=np.int32)
+    )
+
+
+def _last_corners_of_complete_cells(is_known: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The form of scikit-image's mask: it looks a cell up by its corner with the largest indices."""
+    complete = is_known[1:] & is_known[:-1]
+    complete = complete[:, 1:] & complete[:, :-1]
+    mask = np.zeros_like(is_known)
+    np.logical_and(complete[:, :, 1:], complete[:, :, :-1], out=mask[1:, 1:, 1:])
+    return mask

@@ -1,0 +1,167 @@
+"""Image to mesh."""
+
+import asyncio
+import base64
+import json
+import secrets
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+
+from models.artifact import MeshFormat
+from models.card import MeshCard
+from models.errors import InvalidRequest
+from service.api.dependencies import SettingsOfApp, WorkerOfApp
+from service.api.errors import error_responses
+from service.api.generation import (
+    GenerationRoute,
+    binary_response,
+    card_of,
+    client_has_gone,
+    file_bodies,
+    job_of,
+    media_type_of,
+    outcome_of,
+    refuse_promises,
+)
+from service.api.input_image import checked_picture, decode_base64_picture
+from service.api.parsing import RANDOM_SEEDS, parse_mesh_output, parse_mesh_request
+from service.api.responses import MeshResponse
+from service.api.schemas import MeshBody, ResponseFormat
+from service.api.views import job_receipt_body
+from service.errors import UnsupportedMediaType
+
+_FORM = "multipart/form-data"
+_TEXTS = ("model", "output_format", "response_format", "priority")
+"""Fields of a form that are taken as they are; the others are JSON, as in `budget={"preset": "fast"}`."""
+
+
+class MeshRoute(GenerationRoute):
+    """A form is another way to write the same body, with the picture as a file."""
+
+    async def as_json(self, request: Request) -> Request:
+        match media_type_of(request):
+            case "application/json":
+                return request
+            case "multipart/form-data":
+                return await _form_as_json(request)
+            case media_type:
+                raise UnsupportedMediaType(f"the body is '{media_type}'; send it as application/json or {_FORM}")
+
+
+router = APIRouter(tags=["meshes"], route_class=MeshRoute)
+
+_FORM_SCHEMA = {
+    "type": "object",
+    "required": ["input_image"],
+    "properties": {"input_image": {"type": "string", "format": "binary", "description": "The picture's file."}},
+    "additionalProperties": {
+        "type": "string",
+        "description": f"The JSON body's other fields: {', '.join(_TEXTS)} as they are, the rest as JSON.",
+    },
+}
+
+
+@router.post(
+    "/v1/meshes",
+    summary="Make a mesh from a picture",
+    operation_id="create_mesh",
+    response_model=MeshResponse,
+    responses={
+        200: {
+            "description": "The mesh; with response_format binary its file, `X-Job-ID`, `X-Seed` and the receipt as "
+            "JSON in `X-Receipt`.",
+            "content": {
+                mesh_format.content_type: {"schema": {"type": "string", "format": "binary"}}
+                for mesh_format in MeshFormat
+            },
+        },
+        **error_responses(400, 404, 413, 415, 422, 500, 503),
+    },
+    openapi_extra={"requestBody": {"content": {_FORM: {"schema": _FORM_SCHEMA}}}},
+)
+async def create_mesh(body: MeshBody, request: Request, worker: WorkerOfApp, settings: SettingsOfApp) -> Response:
+    """The call waits for the result. A client that hangs up cancels its job."""
+    refuse_promises(request)
+    worker.check_accepting()
+    card = card_of(body.model, worker, MeshCard)
+    request.state.model = card.id
+    file = decode_base64_picture(body.input_image)
+    check = partial(checked_picture, file, max_pixels=settings.max_image_pixels)
+    picture = await asyncio.get_running_loop().run_in_executor(request.app.state.picture_checks, check)
+    made = parse_mesh_request(
+        body,
+        card,
+        picture,
+        default_budget=settings.default_budget.to_budget(),
+        random_seed=secrets.randbelow(RANDOM_SEEDS),
+    )
+    job = job_of((made,), parse_mesh_output(body), body, card, request.state.request_id)
+    outcome = await outcome_of(job, request, worker, settings)
+    if outcome is None:
+        return client_has_gone()
+    if body.response_format is ResponseFormat.BINARY:
+        return binary_response(outcome)
+    job = outcome.job
+    answer = MeshResponse(
+        created=int(job.created_at),
+        id=job.id,
+        model=job.model,
+        data=file_bodies(outcome, body.response_format, request, settings),
+        octree_resolution=made.octree_resolution,
+        output_format=job.output.format,
+        receipt=job_receipt_body(job.receipts),
+    )
+    return JSONResponse(answer.model_dump(mode="json", exclude_unset=True))
+
+
+async def _form_as_json(request: Request) -> Request:
+    """The request with its form as a JSON body. Raises InvalidRequest for parts that no field can be made of."""
+    try:
+        async with request.form(max_files=1, max_fields=32) as form:
+            fields = await _fields_of(form)
+    except HTTPException as error:
+        if error.status_code != 400:
+            raise
+        raise InvalidRequest(f"the form can't be read: {error.detail}", "") from error
+    body = json.dumps(fields).encode()
+    headers = [
+        (name, value) for name, value in request.scope["headers"] if name not in (b"content-type", b"content-length")
+    ]
+    scope = {**request.scope, "headers": [*headers, (b"content-type", b"application/json")]}
+    rest = request.receive
+    messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def receive() -> Any:
+        for message in messages:
+            return message
+        return await rest()
+
+    return Request(scope, receive)
+
+
+async def _fields_of(form: FormData) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in form.multi_items():
+        if name in fields:
+            raise InvalidRequest(f"{name} is given more than once; give it once", name)
+        if isinstance(value, UploadFile):
+            if name != "input_image":
+                raise InvalidRequest(f"{name} is a file; only input_image can be one", name)
+            fields[name] = base64.b64encode(await value.read()).decode("ascii")
+        elif name == "input_image":
+            raise InvalidRequest("input_image is a text; send it as a file, with a filename", name)
+        else:
+            fields[name] = value if name in _TEXTS else _json_or_text(value)
+    return fields
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value  # such as auto; what can't be text is refused with the other fields' faults

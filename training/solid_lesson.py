@@ -1,0 +1,93 @@
+"""Encoded solids with their pictures' tokens: what the shape model is taught."""
+
+from pathlib import Path
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from models.families.hunyuan3d.conditioner import SingleImageEncoder
+from models.families.hunyuan3d.shape_vae import ShapeVAE
+from training.picture_encoder import turn_pictures, turn_points
+from training.prepared_pictures import training_pictures
+from training.shape_vae import NUM_DATA_POINTS, encode
+from training.surfaces import SurfacePool
+from training.text import Text
+
+NUM_SOLIDS = 12_288
+NUM_WAYS = 5
+"""How often a solid occurs, turned or mirrored at random and seen with other points."""
+_EMPTY_SHARE = 0.1  # of the samples have no picture
+_BATCH = 64
+
+
+class SolidLesson:
+    """Row i is one encoding of solid `i % len(pictures)`, turned `ways[i]`; see `training.picture_encoder`.
+
+    `pictures` are `(solids, 3, side, side)` uint8. The conditioner goes on learning unless `is_frozen`.
+    """
+
+    head: nn.Module | None = None
+
+    def __init__(
+        self, latents: Tensor, ways: Tensor, pictures: Tensor, conditioner: SingleImageEncoder, *, is_frozen: bool
+    ) -> None:
+        self.latents = latents
+        self.encoder: nn.Module | None = None if is_frozen else conditioner
+        self._ways = ways
+        self._pictures = pictures
+        self._conditioner = conditioner
+        # Nothing to see is zeros, by the family's convention.
+        self.no_condition = Text(torch.zeros_like(self.full_conditions([0]).embeds), None, None)
+
+    def noise(self, clean: Tensor, generator: torch.Generator) -> Tensor:
+        """Noise whose tokens are given to those of `clean` that are nearest.
+
+        A shape's tokens have no order, so any is as good, and from near ones paths hardly cross (Klein et al. 2023,
+        "Equivariant flow matching", https://arxiv.org/abs/2306.15030). All tokens together are still normal noise.
+        """
+        noise = torch.randn(clean.shape, generator=generator)
+        distances = torch.cdist(clean, noise).square().numpy()
+        nearest = [torch.from_numpy(linear_sum_assignment(matrix)[1]) for matrix in distances]
+        return torch.stack([sample[order] for sample, order in zip(noise, nearest, strict=True)])
+
+    def conditions(self, rows: list[int], generator: torch.Generator) -> tuple[Text, Tensor]:
+        told = torch.rand(len(rows), generator=generator) >= _EMPTY_SHARE
+        return Text(self._tokens(rows) * told[:, None, None], None, None), told
+
+    @torch.no_grad()
+    def full_conditions(self, rows: list[int]) -> Text:
+        return Text(self._tokens(rows), None, None)
+
+    def _tokens(self, rows: list[int]) -> Tensor:
+        pictures = self._pictures[[row % len(self._pictures) for row in rows]]
+        return self._conditioner(turn_pictures(pictures, self._ways[rows]) / 127.5 - 1).float()
+
+    def auxiliary_loss(self, output: Tensor, rows: list[int], told: Tensor) -> Tensor:
+        raise AssertionError("there is no head whose output could be judged")
+
+
+@torch.no_grad()
+def encode_solids(vae: ShapeVAE, run_dir: Path) -> None:
+    """Write the lesson's latents `(samples, tokens, channels)`, in 16 bits, and how each sample is turned."""
+    path = run_dir / "latents.pt"
+    if path.exists():
+        return
+    pool = SurfacePool(run_dir / "solids", NUM_SOLIDS)
+    latents, ways = [], []
+    for first in tqdm(range(0, NUM_WAYS * NUM_SOLIDS, _BATCH), desc="encoding"):
+        rng = torch.Generator().manual_seed(first)
+        surface = pool.surface(torch.arange(first, first + _BATCH) % NUM_SOLIDS, NUM_DATA_POINTS, rng)
+        ways.append(torch.randint(8, (_BATCH,), generator=rng))
+        turned = [turn_points(part, ways[-1]) for part in surface.split(3, dim=-1)]
+        with torch.autocast("cpu", torch.bfloat16):
+            latents.append(encode(vae, torch.cat(turned, dim=-1)).half())
+    torch.save(torch.cat(ways), run_dir / "ways.pt")
+    torch.save(torch.cat(latents), path)
+
+
+def read_lesson(run_dir: Path, conditioner: SingleImageEncoder, *, is_frozen: bool) -> SolidLesson:
+    latents, ways = (torch.load(run_dir / name, weights_only=True, mmap=True) for name in ("latents.pt", "ways.pt"))
+    pictures = training_pictures(run_dir / "solids", NUM_SOLIDS)
+    return SolidLesson(latents, ways, pictures, conditioner, is_frozen=is_frozen)
