@@ -14,7 +14,7 @@ help: ## list these commands
 
 setup: $(INSTALLED) ## install into .venv; instant when nothing changed
 
-demo: setup ## start a server, draw prompts at every budget with both models, write demo/contact_sheet.png
+demo: setup ## start a server, draw prompts and make meshes at every budget, write demo/contact_sheet.png
 	$(BIN)/python -m service.demo --out demo $(ARGS)
 
 serve: setup ## serve on 127.0.0.1:8000
@@ -35,6 +35,7 @@ bench: setup ## time dense, exact and every preset, with their quality: ARGS="--
 train: setup ## train the small models again, resuming where they stopped
 	$(BIN)/python -m training.tiny_flux $(ARGS)
 	$(BIN)/python -m training.tiny_qwen_image $(ARGS)
+	$(BIN)/python -m training.tiny_hunyuan3d $(ARGS)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or newer, or name one: make PYTHON=python3.12"; exit 1; }

@@ -36,8 +36,8 @@ def serve(
     models: Annotated[
         str | None,
         typer.Option(
-            help="Model directories, separated by commas; the first is the default model.  "
-            "[default: checkpoints/tiny-flux,checkpoints/tiny-qwen-image]"
+            help="Model directories, separated by commas; the first of each kind is the default one.  "
+            "[default: checkpoints/tiny-flux,checkpoints/tiny-qwen-image,checkpoints/tiny-hunyuan3d]"
         ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.  [default: cpu]")] = None,
@@ -114,7 +114,7 @@ def generate(
 
 @app.command()
 def mesh(
-    image: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="The picture of one object.")],
+    image: Annotated[Path, typer.Option(help="The picture of one object.")],
     model: Annotated[str, typer.Option(help="A model directory, or its name in checkpoints/.")] = "tiny-hunyuan3d",
     seed: Annotated[int | None, typer.Option(help="Random by default.")] = None,
     budget: Annotated[str | None, typer.Option(help="A preset, or quality=0.9, or compute_ratio=0.5.")] = None,
@@ -158,12 +158,8 @@ def _write(out: Path, data: bytes, receipt: Path | None, done: ReceiptBody) -> N
 
 @app.command()
 def calibrate(
-    prompts: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="For an image model: a text file, a prompt a line.")
-    ] = None,
-    pictures: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="For a mesh model: a folder of pictures.")
-    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="For an image model: a text file, a prompt a line.")] = None,
+    pictures: Annotated[Path | None, typer.Option(help="For a mesh model: a folder of pictures.")] = None,
     model: Annotated[str, typer.Option(help="A model directory, or its name in checkpoints/.")] = "tiny-flux",
     rule: Annotated[str, typer.Option(help="router, or residual_cache, which needs no trained weights.")] = "router",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.  [default: cpu]")] = None,

@@ -29,9 +29,14 @@ class Settings(BaseSettings):
         default=None, description="What clients call this server, for links; by default what their request says."
     )
     models: Annotated[tuple[Path, ...], NoDecode] = Field(
-        default=(Path("checkpoints/tiny-flux"), Path("checkpoints/tiny-qwen-image")),
+        default=(
+            Path("checkpoints/tiny-flux"),
+            Path("checkpoints/tiny-qwen-image"),
+            Path("checkpoints/tiny-hunyuan3d"),
+        ),
         min_length=1,
-        description="Model directories, separated by commas in the environment. The first is the default model.",
+        description="Model directories, separated by commas in the environment. The first image model and the first "
+        "mesh model are the default ones.",
     )
     router_weights: Path = Field(default=Path("router_weights"), description="The folder of routers and calibrations.")
     device: str = Field(default="cpu", description="Where the models run, in torch's words: cpu, cuda, cuda:1.")

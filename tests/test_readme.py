@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import typer
 
 from service import cli
 from service.api.budget import BudgetBody
-from service.api.schemas import ImageBody
+from service.api.routes_meshes import TEXTS
+from service.api.schemas import ImageBody, MeshBody
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -57,7 +59,14 @@ def test_every_command_line_is_understood(line: str) -> None:
 @pytest.mark.parametrize("line", [line for line in code_lines(README) if line.startswith("curl ")])
 def test_every_curl_sends_a_valid_body(line: str) -> None:
     words = shlex.split(line)
-    ImageBody.model_validate_json(words[words.index("-d") + 1])
+    if "-d" in words:
+        ImageBody.model_validate_json(words[words.index("-d") + 1])
+        return
+    parts = [word.split("=", 1) for flag, word in pairwise(words) if flag == "-F"]
+    fields = {name: value if name in TEXTS else json.loads(value) for name, value in parts if name != "input_image"}
+    picture = dict(parts)["input_image"]
+    assert (ROOT / picture.removeprefix("@")).is_file()
+    MeshBody.model_validate({"input_image": picture, **fields})
 
 
 def test_every_form_of_budget_is_one() -> None:

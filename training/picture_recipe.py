@@ -45,6 +45,7 @@ class PictureParts(Protocol):
 class PictureRecipe:
     """A `training.stages.Recipe` of a picture model's parts."""
 
+    router_steps = 400
     transformer_file = "transformer/diffusion_pytorch_model.safetensors"
 
     def __init__(self, parts: PictureParts) -> None:

@@ -23,7 +23,6 @@ from training.base import average_gradients, run_all
 from training.lesson import Lesson
 from training.loop import run_loop, warm_then_linear
 
-NUM_STEPS = 400
 BATCH_SIZE = 32  # a process
 HIDDEN = 32
 MAX_WIDTH_BIAS = 4.0

@@ -35,6 +35,7 @@ class Recipe(Protocol):
 
     name: str
     base_steps: int
+    router_steps: int
     defaults: Mapping[str, float]
     transformer_file: str
 
@@ -107,7 +108,7 @@ def _train_routers(recipe: Recipe, rank: int) -> None:
         recipe.lesson(run_dir, backbone, checkpoint),
         rank=rank,
         num_processes=NUM_PROCESSES,
-        num_steps=routers.NUM_STEPS,
+        num_steps=recipe.router_steps,
     )
     if rank == 0:
         save_router_weights(weights, router_weights)
@@ -123,7 +124,7 @@ def describe_routers(recipe: Recipe, folder: Path) -> None:
         "base": str(checkpoint),
         "training_command": f"python -m training.{recipe.name.replace('-', '_')} --stage routers",
         "seed": routers.SEED,
-        "num_steps": routers.NUM_STEPS,
+        "num_steps": recipe.router_steps,
         "defaults": dict(recipe.defaults),
     }
     write_manifest(folder, checkpoint, recipe.transformer_file, manifest)

@@ -36,7 +36,7 @@ from service.api.views import job_receipt_body
 from service.errors import UnsupportedMediaType
 
 _FORM = "multipart/form-data"
-_TEXTS = ("model", "output_format", "response_format", "priority")
+TEXTS = ("model", "output_format", "response_format", "priority")
 """Fields of a form that are taken as they are; the others are JSON, as in `budget={"preset": "fast"}`."""
 
 
@@ -61,7 +61,7 @@ _FORM_SCHEMA = {
     "properties": {"input_image": {"type": "string", "format": "binary", "description": "The picture's file."}},
     "additionalProperties": {
         "type": "string",
-        "description": f"The JSON body's other fields: {', '.join(_TEXTS)} as they are, the rest as JSON.",
+        "description": f"The JSON body's other fields: {', '.join(TEXTS)} as they are, the rest as JSON.",
     },
 }
 
@@ -156,7 +156,7 @@ async def _fields_of(form: FormData) -> dict[str, Any]:
         elif name == "input_image":
             raise InvalidRequest("input_image is a text; send it as a file, with a filename", name)
         else:
-            fields[name] = value if name in _TEXTS else _json_or_text(value)
+            fields[name] = value if name in TEXTS else _json_or_text(value)
     return fields
 
 

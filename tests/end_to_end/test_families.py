@@ -38,6 +38,7 @@ def test_both_families_are_listed_with_their_guidance(server: str) -> None:
     assert [(m["id"], m["family"], m["guidance"]) for m in models] == [
         (FLUX, "flux", "distilled"),
         (QWEN, "qwen_image", "true"),
+        ("tiny-hunyuan3d", "hunyuan3d", "true"),
     ]
 
 

@@ -50,7 +50,8 @@ def test_mistakes_are_not_passed_over(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_default_models_are_one_of_each_family_flux_first() -> None:
-    assert Settings().models == (Path("checkpoints/tiny-flux"), Path("checkpoints/tiny-qwen-image"))
+    names = ("tiny-flux", "tiny-qwen-image", "tiny-hunyuan3d")
+    assert Settings().models == tuple(Path("checkpoints") / name for name in names)
 
 
 def test_every_setting_is_documented() -> None:
