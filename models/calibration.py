@@ -25,9 +25,9 @@ _NUM_TIMED = 5
 def settings_of(rule: str, published: Sequence[Policy] = ()) -> list[Policy]:
     """Policies to try; for `router` the `published` ones too, with a range of thresholds each."""
     if rule == "router":
-        thresholds = (0.02, 0.05, 0.15, 0.25, 0.4, 0.55, 0.7)
+        thresholds = (0.05, 0.15, 0.25, 0.4, 0.6)
         # MLPs wider than routers say where re-use saves the more, and as they say.
-        groups = [(reuses, -4.0, (0.4, 0.6, 0.8)) for reuses in (1, 2, 3)] + [(3, 0.0, (0.25, 0.4))]
+        groups = ((1, -4.0, (0.6,)), (2, -4.0, (0.6,)), (3, -4.0, (0.4, 0.8)), (3, 0.0, (0.25, 0.4)))
         ours = [
             Policy(skip_threshold=threshold, reuse_band=band, max_reuses=max_reuses, width_bias=width_bias)
             for max_reuses, width_bias, bands in groups

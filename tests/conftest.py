@@ -41,6 +41,17 @@ def _saved(picture: Image.Image, file_format: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
+def _segment(marker: int, data: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(data) + 2) + data
+
+
+def _exif_bomb(num_entries: int, size_bytes: int) -> bytes:
+    """As many tags, each of which claims the same `size_bytes`."""
+    entries = b"".join(struct.pack("<HHII", 0x1000 + index, 1, size_bytes, 8) for index in range(num_entries))
+    directory = b"II*\0" + struct.pack("<IH", 8, num_entries) + entries + bytes(4)
+    return directory.ljust(size_bytes + 8, b"\0")
+
+
 def _webp_canvas(width: int, height: int) -> bytes:
     """A small picture on a canvas that is said to be large."""
     inner = _saved(Image.new("RGB", (16, 16)), "WEBP", lossless=True)[12:]
@@ -60,6 +71,10 @@ def _crafted() -> dict[str, bytes]:
     progressive = _saved(rgb, "JPEG", progressive=True)
     last_scan = progressive.rindex(b"\xff\xda")
     zeros = zlib.compress(bytes(50_000_000))
+    jpeg = _saved(rgb, "JPEG")
+    # Turned, and with a text that is a fraction: Pillow can read it, and fails to write it again.
+    tags = struct.pack("<HHHIIHHIII", 2, 0x10F, 5, 1, 38, 0x112, 3, 1, 6, 0)
+    text_as_fraction = b"II*\0" + struct.pack("<I", 8) + tags + struct.pack("<II", 72, 1)
     return {
         "palette with alpha": _saved(rgb.convert("P"), "PNG", transparency=0),
         "16-bit grey": _saved(Image.fromarray(rng.integers(0, 65535, (32, 32)).astype(np.uint16)), "PNG"),
@@ -86,6 +101,16 @@ def _crafted() -> dict[str, bytes]:
         "text bomb": _png(32, 32, rows=black, extra=_chunk(b"zTXt", b"x\0\0" + zeros)),
         "pixel bomb": _png(32, 32, rows=bytes(50_000_000)),
         "scan bomb": progressive[:-2] + progressive[last_scan:-2] * 500,
+        "many segments": jpeg[:2] + _segment(0xE5, b"") * 500_000 + jpeg[2:],
+        "exif in pieces": jpeg[:2] + _segment(0xE1, b"Exif\0\0" + bytes(6)) * 100_000 + jpeg[2:],
+        "fill bytes": jpeg[:2] + b"\xff" * 3_000_000 + jpeg[2:],
+        "unknown segments": jpeg[:2] + _segment(0xF0, bytes(60_000)) * 100 + jpeg[2:],
+        "many chunks": _png(32, 32, rows=black, extra=_chunk(b"prVt", b"") * 200_000),
+        "many pieces of pixels": _png(32, 32, rows=black, extra=_chunk(b"IDAT", b"") * 200_000),
+        "palette before size": _png(32, 32)[:8] + _chunk(b"PLTE", bytes(12)) + _png(32, 32, 4, 0)[8:],
+        "exif bomb": _png(32, 32, rows=black, extra=_chunk(b"eXIf", _exif_bomb(300, 1_000_000))),
+        "index bomb": jpeg[:2] + _segment(0xE2, b"MPF\0" + _exif_bomb(4000, 60_000)) + jpeg[2:],
+        "exif that can't be written": _saved(rgb, "JPEG", exif=b"Exif\0\0" + text_as_fraction),
         "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
         "html": b"<html>",
         "header alone": b"\x89PNG\r\n\x1a\n",

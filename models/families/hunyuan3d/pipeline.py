@@ -34,7 +34,7 @@ from models.weights import CheckpointTraits, Manifest, RouterWeights
 _CROSS_ATTENTION_SHARE = 0.15
 """Of a block's time, where 1370 image tokens meet 4096 latents: 12.6 of 62.9 million weights, and its attention."""
 
-_NUM_SKETCH_POINTS = 32768
+_NUM_SKETCH_POINTS = 8192
 _POINTS_PER_CALL_CPU = 2048
 """With more, a call's numbers leave the caches (`ShapeVAE.field`)."""
 _OCTREE_STEP = 8

@@ -1,6 +1,11 @@
 import base64
 import resource
+import struct
+import subprocess
+import sys
+import zlib
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,11 +64,45 @@ def test_hostile_pictures_are_refused_or_become_plain_ones(hostile_pictures: dic
         ("jpeg cut off", "damaged"),
         ("webp cut off", "damaged"),
         ("scan bomb", "scans"),
+        ("many segments", "more than 500 segments"),
+        ("exif in pieces", "more than 500 segments"),
+        ("fill bytes", "more than 500 segments"),
+        ("unknown segments", "bytes before its pixels; 262144 at most"),
+        ("many chunks", "more than [0-9]+ chunks"),
+        ("many pieces of pixels", "more than [0-9]+ chunks"),
+        ("palette before size", "begin with its size"),
     ],
 )
 def test_refusals_say_what_is_wrong(hostile_pictures: dict[str, bytes], name: str, says: str) -> None:
     with pytest.raises(InvalidImage, match=says):
         checked_picture(hostile_pictures[name], max_pixels=MAX_PIXELS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["text bomb", "profile bomb", "exif bomb", "index bomb", "exif that can't be written", "phone's two pictures"],
+)
+def test_what_is_no_pixel_is_not_even_read(hostile_pictures: dict[str, bytes], name: str) -> None:
+    assert opened(hostile_pictures[name]).size in ((32, 32), (48, 64), (64, 48))
+
+
+@pytest.mark.parametrize(
+    ("file_format", "options"),
+    [("PNG", {"compress_level": 1}), ("JPEG", {"exif": True}), ("WEBP", {"quality": 1, "method": 0})],
+)
+def test_largest_picture_takes_a_few_times_its_pixels(file_format: str, options: dict[str, Any]) -> None:
+    """In a process of its own: the peak of this one may be higher already."""
+    if "exif" in options:
+        options["exif"] = Image.Exif()
+        options["exif"][0x112] = 6
+    data = saved(Image.new("RGB", (4000, 4000), (9, 99, 200)), file_format, **options)
+    script = (
+        "import resource, sys; from service.api.input_image import checked_picture; data = sys.stdin.buffer.read();"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024; before = peak();"
+        "checked_picture(data, max_pixels=16_000_000); print(peak() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], input=data, capture_output=True, check=True)
+    assert int(done.stdout) < 3.5 * 4 * 16_000_000
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -111,6 +150,37 @@ def test_transparency_of_a_palette_is_kept() -> None:
     picture = opened(saved(palette, transparency=0))
     assert picture.getpixel((2, 2))[3] == 0  # type: ignore[index]  # RGBA
     assert picture.getpixel((5, 5)) == (200, 10, 20, 255)
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "row", "key", "expected"),
+    [
+        (4, 0, b"\x5a" * 8, (5,), [(85, 85, 85, 0), (170, 170, 170, 255)]),
+        (2, 0, b"\x66" * 4, (2,), [(85, 85, 85, 255), (170, 170, 170, 0)]),
+        (16, 0, b"\x12\x34\x80\x40" * 8, (0x1234,), [(18, 18, 18, 0), (128, 128, 128, 255)]),
+        (16, 2, b"\x12\x34" * 3 + b"\x80\x40" * 45, (0x1234,) * 3, [(18, 18, 18, 0), (128, 128, 128, 255)]),
+    ],
+    ids=["4-bit grey", "2-bit grey", "16-bit grey", "16-bit colour"],
+)
+def test_transparent_colour_is_found_at_every_depth(
+    depth: int, colour: int, row: bytes, key: tuple[int, ...], expected: list[tuple[int, ...]]
+) -> None:
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 16, 16, depth, colour, 0, 0, 0)),
+        (b"tRNS", struct.pack(f">{len(key)}H", *key)),
+        (b"IDAT", zlib.compress((b"\0" + row) * 16)),
+        (b"IEND", b""),
+    ]
+    file = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    picture = opened(file)
+    assert [picture.getpixel((x, 3)) for x in (0, 1)] == expected
+
+
+def test_inks_become_colours() -> None:
+    red = opened(saved(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100))
+    assert np.abs(np.asarray(red, dtype=int) - (255, 0, 0)).max() <= 4
 
 
 def test_large_pictures_are_made_smaller_in_proportion() -> None:
