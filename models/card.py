@@ -109,7 +109,7 @@ class ImageCard(ModelCard):
 class MeshCard(ModelCard):
     """A model that makes meshes from pictures; an octree resolution counts cells of the field's grid along a side.
 
-    Resolutions are multiples of `octree_resolution_step`: so every halving on the way to the coarsest grid is exact.
+    Resolutions are multiples of `octree_resolution_step`.
     """
 
     modality: ClassVar[str] = "mesh"

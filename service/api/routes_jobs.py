@@ -24,6 +24,9 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 )
 async def show_job(job_id: str, request: Request, worker: WorkerOfApp, settings: SettingsOfApp) -> JobBody:
     job = worker.store.get(job_id)
+    num_inference_steps = job.requests[0].num_inference_steps
+    # Steps of no length, with which some schedules end, are counted when all is done.
+    is_done = job.status is JobStatus.SUCCEEDED
     return JobBody(
         id=job.id,
         object="job",
@@ -31,13 +34,14 @@ async def show_job(job_id: str, request: Request, worker: WorkerOfApp, settings:
         model=job.model,
         created=int(job.created_at),
         progress=ProgressBody(
-            step=job.steps_done // len(job.requests), num_inference_steps=job.requests[0].num_inference_steps
+            step=num_inference_steps if is_done else job.steps_done // len(job.requests),
+            num_inference_steps=num_inference_steps,
         ),
         receipt=job_receipt_body(job.receipts) if job.receipts else None,
         error=status_and_error(error_of(job.failure))[1] if job.failure else None,
         links=LinksBody(
             self=f"{_base_url(request, settings)}/v1/jobs/{job.id}",
-            content=content_urls(job, request, settings) if job.status is JobStatus.SUCCEEDED else [],
+            content=content_urls(job, request, settings) if is_done else [],
         ),
     )
 

@@ -100,7 +100,8 @@ class DrawnState:
 
     @property
     def num_steps(self) -> int:
-        return self.request.num_inference_steps
+        """A mesh's schedule ends in a step of no length, as Hunyuan3D's does."""
+        return self.request.num_inference_steps - isinstance(self.request, MeshRequest)
 
     @property
     def is_done(self) -> bool:
@@ -124,7 +125,7 @@ class DrawnState:
             num_skipped=0,
             num_reused=0,
             mean_mlp_width=1.0,
-            num_inference_steps=self.num_steps,
+            num_inference_steps=self.request.num_inference_steps,
             decisions=decisions if self.request.wants_trace else None,
         )
 
