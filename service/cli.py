@@ -19,7 +19,7 @@ from service.api.parsing import RANDOM_SEEDS
 from service.api.responses import ReceiptBody
 from service.api.schemas import ImageBody, MeshBody
 from service.api.validation import invalid_request
-from service.errors import ServiceError
+from service.errors import InvalidImage, ServiceError
 from service.logging import configure_logging
 from service.settings import load_settings
 
@@ -243,7 +243,13 @@ def _samples(prompts: Path | None, pictures: Path | None, max_pixels: int) -> li
     if prompts is not None:
         return [line for line in prompts.read_text().splitlines() if line.strip()]
     assert pictures is not None
-    return [checked_picture(path.read_bytes(), max_pixels=max_pixels) for path in sorted(pictures.iterdir())]
+    checked = []
+    for path in sorted(pictures.iterdir()):
+        try:
+            checked.append(checked_picture(path.read_bytes(), max_pixels=max_pixels))
+        except InvalidImage as error:
+            raise typer.BadParameter(f"{path}: {error}") from error
+    return checked
 
 
 def _model_directory(model: str) -> Path:

@@ -58,6 +58,10 @@ def test_openapi_has_our_errors_and_only_what_works(client: TestClient) -> None:
         if status != "200":
             schema = response["content"]["application/json"]["schema"]
             assert schema == {"$ref": "#/components/schemas/ErrorBody"}
+    mesh = document["paths"]["/v1/meshes"]["post"]
+    assert set(mesh["requestBody"]["content"]) == {"application/json", "multipart/form-data"}
+    mesh_types = {"model/gltf-binary", "model/obj", "model/stl", "application/ply"}
+    assert set(mesh["responses"]["200"]["content"]) == {"application/json", *mesh_types}
     schemas = document["components"]["schemas"]
     assert "HTTPValidationError" not in schemas
     assert "latency_ms" not in schemas["BudgetBody"]["properties"]

@@ -54,3 +54,9 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     output = capsys.readouterr().out
     assert "serve" in output
     assert "generate" in output
+
+
+def test_calibrate_names_the_picture_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").write_text("no picture")
+    assert main(["calibrate", "--pictures", str(tmp_path)]) == 2
+    assert "notes.txt: input_image is no picture" in capsys.readouterr().err
