@@ -3,8 +3,9 @@
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,11 @@ class Engine:
             router_seconds += result.router_seconds
         for state, velocity in zip(states, family.epilogue(states, streams), strict=True):
             sigma, next_sigma = state.sigmas[state.step_index], state.sigmas[state.step_index + 1]
-            state.complete_step(euler_step(state.latents, velocity, sigma, next_sigma))
+            state.complete_step(
+                euler_step(state.latents, velocity, sigma, next_sigma),
+                # At the end all noise is gone: the level there is 0, or 1 where levels rise, as Hunyuan3D's do.
+                prediction=euler_step(state.latents, velocity, sigma, state.sigmas[-1]),
+            )
         if states[0].latents.is_cuda:
             torch.cuda.synchronize()  # else the seconds, by which costs are predicted, would be those of launching
         return StepReport(time.perf_counter() - started, router_seconds, len(states), tuple(reports))
@@ -89,6 +94,28 @@ class Engine:
         """
         assert state.is_done
         return self._family(state.request.model).decode(state)
+
+    def preview(self, state: DenoiseState) -> Callable[[], NDArray[np.uint8] | CleanMesh]:
+        """A function that shows what the model, after a step or more, takes for the result; later steps do not matter.
+
+        It gives pixels `(rows, columns, 3)`, one for each of the latents, or a coarse mesh, and raises EmptySurface
+        where there is no mesh to make yet. Any thread may call it, but only one a model may be in it or in `finish`.
+        """
+        assert state.prediction is not None
+        return partial(self._family(state.request.model).preview, state.request, state.prediction)
+
+    def memory_bytes(self) -> dict[str, int]:
+        """The GPU's memory by kind, as PyTorch counts it; nothing without a GPU in use."""
+        if not torch.cuda.is_initialized():
+            return {}
+        free, total = torch.cuda.mem_get_info()
+        return {
+            "allocated": torch.cuda.memory_allocated(),
+            "reserved": torch.cuda.memory_reserved(),
+            "peak": torch.cuda.max_memory_allocated(),
+            "free": free,
+            "total": total,
+        }
 
     def sketch(self, state: DenoiseState) -> NDArray[Any]:
         """What `similarity` compares of a done state."""

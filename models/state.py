@@ -37,6 +37,7 @@ class DenoiseState:
     `latents` is `(1, tokens, channels)`; `sigmas` `(steps + 1,)` and `timesteps` `(steps,)` are float32 on the CPU.
     `rows` and `inputs` have one entry a guidance branch, the conditional first. `dense_flops` is the cost of one dense
     step of all branches, in the blocks; `compute_cap`, if there is one, the share of it that may be spent in all.
+    `prediction` is where the last step's velocity, kept to the end, would lead: the clean sample as seen from there.
     """
 
     request: GenerationRequest
@@ -52,6 +53,7 @@ class DenoiseState:
     compute_cap: float | None
     thresholds: list[float] = field(default_factory=list)
     step_index: int = 0
+    prediction: Tensor | None = None
 
     @property
     def num_steps(self) -> int:
@@ -65,6 +67,11 @@ class DenoiseState:
     @property
     def spent_flops(self) -> float:
         return sum(row.spent_flops for row in self.rows)
+
+    @property
+    def compute_ratio(self) -> float:
+        """The share of the dense block compute of the steps taken so far."""
+        return self.spent_flops / (max(self.step_index, 1) * self.dense_flops)
 
     def prepare_step(self) -> None:
         """Set this step's policy and allowance.
@@ -88,12 +95,13 @@ class DenoiseState:
         for row in self.rows:
             row.begin_step(self.step_index, policy, allowance)
 
-    def complete_step(self, latents: Tensor) -> None:
+    def complete_step(self, latents: Tensor, prediction: Tensor) -> None:
         """Take over what the step has changed. A step that failed before this can be repeated as if never begun."""
         self.thresholds.append(self.rows[0].policy.skip_threshold)
         for row in self.rows:
             row.end_step()
         self.latents = latents
+        self.prediction = prediction
         self.step_index += 1
 
     def summary(self) -> GenerationSummary:
@@ -106,7 +114,7 @@ class DenoiseState:
             skip_threshold_first=self.thresholds[0] if self.thresholds else self.point.policy.skip_threshold,
             skip_threshold_last=self.thresholds[-1] if self.thresholds else self.point.policy.skip_threshold,
             quality_applied=self.point.quality,
-            compute_ratio=self.spent_flops / (max(self.step_index, 1) * self.dense_flops),
+            compute_ratio=self.compute_ratio,
             compute_ratio_predicted=self.point.compute_ratio,
             num_run=counts[Decision.RUN],
             num_skipped=counts[Decision.SKIP],

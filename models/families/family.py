@@ -111,6 +111,10 @@ class Family(ABC):
         """Latents to pixels `(height, width, 3)` or to a mesh."""
 
     @abstractmethod
+    def preview(self, request: GenerationRequest, prediction: Tensor) -> NDArray[np.uint8] | CleanMesh:
+        """What a predicted clean sample `(1, tokens, channels)` looks like, cheaply: few pixels or a coarse mesh."""
+
+    @abstractmethod
     def sketch(self, state: DenoiseState) -> NDArray[Any]:
         """What `similarity` compares of a done state."""
 

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from models.card import CurvePoint, ImageCard, ModelCard, SizeLimits, basics_of
 from models.diffusion.sampling import flow_schedule
 from models.elastic.compute import BlockCost
 from models.families.family import BranchStart, Family
+from models.families.preview import apply_colour_map, fit_colour_map, fitting_pictures
 from models.request import GenerationRequest, ImageRequest, Preset, PresetBudget
 from models.state import BranchInputs, DenoiseState
 from models.weights import Manifest, RouterWeights
@@ -63,6 +65,13 @@ class PictureFamily(Family):
     @abstractmethod
     def _rotary_factors(self, num_text_tokens: int, height: int, width: int) -> tuple[Tensor, Tensor]:
         """Position factors as the transformer takes them, for a picture whose sides are in tokens."""
+
+    @abstractmethod
+    def _encode_pictures(self, pictures: Tensor) -> Tensor:
+        """Latents `(pictures, channels, rows, columns)`, scaled for the transformer, without the encoder's noise.
+
+        `pictures` is `(pictures, 3, height, width)` in [-1, 1], on the VAE's device and of its type.
+        """
 
     @abstractmethod
     def decode(self, state: DenoiseState) -> NDArray[np.uint8]: ...
@@ -128,6 +137,19 @@ class PictureFamily(Family):
             ],
         )
 
+    @torch.inference_mode()
+    def preview(self, request: GenerationRequest, prediction: Tensor) -> NDArray[np.uint8]:
+        """A pixel for each of the latents, `(rows, columns, 3)`. The first call fits their colours, with the VAE."""
+        latents = self._unpacked(prediction, request)
+        # The frame axis of a video VAE, which has one frame, goes.
+        return apply_colour_map(self._colour_map, latents.view(-1, *latents.shape[-2:]))
+
+    @cached_property
+    def _colour_map(self) -> Tensor:
+        pictures, vae = fitting_pictures(), self.pipeline.vae
+        latents = self._encode_pictures(pictures.to(vae.device, vae.dtype))
+        return fit_colour_map(latents, pictures)
+
     def sketch(self, state: DenoiseState) -> NDArray[np.uint8]:
         return self.decode(state)
 
@@ -150,6 +172,14 @@ class PictureFamily(Family):
         # FLUX's pipeline gives the positions of its tokens too.
         latents: Tensor = drawn[0] if isinstance(drawn, tuple) else drawn
         return latents
+
+    def _unpacked(self, latents: Tensor, request: GenerationRequest) -> Tensor:
+        """Tokens in the VAE's order, still scaled for the transformer: `(1, channels, [1 frame,] rows, columns)`."""
+        assert isinstance(request, ImageRequest)
+        unpacked: Tensor = self.pipeline._unpack_latents(
+            latents, request.height, request.width, self.pipeline.vae_scale_factor
+        )
+        return unpacked
 
     def _rotary_embedding(self, states: Sequence[DenoiseState], num_text_tokens: int) -> tuple[Tensor, Tensor]:
         request = states[0].request

@@ -259,7 +259,7 @@ def test_request_after_a_finished_and_a_dropped_one_equals_that_on_a_fresh_engin
 
 def tensors_of(state: DenoiseState) -> list[Tensor]:
     """Without its noise levels: the scheduler, a calculator that all requests use, keeps those it computed last."""
-    tensors = [state.latents]
+    tensors = [t for t in (state.latents, state.prediction) if t is not None]
     tensors += [t for i in state.inputs for t in (i.context, i.pooled, i.guidance) if t is not None]
     tensors += [row.reference for row in state.rows if row.reference is not None]
     residuals = [residual for row in state.rows for residual in row.residuals.values()]
@@ -275,6 +275,7 @@ def test_nothing_of_a_finished_or_dropped_request_lives_on(
     engine.finish(finished)
     for _ in range(3):
         engine.step([dropped])
+    engine.preview(dropped)()
     traces = [weakref.ref(tensor) for state in (finished, dropped) for tensor in tensors_of(state)]
     assert len(traces) > 2 * 7
     del finished, dropped
@@ -315,6 +316,7 @@ def test_serving_changes_no_module(
     attributes = {n: [held_by(m) for m in module.modules()] for n, module in modules.items()}
     for state in serve(open_engine, visitors, [0] * 8):
         open_engine.finish(state)
+    open_engine.preview(state)()
     for name, module in modules.items():
         assert [held_by(m) for m in module.modules()] == attributes[name]
         after = module.state_dict()

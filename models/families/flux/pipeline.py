@@ -130,12 +130,15 @@ class FluxFamily(PictureFamily):
         assert isinstance(request, ImageRequest)
         return classifier_free_guidance(velocities[:1], velocities[1:], request.true_cfg_scale)
 
+    def _encode_pictures(self, pictures: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        latents = vae.encode(pictures).latent_dist.mode()
+        return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+
     @torch.inference_mode()
     def decode(self, state: DenoiseState) -> NDArray[np.uint8]:
-        pipeline, vae = self.pipeline, self.pipeline.vae
-        request = state.request
-        assert isinstance(request, ImageRequest)
-        latents = pipeline._unpack_latents(state.latents, request.height, request.width, pipeline.vae_scale_factor)
+        vae = self.pipeline.vae
+        latents = self._unpacked(state.latents, state.request)
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
         picture = vae.decode(latents, return_dict=False)[0]
         return self._pixels(picture)

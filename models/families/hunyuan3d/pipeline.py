@@ -25,7 +25,7 @@ from models.families.hunyuan3d.preparation import prepare_picture
 from models.families.hunyuan3d.shape_vae import Field
 from models.families.wrapping import Anatomy
 from models.mesh.cleanup import CleanMesh, clean
-from models.mesh.surface import BOUNDS, extract_surface
+from models.mesh.surface import BOUNDS, Mesh, extract_surface
 from models.mesh.volume import decode_coarse_to_fine
 from models.request import GenerationRequest, MeshRequest, Preset, PresetBudget
 from models.state import BranchInputs, DenoiseState
@@ -37,6 +37,7 @@ _CROSS_ATTENTION_SHARE = 0.15
 _NUM_SKETCH_POINTS = 8192
 _POINTS_PER_CALL_CPU = 2048
 """With more, a call's numbers leave the caches (`ShapeVAE.field`)."""
+_PREVIEW_OCTREE_RESOLUTION = 32
 _OCTREE_STEP = 8
 """Multiples of 8 can be halved as often as grids of up to 512 cells are, the coarsest having at least 64."""
 
@@ -192,19 +193,18 @@ class Hunyuan3DFamily(Family):
         """Raises EmptySurface if the field is nowhere positive, or nowhere negative."""
         request = state.request
         assert isinstance(request, MeshRequest)
-        grid_logits = decode_coarse_to_fine(
-            self._field(state),
-            request.octree_resolution,
-            points_per_call=self._points_per_call,
-            device=self._parameter.device,
-        )
-        return clean(extract_surface(grid_logits.cpu().numpy()), request.target_faces)
+        return clean(self._surface(state.latents, request.octree_resolution), request.target_faces)
+
+    @torch.inference_mode()
+    def preview(self, request: GenerationRequest, prediction: Tensor) -> CleanMesh:
+        """A mesh on a coarse grid, all its faces kept. Raises EmptySurface as `decode` does."""
+        return clean(self._surface(prediction, _PREVIEW_OCTREE_RESOLUTION))
 
     @torch.inference_mode()
     def sketch(self, state: DenoiseState) -> NDArray[np.bool_]:
         """Whether each of many points, always the same, is inside."""
         points = self._sketch_points.split(self._points_per_call)
-        field = self._field(state)
+        field = self._field(state.latents)
         inside: NDArray[np.bool_] = torch.cat([field(part) > 0 for part in points]).cpu().numpy()
         return inside
 
@@ -213,9 +213,18 @@ class Hunyuan3DFamily(Family):
         union = int((a | b).sum())
         return int((a & b).sum()) / union if union else 1.0
 
-    def _field(self, state: DenoiseState) -> Field:
+    def _surface(self, latents: Tensor, octree_resolution: int) -> Mesh:
+        grid_logits = decode_coarse_to_fine(
+            self._field(latents),
+            octree_resolution,
+            points_per_call=self._points_per_call,
+            device=self._parameter.device,
+        )
+        return extract_surface(grid_logits.cpu().numpy())
+
+    def _field(self, latents: Tensor) -> Field:
         vae = self.checkpoint.vae
-        return vae.field(state.latents / vae.scale_factor)
+        return vae.field(latents / vae.scale_factor)
 
     @cached_property
     def _sketch_points(self) -> Tensor:

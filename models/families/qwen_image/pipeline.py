@@ -140,17 +140,27 @@ class QwenImageFamily(PictureFamily):
         guided = classifier_free_guidance(cond, uncond, request.guidance_scale)
         return rescale_to_norm(guided, cond) if self._rescales_guidance else guided
 
+    def _encode_pictures(self, pictures: Tensor) -> Tensor:
+        mean, inverse = self._latents_mean_and_inverse_std
+        latents = self.pipeline.vae.encode(pictures[:, :, None]).latent_dist.mode()
+        return ((latents - mean) * inverse)[:, :, 0]
+
+    @property
+    def _latents_mean_and_inverse_std(self) -> tuple[Tensor, Tensor]:
+        """Of each channel of the VAE's latents, `(1, channels, 1, 1, 1)`."""
+        vae = self.pipeline.vae
+        mean, std = (
+            torch.tensor(values).view(1, -1, 1, 1, 1).to(vae.device, vae.dtype)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        return mean, 1.0 / std
+
     @torch.inference_mode()
     def decode(self, state: DenoiseState) -> NDArray[np.uint8]:
-        pipeline, vae = self.pipeline, self.pipeline.vae
-        request = state.request
-        assert isinstance(request, ImageRequest)
-        latents = pipeline._unpack_latents(state.latents, request.height, request.width, pipeline.vae_scale_factor)
-        latents = latents.to(vae.dtype)
-        shape = (1, vae.config.z_dim, 1, 1, 1)
-        mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents.device, latents.dtype)
+        vae = self.pipeline.vae
+        latents = self._unpacked(state.latents, state.request).to(vae.dtype)
+        mean, inverse = self._latents_mean_and_inverse_std
         # Divided by the inverse, as the stock pipeline does it, for the same bits.
-        inverse = 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(latents.device, latents.dtype)
         picture = vae.decode(latents / inverse + mean, return_dict=False)[0][:, :, 0]
         return self._pixels(picture)
 
