@@ -1,8 +1,7 @@
-"""The web application around a worker."""
+"""The web application around a dispatcher and its worker."""
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,40 +10,101 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
 from service.api import routes_images, routes_jobs, routes_meshes, routes_models, routes_operations
-from service.api.errors import add_error_handlers
-from service.api.middleware import BodyLimit, RequestId
+from service.api.auth import require
+from service.api.entrance import Entrance
+from service.api.errors import add_error_handlers, error_responses
+from service.dispatcher import Dispatcher, Timing
+from service.jobs.job import Job
 from service.jobs.memory import MemoryStore
-from service.jobs.results import MemoryResults
+from service.jobs.redis import RedisStore, connect
+from service.jobs.results import MemoryResults, RedisResults, Results, VolumeResults
+from service.jobs.store import JobStore
+from service.keys import Scope
 from service.metrics import Metrics
 from service.settings import Settings
+from service.webhooks import Webhooks
 from service.worker import Worker, WorkerLimits
 
 if TYPE_CHECKING:  # models.engine brings torch, which the API side never loads
     from models.engine import Engine
 
 
-def build_worker(
+def build_dispatcher(
     settings: Settings, load_engine: Callable[[], "Engine"], *, clock: Callable[[], float] = time.time
-) -> Worker:
-    """A worker with a store in memory. `load_engine` is called in the worker's thread, when it is started."""
-    results = MemoryResults(ttl_s=settings.result_ttl_s, max_bytes=settings.max_result_bytes, clock=clock)
-    store = MemoryStore(results, job_ttl_s=settings.job_ttl_s, clock=clock)
-    limits = WorkerLimits(
-        max_batch_size=settings.max_batch_size, max_running=settings.max_running, grace_s=settings.grace_s
+) -> Dispatcher:
+    """A worker with its store. `load_engine` is called in the worker's thread, when that is started."""
+    metrics = Metrics()
+    limits = WorkerLimits(max_batch_size=settings.max_batch_size, max_running=settings.max_running)
+    return Dispatcher(
+        _store(settings, metrics, clock),
+        Worker(load_engine, metrics, limits, clock=clock),
+        metrics,
+        Timing(lease_s=settings.lease_s, grace_s=settings.grace_s),
+        clock=clock,
+        tell_webhook=_webhooks(settings, clock),
     )
-    return Worker(load_engine, store, Metrics(), limits, clock=clock)
 
 
-def create_app(settings: Settings, worker: Worker) -> FastAPI:
-    """The application. Whoever calls starts the worker; the application stops it when it ends."""
+def _webhooks(settings: Settings, clock: Callable[[], float]) -> Callable[[Job], Awaitable[bool]] | None:
+    if settings.webhook_secret is None:
+        return None
+    base = (settings.public_url or "").rstrip("/")
+    return Webhooks(settings.webhook_secret.get_secret_value(), base, clock=clock).deliver
+
+
+def _store(settings: Settings, metrics: Metrics, clock: Callable[[], float]) -> JobStore:
+    redis = connect(settings.redis_url) if settings.redis_url else None
+    ttl_s, max_bytes = settings.result_ttl_s, settings.max_result_bytes
+    results: Results
+    if settings.results_url is not None:
+        results = VolumeResults(settings.results_url, ttl_s=ttl_s, max_bytes=max_bytes, clock=clock)
+    elif redis is not None:
+        results = RedisResults(redis, ttl_s=ttl_s, max_bytes=max_bytes)
+    else:
+        results = MemoryResults(ttl_s=ttl_s, max_bytes=max_bytes, clock=clock)
+    leases: dict[str, Any] = {
+        "job_ttl_s": settings.job_ttl_s,
+        "lease_s": settings.lease_s,
+        "max_attempts": settings.max_attempts,
+        "clock": clock,
+    }
+    if redis is None:
+        return MemoryStore(results, **leases)
+    return RedisStore(redis, results, on_error=metrics.observe_store_error, **leases)
+
+
+def create_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
+    """The application. Whoever calls has started the dispatcher's worker; the application stops it when it ends."""
+    app = _bare_app(settings, dispatcher)
+    for routes, statuses in (
+        (routes_images, (401, 403, 408, 429)),
+        (routes_meshes, (401, 403, 408, 429)),
+        (routes_jobs, (401, 403)),
+        (routes_models, (401, 403)),
+    ):
+        app.include_router(routes.router, dependencies=[require(Scope.GENERATE)], responses=error_responses(*statuses))
+    app.include_router(routes_operations.router)
+    return app
+
+
+def create_worker_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
+    """What a bare worker answers: whether it lives, whether it is ready, and its metrics."""
+    app = _bare_app(settings, dispatcher)
+    app.include_router(routes_operations.router)
+    return app
+
+
+def _bare_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
     # One at a time, which bounds the memory that decoded pictures take.
     picture_checks = ThreadPoolExecutor(1, thread_name_prefix="pictures")
+    entrance = Entrance(settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
+        async with dispatcher.running():
+            yield
         picture_checks.shutdown(wait=False, cancel_futures=True)
-        await asyncio.to_thread(worker.stop)
+        await entrance.close()
 
     # FastAPI's own documentation page loads its scripts from a CDN; this one brings them along.
     app = FastAPIOffline(
@@ -55,16 +115,13 @@ def create_app(settings: Settings, worker: Worker) -> FastAPI:
         redoc_url=None,
         lifespan=lifespan,
         redirect_slashes=False,
+        telemetry=entrance.telemetry,
     )
-    app.state.worker = worker
+    app.state.dispatcher = dispatcher
     app.state.settings = settings
     app.state.picture_checks = picture_checks
-    limits = {"/v1/meshes": settings.max_mesh_body_bytes}
-    app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes, of_paths=limits)
-    app.add_middleware(RequestId)
+    entrance.add_to(app, count_rejection=lambda code: dispatcher.metrics.observe_rejection("", code))
     add_error_handlers(app)
-    for routes in (routes_images, routes_meshes, routes_jobs, routes_models, routes_operations):
-        app.include_router(routes.router)
     _document_own_errors_only(app)
     return app
 

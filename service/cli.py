@@ -1,13 +1,14 @@
-"""The command line: `elastic-dit serve`, `generate`, `mesh`, `calibrate`, `convert`."""
+"""The command line: `elastic-dit serve`, `worker`, `generate`, `mesh`, `calibrate`, `convert`."""
 
 import secrets
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+from fastapi import FastAPI
 from pydantic import ValidationError
 from typer.exceptions import TyperException
 
@@ -19,14 +20,18 @@ from service.api.parsing import RANDOM_SEEDS
 from service.api.responses import ReceiptBody
 from service.api.schemas import ImageBody, MeshBody
 from service.api.validation import invalid_request
-from service.errors import InvalidImage, ServiceError
+from service.dispatcher import Dispatcher
+from service.errors import BadConfiguration, InvalidImage, ServiceError
 from service.logging import configure_logging
-from service.settings import load_settings
+from service.new_key import new_key
+from service.settings import Settings, load_settings
 
 app = typer.Typer(help="Elastic diffusion transformers, served.", add_completion=False, rich_markup_mode=None)
 
 Format = TypeVar("Format", OutputFormat, MeshFormat)
 Config = Annotated[Path | None, typer.Option(help="A TOML file of settings.")]
+
+app.command()(new_key)
 
 
 @app.command()
@@ -45,12 +50,36 @@ def serve(
 ) -> None:
     """Load the models and answer HTTP requests. All settings can also be given as ELASTIC_… variables."""
     settings = load_settings(config, host=host, port=port, models=models, device=device)
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
+    from service.app import create_app
+
+    _serve(settings, create_app)
+
+
+@app.command()
+def worker(
+    host: Annotated[str | None, typer.Option(help="Where to answer for its state.  [default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="Likewise.  [default: 8000]")] = None,
+    models: Annotated[str | None, typer.Option(help="Model directories, separated by commas.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.  [default: cpu]")] = None,
+    config: Config = None,
+) -> None:
+    """Make what servers have queued in the same Redis. Answers /healthz, /readyz and /metrics only."""
+    settings = load_settings(config, host=host, port=port, models=models, device=device)
+    configure_logging(settings.log_level, settings.log_format)
+    if settings.redis_url is None:
+        raise typer.BadParameter("a worker shares a queue with servers: set ELASTIC_REDIS_URL")
+    from service.app import create_worker_app
+
+    _serve(settings, create_worker_app)
+
+
+def _serve(settings: Settings, create: Callable[[Settings, Dispatcher], FastAPI]) -> None:
     from models.engine import load_engine  # torch: only where something is computed
-    from service.app import build_worker
+    from service.app import build_dispatcher
     from service.server import serve as serve_http
 
-    worker = build_worker(
+    dispatcher = build_dispatcher(
         settings,
         lambda: load_engine(
             settings.models,
@@ -59,8 +88,9 @@ def serve(
             offload_text_encoders=settings.offload_text_encoders,
         ),
     )
-    worker.start()
-    serve_http(settings, worker)
+    web = create(settings, dispatcher)  # first, so that settings that can't work are told at once
+    dispatcher.worker.start()
+    serve_http(settings, web, dispatcher)
 
 
 @app.command()
@@ -226,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(error.format_message(), error.exit_code)
     except ValidationError as error:
         return _complain(str(invalid_request(error.errors()[0])), 2)
-    except (InvalidRequest, FileNotFoundError, tomllib.TOMLDecodeError) as error:
+    except (InvalidRequest, BadConfiguration, FileNotFoundError, tomllib.TOMLDecodeError) as error:
         return _complain(str(error), 2)
     except (GenerationError, ServiceError, OSError) as error:
         return _complain(str(error), 1)

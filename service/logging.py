@@ -1,7 +1,16 @@
 """Logging of the whole process: one line an event, on stderr. Prompts and keys are never logged."""
 
+import json
 import logging
+from contextvars import ContextVar
+from datetime import UTC, datetime
 from enum import StrEnum
+
+# The id of the request that is being handled, for every line that is logged meanwhile.
+current_request_id: ContextVar[str | None] = ContextVar("current_request_id", default=None)
+
+# What lines may carry besides their message, by `extra`.
+_FIELDS = ("request_id", "job_id", "key_id", "method", "route", "status", "seconds")
 
 
 class LogLevel(StrEnum):
@@ -11,5 +20,43 @@ class LogLevel(StrEnum):
     ERROR = "ERROR"
 
 
-def configure_logging(level: LogLevel) -> None:
-    logging.basicConfig(level=level.value, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+class LogFormat(StrEnum):
+    TEXT = "text"
+    JSON = "json"
+
+
+class TextFormatter(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        fields = ((name, getattr(record, name, None)) for name in ("job_id", "request_id"))
+        return super().formatMessage(record) + "".join(f" {name}={value}" for name, value in fields if value)
+
+
+class JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line |= {name: value for name in _FIELDS if (value := getattr(record, name, None)) is not None}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def add_request_id(record: logging.LogRecord) -> bool:
+    """A filter that lets everything pass. Lines of a worker's thread may have named their request themselves."""
+    if not hasattr(record, "request_id"):
+        record.request_id = current_request_id.get()
+    return True
+
+
+def configure_logging(level: LogLevel, log_format: LogFormat = LogFormat.TEXT) -> None:
+    handler = logging.StreamHandler()
+    handler.addFilter(add_request_id)
+    handler.setFormatter(JsonFormatter() if log_format is LogFormat.JSON else TextFormatter())
+    logging.basicConfig(level=level.value, handlers=[handler])

@@ -1,6 +1,7 @@
 """Every Prometheus series of the service, declared together. Labels come from closed sets only."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter as Tally
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -56,8 +57,8 @@ class Metrics:
             "Distance of a picture's compute ratio from the calibration's.",
             _RATIO_ERRORS,
         )
-        self._running = self._gauge("elastic_requests_running", "Requests that a worker has claimed.")
-        self._waiting = self._gauge("elastic_requests_waiting", "Requests in the queue.")
+        self._running = self._gauge("elastic_requests_running", "Requests that this worker has claimed.")
+        self._waiting = self._gauge("elastic_requests_waiting", "Requests in the queue, which servers may share.")
         self._queue_time = self._histogram(
             "elastic_request_queue_time_seconds", "From a request's arrival until it was claimed.", _REQUEST_SECONDS
         )
@@ -68,6 +69,21 @@ class Metrics:
             "preset",
         )
         self._requests = self._counter("elastic_requests_total", "Requests that ended, by status.", "status")
+        self._batch_groups = self._gauge(
+            "elastic_batch_groups", "Groups of running pictures that can't share a step with one another."
+        )
+        self._recovered = Counter(
+            "elastic_jobs_recovered_total", "Jobs queued again after their worker died.", registry=self._registry
+        )
+        self._store_errors = Counter(
+            "elastic_store_errors_total",
+            "Operations of the job store that failed.",
+            ("operation",),
+            registry=self._registry,
+        )
+        self._gpu_memory = Gauge(
+            "elastic_gpu_memory_bytes", "Memory of the GPU, by kind.", ("kind",), registry=self._registry
+        )
         self._rejected = self._counter(
             "elastic_requests_rejected_total", "Requests refused before any work; model is empty if unknown.", "code"
         )
@@ -99,14 +115,31 @@ class Metrics:
             self._compute_ratio.labels(job.model).observe(measured)
             self._compute_ratio_error.labels(job.model).observe(abs(measured - predicted))
 
+    def observe_groups(self, models: Iterable[str], groups: Iterable[tuple[str, Hashable]]) -> None:
+        """`groups` has model and batch key of every running picture."""
+        sizes = Tally(model for model, _ in set(groups))
+        for model in models:
+            self._batch_groups.labels(model).set(sizes[model])
+
+    def observe_memory(self, bytes_by_kind: Mapping[str, int]) -> None:
+        for kind, size_bytes in bytes_by_kind.items():
+            self._gpu_memory.labels(kind).set(size_bytes)
+
+    def observe_recovery(self, count: int) -> None:
+        self._recovered.inc(count)
+
+    def observe_store_error(self, operation: str) -> None:
+        self._store_errors.labels(operation).inc()
+
     def observe_rejection(self, model: str, code: str) -> None:
         self._rejected.labels(model, code).inc()
 
-    def exposition(self, models: Sequence[str], load: Mapping[tuple[str, JobStatus], int]) -> bytes:
-        """The page for Prometheus, with `load`, the number of requests by model and status, as of now."""
+    def exposition(self, models: Iterable[str], running: Mapping[str, int], waiting: Mapping[str, int] | None) -> bytes:
+        """The page for Prometheus, with the numbers of requests by model as of now; None if they can't be had."""
         for model in models:
-            self._running.labels(model).set(load.get((model, JobStatus.RUNNING), 0))
-            self._waiting.labels(model).set(load.get((model, JobStatus.QUEUED), 0))
+            self._running.labels(model).set(running.get(model, 0))
+            if waiting is not None:
+                self._waiting.labels(model).set(waiting.get(model, 0))
         return generate_latest(self._registry)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:

@@ -1,32 +1,36 @@
-"""How jobs end: results are decoded, files encoded, and the store, the metrics and the log are told."""
+"""How jobs end: results are decoded, files encoded, and whoever asked for them is told."""
 
 import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.errors import GenerationError, InvalidRequest
+from models.artifact import MeshFormat, OutputFormat
+from models.errors import EmptySurface, GenerationError, InvalidRequest
 from models.mesh.cleanup import CleanMesh
 from models.report import GenerationSummary
-from service.jobs.job import Failure, FailureReason, Job, JobStatus, Receipt, StageSeconds
-from service.jobs.memory import MemoryStore
+from service.jobs.job import Failure, FailureReason, JobStatus, Receipt, StageSeconds, log_fields
+from service.jobs.store import Claim, Ending, Preview, Progress
 from service.metrics import Metrics
 from service.output import encode_output
 
 logger = logging.getLogger(__name__)
+
+Report = Progress | Preview | Ending
+"""What a worker tells of the jobs that it holds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Denoised:
     """A picture or mesh of a job, number `index`, after its last step. `decode` gives it; any thread may call it."""
 
-    job: Job
+    claim: Claim
     index: int
     decode: Callable[[], NDArray[np.uint8] | CleanMesh]
     summary: GenerationSummary
@@ -36,53 +40,79 @@ class Denoised:
     batch_size_mean: float
 
 
+@dataclass(frozen=True, slots=True)
+class Sketched:
+    """The same before its last step: what it will be as far as `decode` can tell, number `number` of such."""
+
+    claim: Claim
+    index: int
+    number: int
+    decode: Callable[[], NDArray[np.uint8] | CleanMesh]
+
+
 class _EndedAlready(Exception):
     """Nobody waits for this result any more."""
 
 
 class Publisher:
-    """Used by the worker's thread, except for `end` and `fail_everything_left`, which any thread may call.
+    """Used by the worker's thread. What it makes it hands to `report`; `is_wanted` says whether to make it still.
 
     Decoding and encoding run in a thread for each model: most of a mesh's time is its decoding, and neither the next
     steps nor the pictures of another model wait for it. diffusers' AutoencoderKLQwenImage could not do two at once.
     """
 
-    def __init__(self, store: MemoryStore, metrics: Metrics, *, clock: Callable[[], float]) -> None:
-        self._store = store
+    def __init__(
+        self,
+        metrics: Metrics,
+        report: Callable[[Report], None],
+        is_wanted: Callable[[Claim], bool],
+        *,
+        clock: Callable[[], float],
+    ) -> None:
         self._metrics = metrics
+        self._report = report
+        self._is_wanted = is_wanted
         self._clock = clock
         self._pools: defaultdict[str, ThreadPoolExecutor] = defaultdict(
             partial(ThreadPoolExecutor, 1, thread_name_prefix="publisher")
         )
-        self._files: dict[str, dict[int, Future[tuple[bytes, Receipt]]]] = {}
+        self._files: dict[str, dict[int, Future[tuple[bytes, Receipt]]]] = {}  # by lease
+        self._claims: dict[str, Claim] = {}
         self._unfinished: list[Future[tuple[bytes, Receipt]]] = []
 
     def publish(self, denoised: Denoised, on_file: Callable[[], None]) -> None:
         """Make a result's file, then call `on_file` in some thread; the last one of a job also ends the job."""
-        job = denoised.job
+        claim, job = denoised.claim, denoised.claim.job
         self._metrics.observe_stage(job.model, "denoise", denoised.denoise_s)
         file = self._pools[job.model].submit(self._make_file, denoised)
         file.add_done_callback(lambda _: on_file())
-        self._unfinished.append(file)
-        files = self._files.setdefault(job.id, {})
+        self._unfinished = [*(file for file in self._unfinished if not file.done()), file]
+        self._claims[claim.lease] = claim
+        files = self._files.setdefault(claim.lease, {})
         files[denoised.index] = file
         if len(files) == len(job.requests):
-            del self._files[job.id]
+            self._forget(claim.lease)
             # After the job's files in the thread's queue, so that it waits for nothing.
-            self._pools[job.model].submit(self._succeed, job, [files[index] for index in sorted(files)])
+            self._pools[job.model].submit(self._succeed, claim, [files[index] for index in sorted(files)])
+
+    def sketch(self, sketched: Sketched) -> None:
+        """Make a preview's file, unless the job ends before its turn."""
+        self._pools[sketched.claim.job.model].submit(self._make_preview, sketched)
 
     @property
     def num_unfinished(self) -> int:
-        """Results that are not files yet: their latents are still in memory."""
-        self._unfinished = [file for file in self._unfinished if not file.done()]
-        return len(self._unfinished)
+        """Results that are not files yet: their latents are still in memory. Any thread may ask."""
+        return sum(not file.done() for file in self._unfinished)
 
-    def drop_ended(self) -> None:
+    def drop_unwanted(self) -> None:
         """Let go of the files of jobs that ended before their last picture."""
-        self._files = {job_id: files for job_id, files in self._files.items() if self._store.is_live(job_id)}
+        for lease, claim in list(self._claims.items()):
+            if not self._is_wanted(claim):
+                self._forget(lease)
 
-    def fail(self, job: Job, error: Exception) -> None:
-        """End `job` because of `error`. What only our log may know is not told to the client."""
+    def fail(self, claim: Claim, error: Exception) -> None:
+        """End a job because of `error`. What only our log may know is not told to the client."""
+        job = claim.job
         match error:
             case InvalidRequest():
                 failure = Failure(FailureReason.INVALID_REQUEST, str(error), error.param)
@@ -91,42 +121,21 @@ class Publisher:
             case _:
                 failure = Failure(FailureReason.GENERATION_FAILED, f"job {job.id} failed while generating")
         if failure.reason is FailureReason.GENERATION_FAILED:
-            logger.error("generation failed job_id=%s", job.id, exc_info=error)
-        self.end(job.id, JobStatus.FAILED, failure=failure)
-
-    def fail_everything_left(self) -> None:
-        """End all queued and running jobs, since the server shuts down."""
-        for job in self._store.live_jobs():
-            failure = Failure(FailureReason.DRAINING, f"the server shut down before job {job.id} was finished")
-            self.end(job.id, JobStatus.FAILED, failure=failure)
-
-    def end(
-        self,
-        job_id: str,
-        status: JobStatus,
-        *,
-        failure: Failure | None = None,
-        receipts: tuple[Receipt, ...] = (),
-        pictures: tuple[bytes, ...] = (),
-    ) -> None:
-        """End a job, unless it has ended already."""
-        job = self._store.end(job_id, status, failure=failure, receipts=receipts, pictures=pictures)
-        if job is None:
-            return
-        self._metrics.observe_end(job)
-        logger.info(
-            "job ended job_id=%s request_id=%s model=%s pictures=%d status=%s seconds=%.3f",
-            *(job.id, job.request_id, job.model, len(job.requests), status, self._clock() - job.created_at),
-        )
+            logger.error("generation failed", exc_info=error, extra=log_fields(job))
+        self._report(Ending(claim, JobStatus.FAILED, failure=failure))
 
     def close(self) -> None:
         """Return when everything that was published has ended."""
         for pool in self._pools.values():
             pool.shutdown()
 
+    def _forget(self, lease: str) -> None:
+        self._claims.pop(lease, None)
+        self._files.pop(lease, None)
+
     def _make_file(self, denoised: Denoised) -> tuple[bytes, Receipt]:
-        job = denoised.job
-        if not self._store.is_live(job.id):
+        job = denoised.claim.job
+        if not self._is_wanted(denoised.claim):
             raise _EndedAlready
         began = time.perf_counter()
         result = denoised.decode()
@@ -134,22 +143,41 @@ class Publisher:
         data = encode_output(result, job.requests[denoised.index], job.output)
         self._metrics.observe_stage(job.model, "decode", decoded - began)
         self._metrics.observe_stage(job.model, "output", time.perf_counter() - decoded)
+        total_s = self._clock() - job.created_at
         seconds = StageSeconds(
             queue=denoised.queue_s,
             encode=denoised.encode_s,
             denoise=denoised.denoise_s,
             decode=decoded - began,
-            total=self._clock() - job.created_at,
+            total=total_s,
         )
         mesh = result.report if isinstance(result, CleanMesh) else None
         return data, Receipt(denoised.summary, job.quality_requested, seconds, denoised.batch_size_mean, mesh)
 
-    def _succeed(self, job: Job, files: list[Future[tuple[bytes, Receipt]]]) -> None:
+    def _make_preview(self, sketched: Sketched) -> None:
+        """What can't be shown yet is not: a preview is no promise."""
+        job = sketched.claim.job
+        if not self._is_wanted(sketched.claim):
+            return
+        try:
+            result = sketched.decode()
+            # In the format that shows it best, whatever the result's: no metadata, no loss.
+            output_format = MeshFormat.GLB if isinstance(result, CleanMesh) else OutputFormat.PNG
+            output = replace(job.output, format=output_format, compression_quality=None, has_metadata=False)
+            file = encode_output(result, job.requests[sketched.index], output)
+        except EmptySurface as error:
+            logger.info("no preview yet: %s", error, extra=log_fields(job))
+        except Exception:
+            logger.exception("a preview failed", extra=log_fields(job))
+        else:
+            self._report(Preview(sketched.claim, sketched.index, sketched.number, file))
+
+    def _succeed(self, claim: Claim, files: list[Future[tuple[bytes, Receipt]]]) -> None:
         try:
             pictures, receipts = zip(*(file.result() for file in files), strict=True)
         except _EndedAlready:
             return
         except Exception as error:
-            self.fail(job, error)
+            self.fail(claim, error)
             return
-        self.end(job.id, JobStatus.SUCCEEDED, receipts=receipts, pictures=pictures)
+        self._report(Ending(claim, JobStatus.SUCCEEDED, receipts=receipts, files=pictures))

@@ -1,39 +1,38 @@
 """uvicorn, taught to drain: after SIGTERM it goes on answering until what was accepted has been finished."""
 
+import asyncio
 import signal
-from threading import Thread
 
 import uvicorn
+from fastapi import FastAPI
 
-from service.app import create_app
+from service.dispatcher import Dispatcher
 from service.settings import Settings
-from service.worker import Worker
 
 # How long uvicorn waits, once all jobs have ended, for their answers to be read.
 SEND_S = 10
 
 
 class DrainingServer(uvicorn.Server):
-    """Exits when its worker has ended: after a signal, within the grace; or at once, if the worker broke."""
+    """Exits when its dispatcher has drained: after a signal, within the grace; or at once, if the worker broke."""
 
-    def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
+    def __init__(self, config: uvicorn.Config, dispatcher: Dispatcher) -> None:
         super().__init__(config)
-        self._worker = worker
-        self._stopping: Thread | None = None
+        self._dispatcher = dispatcher
+        self._draining: asyncio.Task[None] | None = None
 
     async def on_tick(self, counter: int) -> bool:
         """uvicorn asks ten times a second whether to exit."""
-        wants_exit = await super().on_tick(counter) or not self._worker.is_alive
-        if wants_exit and self._stopping is None:
-            self._stopping = Thread(target=self._worker.stop, name="stopping", daemon=True)
-            self._stopping.start()
-        return self.force_exit or (self._stopping is not None and not self._stopping.is_alive())
+        wants_exit = await super().on_tick(counter) or not self._dispatcher.worker.is_alive
+        if wants_exit and self._draining is None:
+            self._draining = asyncio.create_task(self._dispatcher.drain())
+        return self.force_exit or self._dispatcher.has_drained.is_set()
 
 
-def serve(settings: Settings, worker: Worker) -> None:
-    """Answer on `settings.host` and `settings.port` until SIGTERM or SIGINT. `worker` has been started."""
+def serve(settings: Settings, app: FastAPI, dispatcher: Dispatcher) -> None:
+    """Answer on `settings.host` and `settings.port` until SIGTERM or SIGINT. The worker has been started."""
     config = uvicorn.Config(
-        create_app(settings, worker),
+        app,
         host=settings.host,
         port=settings.port,
         log_config=None,
@@ -44,4 +43,4 @@ def serve(settings: Settings, worker: Worker) -> None:
     # uvicorn raises the signal once more when it has shut down; by then it has been obeyed.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    DrainingServer(config, worker).run()
+    DrainingServer(config, dispatcher).run()

@@ -5,9 +5,9 @@ The command line goes before the environment, the environment before the file, t
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -17,7 +17,8 @@ from pydantic_settings import (
 )
 
 from service.api.budget import BudgetBody
-from service.logging import LogLevel
+from service.logging import LogFormat, LogLevel
+from service.rate_limits import parse_rate_limit
 
 
 class Settings(BaseSettings):
@@ -67,17 +68,74 @@ class Settings(BaseSettings):
     max_image_pixels: int = Field(
         default=25_000_000, ge=1, description="The largest picture to make a mesh of; checked before it is decoded."
     )
+    redis_url: str | None = Field(
+        default=None, description="Where jobs are kept, such as redis://localhost:6379/0; in memory by default."
+    )
+    lease_s: float = Field(
+        default=15.0, gt=0, description="How long a job stays with a worker that gives no sign of life."
+    )
+    max_attempts: int = Field(default=3, ge=1, description="How many workers may die of a job before it fails.")
+    results_url: str | None = Field(
+        default=None,
+        description="Where finished results are kept, as fsspec names it, such as file:///srv/results or "
+        "s3://bucket/results; by default in Redis, or in memory without it.",
+    )
     result_ttl_s: float = Field(default=3600.0, gt=0, description="How long finished results can be fetched.")
     max_result_bytes: int = Field(
-        default=512_000_000, ge=1, description="Finished results in memory; the oldest go first."
+        default=512_000_000, ge=1, description="Finished results that are kept; the oldest go first."
     )
     job_ttl_s: float = Field(default=86400.0, gt=0, description="How long the record of an ended job can be read.")
+    webhook_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Hosts that jobs may name to be told of their ends, with a port where it is not the usual one, "
+        "separated by commas in the environment; none by default.",
+    )
+    webhook_secret: SecretStr | None = Field(
+        default=None, description="What webhooks are signed with: base64 of at least 24 bytes, after whsec_."
+    )
+    api_keys_file: Path | None = Field(
+        default=None,
+        description="A file of API keys, .json or else TOML; 'elastic-dit new-key' prints what belongs there. Without "
+        "keys, everybody may do everything.",
+    )
+    api_keys: str | None = Field(default=None, description="API keys as JSON, a list of what the file has.")
+    rate_limit: str | None = Field(
+        default=None,
+        description="How many pictures and meshes a key may ask for, such as 60/minute; without keys, an address. No "
+        "limit by default. A key may have one of its own.",
+    )
+    body_timeout_s: float = Field(default=30.0, gt=0, description="How long a request's body may take to arrive.")
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Origins whose pages may call this server, such as https://pictures.example, separated by commas "
+        "in the environment; * is all of them, by default it is none.",
+    )
     log_level: LogLevel = Field(default=LogLevel.INFO, description="DEBUG, INFO, WARNING or ERROR.")
+    log_format: LogFormat = Field(default=LogFormat.TEXT, description="text, or json: an object a line.")
+    otlp_endpoint: str | None = Field(
+        default=None,
+        pattern="^https?://",
+        description="Where traces are sent, by OTLP over HTTP, such as http://localhost:4318; nowhere by default. "
+        "Needs the packages of the extra 'tracing'.",
+    )
 
-    @field_validator("models", mode="before")
+    @field_validator("rate_limit")
     @classmethod
-    def _split_models(cls, value: object) -> object:
-        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+    def _check_rate_limit(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_rate_limit(value)
+        return value
+
+    @model_validator(mode="after")
+    def _check_webhooks(self) -> Self:
+        if self.webhook_hosts and self.webhook_secret is None:
+            raise ValueError("webhook_hosts need a webhook_secret, which what they are told is signed with")
+        return self
+
+    @field_validator("models", "cors_origins", "webhook_hosts", mode="before")
+    @classmethod
+    def _split_at_commas(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @classmethod
     def settings_customise_sources(

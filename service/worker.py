@@ -1,22 +1,19 @@
-"""The loop that turns queued jobs into pictures and meshes: claim, start, step, publish. One thread owns the steps."""
+"""The loop that turns claimed jobs into pictures and meshes: start, step, publish. One thread owns the steps."""
 
 import logging
-import math
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING
 
 from models.card import ModelCard
 from models.request import GenerationRequest
-from service.errors import Draining
-from service.jobs.job import Job, JobStatus, Outcome
-from service.jobs.memory import MemoryStore
+from service.jobs.store import Claim, Ending, Progress
 from service.metrics import Metrics
-from service.publisher import Denoised, Publisher
+from service.publisher import Denoised, Publisher, Report, Sketched
 from service.scheduling.batching import Candidate, next_group, shape_of
 
 if TYPE_CHECKING:  # models.engine brings torch, which the API side never loads
@@ -25,36 +22,35 @@ if TYPE_CHECKING:  # models.engine brings torch, which the API side never loads
 
 logger = logging.getLogger(__name__)
 
-# How long `stop` waits, after the grace, for a denoise step that is still running.
-LAST_STEP_S = 5.0
-
 
 @dataclass(frozen=True, slots=True)
 class WorkerLimits:
-    """`max_batch_size` results share a step, `max_running` are in memory; `grace_s` is for finishing at the end."""
+    """`max_batch_size` results share a step, `max_running` are in memory."""
 
     max_batch_size: int
     max_running: int
-    grace_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Picture:
-    """Number `index` of a claimed job's pictures."""
+@dataclass(slots=True, eq=False)
+class _Held:
+    """A claimed job. `unstarted` are the numbers of its pictures that wait for room."""
 
-    job: Job
-    index: int
+    claim: Claim
+    shape: str
+    unstarted: list[int]
+    began: float = field(default_factory=time.perf_counter)
+    steps_done: int = 0
 
-    @property
-    def request(self) -> GenerationRequest:
-        return self.job.requests[self.index]
+    def request(self, index: int) -> GenerationRequest:
+        return self.claim.job.requests[index]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Running:
     """A picture between its start and its last step. `denoise_began` is of the performance counter."""
 
-    picture: _Picture
+    held: _Held
+    index: int
     state: "DenoiseState"
     queue_s: float
     encode_s: float
@@ -64,76 +60,82 @@ class _Running:
 
 
 class Worker:
-    """Makes the jobs of `store` in a thread of its own, from `start` to `stop`."""
+    """Makes the jobs that it is given, in a thread of its own, from `start` to `stop`.
+
+    What becomes of them it tells by `report`, called from any thread; `on_room` is called when it could take more.
+    """
 
     def __init__(
         self,
         load_engine: Callable[[], "Engine"],
-        store: MemoryStore,
         metrics: Metrics,
         limits: WorkerLimits,
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.store = store
-        self.metrics = metrics
         self.limits = limits
         self.cards: Mapping[str, ModelCard] = {}
+        self.report: Callable[[Report], None] = lambda report: None
+        self.on_room: Callable[[], None] = lambda: None
+        self._metrics = metrics
         self._load_engine = load_engine
         self._clock = clock
-        self._publisher = Publisher(store, metrics, clock=clock)
+        self._publisher = Publisher(metrics, self._tell, self.is_held, clock=clock)
         self._loaded: Future[None] = Future()
         self._thread = Thread(target=self._run, name="worker", daemon=True)
         self._wake = Event()
-        self._door = Lock()  # so that no job comes in after the last look at the queue
-        self._grace_ends: float | None = None
-        # What follows belongs to the worker's thread.
-        self._turn = 0
-        self._unstarted: list[_Picture] = []
+        self._is_stopping = False
+        self._lock = Lock()  # over what several threads look at: the jobs that are held, and what runs
+        self._held: dict[str, _Held] = {}
         self._running: list[_Running] = []
+        self._turn = 0
 
     def start(self) -> None:
         """Load the engine and begin. Raises what loading raises."""
         self._thread.start()
         self._loaded.result()
 
-    def submit(self, job: Job) -> Future[Outcome]:
-        """Queue a job; the future is done when it has ended. Raises Draining."""
-        with self._door:
-            self.check_accepting()
-            outcome = self.store.add(job)
-        self._wake.set()
-        return outcome
-
-    def cancel(self, job_id: str) -> None:
-        """A queued job never runs, a running one leaves before its next step; one that has ended stays as it is."""
-        self._publisher.end(job_id, JobStatus.CANCELLED)
-        self._wake.set()
-
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
-    def check_accepting(self) -> None:
-        """Raise Draining once the server is shutting down."""
-        if self._grace_ends is not None:
-            raise Draining("the server is shutting down", math.ceil(self.limits.grace_s))
+    def stop(self, timeout_s: float) -> bool:
+        """Take no further step, and wait for the one that is running; whether it ended in time."""
+        self._is_stopping = True
+        self._wake.set()
+        if self.is_alive:
+            self._thread.join(timeout_s)
+        return not self.is_alive
 
-    def stop_accepting(self) -> None:
-        """Finish what was accepted, for `grace_s` at most; then `is_alive` is false. Further calls change nothing."""
-        with self._door:
-            if self._grace_ends is None:
-                self._grace_ends = time.monotonic() + self.limits.grace_s
+    def can_take(self, model: str, shape: str) -> bool:
+        """Whether a picture of this shape could start now, with none of the same shape before it."""
+        with self._lock:
+            waiting = [held.shape for held in self._held.values() for _ in held.unstarted]
+            return model in self.cards and self._has_room(model, shape, waiting)
+
+    def take(self, claim: Claim) -> None:
+        """Make this job, which was claimed because it could be taken."""
+        job = claim.job
+        with self._lock:
+            self._held[job.id] = _Held(claim, shape_of(job.requests[0]), list(range(len(job.requests))))
         self._wake.set()
 
-    def stop(self) -> None:
-        """Stop accepting, and return when the thread has ended."""
-        self.stop_accepting()
-        if self._grace_ends is not None and self.is_alive:
-            self._thread.join(max(0.0, self._grace_ends - time.monotonic()) + LAST_STEP_S)
-        if self.is_alive:
-            logger.warning("the worker is still in a step after the grace of %g s; its jobs fail", self.limits.grace_s)
-            self._publisher.fail_everything_left()
+    def drop(self, job_id: str) -> None:
+        """Let go of a job before its next step; one that is not held changes nothing."""
+        with self._lock:
+            self._held.pop(job_id, None)
+        self._wake.set()
+
+    def held(self) -> list[Claim]:
+        """The jobs that it has taken and that have not ended."""
+        with self._lock:
+            return [held.claim for held in self._held.values()]
+
+    def is_held(self, claim: Claim) -> bool:
+        """Whether anybody still wants this job from this worker."""
+        with self._lock:
+            held = self._held.get(claim.job.id)
+        return held is not None and held.claim is claim
 
     def _run(self) -> None:
         try:
@@ -144,89 +146,77 @@ class Worker:
         self.cards = engine.cards
         self._loaded.set_result(None)
         try:
-            while self._take_turn(engine):
+            while not self._is_stopping:
+                self._take_turn(engine)
                 self._turn += 1
         except Exception:
             logger.exception("the worker stopped")
         finally:
-            self.stop_accepting()
             self._publisher.close()
-            self._publisher.fail_everything_left()
+            self.on_room()
 
-    def _take_turn(self, engine: "Engine") -> bool:
-        """One round of the loop; False when draining is over."""
+    def _take_turn(self, engine: "Engine") -> None:
         self._wake.clear()  # before looking, so that what arrives while we look wakes us again
-        is_draining = self._grace_ends is not None
-        if self._grace_ends is not None and time.monotonic() > self._grace_ends:
-            self._publisher.fail_everything_left()
-        self._drop_ended()
+        self._drop_unwanted()
         self._start_what_fits(engine)
         if self._running:
             self._step(engine, self._next_batch())
             self._publish_done(engine)
-        elif not is_draining:
-            self._wake.wait()
-        elif self._publisher.num_unfinished and self._grace_left() > 0:
-            self._wake.wait(self._grace_left())  # while they take up the room, some may still be in the queue
         else:
-            return False
-        return True
+            self._wake.wait()
 
-    def _grace_left(self) -> float:
-        return 0.0 if self._grace_ends is None else self._grace_ends - time.monotonic()
-
-    def _drop_ended(self) -> None:
+    def _drop_unwanted(self) -> None:
         """Let go of pictures whose job was cancelled or has failed, and with them of their memory."""
-        self._unstarted = [picture for picture in self._unstarted if self.store.is_live(picture.job.id)]
-        self._running = [running for running in self._running if self.store.is_live(running.picture.job.id)]
-        self._publisher.drop_ended()
+        kept = [running for running in self._running if self.is_held(running.held.claim)]
+        if len(kept) < len(self._running):
+            with self._lock:
+                self._running = kept
+            self.on_room()
+        self._publisher.drop_unwanted()
 
     def _start_what_fits(self, engine: "Engine") -> None:
-        """Start pictures of claimed jobs, then claim more jobs, while there is room."""
-        self._start_unstarted(engine)
-        while job := self.store.claim(self._can_claim):
-            self._unstarted += [_Picture(job, index) for index in range(len(job.requests))]
-            self._start_unstarted(engine)
+        with self._lock:
+            waiting = [(held, index) for held in self._held.values() for index in held.unstarted]
+        for held, index in waiting:
+            with self._lock:
+                has_room = self._has_room(held.claim.job.model, held.shape, [])
+                if has_room and index in held.unstarted:
+                    held.unstarted.remove(index)
+            if has_room:
+                self._start(engine, held, index)
 
-    def _start_unstarted(self, engine: "Engine") -> None:
-        for picture in list(self._unstarted):
-            if self._has_room(picture.request):
-                self._unstarted.remove(picture)
-                self._start(engine, picture)
-
-    def _can_claim(self, job: Job) -> bool:
-        """Whether a picture of `job` could start now, with none of the same shape before it."""
-        shape = shape_of(job.requests[0])
-        return self._has_room(job.requests[0]) and all(
-            shape_of(picture.request) != shape for picture in self._unstarted
-        )
-
-    def _has_room(self, request: GenerationRequest) -> bool:
-        shapes: list[Hashable] = [shape_of(running.picture.request) for running in self._running]
+    def _has_room(self, model: str, shape: str, waiting: Sequence[str]) -> bool:
+        """Whether one more could start, those of the shapes `waiting` being started already. Under the lock."""
+        shapes = [*waiting, *(running.held.shape for running in self._running)]
         is_full = len(shapes) + self._publisher.num_unfinished >= self.limits.max_running
-        return not is_full and shapes.count(shape_of(request)) < self._max_batch_size(request.model)
+        return not is_full and shapes.count(shape) < self._max_batch_size(model)
 
     def _max_batch_size(self, model: str) -> int:
         return min(self.limits.max_batch_size, self.cards[model].max_batch_size)
 
-    def _start(self, engine: "Engine", picture: _Picture) -> None:
-        if not self.store.is_live(picture.job.id):  # an earlier picture of the same job has failed
+    def _start(self, engine: "Engine", held: _Held, index: int) -> None:
+        job = held.claim.job
+        if not self.is_held(held.claim):  # an earlier picture of the same job has failed
             return
-        queue_s = self._clock() - picture.job.created_at
+        queue_s = self._clock() - job.created_at
         began = time.perf_counter()
         try:
-            state = engine.start(picture.request)
+            state = engine.start(held.request(index))
         except Exception as error:
-            self._publisher.fail(picture.job, error)
+            self._publisher.fail(held.claim, error)
             return
         now = time.perf_counter()
-        self.metrics.observe_stage(picture.job.model, "encode", now - began)
-        self._running.append(_Running(picture, state, queue_s, now - began, denoise_began=now, last_turn=self._turn))
+        self._metrics.observe_stage(job.model, "encode", now - began)
+        with self._lock:
+            self._running.append(_Running(held, index, state, queue_s, now - began, now, last_turn=self._turn))
 
     def _next_batch(self) -> list[_Running]:
         candidates = [Candidate(running.state.batch_key, running.last_turn) for running in self._running]
+        self._metrics.observe_groups(
+            self.cards, [(running.held.claim.job.model, running.state.batch_key) for running in self._running]
+        )
         group = [self._running[index] for index in next_group(candidates)]
-        return group[: self._max_batch_size(group[0].picture.job.model)]
+        return group[: self._max_batch_size(group[0].held.claim.job.model)]
 
     def _step(self, engine: "Engine", batch: Sequence[_Running]) -> None:
         """One denoise step of `batch`. If it fails, each member steps alone, and only those that fail again fail."""
@@ -234,33 +224,70 @@ class Worker:
             report = engine.step([running.state for running in batch])
         except Exception as error:
             if len(batch) == 1:
-                self._running.remove(batch[0])
-                self._publisher.fail(batch[0].picture.job, error)
+                self._let_go(batch[0])
+                self._publisher.fail(batch[0].held.claim, error)
                 return
             logger.warning("a step of %d pictures failed; each steps alone now", len(batch), exc_info=error)
             for running in batch:
                 self._step(engine, [running])
             return
-        self.metrics.observe_step(batch[0].picture.job.model, report)
+        self._metrics.observe_step(batch[0].held.claim.job.model, report)
+        self._metrics.observe_memory(engine.memory_bytes())
         for running in batch:
             running.last_turn = self._turn
             running.num_companions += report.batch_size
-            self.store.record_step(running.picture.job.id)
+            running.held.steps_done += 1
+        for held in dict.fromkeys(running.held for running in batch):
+            self._tell(self._progress(held))
+        for running in batch:
+            self._preview_if_due(engine, running)
+
+    def _progress(self, held: _Held) -> Progress:
+        """What a job's pictures have had so far, and how long the rest will take if it goes on like that."""
+        states = [running.state for running in self._running if running.held is held]
+        elapsed_s = time.perf_counter() - held.began
+        num_left = held.claim.job.num_steps - held.steps_done
+        return Progress(
+            held.claim,
+            steps_done=held.steps_done,
+            compute_ratio=sum(state.compute_ratio for state in states) / len(states),
+            eta_s=elapsed_s / held.steps_done * num_left,
+        )
+
+    def _preview_if_due(self, engine: "Engine", running: _Running) -> None:
+        """Previews are spread evenly over the steps, none of them after the last one."""
+        state, wanted = running.state, running.held.claim.job.num_previews
+        for number in range(wanted):
+            if state.step_index == max(1, round((number + 1) * state.num_steps / (wanted + 1))) < state.num_steps:
+                self._publisher.sketch(Sketched(running.held.claim, running.index, number, engine.preview(state)))
 
     def _publish_done(self, engine: "Engine") -> None:
         """Hand those that took their last step to the publisher."""
         for running in [running for running in self._running if running.state.is_done]:
-            self._running.remove(running)
-            self._publisher.publish(
-                Denoised(
-                    job=running.picture.job,
-                    index=running.picture.index,
-                    decode=partial(engine.finish, running.state),
-                    summary=running.state.summary(),
-                    queue_s=running.queue_s,
-                    encode_s=running.encode_s,
-                    denoise_s=time.perf_counter() - running.denoise_began,
-                    batch_size_mean=running.num_companions / running.state.num_steps,
-                ),
-                on_file=self._wake.set,
+            denoised = Denoised(
+                claim=running.held.claim,
+                index=running.index,
+                decode=partial(engine.finish, running.state),
+                summary=running.state.summary(),
+                queue_s=running.queue_s,
+                encode_s=running.encode_s,
+                denoise_s=time.perf_counter() - running.denoise_began,
+                batch_size_mean=running.num_companions / running.state.num_steps,
             )
+            self._publisher.publish(denoised, on_file=self._look_for_room)
+            self._let_go(running)
+
+    def _let_go(self, running: _Running) -> None:
+        with self._lock:
+            self._running.remove(running)
+        self.on_room()
+
+    def _look_for_room(self) -> None:
+        self._wake.set()
+        self.on_room()
+
+    def _tell(self, report: Report) -> None:
+        """Report; a job that has ended is held no longer."""
+        self.report(report)
+        if isinstance(report, Ending):
+            self.drop(report.claim.job.id)

@@ -1,8 +1,10 @@
 """Settings for all tests, and pictures that nobody should send."""
 
 import random
+import shutil
 import struct
 import zlib
+from collections.abc import Iterator
 from io import BytesIO
 from typing import Any
 
@@ -11,11 +13,23 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
+from benchmarks.processes import RedisServer
+
 # Same examples in every run, and no deadline: on a busy machine a single one may take a second.
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50, database=None)
 settings.load_profile("repeatable")
 
 _NUM_MUTATIONS = 180
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A Redis that all tests share."""
+    if shutil.which("redis-server") is None:
+        pytest.skip("redis-server is not installed")
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.kill()
 
 
 @pytest.fixture(scope="session")

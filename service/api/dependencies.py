@@ -4,13 +4,13 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from service.dispatcher import Dispatcher
 from service.settings import Settings
-from service.worker import Worker
 
 
-def _worker(request: Request) -> Worker:
-    worker: Worker = request.app.state.worker
-    return worker
+def _dispatcher(request: Request) -> Dispatcher:
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    return dispatcher
 
 
 def _settings(request: Request) -> Settings:
@@ -18,5 +18,5 @@ def _settings(request: Request) -> Settings:
     return settings
 
 
-WorkerOfApp = Annotated[Worker, Depends(_worker)]
+DispatcherOfApp = Annotated[Dispatcher, Depends(_dispatcher)]
 SettingsOfApp = Annotated[Settings, Depends(_settings)]

@@ -9,39 +9,54 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from models.errors import InvalidRequest, UnknownModel
+from service.api.middleware import SECURITY_HEADERS
 from service.api.responses import ErrorBody, ErrorDetail
 from service.api.validation import invalid_request
 from service.errors import (
     Draining,
     GenerationFailed,
+    IdempotencyKeyReused,
+    InsufficientScope,
+    InvalidApiKey,
     InvalidImage,
+    JobCancelled,
     JobNotFinished,
     JobNotFound,
     Overloaded,
+    RateLimitExceeded,
     ResultExpired,
     ServiceError,
+    StoreUnavailable,
     UnsupportedMediaType,
 )
 from service.jobs.job import Failure, FailureReason
 
 STATUS_AND_CODE: Mapping[type[Exception], tuple[int, str]] = {
     InvalidImage: (400, "invalid_image"),
+    InvalidApiKey: (401, "invalid_api_key"),
+    InsufficientScope: (403, "insufficient_scope"),
     UnknownModel: (404, "model_not_found"),
     JobNotFound: (404, "job_not_found"),
     JobNotFinished: (409, "job_not_finished"),
+    JobCancelled: (409, "job_cancelled"),
     ResultExpired: (410, "result_expired"),
     UnsupportedMediaType: (415, "unsupported_media_type"),
     InvalidRequest: (422, "invalid_parameter"),
+    IdempotencyKeyReused: (422, "idempotency_key_reused"),
+    RateLimitExceeded: (429, "rate_limit_exceeded"),
     GenerationFailed: (500, "generation_failed"),
     Overloaded: (503, "overloaded"),
     Draining: (503, "draining"),
+    StoreUnavailable: (503, "store_unavailable"),
 }
 
-# What the framework finds wrong by itself: a body that is no JSON, a path or method that does not exist, a long body.
+# What the framework finds wrong by itself: a body that is no JSON, a path or method that does not exist, a long or
+# slow body.
 _FRAMEWORK_CODES = {
     400: "invalid_json",
     404: "not_found",
     405: "method_not_allowed",
+    408: "request_timeout",
     413: "payload_too_large",
 }
 
@@ -56,7 +71,7 @@ def status_and_error(error: Exception) -> tuple[int, ErrorDetail]:
             return error.status_code, _detail(error.status_code, code, str(error.detail))
         case _ if type(error) in STATUS_AND_CODE:
             status, code = STATUS_AND_CODE[type(error)]
-            param = error.param if isinstance(error, InvalidRequest | InvalidImage) else None
+            param = error.param if isinstance(error, InvalidRequest | InvalidImage | IdempotencyKeyReused) else None
             return status, _detail(status, code, str(error), param or None)
         case _:
             return 500, _detail(500, "internal_error", "the server failed on this request")
@@ -67,7 +82,7 @@ def error_of(failure: Failure) -> Exception:
     match failure.reason:
         case FailureReason.INVALID_REQUEST:
             return InvalidRequest(failure.message, failure.param or "")
-        case FailureReason.GENERATION_FAILED:
+        case FailureReason.GENERATION_FAILED | FailureReason.WORKER_LOST:
             return GenerationFailed(failure.message)
         case FailureReason.DRAINING:  # the grace is over: whatever comes next may be there at once
             return Draining(failure.message, retry_after_s=1)
@@ -78,6 +93,8 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
     headers: dict[str, str] = {}
     if isinstance(error, ServiceError) and error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, InvalidApiKey):
+        headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, HTTPException) and error.headers:
         headers.update(error.headers)  # 405 says Allow
     return JSONResponse(ErrorBody(error=detail).model_dump(), status, headers)
@@ -87,6 +104,7 @@ async def answer_bug(request: Request, error: Exception) -> JSONResponse:
     """Starlette answers this outside our middleware, and then raises `error` again for the log."""
     response = await answer_error(request, error)
     response.headers["X-Request-ID"] = request.state.request_id
+    response.headers.update(SECURITY_HEADERS)
     return response
 
 

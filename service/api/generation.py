@@ -1,36 +1,60 @@
-"""What the routes that make something have in common: a job is made, waited for, and answered."""
+"""What the routes that make something have in common: a job is made, recorded, and answered in one of three ways."""
 
 import asyncio
-import base64
-import json
+import hashlib
+import math
+import re
 import time
 import uuid
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from fastapi import Request, Response
+from fastapi import Depends, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from models.card import ModelCard
 from models.errors import InvalidRequest, UnknownModel
-from models.request import GenerationRequest
+from models.request import ImageRequest, MeshRequest
+from service.api.access import owner_of
 from service.api.errors import error_of, status_and_error
+from service.api.events import event_stream
+from service.api.job_views import base_url, binary_response, job_body, result_body
 from service.api.parsing import quality_of
-from service.api.responses import FileBody
-from service.api.routes_jobs import content_urls
 from service.api.schemas import GenerationBody, ResponseFormat
-from service.api.views import receipt_body
-from service.errors import ServiceError, UnsupportedMediaType
-from service.jobs.job import Job, Outcome, Output, Priority
+from service.dispatcher import Dispatcher
+from service.errors import Draining, JobCancelled, ServiceError, UnsupportedMediaType
+from service.jobs.job import Job, JobStatus, Output, Priority
+from service.jobs.store import Idempotency, ended
 from service.scheduling.admission import admit
 from service.scheduling.cost import predicted_seconds
 from service.settings import Settings
-from service.worker import Worker
+from service.webhooks import check_webhook_url
 
 Card = TypeVar("Card", bound=ModelCard)
+
+# Printable ASCII, of a length that stores can take.
+_IDEMPOTENCY_KEY = re.compile(r"[\x20-\x7e]{1,255}")
+_WAIT = re.compile(r"wait\s*=\s*([0-9]{1,6})", re.ASCII)
+# What `draining` leaves to an answer that is already on its way.
+_LAST_ANSWER_S = 1.0
+
+
+def _generation_headers(
+    prefer: Annotated[
+        str | None,
+        Header(description="`respond-async` answers 202 with the job; with `wait=N` only after N seconds."),
+    ] = None,
+    idempotency_key: Annotated[
+        str | None, Header(description="Calls with the same key and body make one job.", max_length=255)
+    ] = None,
+) -> None:
+    """What `answer` reads of the headers, for the OpenAPI document."""
+
+
+GenerationHeaders = Annotated[None, Depends(_generation_headers)]
 
 
 class GenerationRoute(APIRoute):
@@ -44,9 +68,9 @@ class GenerationRoute(APIRoute):
                 return await handle_route(await self.as_json(request))
             except (ServiceError, InvalidRequest, UnknownModel, RequestValidationError, HTTPException) as error:
                 if not hasattr(request.state, "job_id"):
-                    worker: Worker = request.app.state.worker
+                    dispatcher: Dispatcher = request.app.state.dispatcher
                     model = getattr(request.state, "model", "")
-                    worker.metrics.observe_rejection(model, status_and_error(error)[1].code)
+                    dispatcher.metrics.observe_rejection(model, status_and_error(error)[1].code)
                 raise
 
         return handle_generation
@@ -62,35 +86,44 @@ def media_type_of(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def refuse_promises(request: Request) -> None:
-    """Headers that ask for what this server does not do, and that a client would rely on."""
-    if "respond-async" in request.headers.get("prefer", "").lower():
-        raise InvalidRequest("this server does not answer asynchronously; omit Prefer: respond-async", "Prefer")
-    if "idempotency-key" in request.headers:
-        raise InvalidRequest(
-            "this server does not recognise repeated requests; omit Idempotency-Key", "Idempotency-Key"
-        )
-
-
-def card_of(model: str | None, worker: Worker, card_type: type[Card]) -> Card:
+def card_of(model: str | None, dispatcher: Dispatcher, card_type: type[Card]) -> Card:
     """The card of `model`, or of the first model of the type. Raises UnknownModel, InvalidRequest for another type."""
-    cards = {name: card for name, card in worker.cards.items() if isinstance(card, card_type)}
+    loaded = dispatcher.cards
+    cards = {name: card for name, card in loaded.items() if isinstance(card, card_type)}
     kind = card_type.modality
     if model is None:
         if not cards:
-            raise UnknownModel(f"no {kind} model is loaded; loaded: {', '.join(worker.cards)}")
+            raise UnknownModel(f"no {kind} model is loaded; loaded: {', '.join(loaded)}")
         return next(iter(cards.values()))
     if model in cards:
         return cards[model]
-    if model in worker.cards:
+    if model in loaded:
         able = f"try {', '.join(cards)}" if cards else f"no {kind} model is loaded"
-        raise InvalidRequest(f"model '{model}' makes no {kind}, but a {worker.cards[model].modality}; {able}", "model")
-    raise UnknownModel(f"there is no model '{model}'; loaded: {', '.join(worker.cards)}")
+        raise InvalidRequest(f"model '{model}' makes no {kind}, but a {loaded[model].modality}; {able}", "model")
+    raise UnknownModel(f"there is no model '{model}'; loaded: {', '.join(loaded)}")
 
 
 def job_of(
-    requests: tuple[GenerationRequest, ...], output: Output, body: GenerationBody, card: ModelCard, request_id: str
+    requests: tuple[ImageRequest | MeshRequest, ...],
+    output: Output,
+    body: GenerationBody,
+    card: ModelCard,
+    request: Request,
+    settings: Settings,
 ) -> Job:
+    """The job that `body` asks for. Raises InvalidRequest for ways of answering that exclude one another."""
+    is_async = prefers_async(request)
+    num_previews = body.partial_images or 0
+    if body.stream and is_async:
+        raise InvalidRequest("stream and Prefer: respond-async exclude one another; choose one", "stream")
+    if body.stream and body.response_format is ResponseFormat.BINARY:
+        raise InvalidRequest("a stream can't hold response_format binary; try b64_json or url", "response_format")
+    if num_previews and not (body.stream or is_async):
+        raise InvalidRequest(
+            f"partial_images {num_previews} needs stream, or Prefer: respond-async; try 0", "partial_images"
+        )
+    if body.webhook_url is not None:
+        check_webhook_url(body.webhook_url, settings.webhook_hosts)
     return Job(
         id=f"job_{uuid.uuid4().hex}",
         model=card.id,
@@ -99,71 +132,95 @@ def job_of(
         priority=body.priority or Priority.NORMAL,
         quality_requested=quality_of(requests[0].budget, card),
         predicted_seconds=sum(predicted_seconds(request, card) for request in requests),
-        request_id=request_id,
+        request_id=request.state.request_id,
         created_at=time.time(),
+        owner=owner_of(request),
+        num_previews=num_previews,
+        webhook_url=body.webhook_url,
     )
 
 
-async def outcome_of(job: Job, request: Request, worker: Worker, settings: Settings) -> Outcome | None:
-    """The outcome of `job` once it has succeeded; None if its client has gone before, which cancels it.
+def prefers_async(request: Request) -> bool:
+    """Whether the client would rather be told where to look than wait (RFC 7240, section 4.1)."""
+    return "respond-async" in request.headers.get("prefer", "").lower()
 
-    Raises what its client is to be told if it is not accepted, or fails.
+
+async def answer(
+    job: Job, body: GenerationBody, request: Request, dispatcher: Dispatcher, settings: Settings
+) -> Response:
+    """Record `job` and answer as its client wants: with the result, with the job, or with a stream of events.
+
+    Raises what the client is to be told if the job is not accepted, or fails.
     """
-    admit(job.predicted_seconds, backlog_s=worker.store.backlog_s(), max_backlog_s=settings.max_backlog_s)
-    ended = worker.submit(job)
+    idempotency = _idempotency(body, request)
+    backlog_s = await dispatcher.store.backlog_s()
+    admit(job.predicted_seconds, backlog_s=backlog_s, max_backlog_s=settings.max_backlog_s)
+    job = await dispatcher.store.add(job, idempotency)
     request.state.job_id = job.id
-    outcome = await _outcome_or_hang_up(ended, request)
-    if outcome is None:
-        worker.cancel(job.id)
-    elif outcome.job.failure is not None:
-        raise error_of(outcome.job.failure)
-    return outcome
+    base = base_url(request, settings)
+    # A client that gave a key means to come back with it.
+    cancels = idempotency is None
+    if body.stream:
+        return event_stream(job, dispatcher, base, response_format=body.response_format, cancels=cancels)
+    wait_s: float | None = None
+    if prefers_async(request):
+        wait = _WAIT.search(request.headers["prefer"].lower())
+        wait_s = float(wait[1]) if wait else 0.0
+    done = await _ended_or_gone(job, request, dispatcher, wait_s)
+    if done is None and wait_s is not None and not await request.is_disconnected():
+        retry_after_s = max(1, math.ceil(backlog_s + job.predicted_seconds))
+        headers = {
+            "Location": f"/v1/jobs/{job.id}",
+            "Retry-After": str(retry_after_s),
+            "Preference-Applied": "respond-async",
+        }
+        shown = job_body(await dispatcher.store.get(job.id), base)
+        return JSONResponse(shown.model_dump(mode="json", exclude_unset=True), 202, headers)
+    if done is None:
+        if cancels:
+            dispatcher.cancel_soon(job.id)
+        return Response(status_code=499)  # nginx's word for it; nobody is there to read it
+    if done.failure is not None:
+        raise error_of(done.failure)
+    if done.status is JobStatus.CANCELLED:
+        raise JobCancelled(f"job {done.id} was cancelled")
+    outcome = await dispatcher.store.content(done.id)
+    if body.response_format is ResponseFormat.BINARY:
+        return binary_response(outcome)
+    result = result_body(outcome, body.response_format, base)
+    return JSONResponse(result.model_dump(mode="json", exclude_unset=True))
 
 
-def client_has_gone() -> Response:
-    return Response(status_code=499)  # nginx's word for it; nobody is there to read it
+def _idempotency(body: GenerationBody, request: Request) -> Idempotency | None:
+    key = request.headers.get("idempotency-key")
+    if key is None:
+        return None
+    if not _IDEMPOTENCY_KEY.fullmatch(key):
+        raise InvalidRequest("Idempotency-Key must have 1 to 255 printable ASCII characters", "Idempotency-Key")
+    asked = f"{request.url.path} {body.model_dump_json(exclude_unset=True)}"
+    return Idempotency(owner_of(request) or "", key, hashlib.sha256(asked.encode()).hexdigest())
 
 
-async def _outcome_or_hang_up(ended: Future[Outcome], request: Request) -> Outcome | None:
-    """The outcome of a job; None if its client has gone before."""
-    outcome = asyncio.wrap_future(ended)
-    hang_up = asyncio.create_task(_hang_up(request))
+async def _ended_or_gone(job: Job, request: Request, dispatcher: Dispatcher, wait_s: float | None) -> Job | None:
+    """The job once it has ended; None if its client has gone before, or `wait_s` has passed.
+
+    Raises Draining if this server stops before, while others go on with the job.
+    """
+    waits = [asyncio.ensure_future(wait) for wait in (_hang_up(request), dispatcher.has_drained.wait())]
+    outcome = asyncio.create_task(ended(dispatcher.store, job.id))
     try:
-        await asyncio.wait((outcome, hang_up), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((outcome, *waits), timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+        if dispatcher.has_drained.is_set() and not outcome.done():
+            await asyncio.wait((outcome,), timeout=_LAST_ANSWER_S)
+            if not outcome.done():
+                raise Draining(f"the server shuts down; job {job.id} goes on at others", retry_after_s=1)
         return outcome.result() if outcome.done() else None
     finally:
-        hang_up.cancel()
+        for task in (outcome, *waits):
+            task.cancel()
 
 
 async def _hang_up(request: Request) -> None:
     """Return when the client has gone. Its body has been read: nothing else can come."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def binary_response(outcome: Outcome) -> Response:
-    job = outcome.job
-    receipt = receipt_body(job.receipts[0])
-    headers = {
-        "X-Job-ID": job.id,
-        "X-Seed": str(job.requests[0].seed),
-        "X-Receipt": json.dumps(receipt.model_dump(mode="json", exclude_unset=True, exclude={"decisions"})),
-    }
-    return Response(outcome.pictures[0], media_type=job.output.format.content_type, headers=headers)
-
-
-def file_bodies(
-    outcome: Outcome, response_format: ResponseFormat | None, request: Request, settings: Settings
-) -> list[FileBody]:
-    """The job's files, or where to fetch them. Of several each has its own receipt."""
-    job, data = outcome.job, []
-    urls = content_urls(job, request, settings)
-    for index, made in enumerate(job.requests):
-        if response_format is ResponseFormat.URL:
-            file = FileBody(url=urls[index], seed=made.seed)
-        else:
-            file = FileBody(b64_json=base64.b64encode(outcome.pictures[index]).decode("ascii"), seed=made.seed)
-        if len(job.requests) > 1:
-            file.receipt = receipt_body(job.receipts[index])
-        data.append(file)
-    return data

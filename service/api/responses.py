@@ -1,6 +1,6 @@
 """What the API answers with. Fields that are not set are absent from the JSON."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -106,6 +106,7 @@ class ProgressBody(BaseModel):
 
 class LinksBody(BaseModel):
     self: str
+    events: str
     content: list[str] = Field(description="One for each picture, once the job has succeeded.")
 
 
@@ -119,6 +120,13 @@ class JobBody(BaseModel):
     receipt: ReceiptBody | None
     error: ErrorDetail | None
     links: LinksBody
+
+
+ACCEPTED: dict[str, Any] = {
+    "model": JobBody,
+    "description": "With `Prefer: respond-async`: the job, in `Location` where to ask for it, in `Retry-After` when.",
+}
+EVENT_STREAM: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
 
 
 class SizesBody(BaseModel):

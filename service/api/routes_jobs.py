@@ -1,54 +1,60 @@
-"""Jobs and their files."""
+"""Jobs: what becomes of them, their files, and how to stop them."""
 
+import re
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 
 from models.artifact import MeshFormat, OutputFormat
 from models.errors import InvalidRequest
-from service.api.dependencies import SettingsOfApp, WorkerOfApp
-from service.api.errors import error_of, error_responses, status_and_error
-from service.api.responses import JobBody, LinksBody, ProgressBody
-from service.api.views import job_receipt_body
-from service.jobs.job import Job, JobStatus
-from service.settings import Settings
+from service.api.access import own_job
+from service.api.dependencies import DispatcherOfApp, SettingsOfApp
+from service.api.errors import error_responses
+from service.api.events import event_stream
+from service.api.job_views import base_url, job_body
+from service.api.responses import EVENT_STREAM, JobBody
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+_EVENT_ID = re.compile(r"[0-9]{1,18}-[0-9]{1,18}", re.ASCII)
 
 
 @router.get(
     "/{job_id}",
     summary="A job's status, progress and receipt",
     response_model_exclude_unset=True,
-    responses=error_responses(404),
+    responses=error_responses(404, 503),
 )
-async def show_job(job_id: str, request: Request, worker: WorkerOfApp, settings: SettingsOfApp) -> JobBody:
-    job = worker.store.get(job_id)
-    num_inference_steps = job.requests[0].num_inference_steps
-    # Steps of no length, with which some schedules end, are counted when all is done.
-    is_done = job.status is JobStatus.SUCCEEDED
-    return JobBody(
-        id=job.id,
-        object="job",
-        status=job.status,
-        model=job.model,
-        created=int(job.created_at),
-        progress=ProgressBody(
-            step=num_inference_steps if is_done else job.steps_done // len(job.requests),
-            num_inference_steps=num_inference_steps,
-        ),
-        receipt=job_receipt_body(job.receipts) if job.receipts else None,
-        error=status_and_error(error_of(job.failure))[1] if job.failure else None,
-        links=LinksBody(
-            self=f"{_base_url(request, settings)}/v1/jobs/{job.id}",
-            content=content_urls(job, request, settings) if is_done else [],
-        ),
-    )
+async def show_job(job_id: str, request: Request, dispatcher: DispatcherOfApp, settings: SettingsOfApp) -> JobBody:
+    return job_body(await own_job(job_id, request, dispatcher.store), base_url(request, settings))
+
+
+@router.get(
+    "/{job_id}/events",
+    summary="A job's events, from the first or from where they broke off, until it has ended",
+    response_class=Response,
+    responses={
+        200: {"description": "Server-sent events, the last of them the result or an error.", "content": EVENT_STREAM},
+        **error_responses(404, 422, 503),
+    },
+)
+async def stream_events(
+    job_id: str,
+    request: Request,
+    dispatcher: DispatcherOfApp,
+    settings: SettingsOfApp,
+    last_event_id: Annotated[str | None, Header(description="The id of the last event that came through.")] = None,
+) -> Response:
+    """Any server that shares the job's store has them."""
+    if last_event_id is not None and not _EVENT_ID.fullmatch(last_event_id):
+        raise InvalidRequest("Last-Event-ID is not the id of an event, such as 1-0", "Last-Event-ID")
+    job = await own_job(job_id, request, dispatcher.store)
+    return event_stream(job, dispatcher, base_url(request, settings), after=last_event_id or "0-0")
 
 
 @router.get(
     "/{job_id}/content",
-    summary="A picture's file",
+    summary="A picture's or mesh's file",
     response_class=Response,
     responses={
         200: {
@@ -58,13 +64,17 @@ async def show_job(job_id: str, request: Request, worker: WorkerOfApp, settings:
                 for file_format in (*OutputFormat, *MeshFormat)
             },
         },
-        **error_responses(404, 409, 410, 422),
+        **error_responses(404, 409, 410, 422, 503),
     },
 )
 async def show_content(
-    job_id: str, worker: WorkerOfApp, index: Annotated[int, Query(ge=0, description="Which picture, if n > 1.")] = 0
+    job_id: str,
+    request: Request,
+    dispatcher: DispatcherOfApp,
+    index: Annotated[int, Query(ge=0, description="Which picture, if n > 1.")] = 0,
 ) -> Response:
-    outcome = worker.store.content(job_id)
+    await own_job(job_id, request, dispatcher.store)
+    outcome = await dispatcher.store.content(job_id)
     if index >= len(outcome.pictures):
         raise InvalidRequest(
             f"index {index} is above the last picture of job {job_id}; try {len(outcome.pictures) - 1}", "index"
@@ -78,11 +88,13 @@ async def show_content(
     )
 
 
-def content_urls(job: Job, request: Request, settings: Settings) -> list[str]:
-    """Where a job's pictures can be fetched."""
-    base = _base_url(request, settings)
-    return [f"{base}/v1/jobs/{job.id}/content?index={index}" for index in range(len(job.requests))]
-
-
-def _base_url(request: Request, settings: Settings) -> str:
-    return (settings.public_url or str(request.base_url)).rstrip("/")
+@router.delete(
+    "/{job_id}",
+    summary="Cancel a job",
+    response_model_exclude_unset=True,
+    responses=error_responses(404, 503),
+)
+async def cancel_job(job_id: str, request: Request, dispatcher: DispatcherOfApp, settings: SettingsOfApp) -> JobBody:
+    """A queued job never runs, a running one stops at the next denoise step. One that has ended stays as it is."""
+    await own_job(job_id, request, dispatcher.store)
+    return job_body(await dispatcher.cancel(job_id), base_url(request, settings))

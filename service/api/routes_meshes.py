@@ -8,31 +8,19 @@ from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
 from models.artifact import MeshFormat
 from models.card import MeshCard
 from models.errors import InvalidRequest
-from service.api.dependencies import SettingsOfApp, WorkerOfApp
+from service.api.dependencies import DispatcherOfApp, SettingsOfApp
 from service.api.errors import error_responses
-from service.api.generation import (
-    GenerationRoute,
-    binary_response,
-    card_of,
-    client_has_gone,
-    file_bodies,
-    job_of,
-    media_type_of,
-    outcome_of,
-    refuse_promises,
-)
+from service.api.generation import GenerationHeaders, GenerationRoute, answer, card_of, job_of, media_type_of
 from service.api.input_image import checked_picture, decode_base64_picture
 from service.api.parsing import RANDOM_SEEDS, parse_mesh_output, parse_mesh_request
-from service.api.responses import MeshResponse
-from service.api.schemas import MeshBody, ResponseFormat
-from service.api.views import job_receipt_body
+from service.api.responses import ACCEPTED, EVENT_STREAM, MeshResponse
+from service.api.schemas import MeshBody
 from service.errors import UnsupportedMediaType
 
 _FORM = "multipart/form-data"
@@ -74,21 +62,29 @@ _FORM_SCHEMA = {
     responses={
         200: {
             "description": "The mesh; with response_format binary its file, `X-Job-ID`, `X-Seed` and the receipt as "
-            "JSON in `X-Receipt`.",
+            "JSON in `X-Receipt`; with stream the job's events, up to `mesh_generation.completed` or `error`.",
             "content": {
-                mesh_format.content_type: {"schema": {"type": "string", "format": "binary"}}
-                for mesh_format in MeshFormat
+                **{
+                    mesh_format.content_type: {"schema": {"type": "string", "format": "binary"}}
+                    for mesh_format in MeshFormat
+                },
+                **EVENT_STREAM,
             },
         },
-        **error_responses(400, 404, 413, 415, 422, 500, 503),
+        202: ACCEPTED,
+        **error_responses(400, 404, 409, 413, 415, 422, 500, 503),
     },
     openapi_extra={"requestBody": {"content": {_FORM: {"schema": _FORM_SCHEMA}}}},
 )
-async def create_mesh(body: MeshBody, request: Request, worker: WorkerOfApp, settings: SettingsOfApp) -> Response:
-    """The call waits for the result. A client that hangs up cancels its job."""
-    refuse_promises(request)
-    worker.check_accepting()
-    card = card_of(body.model, worker, MeshCard)
+async def create_mesh(
+    body: MeshBody, request: Request, dispatcher: DispatcherOfApp, settings: SettingsOfApp, headers: GenerationHeaders
+) -> Response:
+    """The call waits for the result, unless it asks for a stream or, by `Prefer: respond-async`, for the job.
+
+    A client that hangs up while it waits cancels its job, unless it gave an `Idempotency-Key` to come back with.
+    """
+    dispatcher.check_accepting()
+    card = card_of(body.model, dispatcher, MeshCard)
     request.state.model = card.id
     file = decode_base64_picture(body.input_image)
     check = partial(checked_picture, file, max_pixels=settings.max_image_pixels)
@@ -100,23 +96,8 @@ async def create_mesh(body: MeshBody, request: Request, worker: WorkerOfApp, set
         default_budget=settings.default_budget.to_budget(),
         random_seed=secrets.randbelow(RANDOM_SEEDS),
     )
-    job = job_of((made,), parse_mesh_output(body), body, card, request.state.request_id)
-    outcome = await outcome_of(job, request, worker, settings)
-    if outcome is None:
-        return client_has_gone()
-    if body.response_format is ResponseFormat.BINARY:
-        return binary_response(outcome)
-    job = outcome.job
-    answer = MeshResponse(
-        created=int(job.created_at),
-        id=job.id,
-        model=job.model,
-        data=file_bodies(outcome, body.response_format, request, settings),
-        octree_resolution=made.octree_resolution,
-        output_format=job.output.format,
-        receipt=job_receipt_body(job.receipts),
-    )
-    return JSONResponse(answer.model_dump(mode="json", exclude_unset=True))
+    job = job_of((made,), parse_mesh_output(body), body, card, request, settings)
+    return await answer(job, body, request, dispatcher, settings)
 
 
 async def _form_as_json(request: Request) -> Request:

@@ -3,7 +3,7 @@
 from fastapi import APIRouter
 
 from models.errors import UnknownModel
-from service.api.dependencies import WorkerOfApp
+from service.api.dependencies import DispatcherOfApp
 from service.api.errors import error_responses
 from service.api.responses import ModelBody, ModelList
 from service.api.views import model_body
@@ -12,13 +12,13 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 
 
 @router.get("", summary="List the models, with their calibration curves", response_model_exclude_unset=True)
-async def list_models(worker: WorkerOfApp) -> ModelList:
-    return ModelList(object="list", data=[model_body(card) for card in worker.cards.values()])
+async def list_models(dispatcher: DispatcherOfApp) -> ModelList:
+    return ModelList(object="list", data=[model_body(card) for card in dispatcher.cards.values()])
 
 
 # Ids are directory names; the path converter lets an id with a slash be not found in our words.
 @router.get("/{model_id:path}", summary="One model", response_model_exclude_unset=True, responses=error_responses(404))
-async def show_model(model_id: str, worker: WorkerOfApp) -> ModelBody:
-    if model_id not in worker.cards:
-        raise UnknownModel(f"there is no model '{model_id}'; loaded: {', '.join(worker.cards)}")
-    return model_body(worker.cards[model_id])
+async def show_model(model_id: str, dispatcher: DispatcherOfApp) -> ModelBody:
+    if model_id not in dispatcher.cards:
+        raise UnknownModel(f"there is no model '{model_id}'; loaded: {', '.join(dispatcher.cards)}")
+    return model_body(dispatcher.cards[model_id])

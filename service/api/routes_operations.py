@@ -4,10 +4,14 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from service.api.dependencies import WorkerOfApp
+from service.api.auth import require
+from service.api.dependencies import DispatcherOfApp
+from service.api.errors import error_responses
 from service.api.responses import HealthBody, ReadyBody
-from service.errors import Draining
+from service.errors import Draining, StoreUnavailable
+from service.keys import Scope
 
+# Metrics need a key. The other pages are open: what asks for them, such as a load balancer, has none.
 router = APIRouter(tags=["operations"])
 
 
@@ -23,18 +27,19 @@ async def check_health() -> HealthBody:
 
 @router.get(
     "/readyz",
-    summary="Whether the models are loaded and requests accepted",
+    summary="Whether the models are loaded, the job store reachable and requests accepted",
     response_model=ReadyBody,
     response_model_exclude_unset=True,
     responses={503: {"model": ReadyBody, "description": "Not ready, with the reason."}},
 )
-async def check_readiness(worker: WorkerOfApp) -> ReadyBody | JSONResponse:
+async def check_readiness(dispatcher: DispatcherOfApp) -> ReadyBody | JSONResponse:
     try:
-        worker.check_accepting()
-    except Draining as error:
+        dispatcher.check_accepting()
+        if not dispatcher.worker.is_alive:
+            return _unavailable("no model is loaded")
+        await dispatcher.store.check()
+    except (Draining, StoreUnavailable) as error:
         return _unavailable(str(error))
-    if not worker.is_alive:
-        return _unavailable("no model is loaded")
     return ReadyBody(status="ready")
 
 
@@ -42,10 +47,15 @@ async def check_readiness(worker: WorkerOfApp) -> ReadyBody | JSONResponse:
     "/metrics",
     summary="Prometheus metrics",
     response_class=Response,
-    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **error_responses(401, 403)},
+    dependencies=[require(Scope.METRICS)],
 )
-async def show_metrics(worker: WorkerOfApp) -> Response:
-    page = worker.metrics.exposition(list(worker.cards), worker.store.load())
+async def show_metrics(dispatcher: DispatcherOfApp) -> Response:
+    try:
+        waiting = await dispatcher.store.num_waiting()
+    except StoreUnavailable:  # counted by the store itself
+        waiting = None
+    page = dispatcher.metrics.exposition(dispatcher.cards, dispatcher.num_running(), waiting)
     return Response(page, media_type=CONTENT_TYPE_LATEST)
 
 

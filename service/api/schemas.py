@@ -56,8 +56,23 @@ class GenerationBody(BaseModel):
     budget: BudgetBody | None = Field(default=None, description="Speed against quality; the server has a default.")
     priority: Priority | None = Field(default=None, description="Place in the queue; normal by default.")
     trace: StrictBool = Field(default=False, description="Whether the receipt lists every decision of every block.")
-    stream: Annotated[Literal[False] | None, _unless((False, None), "this server does not stream; omit stream")] = (
-        Field(default=None, description="Only false: this server does not stream.")
+    stream: StrictBool | None = Field(
+        default=None, description="Whether to answer with server-sent events, the last of which has the result."
+    )
+    partial_images: Integer | None = Field(
+        default=None,
+        ge=0,
+        le=3,
+        description="How many previews of the unfinished result the events have; with stream or Prefer: respond-async.",
+    )
+    response_format: ResponseFormat | None = Field(
+        default=None, description="b64_json by default; binary only for one result."
+    )
+    webhook_url: str | None = Field(
+        default=None,
+        max_length=2000,
+        description="Where to tell that the job has ended, on a host that the server allows, signed as Standard "
+        "Webhooks says.",
     )
 
 
@@ -104,9 +119,6 @@ class ImageBody(GenerationBody):
         description="OpenAI's word instead of a budget: low is draft, medium fast, high high, hd exact; auto and "
         "standard are the server's default.",
     )
-    response_format: ResponseFormat | None = Field(
-        default=None, description="b64_json by default; binary only for one picture."
-    )
     output_format: OutputFormat | None = Field(default=None, description="png by default.")
     output_compression: Integer | None = Field(
         default=None,
@@ -131,9 +143,6 @@ class ImageBody(GenerationBody):
     style: Annotated[
         None, _unless((None,), "this server has no styles; omit style and describe the style in the prompt")
     ] = Field(default=None, description="OpenAI's field; describe the style in the prompt instead.")
-    partial_images: Annotated[
-        Literal[0] | None, _unless((0, None), "this server sends no partial images; omit partial_images or use 0")
-    ] = Field(default=None, description="Only 0: this server does not stream.")
 
 
 class MeshBody(GenerationBody):
@@ -173,4 +182,3 @@ class MeshBody(GenerationBody):
         description="How many triangles the mesh may have; null reduces nothing.",
     )
     output_format: MeshFormat | None = Field(default=None, description="glb by default.")
-    response_format: ResponseFormat | None = Field(default=None, description="b64_json by default.")

@@ -1,123 +1,238 @@
-"""Jobs in this process's memory, shared by the event loop and the worker's threads."""
+"""Jobs in this process's memory."""
 
+import uuid
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import count
-from threading import Lock
 
-from service.errors import JobNotFinished, JobNotFound
-from service.jobs.job import Failure, Job, JobStatus, Outcome, Priority, Receipt
-from service.jobs.results import MemoryResults
+from service.errors import IdempotencyKeyReused, JobNotFinished, JobNotFound
+from service.jobs.job import Failure, Job, JobStatus, Outcome
+from service.jobs.results import Results
+from service.jobs.store import (
+    WEBHOOK_HELD_S,
+    Changes,
+    Claim,
+    Ending,
+    Event,
+    EventName,
+    Fits,
+    Idempotency,
+    Preview,
+    Progress,
+    Recovery,
+)
+from service.scheduling.batching import shape_of
 
-_RANKS = {priority: rank for rank, priority in enumerate(Priority)}
+
+@dataclass(slots=True)
+class _Record:
+    job: Job
+    place: tuple[float, int]
+    lease: str | None = None
+    lease_ends: float = 0.0
+    events: list[Event] = field(default_factory=list)
 
 
 class MemoryStore:
-    """Every method is atomic. Ended jobs are forgotten `job_ttl_s` after their end."""
+    """Ended jobs are forgotten `job_ttl_s` after their end."""
 
-    def __init__(self, results: MemoryResults, *, job_ttl_s: float, clock: Callable[[], float]) -> None:
+    is_shared = False
+
+    def __init__(
+        self, results: Results, *, job_ttl_s: float, lease_s: float, max_attempts: int, clock: Callable[[], float]
+    ) -> None:
+        self.changes = Changes()
         self._results = results
         self._job_ttl_s = job_ttl_s
+        self._lease_s = lease_s
+        self._max_attempts = max_attempts
         self._clock = clock
-        self._lock = Lock()
-        self._jobs: dict[str, Job] = {}
-        self._queue: list[tuple[int, int, str]] = []  # (priority's rank, arrival, job id)
+        self._records: dict[str, _Record] = {}
+        self._queue: list[tuple[tuple[float, int], str]] = []  # (place, job id)
         self._arrivals = count()
-        self._outcomes: dict[str, Future[Outcome]] = {}  # of jobs that have not ended
-        self._ended: dict[str, float] = {}  # when to forget a job, in the order of their ends
+        self._live: set[str] = set()
+        self._keys: dict[tuple[str, str], tuple[str, str]] = {}  # (owner, key) -> (fingerprint, job id)
+        self._webhooks: dict[str, tuple[float, int]] = {}  # when it is due, and how often it was taken
+        self._forget_at: dict[str, float] = {}  # in the order of the jobs' ends
 
-    def add(self, job: Job) -> Future[Outcome]:
-        """Queue a job. The future is done when the job has ended, however it ended."""
-        with self._lock:
-            self._forget_old()
-            self._jobs[job.id] = job
-            insort(self._queue, (_RANKS[job.priority], next(self._arrivals), job.id))
-            outcome: Future[Outcome] = Future()
-            self._outcomes[job.id] = outcome
-            return outcome
+    async def open(self) -> None:
+        pass
 
-    def get(self, job_id: str) -> Job:
-        with self._lock:
-            self._forget_old()
-            if job_id not in self._jobs:
-                raise JobNotFound(f"there is no job '{job_id}'")
-            return self._jobs[job_id]
+    async def close(self) -> None:
+        pass
 
-    def content(self, job_id: str) -> Outcome:
-        """A succeeded job's pictures. Raises JobNotFound, JobNotFinished, ResultExpired."""
-        job = self.get(job_id)
-        if job.status is not JobStatus.SUCCEEDED:
-            raise JobNotFinished(f"job {job_id} is {job.status}; only a succeeded job has content")
-        with self._lock:
-            return Outcome(job, self._results.get(job_id))
+    async def check(self) -> None:
+        pass
 
-    def claim(self, fits: Callable[[Job], bool]) -> Job | None:
-        """The first waiting job that `fits`, now running: by priority, then by arrival."""
-        with self._lock:
-            for entry in self._queue:
-                job = self._jobs[entry[2]]
-                if fits(job):
-                    self._queue.remove(entry)
-                    self._jobs[job.id] = replace(job.moved_to(JobStatus.RUNNING), started_at=self._clock())
-                    return self._jobs[job.id]
-            return None
-
-    def record_step(self, job_id: str) -> None:
-        """One of a running job's pictures took one more step. A job that has ended keeps the count it ended with."""
-        with self._lock:
-            if job_id in self._outcomes:
-                job = self._jobs[job_id]
-                self._jobs[job_id] = replace(job, steps_done=job.steps_done + 1)
-
-    def end(
-        self,
-        job_id: str,
-        status: JobStatus,
-        *,
-        failure: Failure | None = None,
-        receipts: tuple[Receipt, ...] = (),
-        pictures: tuple[bytes, ...] = (),
-    ) -> Job | None:
-        """The job, ended with `status`; None if it had already ended, since whoever ends it first has decided."""
-        with self._lock:
-            if job_id not in self._outcomes:
-                return None
-            now = self._clock()
-            job = replace(self._jobs[job_id].moved_to(status), failure=failure, receipts=receipts, ended_at=now)
-            self._jobs[job_id] = job
-            self._queue = [entry for entry in self._queue if entry[2] != job_id]
-            self._ended[job_id] = now + self._job_ttl_s
-            if status is JobStatus.SUCCEEDED:
-                self._results.put(job_id, pictures)
-            outcome = self._outcomes.pop(job_id)
-        # Outside the lock: this runs the waiting side's callbacks.
-        if outcome.set_running_or_notify_cancel():
-            outcome.set_result(Outcome(job, pictures))
+    async def add(self, job: Job, idempotency: Idempotency | None = None) -> Job:
+        self._forget_old()
+        if idempotency is not None:
+            name = (idempotency.owner, idempotency.key)
+            fingerprint, job_id = self._keys.setdefault(name, (idempotency.fingerprint, job.id))
+            if fingerprint != idempotency.fingerprint:
+                raise IdempotencyKeyReused(idempotency.key)
+            if job_id != job.id:
+                return self._record(job_id).job
+        record = _Record(job, (job.place, next(self._arrivals)))
+        self._records[job.id] = record
+        self._live.add(job.id)
+        self._queue_again(record)
         return job
 
-    def is_live(self, job_id: str) -> bool:
-        with self._lock:
-            return job_id in self._outcomes
+    async def get(self, job_id: str) -> Job:
+        return self._record(job_id).job
 
-    def live_jobs(self) -> list[Job]:
-        """Queued and running jobs."""
-        with self._lock:
-            return [self._jobs[job_id] for job_id in self._outcomes]
+    async def content(self, job_id: str) -> Outcome:
+        job = self._record(job_id).job
+        if job.content is None:
+            raise JobNotFinished(f"job {job_id} is {job.status}; only a succeeded job has content")
+        return Outcome(job, await self._results.get(job.content))
 
-    def backlog_s(self) -> float:
-        """Predicted seconds of work in all queued and running jobs."""
-        return sum(job.remaining_seconds for job in self.live_jobs())
+    async def claim(self, fits: Fits) -> Claim | None:
+        for entry in self._queue:
+            record = self._records[entry[1]]
+            if fits(record.job.model, shape_of(record.job.requests[0])):
+                self._queue.remove(entry)
+                record.job = replace(
+                    record.job.moved_to(JobStatus.RUNNING),
+                    started_at=self._clock(),
+                    steps_done=0,
+                    attempts=record.job.attempts + 1,
+                )
+                record.lease = uuid.uuid4().hex
+                record.lease_ends = self._clock() + self._lease_s
+                self._tell(record, EventName.STARTED)
+                return Claim(record.job, record.lease)
+        return None
 
-    def load(self) -> Counter[tuple[str, JobStatus]]:
-        """How many jobs of each model are queued and running."""
-        return Counter((job.model, job.status) for job in self.live_jobs())
+    async def renew(self, claims: Sequence[Claim]) -> set[str]:
+        lost = set()
+        for claim in claims:
+            if (record := self._claimed(claim)) is None:
+                lost.add(claim.job.id)
+            else:
+                record.lease_ends = self._clock() + self._lease_s
+        return lost
+
+    async def record(self, progress: Progress) -> None:
+        if (record := self._claimed(progress.claim)) is not None:
+            record.job = replace(record.job, steps_done=progress.steps_done, compute_ratio=progress.compute_ratio)
+            self._tell(record, EventName.PROGRESS, **progress.event_data)
+
+    async def add_preview(self, preview: Preview) -> None:
+        if (record := self._claimed(preview.claim)) is not None:
+            self._tell(record, EventName.PREVIEW, **preview.event_data)
+
+    async def end(self, ending: Ending) -> Job | None:
+        content = None
+        if ending.status is JobStatus.SUCCEEDED:
+            content = f"{ending.claim.job.id}/{ending.claim.lease}"
+            await self._results.put(content, ending.files)
+        if (record := self._claimed(ending.claim)) is None:
+            return None
+        record.job = replace(record.job, failure=ending.failure, receipts=ending.receipts, content=content)
+        return self._end(record, ending.status)
+
+    async def release(self, claim: Claim) -> None:
+        if (record := self._claimed(claim)) is not None:
+            record.job = replace(record.job, attempts=record.job.attempts - 1)
+            self._queue_again(record)
+
+    async def cancel(self, job_id: str) -> tuple[Job, bool]:
+        record = self._record(job_id)
+        if record.job.status.is_terminal:
+            return record.job, False
+        job = self._end(record, JobStatus.CANCELLED)
+        self.changes.on_cancelled(job_id)
+        return job, True
+
+    async def fail(self, job_id: str, failure: Failure) -> Job | None:
+        record = self._record(job_id)
+        if record.job.status.is_terminal:
+            return None
+        record.job = replace(record.job, failure=failure)
+        return self._end(record, JobStatus.FAILED)
+
+    async def recover(self) -> Recovery:
+        requeued, failed = [], []
+        for job_id in sorted(self._live):
+            record = self._records[job_id]
+            if record.lease is None or record.lease_ends > self._clock():
+                continue
+            if record.job.attempts < self._max_attempts:
+                self._queue_again(record)
+                requeued.append(job_id)
+            else:
+                failed.append(await self.fail(job_id, Failure.worker_lost(job_id, record.job.attempts)))
+        return Recovery(tuple(requeued), tuple(job for job in failed if job is not None))
+
+    async def take_webhook(self) -> tuple[Job, int] | None:
+        for job_id, (due_at, attempts) in self._webhooks.items():
+            if due_at <= self._clock():
+                self._webhooks[job_id] = (self._clock() + WEBHOOK_HELD_S, attempts + 1)
+                return self._records[job_id].job, attempts
+        return None
+
+    async def settle_webhook(self, job_id: str, retry_in_s: float | None) -> None:
+        if retry_in_s is None:
+            self._webhooks.pop(job_id, None)
+        elif job_id in self._webhooks:
+            self._webhooks[job_id] = (self._clock() + retry_in_s, self._webhooks[job_id][1])
+
+    async def events(self, job_id: str, after: str) -> list[Event]:
+        seen = int(after.partition("-")[0])
+        return self._record(job_id).events[seen:]
+
+    async def live_jobs(self) -> list[Job]:
+        return [self._records[job_id].job for job_id in self._live]
+
+    async def backlog_s(self) -> float:
+        return sum(self._records[job_id].job.remaining_seconds for job_id in self._live)
+
+    async def num_waiting(self) -> Counter[str]:
+        return Counter(self._records[job_id].job.model for _, job_id in self._queue)
+
+    def _record(self, job_id: str) -> _Record:
+        self._forget_old()
+        if job_id not in self._records:
+            raise JobNotFound(f"there is no job '{job_id}'")
+        return self._records[job_id]
+
+    def _claimed(self, claim: Claim) -> _Record | None:
+        record = self._records.get(claim.job.id)
+        return record if record is not None and record.lease == claim.lease else None
+
+    def _queue_again(self, record: _Record) -> None:
+        if record.job.status is not JobStatus.QUEUED:
+            record.job = record.job.moved_to(JobStatus.QUEUED)
+        record.lease = None
+        insort(self._queue, (record.place, record.job.id))
+        self._tell(record, EventName.QUEUED)
+        self.changes.on_queued()
+
+    def _end(self, record: _Record, status: JobStatus) -> Job:
+        now = self._clock()
+        job = record.job = replace(record.job.moved_to(status), ended_at=now)
+        record.lease = None
+        self._live.discard(job.id)
+        self._queue = [entry for entry in self._queue if entry[1] != job.id]
+        self._forget_at[job.id] = now + self._job_ttl_s
+        if job.webhook_url is not None:
+            self._webhooks[job.id] = (now, 0)
+        self._tell(record, EventName.ENDED, status=status)
+        return job
+
+    def _tell(self, record: _Record, name: EventName, **data: object) -> None:
+        record.events.append(Event(f"{len(record.events) + 1}-0", name, data))
+        self.changes.notify(record.job.id)
 
     def _forget_old(self) -> None:
         now = self._clock()
-        for job_id, forget_at in list(self._ended.items()):
+        for job_id, forget_at in list(self._forget_at.items()):
             if forget_at > now:
                 break
-            del self._ended[job_id], self._jobs[job_id]
+            del self._forget_at[job_id], self._records[job_id]
+            self._webhooks.pop(job_id, None)
+            self._keys = {name: made for name, made in self._keys.items() if made[1] != job_id}

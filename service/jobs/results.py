@@ -1,20 +1,47 @@
-"""Finished pictures, kept for a while and up to a size."""
+"""Where finished files are kept, for a while and up to a size: in memory, in Redis, or on a volume (fsspec)."""
 
-from collections.abc import Callable
+import asyncio
+import json
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-from service.errors import ResultExpired
+import fsspec
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from service.errors import ResultExpired, StoreUnavailable
+
+
+class Results(Protocol):
+    """`key` is new for each attempt at a job, so whoever comes too late overwrites nothing.
+
+    Of too many results the oldest go first; the newest stays, however large. Both methods raise StoreUnavailable when
+    the place can't be reached.
+    """
+
+    async def put(self, key: str, files: Sequence[bytes]) -> None: ...
+
+    async def get(self, key: str) -> tuple[bytes, ...]:
+        """Raises ResultExpired for what is no longer kept."""
+        ...
+
+
+def _expired(key: str, ttl_s: float) -> ResultExpired:
+    job_id = key.partition("/")[0]
+    return ResultExpired(f"the content of job {job_id} is no longer kept; results live {ttl_s:g} s at most")
 
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    pictures: tuple[bytes, ...]
+    files: tuple[bytes, ...]
     size_bytes: int
     expires_at: float
 
 
 class MemoryResults:
-    """Results in this process's memory; the oldest go first when they are too many. Not locked: its store does that."""
+    """Results in this process's memory."""
 
     def __init__(self, *, ttl_s: float, max_bytes: int, clock: Callable[[], float]) -> None:
         self._ttl_s = ttl_s
@@ -23,25 +50,145 @@ class MemoryResults:
         self._kept: dict[str, _Kept] = {}
         self._size_bytes = 0
 
-    def put(self, job_id: str, pictures: tuple[bytes, ...]) -> None:
-        size_bytes = sum(len(picture) for picture in pictures)
-        self._kept[job_id] = _Kept(pictures, size_bytes, self._clock() + self._ttl_s)
+    async def put(self, key: str, files: Sequence[bytes]) -> None:
+        size_bytes = sum(map(len, files))
+        if (before := self._kept.pop(key, None)) is not None:
+            self._size_bytes -= before.size_bytes
+        self._kept[key] = _Kept(tuple(files), size_bytes, self._clock() + self._ttl_s)
         self._size_bytes += size_bytes
         self._drop_old()
 
-    def get(self, job_id: str) -> tuple[bytes, ...]:
-        """Raises ResultExpired for what is no longer kept."""
+    async def get(self, key: str) -> tuple[bytes, ...]:
         self._drop_old()
-        if job_id not in self._kept:
-            raise ResultExpired(
-                f"the content of job {job_id} is no longer kept; results live {self._ttl_s:g} s at most"
-            )
-        return self._kept[job_id].pictures
+        if key not in self._kept:
+            raise _expired(key, self._ttl_s)
+        return self._kept[key].files
 
     def _drop_old(self) -> None:
         now = self._clock()
-        for job_id, kept in list(self._kept.items()):  # in the order of arrival
-            if kept.expires_at > now and self._size_bytes <= self._max_bytes:
+        for key, kept in list(self._kept.items()):  # in the order of arrival
+            is_too_much = self._size_bytes > self._max_bytes and len(self._kept) > 1
+            if kept.expires_at > now and not is_too_much:
                 break
-            del self._kept[job_id]
+            del self._kept[key]
             self._size_bytes -= kept.size_bytes
+
+
+# KEYS: results (zset: key -> when it was put), sizes (hash: key -> bytes), total (bytes), result:<key>
+# ARGV: key, ms to live, most bytes, prefix of result keys, size, files…
+_PUT = """
+local now = redis.call('TIME')
+now = now[1] * 1000 + math.floor(now[2] / 1000)
+local function forget(key)
+    redis.call('DECRBY', KEYS[3], redis.call('HGET', KEYS[2], key) or 0)
+    redis.call('HDEL', KEYS[2], key)
+    redis.call('ZREM', KEYS[1], key)
+    redis.call('DEL', ARGV[4] .. key)
+end
+if redis.call('HEXISTS', KEYS[2], ARGV[1]) == 1 then forget(ARGV[1]) end
+redis.call('RPUSH', KEYS[4], unpack(ARGV, 6))
+redis.call('PEXPIRE', KEYS[4], ARGV[2])
+redis.call('ZADD', KEYS[1], now, ARGV[1])
+redis.call('HSET', KEYS[2], ARGV[1], ARGV[5])
+redis.call('INCRBY', KEYS[3], ARGV[5])
+for _, key in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[2])) do forget(key) end
+while tonumber(redis.call('GET', KEYS[3])) > tonumber(ARGV[3]) and redis.call('ZCARD', KEYS[1]) > 1 do
+    forget(redis.call('ZRANGE', KEYS[1], 0, 0)[1])
+end
+"""
+
+
+class RedisResults:
+    """Results in Redis."""
+
+    def __init__(self, redis: Redis, *, ttl_s: float, max_bytes: int, prefix: str = "elastic:") -> None:
+        self._redis: Any = redis  # redis-py's types leave open whether answers are bytes or texts
+        self._ttl_s = ttl_s
+        self._max_bytes = max_bytes
+        self._prefix = prefix
+        self._put = redis.register_script(_PUT)
+
+    async def put(self, key: str, files: Sequence[bytes]) -> None:
+        results = f"{self._prefix}result:"
+        keys = [f"{self._prefix}{name}" for name in ("results", "result_sizes", "results_bytes")]
+        arguments: list[Any] = [key, int(self._ttl_s * 1000), self._max_bytes, results, sum(map(len, files)), *files]
+        try:
+            await self._put(keys=[*keys, results + key], args=arguments)
+        except RedisError as error:
+            raise StoreUnavailable(f"the results in Redis can't be reached: {error}") from error
+
+    async def get(self, key: str) -> tuple[bytes, ...]:
+        try:
+            files = await self._redis.lrange(f"{self._prefix}result:{key}", 0, -1)
+        except RedisError as error:
+            raise StoreUnavailable(f"the results in Redis can't be reached: {error}") from error
+        if not files:
+            raise _expired(key, self._ttl_s)
+        return tuple(files)
+
+
+class VolumeResults:
+    """Results in files of a volume, such as `file:///srv/results` or `s3://bucket/results`, one folder for each key.
+
+    Old ones are looked for whenever something is put. The clocks of servers that share a volume must roughly agree.
+    """
+
+    def __init__(self, url: str, *, ttl_s: float, max_bytes: int, clock: Callable[[], float] = time.time) -> None:
+        self._files: Any
+        self._files, self._root = fsspec.core.url_to_fs(url)
+        self._ttl_s = ttl_s
+        self._max_bytes = max_bytes
+        self._clock = clock
+
+    async def put(self, key: str, files: Sequence[bytes]) -> None:
+        await self._in_thread(self._put, key, files)
+
+    async def get(self, key: str) -> tuple[bytes, ...]:
+        files: tuple[bytes, ...] = await self._in_thread(self._get, key)
+        return files
+
+    async def _in_thread(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return await asyncio.to_thread(call, *arguments)
+        except OSError as error:
+            raise StoreUnavailable(f"the volume of results can't be reached: {error}") from error
+
+    def _put(self, key: str, files: Sequence[bytes]) -> None:
+        folder = f"{self._root}/{key}"
+        self._files.makedirs(folder, exist_ok=True)
+        for index, data in enumerate(files):
+            self._files.pipe_file(f"{folder}/{index}", data)
+        # Written last: a folder without it is not complete.
+        entry = {"put_at": self._clock(), "num_files": len(files), "size_bytes": sum(map(len, files))}
+        self._files.pipe_file(f"{folder}/entry.json", json.dumps(entry).encode())
+        self._drop_old()
+
+    def _get(self, key: str) -> tuple[bytes, ...]:
+        folder = f"{self._root}/{key}"
+        try:
+            entry = json.loads(self._files.cat_file(f"{folder}/entry.json"))
+            if entry["put_at"] + self._ttl_s > self._clock():
+                return tuple(self._files.cat_file(f"{folder}/{index}") for index in range(entry["num_files"]))
+        except FileNotFoundError:  # dropped, perhaps just now
+            pass
+        raise _expired(key, self._ttl_s)
+
+    def _drop_old(self) -> None:
+        self._files.invalidate_cache()
+        kept = []
+        for path in self._files.glob(f"{self._root}/*/*/entry.json"):
+            try:
+                entry = json.loads(self._files.cat_file(path))
+            except FileNotFoundError:  # another server has dropped it
+                continue
+            kept.append((entry["put_at"], entry["size_bytes"], path.rpartition("/")[0]))
+        kept.sort()
+        left = sum(size for _, size, _ in kept)
+        for put_at, size, folder in kept[:-1]:
+            if put_at + self._ttl_s > self._clock() and left <= self._max_bytes:
+                break
+            left -= size
+            try:
+                self._files.rm(folder, recursive=True)
+            except FileNotFoundError:
+                continue

@@ -25,10 +25,11 @@ def next_group(candidates: Sequence[Candidate]) -> list[int]:
     return [index for index in by_wait if candidates[index].batch_key == batch_key]
 
 
-def shape_of(request: GenerationRequest) -> Hashable:
+def shape_of(request: GenerationRequest) -> str:
     """Requests of equal shape will share steps: what can be told of a `batch_key` before the request is started."""
     match request:
         case ImageRequest():
-            return request.model, request.height, request.width, request.true_cfg_scale > 1
+            guided = " guided" if request.true_cfg_scale > 1 else ""
+            return f"{request.model} {request.width}x{request.height}{guided}"
         case _:
-            return (request.model,)
+            return request.model

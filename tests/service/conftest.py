@@ -4,10 +4,13 @@
 "refuse" fails to start as the client's fault, "break at start", "break at step" and "break at finish" fail as ours.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+import asyncio
+from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from threading import Event
-from typing import TYPE_CHECKING, Any, cast
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import pytest
@@ -22,13 +25,16 @@ from models.mesh.cleanup import CleanMesh, clean
 from models.mesh.surface import Mesh
 from models.report import BlockReport, Decision, GenerationSummary, StepDecision, StepReport
 from models.request import ImageRequest, MeshRequest, Preset, QualityBudget
-from service.app import build_worker, create_app
-from service.jobs.job import Job, Output, Priority
+from service.app import build_dispatcher, create_app
+from service.dispatcher import Dispatcher
+from service.jobs.job import Job, JobStatus, Outcome, Output, Priority
+from service.jobs.store import ended
 from service.settings import Settings
-from service.worker import Worker
 
 if TYPE_CHECKING:
     from models.engine import Engine
+
+T = TypeVar("T")
 
 CURVE = (
     EXACT,
@@ -107,6 +113,10 @@ class DrawnState:
     def is_done(self) -> bool:
         return self.step_index == self.num_steps
 
+    @property
+    def compute_ratio(self) -> float:
+        return resolve(self.request.budget, CURVE).compute_ratio
+
     def summary(self) -> GenerationSummary:
         point = resolve(self.request.budget, CURVE)
         decisions = tuple(
@@ -168,6 +178,15 @@ class DrawnEngine:
         blocks = tuple(BlockReport(block, 0.001, len(states), 0, 0, widths) for block in DRAWN_CARD.blocks)
         return StepReport(0.002, 0.0001, len(states), blocks)
 
+    def memory_bytes(self) -> dict[str, int]:
+        return {}
+
+    def preview(self, state: DrawnState) -> Callable[[], NDArray[np.uint8] | CleanMesh]:
+        step = state.step_index
+        if isinstance(state.request, MeshRequest):
+            return lambda: _ball(1, None)
+        return lambda: np.full((8, 8, 3), step, dtype=np.uint8)
+
     def finish(self, state: DrawnState) -> NDArray[np.uint8] | CleanMesh:
         assert state.is_done
         assert self.decoding_gate.wait(timeout=20)
@@ -175,13 +194,16 @@ class DrawnEngine:
         if isinstance(request, MeshRequest):
             if request.seed == 666:
                 raise EmptySurface("no surface: the field lies in [-2, -1] and never crosses 0")
-            ball = trimesh.creation.icosphere(subdivisions=3)
-            mesh = Mesh(ball.vertices.astype(np.float32), ball.faces.astype(np.int32))
-            return clean(mesh, request.target_faces)
+            return _ball(3, request.target_faces)
         if "break at finish" in request.prompt:
             raise RuntimeError("secret detail")
         shape = (request.height, request.width, 3)
         return np.random.default_rng(request.seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def _ball(subdivisions: int, target_faces: int | None) -> CleanMesh:
+    ball = trimesh.creation.icosphere(subdivisions=subdivisions)
+    return clean(Mesh(ball.vertices.astype(np.float32), ball.faces.astype(np.int32)), target_faces)
 
 
 def _prompt(request: ImageRequest | MeshRequest) -> str:
@@ -208,33 +230,107 @@ def settings() -> Settings:
     return Settings(max_body_bytes=20_000, max_mesh_body_bytes=200_000, max_image_pixels=1_000_000, grace_s=20)
 
 
-@pytest.fixture
-def start_worker(engine: DrawnEngine) -> Iterator[Callable[[Settings], Worker]]:
-    """Build and start a worker with these settings; it is stopped after the test."""
-    workers = []
+class Service:
+    """A dispatcher with its worker, in a thread with an event loop of its own."""
 
-    def start(settings: Settings) -> Worker:
-        worker = build_worker(settings, lambda: cast("Engine", engine))
-        worker.start()
-        workers.append(worker)
-        return worker
+    def __init__(self, settings: Settings, engine: DrawnEngine) -> None:
+        self.dispatcher = build_dispatcher(settings, lambda: cast("Engine", engine))
+        self.store = self.dispatcher.store
+        self._loop = asyncio.new_event_loop()
+        self._thread = Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self.dispatcher.worker.start()
+        self._running = self.dispatcher.running()
+        self.run(self._running.__aenter__())
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do something in the loop, and wait for it."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
+
+    def submit(self, job: Job) -> "Future[Outcome]":
+        """Queue a job; the future is done when it has ended."""
+        self.run(self.store.add(job))
+        return asyncio.run_coroutine_threadsafe(self._outcome(job.id), self._loop)
+
+    async def _outcome(self, job_id: str) -> Outcome:
+        job = await ended(self.store, job_id)
+        return await self.store.content(job_id) if job.status is JobStatus.SUCCEEDED else Outcome(job, ())
+
+    def job(self, job_id: str) -> Job:
+        return self.run(self.store.get(job_id))
+
+    def cancel(self, job_id: str) -> Job:
+        return self.run(self.dispatcher.cancel(job_id))
+
+    def drain_soon(self) -> None:
+        async def begin() -> None:
+            self.dispatcher.in_background(self.dispatcher.drain())
+
+        self.run(begin())
+
+    def drain(self) -> None:
+        self.run(self.dispatcher.drain())
+
+    def close(self) -> None:
+        self.run(self._running.__aexit__(None, None, None))
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()
+
+
+@pytest.fixture
+def start_service(engine: DrawnEngine) -> Iterator[Callable[[Settings], Service]]:
+    """Start a service with these settings; it is stopped after the test."""
+    services = []
+
+    def start(settings: Settings) -> Service:
+        services.append(Service(settings, engine))
+        return services[-1]
 
     yield start
     engine.gate.set()
     engine.decoding_gate.set()
-    for worker in workers:
-        worker.stop()
+    for service in services:
+        service.close()
 
 
 @pytest.fixture
-def worker(start_worker: Callable[[Settings], Worker], settings: Settings) -> Worker:
-    return start_worker(settings)
+def service(start_service: Callable[[Settings], Service], settings: Settings) -> Service:
+    return start_service(settings)
 
 
 @pytest.fixture
-def client(worker: Worker, settings: Settings) -> Iterator[TestClient]:
-    with TestClient(create_app(settings, worker), raise_server_exceptions=False) as client:
-        yield client
+def make_dispatcher(engine: DrawnEngine) -> Callable[[Settings], Dispatcher]:
+    """A dispatcher whose worker has been started, for the test to run in an event loop."""
+
+    def make(settings: Settings) -> Dispatcher:
+        dispatcher = build_dispatcher(settings, lambda: cast("Engine", engine))
+        dispatcher.worker.start()
+        return dispatcher
+
+    return make
+
+
+@pytest.fixture
+def start_client(
+    engine: DrawnEngine, make_dispatcher: Callable[[Settings], Dispatcher]
+) -> Iterator[Callable[..., TestClient]]:
+    """A client of an application with these settings around a started worker; both end after the test."""
+    with ExitStack() as stack:
+
+        def start(settings: Settings, **options: Any) -> TestClient:
+            app = create_app(settings, make_dispatcher(settings))
+            client = TestClient(app, raise_server_exceptions=False, **options)
+            return stack.enter_context(client)
+
+        yield start
+        engine.gate.set()
+        engine.decoding_gate.set()
+
+
+@pytest.fixture
+def client(start_client: Callable[..., TestClient], settings: Settings) -> TestClient:
+    return start_client(settings)
 
 
 @pytest.fixture

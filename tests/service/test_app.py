@@ -7,11 +7,11 @@ from fastapi.testclient import TestClient
 WITHOUT_TORCH = """
 import sys
 from fastapi.testclient import TestClient
-from service.app import build_worker, create_app
+from service.app import build_dispatcher, create_app
 from service.settings import Settings
 
 settings = Settings()
-app = create_app(settings, build_worker(settings, load_engine=None))
+app = create_app(settings, build_dispatcher(settings, load_engine=None))
 client = TestClient(app)
 assert client.get("/openapi.json").status_code == 200
 assert client.get("/readyz").status_code == 503
@@ -44,6 +44,7 @@ def test_openapi_has_our_errors_and_only_what_works(client: TestClient) -> None:
         "/v1/images/generations",
         "/v1/meshes",
         "/v1/jobs/{job_id}",
+        "/v1/jobs/{job_id}/events",
         "/v1/jobs/{job_id}/content",
         "/v1/models",
         "/v1/models/{model_id}",
@@ -52,16 +53,19 @@ def test_openapi_has_our_errors_and_only_what_works(client: TestClient) -> None:
         "/metrics",
     }
     create = document["paths"]["/v1/images"]["post"]
-    assert set(create["responses"]) == {"200", "400", "404", "413", "415", "422", "500", "503"}
-    assert set(create["responses"]["200"]["content"]) == {"application/json", "image/png", "image/webp", "image/jpeg"}
+    refusals = {"400", "401", "403", "404", "408", "409", "413", "415", "422", "429", "500", "503"}
+    assert set(create["responses"]) == {"200", "202", *refusals}
+    stream = "text/event-stream"
+    images = {"image/png", "image/webp", "image/jpeg"}
+    assert set(create["responses"]["200"]["content"]) == {"application/json", stream, *images}
     for status, response in create["responses"].items():
-        if status != "200":
+        if status in refusals:
             schema = response["content"]["application/json"]["schema"]
             assert schema == {"$ref": "#/components/schemas/ErrorBody"}
     mesh = document["paths"]["/v1/meshes"]["post"]
     assert set(mesh["requestBody"]["content"]) == {"application/json", "multipart/form-data"}
     mesh_types = {"model/gltf-binary", "model/obj", "model/stl", "application/ply"}
-    assert set(mesh["responses"]["200"]["content"]) == {"application/json", *mesh_types}
+    assert set(mesh["responses"]["200"]["content"]) == {"application/json", stream, *mesh_types}
     schemas = document["components"]["schemas"]
     assert "HTTPValidationError" not in schemas
     assert "latency_ms" not in schemas["BudgetBody"]["properties"]

@@ -5,62 +5,61 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from models.errors import WeightsError
-from service.app import build_worker
+from service.app import build_dispatcher
 from service.errors import Draining
 from service.jobs.job import FailureReason, Job, JobStatus, Priority
 from service.settings import Settings
-from service.worker import Worker
 
 if TYPE_CHECKING:
     from models.engine import Engine
 
-StartWorker = Callable[[Settings], Worker]
+StartService = Callable[[Settings], Any]
 MakeJob = Callable[..., Job]
 TIMEOUT_S = 20
 
 
-def test_job_is_made_with_one_receipt_for_each_picture(worker: Worker, make_job: MakeJob) -> None:
-    outcome = worker.submit(make_job("a", seeds=(5, 6, 7))).result(TIMEOUT_S)
+def test_job_is_made_with_one_receipt_for_each_picture(service: Any, make_job: MakeJob) -> None:
+    outcome = service.submit(make_job("a", seeds=(5, 6, 7))).result(TIMEOUT_S)
     assert outcome.job.status is JobStatus.SUCCEEDED
     assert len(set(outcome.pictures)) == len(outcome.job.receipts) == 3
     assert outcome.job.steps_done == 12
     assert [receipt.batch_size_mean for receipt in outcome.job.receipts] == [3, 3, 3]
 
 
-def test_requests_of_one_shape_share_steps_as_they_come(worker: Worker, engine: Any, make_job: MakeJob) -> None:
+def test_requests_of_one_shape_share_steps_as_they_come(service: Any, engine: Any, make_job: MakeJob) -> None:
     engine.gate.clear()
-    first = worker.submit(make_job("a", seeds=(1,)))
+    first = service.submit(make_job("a", seeds=(1,)))
     assert engine.stepping.wait(TIMEOUT_S)
-    second = worker.submit(make_job("b", seeds=(2,), num_inference_steps=2))
+    second = service.submit(make_job("b", seeds=(2,), num_inference_steps=2))
     engine.gate.set()
     first.result(TIMEOUT_S)
     second.result(TIMEOUT_S)
     assert [sorted(batch) for batch in engine.batches] == [[1], [1, 2], [1, 2], [1]]
 
 
-def test_companions_do_not_change_a_picture(worker: Worker, make_job: MakeJob) -> None:
-    alone = worker.submit(make_job("a", seeds=(1,))).result(TIMEOUT_S)
-    together = worker.submit(make_job("b", seeds=(0, 1, 2))).result(TIMEOUT_S)
+def test_companions_do_not_change_a_picture(service: Any, make_job: MakeJob) -> None:
+    alone = service.submit(make_job("a", seeds=(1,))).result(TIMEOUT_S)
+    together = service.submit(make_job("b", seeds=(0, 1, 2))).result(TIMEOUT_S)
     assert together.pictures[1] == alone.pictures[0]
 
 
-def test_batch_is_limited_and_the_rest_follows(start_worker: StartWorker, engine: Any, make_job: MakeJob) -> None:
-    worker = start_worker(Settings(max_batch_size=3))
-    outcome = worker.submit(make_job("a", seeds=range(8))).result(TIMEOUT_S)
+def test_batch_is_limited_and_the_rest_follows(start_service: StartService, engine: Any, make_job: MakeJob) -> None:
+    service = start_service(Settings(max_batch_size=3))
+    outcome = service.submit(make_job("a", seeds=range(8))).result(TIMEOUT_S)
     assert len(outcome.pictures) == 8
     assert max(len(batch) for batch in engine.batches) == 3
 
 
-def test_models_own_batch_limit_counts_too(worker: Worker, engine: Any, make_job: MakeJob) -> None:
-    worker.submit(make_job("a", seeds=range(8))).result(TIMEOUT_S)
+def test_models_own_batch_limit_counts_too(service: Any, engine: Any, make_job: MakeJob) -> None:
+    service.submit(make_job("a", seeds=range(8))).result(TIMEOUT_S)
     assert max(len(batch) for batch in engine.batches) == 4
 
 
-def test_other_shapes_take_turns(worker: Worker, engine: Any, make_job: MakeJob) -> None:
+def test_other_shapes_take_turns(service: Any, engine: Any, make_job: MakeJob) -> None:
     engine.gate.clear()
-    outcomes = [worker.submit(make_job("a", seeds=(1,), num_inference_steps=20))]
+    outcomes = [service.submit(make_job("a", seeds=(1,), num_inference_steps=20))]
     assert engine.stepping.wait(TIMEOUT_S)
-    outcomes += [worker.submit(make_job("b", seeds=(2,), width=128)), worker.submit(make_job("c", seeds=(3,)))]
+    outcomes += [service.submit(make_job("b", seeds=(2,), width=128)), service.submit(make_job("c", seeds=(3,)))]
     engine.gate.set()
     for outcome in outcomes:
         outcome.result(TIMEOUT_S)
@@ -69,25 +68,25 @@ def test_other_shapes_take_turns(worker: Worker, engine: Any, make_job: MakeJob)
     assert wide_turns[-1] < 10
 
 
-def test_high_priority_overtakes_the_queue(start_worker: StartWorker, engine: Any, make_job: MakeJob) -> None:
-    worker = start_worker(Settings(max_batch_size=1))
+def test_high_priority_overtakes_the_queue(start_service: StartService, engine: Any, make_job: MakeJob) -> None:
+    service = start_service(Settings(max_batch_size=1))
     engine.gate.clear()
-    outcomes = [worker.submit(make_job("running", seeds=(0,)))]
+    outcomes = [service.submit(make_job("running", seeds=(0,)))]
     assert engine.stepping.wait(TIMEOUT_S)
     for seed, priority in enumerate(("low", "normal", "high", "normal"), start=1):
-        outcomes.append(worker.submit(make_job(priority + str(seed), seeds=(seed,), priority=Priority(priority))))
+        outcomes.append(service.submit(make_job(priority + str(seed), seeds=(seed,), priority=Priority(priority))))
     engine.gate.set()
     for outcome in outcomes:
         outcome.result(TIMEOUT_S)
     assert engine.started == [0, 3, 2, 4, 1]
 
 
-def test_memory_limit_holds_back_other_shapes(start_worker: StartWorker, engine: Any, make_job: MakeJob) -> None:
-    worker = start_worker(Settings(max_running=1))
+def test_memory_limit_holds_back_other_shapes(start_service: StartService, engine: Any, make_job: MakeJob) -> None:
+    service = start_service(Settings(max_running=1))
     engine.gate.clear()
-    first = worker.submit(make_job("a", seeds=(1,)))
+    first = service.submit(make_job("a", seeds=(1,)))
     assert engine.stepping.wait(TIMEOUT_S)
-    second = worker.submit(make_job("b", seeds=(2,), width=128))
+    second = service.submit(make_job("b", seeds=(2,), width=128))
     engine.gate.set()
     first.result(TIMEOUT_S)
     second.result(TIMEOUT_S)
@@ -96,13 +95,13 @@ def test_memory_limit_holds_back_other_shapes(start_worker: StartWorker, engine:
 
 @pytest.mark.parametrize("stage", ["start", "step", "finish"])
 def test_failure_hits_only_its_own_job_and_the_worker_goes_on(
-    stage: str, worker: Worker, engine: Any, make_job: MakeJob
+    stage: str, service: Any, engine: Any, make_job: MakeJob
 ) -> None:
     engine.gate.clear()
-    first = worker.submit(make_job("first", seeds=(1,)))
+    first = service.submit(make_job("first", seeds=(1,)))
     assert engine.stepping.wait(TIMEOUT_S)
-    broken = worker.submit(make_job("broken", seeds=(2, 3), prompt=f"break at {stage}"))
-    companion = worker.submit(make_job("companion", seeds=(4,)))
+    broken = service.submit(make_job("broken", seeds=(2, 3), prompt=f"break at {stage}"))
+    companion = service.submit(make_job("companion", seeds=(4,)))
     engine.gate.set()
     failed = broken.result(TIMEOUT_S)
     assert failed.job.status is JobStatus.FAILED
@@ -111,74 +110,74 @@ def test_failure_hits_only_its_own_job_and_the_worker_goes_on(
     assert "broken" in failed.job.failure.message
     assert "secret" not in failed.job.failure.message
     assert first.result(TIMEOUT_S).job.status is companion.result(TIMEOUT_S).job.status is JobStatus.SUCCEEDED
-    assert worker.submit(make_job("next")).result(TIMEOUT_S).job.status is JobStatus.SUCCEEDED
+    assert service.submit(make_job("next")).result(TIMEOUT_S).job.status is JobStatus.SUCCEEDED
 
 
-def test_engines_refusal_is_the_clients_fault(worker: Worker, make_job: MakeJob) -> None:
-    failure = worker.submit(make_job("a", prompt="refuse")).result(TIMEOUT_S).job.failure
+def test_engines_refusal_is_the_clients_fault(service: Any, make_job: MakeJob) -> None:
+    failure = service.submit(make_job("a", prompt="refuse")).result(TIMEOUT_S).job.failure
     assert failure is not None
     assert failure.reason is FailureReason.INVALID_REQUEST
     assert failure.param == "prompt"
 
 
 def test_picture_that_cannot_be_encoded_fails_its_job(
-    worker: Worker, engine: Any, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+    service: Any, engine: Any, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "finish", lambda state: "no pixels")
-    outcome = worker.submit(make_job("a", seeds=(1, 2))).result(TIMEOUT_S)
+    outcome = service.submit(make_job("a", seeds=(1, 2))).result(TIMEOUT_S)
     assert outcome.job.status is JobStatus.FAILED
 
 
-def test_cancelled_running_job_leaves_at_the_next_step(worker: Worker, engine: Any, make_job: MakeJob) -> None:
+def test_cancelled_running_job_leaves_at_the_next_step(service: Any, engine: Any, make_job: MakeJob) -> None:
     engine.gate.clear()
-    unwanted = worker.submit(make_job("a", seeds=(1,), num_inference_steps=50))
+    unwanted = service.submit(make_job("a", seeds=(1,), num_inference_steps=50))
     assert engine.stepping.wait(TIMEOUT_S)
-    worker.cancel("a")
+    service.cancel("a")
     assert unwanted.result(TIMEOUT_S).job.status is JobStatus.CANCELLED
     engine.gate.set()
-    worker.submit(make_job("b", seeds=(2,))).result(TIMEOUT_S)
+    service.submit(make_job("b", seeds=(2,))).result(TIMEOUT_S)
     assert engine.batches == [[1]] + [[2]] * 4
-    worker.cancel("b")
-    assert worker.store.get("b").status is JobStatus.SUCCEEDED
+    service.cancel("b")
+    assert service.job("b").status is JobStatus.SUCCEEDED
 
 
-def test_cancelled_queued_job_never_runs(start_worker: StartWorker, engine: Any, make_job: MakeJob) -> None:
-    worker = start_worker(Settings(max_batch_size=1))
+def test_cancelled_queued_job_never_runs(start_service: StartService, engine: Any, make_job: MakeJob) -> None:
+    service = start_service(Settings(max_batch_size=1))
     engine.gate.clear()
-    first = worker.submit(make_job("a", seeds=(1,)))
+    first = service.submit(make_job("a", seeds=(1,)))
     assert engine.stepping.wait(TIMEOUT_S)
-    worker.submit(make_job("b", seeds=(2,)))
-    worker.cancel("b")
+    service.submit(make_job("b", seeds=(2,)))
+    service.cancel("b")
     engine.gate.set()
     first.result(TIMEOUT_S)
-    worker.stop()
+    service.drain()
     assert engine.started == [1]
 
 
 def test_stopping_finishes_running_and_queued_jobs_and_refuses_new_ones(
-    start_worker: StartWorker, engine: Any, make_job: MakeJob
+    start_service: StartService, engine: Any, make_job: MakeJob
 ) -> None:
-    worker = start_worker(Settings(max_batch_size=1, grace_s=20))
+    service = start_service(Settings(max_batch_size=1, grace_s=20))
     engine.gate.clear()
-    outcomes = [worker.submit(make_job("a")), worker.submit(make_job("b"))]
-    worker.stop_accepting()
+    outcomes = [service.submit(make_job("a")), service.submit(make_job("b"))]
+    service.drain_soon()
     with pytest.raises(Draining) as caught:
-        worker.submit(make_job("c"))
+        service.dispatcher.check_accepting()
     assert caught.value.retry_after_s == 20
     engine.gate.set()
-    worker.stop()
-    assert not worker.is_alive
-    assert [outcome.result(timeout=0).job.status for outcome in outcomes] == ["succeeded", "succeeded"]
+    service.drain()
+    assert not service.dispatcher.worker.is_alive
+    assert [outcome.result(TIMEOUT_S).job.status for outcome in outcomes] == ["succeeded", "succeeded"]
 
 
 def test_what_the_grace_does_not_suffice_for_fails_as_draining(
-    start_worker: StartWorker, engine: Any, make_job: MakeJob
+    start_service: StartService, engine: Any, make_job: MakeJob
 ) -> None:
-    worker = start_worker(Settings(max_batch_size=1, grace_s=0))
+    service = start_service(Settings(max_batch_size=1, grace_s=0))
     engine.gate.clear()
-    outcomes = [worker.submit(make_job("a")), worker.submit(make_job("b"))]
+    outcomes = [service.submit(make_job("a")), service.submit(make_job("b"))]
     assert engine.stepping.wait(TIMEOUT_S)
-    worker.stop_accepting()
+    service.drain_soon()
     engine.gate.set()
     for outcome in outcomes:
         failure = outcome.result(TIMEOUT_S).job.failure
@@ -187,24 +186,25 @@ def test_what_the_grace_does_not_suffice_for_fails_as_draining(
 
 
 def test_step_that_never_ends_does_not_hold_up_the_end(
-    start_worker: StartWorker, engine: Any, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+    start_service: StartService, engine: Any, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.worker.LAST_STEP_S", 0.0)
-    worker = start_worker(Settings(grace_s=0))
+    monkeypatch.setattr("service.dispatcher.LAST_STEP_S", 0.2)
+    service = start_service(Settings(grace_s=0))
     engine.gate.clear()
-    outcome = worker.submit(make_job("a"))
+    outcome = service.submit(make_job("a"))
     assert engine.stepping.wait(TIMEOUT_S)
-    worker.stop()
-    assert outcome.result(timeout=0).job.status is JobStatus.FAILED
+    service.drain()
+    assert outcome.result(TIMEOUT_S).job.status is JobStatus.FAILED
 
 
 def test_bug_in_the_loop_ends_all_jobs_instead_of_leaving_them_waiting(
-    worker: Worker, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    service: Any, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(worker, "_next_batch", lambda: 1 / 0)
-    assert worker.submit(make_job("a")).result(TIMEOUT_S).job.status is JobStatus.FAILED
+    monkeypatch.setattr(service.dispatcher.worker, "_next_batch", lambda: 1 / 0)
+    assert service.submit(make_job("a")).result(TIMEOUT_S).job.status is JobStatus.FAILED
+    service.drain()
     with pytest.raises(Draining):
-        worker.submit(make_job("b"))
+        service.dispatcher.check_accepting()
     assert "the worker stopped" in caplog.text
 
 
@@ -212,18 +212,18 @@ def test_engine_that_cannot_be_loaded_fails_the_start(settings: Settings) -> Non
     def fail() -> "Engine":
         raise WeightsError("no model_index.json in nowhere")
 
-    worker = build_worker(settings, fail)
+    worker = build_dispatcher(settings, fail).worker
     with pytest.raises(WeightsError, match="nowhere"):
         worker.start()
 
 
 def test_one_line_for_each_ended_job_without_its_prompt(
-    worker: Worker, make_job: MakeJob, caplog: pytest.LogCaptureFixture
+    service: Any, make_job: MakeJob, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        worker.submit(make_job("a", prompt="my secret wish")).result(TIMEOUT_S)
-        worker.stop()
-    lines = [record.getMessage() for record in caplog.records if "job_id=a" in record.getMessage()]
+        service.submit(make_job("a", prompt="my secret wish")).result(TIMEOUT_S)
+        service.drain()
+    lines = [record.getMessage() for record in caplog.records if getattr(record, "job_id", None) == "a"]
     assert len(lines) == 1
     assert "status=succeeded" in lines[0]
     assert "wish" not in caplog.text

@@ -11,9 +11,10 @@ from PIL import Image
 
 from models.artifact import read_metadata
 from service.app import create_app
+from service.dispatcher import Dispatcher
 from service.jobs.job import Job, JobStatus
+from service.jobs.store import ended
 from service.settings import Settings
-from service.worker import Worker
 
 PROMPT = {"prompt": "a red circle"}
 
@@ -109,9 +110,8 @@ def test_urls_lead_to_the_pictures(client: TestClient) -> None:
     assert body["data"][1]["url"] == f"http://testserver/v1/jobs/{body['id']}/content?index=1"
 
 
-def test_public_url_leads_links(start_worker: Callable[[Settings], Worker]) -> None:
-    settings = Settings(public_url="https://pictures.example/")
-    client = TestClient(create_app(settings, start_worker(settings)))
+def test_public_url_leads_links(start_client: Callable[..., TestClient]) -> None:
+    client = start_client(Settings(public_url="https://pictures.example/"))
     body = client.post("/v1/images", json={**PROMPT, "response_format": "url"}).json()
     assert body["data"][0]["url"] == f"https://pictures.example/v1/jobs/{body['id']}/content?index=0"
 
@@ -176,9 +176,10 @@ def test_harmless_fields_are_taken(fields: dict[str, Any], client: TestClient) -
         ({"background": "transparent"}, "background"),
         ({"moderation": "high"}, "moderation"),
         ({"style": "vivid"}, "style"),
-        ({"stream": True}, "stream"),
+        ({"stream": True, "response_format": "binary"}, "response_format"),
         ({"stream": 0}, "stream"),
         ({"partial_images": 2}, "partial_images"),
+        ({"partial_images": 4, "stream": True}, "partial_images"),
         ({"negative_prompt": "blue"}, "negative_prompt"),
         ({"true_cfg_scale": 0.5}, "true_cfg_scale"),
         ({"model": "guided", "true_cfg_scale": 2, "negative_prompt": ""}, "true_cfg_scale"),
@@ -197,9 +198,8 @@ def test_invalid_parameter_is_named(fields: dict[str, Any], param: str, client: 
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b'{"prompt": "\xe9"}', b"[" * 100_000, b"9" * 5000])
-def test_body_that_is_no_json(content: bytes, start_worker: Callable[[Settings], Worker]) -> None:
-    settings = Settings()
-    client = TestClient(create_app(settings, start_worker(settings)))
+def test_body_that_is_no_json(content: bytes, start_client: Callable[..., TestClient]) -> None:
+    client = start_client(Settings())
     response = client.post("/v1/images", content=content, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "invalid_json"
@@ -222,13 +222,6 @@ def test_other_media_types_are_not_supported(media_type: str, client: TestClient
 def test_media_type_may_name_its_charset(client: TestClient) -> None:
     headers = {"Content-Type": "application/json; charset=utf-8"}
     assert client.post("/v1/images", content=b'{"prompt": "a"}', headers=headers).status_code == 200
-
-
-@pytest.mark.parametrize("header", [("Prefer", "respond-async, wait=5"), ("Idempotency-Key", "k")])
-def test_promises_that_cannot_be_kept_are_refused(header: tuple[str, str], client: TestClient) -> None:
-    response = client.post("/v1/images", json=PROMPT, headers=[header])
-    assert response.status_code == 422
-    assert response.json()["error"]["param"] == header[0]
 
 
 @pytest.mark.parametrize(
@@ -260,23 +253,20 @@ def test_failed_generation_names_its_job_and_the_server_goes_on(stage: str, clie
     assert client.post("/v1/images", json=PROMPT).status_code == 200
 
 
-def test_overloaded_server_says_when_to_come_back(
-    engine: Any, start_worker: Callable[[Settings], Worker], make_job: Callable[..., Job]
-) -> None:
-    settings = Settings(max_backlog_s=3)
-    worker = start_worker(settings)
-    client = TestClient(create_app(settings, worker))
+def test_overloaded_server_says_when_to_come_back(engine: Any, start_client: Callable[..., TestClient]) -> None:
+    client = start_client(Settings(max_backlog_s=3))
     engine.gate.clear()
-    worker.submit(make_job("a"))  # 2 s of work
-    response = client.post("/v1/images", json={**PROMPT, "num_inference_steps": 10, "budget": {"preset": "exact"}})
+    accepted = {**PROMPT, "budget": {"preset": "exact"}}  # 2 s of work
+    assert client.post("/v1/images", json=accepted, headers={"Prefer": "respond-async"}).status_code == 202
+    response = client.post("/v1/images", json={**accepted, "num_inference_steps": 10})
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "overloaded"
     assert response.headers["retry-after"] == "2"
     engine.gate.set()
 
 
-def test_draining_server_refuses(client: TestClient, worker: Worker) -> None:
-    worker.stop_accepting()
+def test_draining_server_refuses(client: Any) -> None:
+    client.portal.call(client.app.state.dispatcher.drain)
     response = client.post("/v1/images", json=PROMPT)
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "draining"
@@ -284,45 +274,63 @@ def test_draining_server_refuses(client: TestClient, worker: Worker) -> None:
 
 
 def test_job_that_the_grace_does_not_suffice_for_is_answered_draining(
-    engine: Any, start_worker: Callable[[Settings], Worker]
+    engine: Any, make_dispatcher: Callable[[Settings], Dispatcher]
 ) -> None:
     settings = Settings(grace_s=0)
-    worker = start_worker(settings)
+    dispatcher = make_dispatcher(settings)
 
     async def drain_while_stepping() -> list[dict[str, Any]]:
-        engine.gate.clear()
-        answer = asyncio.create_task(call_images(worker, settings, hangs_up=asyncio.Event()))
-        await asyncio.to_thread(engine.stepping.wait, 20)
-        worker.stop_accepting()
-        engine.gate.set()
-        return await answer
+        async with dispatcher.running():
+            engine.gate.clear()
+            answer = asyncio.create_task(call_images(dispatcher, settings, hangs_up=asyncio.Event()))
+            await asyncio.to_thread(engine.stepping.wait, 20)
+            drained = asyncio.create_task(dispatcher.drain())
+            await asyncio.sleep(0.1)
+            engine.gate.set()
+            await drained
+            return await answer
 
     messages = asyncio.run(drain_while_stepping())
     assert messages[0]["status"] == 503
     assert json.loads(messages[1]["body"])["error"]["code"] == "draining"
 
 
-def test_client_that_hangs_up_cancels_its_job(engine: Any, worker: Worker, settings: Settings) -> None:
-    async def hang_up_while_stepping() -> None:
-        engine.gate.clear()
-        hangs_up = asyncio.Event()
-        answer = asyncio.create_task(call_images(worker, settings, hangs_up))
-        await asyncio.to_thread(engine.stepping.wait, 20)
-        (job,) = worker.store.live_jobs()
-        hangs_up.set()
-        await answer
-        assert worker.store.get(job.id).status is JobStatus.CANCELLED
-        engine.gate.set()
-
-    asyncio.run(hang_up_while_stepping())
-    worker.stop()
+@pytest.mark.parametrize("streams", [False, True])
+def test_client_that_hangs_up_cancels_its_job(
+    streams: bool, engine: Any, make_dispatcher: Callable[[Settings], Dispatcher], settings: Settings
+) -> None:
+    job = asyncio.run(_hang_up_while_stepping(engine, make_dispatcher(settings), settings, streams, {}))
+    assert job.status is JobStatus.CANCELLED
     assert len(engine.batches) == 1
 
 
-def test_bug_of_ours_is_answered_in_our_shape(
-    client: TestClient, worker: Worker, monkeypatch: pytest.MonkeyPatch
+def test_client_that_hangs_up_but_gave_a_key_finds_its_job_again(
+    engine: Any, make_dispatcher: Callable[[Settings], Dispatcher], settings: Settings
 ) -> None:
-    monkeypatch.setattr(worker.store, "backlog_s", lambda: 1 / 0)
+    headers = {"idempotency-key": "k"}
+    job = asyncio.run(_hang_up_while_stepping(engine, make_dispatcher(settings), settings, False, headers))
+    assert job.status is JobStatus.SUCCEEDED
+
+
+async def _hang_up_while_stepping(
+    engine: Any, dispatcher: Dispatcher, settings: Settings, streams: bool, headers: dict[str, str]
+) -> Job:
+    """What becomes of the job."""
+    async with dispatcher.running():
+        engine.gate.clear()
+        hangs_up = asyncio.Event()
+        answer = asyncio.create_task(call_images(dispatcher, settings, hangs_up, stream=streams, headers=headers))
+        await asyncio.to_thread(engine.stepping.wait, 20)
+        (job,) = await dispatcher.store.live_jobs()
+        hangs_up.set()
+        await answer
+        await asyncio.sleep(0.05)
+        engine.gate.set()
+        return await ended(dispatcher.store, job.id)
+
+
+def test_bug_of_ours_is_answered_in_our_shape(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client.app.state.dispatcher.store, "backlog_s", lambda: 1 / 0)
     response = client.post("/v1/images", json=PROMPT)
     assert response.status_code == 500
     assert response.json()["error"]["code"] == "internal_error"
@@ -330,9 +338,17 @@ def test_bug_of_ours_is_answered_in_our_shape(
     assert response.headers["x-request-id"]
 
 
-async def call_images(worker: Worker, settings: Settings, hangs_up: asyncio.Event) -> list[dict[str, Any]]:
+async def call_images(
+    dispatcher: Dispatcher,
+    settings: Settings,
+    hangs_up: asyncio.Event,
+    *,
+    stream: bool = False,
+    headers: dict[str, str] | None = None,
+) -> list[dict[str, Any]]:
     """What the app sends to a client who disconnects on `hangs_up`."""
-    body = [{"type": "http.request", "body": json.dumps(PROMPT).encode(), "more_body": False}]
+    content = json.dumps({**PROMPT, "stream": stream}).encode()
+    body = [{"type": "http.request", "body": content, "more_body": False}]
     sent: list[dict[str, Any]] = []
 
     async def receive() -> dict[str, Any]:
@@ -351,10 +367,13 @@ async def call_images(worker: Worker, settings: Settings, hangs_up: asyncio.Even
         "raw_path": b"/v1/images",
         "root_path": "",
         "query_string": b"",
-        "headers": [(b"content-type", b"application/json")],
+        "headers": [
+            (b"content-type", b"application/json"),
+            *((name.encode(), value.encode()) for name, value in (headers or {}).items()),
+        ],
         "http_version": "1.1",
         "scheme": "http",
         "server": ("test", 80),
     }
-    await create_app(settings, worker)(scope, receive, send)
+    await create_app(settings, dispatcher)(scope, receive, send)
     return sent

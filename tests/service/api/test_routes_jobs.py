@@ -1,14 +1,10 @@
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
-from service.app import create_app
-from service.jobs.job import Job
 from service.settings import Settings
-from service.worker import Worker
 
 
 def test_finished_job_shows_its_receipt_and_content(client: TestClient) -> None:
@@ -29,23 +25,20 @@ def test_finished_job_shows_its_receipt_and_content(client: TestClient) -> None:
     assert [client.get(link).status_code for link in links["content"]] == [200, 200]
 
 
-def test_running_job_shows_its_progress(
-    client: TestClient, worker: Worker, engine: Any, make_job: Callable[..., Job]
-) -> None:
+def test_running_job_shows_its_progress(client: TestClient, engine: Any) -> None:
     engine.gate.clear()
-    ended = worker.submit(make_job("a"))
+    accepted = client.post("/v1/images", json={"prompt": "a"}, headers={"Prefer": "respond-async"})
     assert engine.stepping.wait(20)
-    job = client.get("/v1/jobs/a").json()
+    job = client.get(accepted.headers["location"]).json()
     assert (job["status"], job["progress"]["step"], job["receipt"]) == ("running", 0, None)
     assert job["links"]["content"] == []
-    response = client.get("/v1/jobs/a/content")
+    response = client.get(accepted.headers["location"] + "/content")
     assert response.status_code == 409
     assert response.json()["error"]["code"] == "job_not_finished"
     engine.gate.set()
-    ended.result(20)
 
 
-@pytest.mark.parametrize("path", ["/v1/jobs/nothing", "/v1/jobs/nothing/content"])
+@pytest.mark.parametrize("path", ["/v1/jobs/nothing", "/v1/jobs/nothing/content", "/v1/jobs/nothing/events"])
 def test_unknown_job_is_not_found(path: str, client: TestClient) -> None:
     response = client.get(path)
     assert response.status_code == 404
@@ -60,17 +53,18 @@ def test_index_must_be_of_a_picture(index: str, client: TestClient) -> None:
     assert response.json()["error"]["param"] == "index"
 
 
-def test_result_that_is_no_longer_kept_is_gone(start_worker: Callable[[Settings], Worker], settings: Settings) -> None:
-    small = settings.model_copy(update={"max_result_bytes": 10})
-    client = TestClient(create_app(small, start_worker(small)))
+def test_result_that_is_no_longer_kept_is_gone(start_client: Callable[..., TestClient], settings: Settings) -> None:
+    client = start_client(settings.model_copy(update={"max_result_bytes": 10}))
     job_id = client.post("/v1/images", json={"prompt": "a"}).json()["id"]
+    assert client.get(f"/v1/jobs/{job_id}/content").status_code == 200
+    client.post("/v1/images", json={"prompt": "a"})
     response = client.get(f"/v1/jobs/{job_id}/content")
     assert response.status_code == 410
     assert response.json()["error"]["code"] == "result_expired"
     assert client.get(f"/v1/jobs/{job_id}").status_code == 200
 
 
-def test_content_has_a_file_name(client: TestClient, worker: Worker, make_job: Callable[..., Job]) -> None:
-    worker.submit(replace(make_job("a"), id="job_1")).result(20)
-    response = client.get("/v1/jobs/job_1/content")
-    assert response.headers["content-disposition"] == 'inline; filename="job_1-0.png"'
+def test_content_has_a_file_name(client: TestClient) -> None:
+    job_id = client.post("/v1/images", json={"prompt": "a"}).json()["id"]
+    response = client.get(f"/v1/jobs/{job_id}/content")
+    assert response.headers["content-disposition"] == f'inline; filename="{job_id}-0.png"'

@@ -117,7 +117,7 @@ def test_form_is_another_way_to_write_the_body(client: TestClient, picture: byte
         ({"remove_background": "maybe"}, 422, "invalid_parameter", "remove_background"),
         ({"remove_background": 1}, 422, "invalid_parameter", "remove_background"),
         ({"output_format": "png"}, 422, "invalid_parameter", "output_format"),
-        ({"stream": True}, 422, "invalid_parameter", "stream"),
+        ({"stream": 1}, 422, "invalid_parameter", "stream"),
         ({"prompt": "a"}, 422, "invalid_parameter", "prompt"),
         ({"model": "drawn"}, 422, "invalid_parameter", "model"),
         ({"model": "nothing"}, 404, "model_not_found", None),

@@ -1,7 +1,7 @@
+from typing import Any
+
 import pytest
 from fastapi.testclient import TestClient
-
-from service.worker import Worker
 
 
 def test_running_server_is_alive_and_ready(client: TestClient) -> None:
@@ -9,8 +9,8 @@ def test_running_server_is_alive_and_ready(client: TestClient) -> None:
     assert client.get("/readyz").json() == {"status": "ready"}
 
 
-def test_draining_server_is_alive_but_not_ready(client: TestClient, worker: Worker) -> None:
-    worker.stop_accepting()
+def test_draining_server_is_alive_but_not_ready(client: Any) -> None:
+    client.portal.call(client.app.state.dispatcher.drain)
     assert client.get("/healthz").status_code == 200
     response = client.get("/readyz")
     assert response.status_code == 503

@@ -1,0 +1,129 @@
+"""A job's events, as server-sent events."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from fastapi.responses import StreamingResponse
+from fastapi.sse import format_sse_event
+from pydantic_core import to_json
+
+from models.errors import GenerationError
+from models.request import ImageRequest
+from service.api.errors import error_of, status_and_error
+from service.api.job_views import result_body
+from service.api.responses import ErrorBody
+from service.api.schemas import ResponseFormat
+from service.dispatcher import Dispatcher
+from service.errors import Draining, JobCancelled, ServiceError
+from service.jobs.job import Job, JobStatus
+from service.jobs.store import Event, EventName, follow
+
+# Proxies close connections that say nothing for a minute or so.
+_KEEP_ALIVE_S = 15.0
+
+# With links and progress a client may rely on nothing being kept on the way.
+_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+
+
+def event_stream(
+    job: Job,
+    dispatcher: Dispatcher,
+    base: str,
+    *,
+    after: str = "0-0",
+    response_format: ResponseFormat | None = None,
+    cancels: bool = False,
+) -> StreamingResponse:
+    """A job's events after `after` up to its end. With `cancels` a client that hangs up before cancels the job."""
+    lines = _lines(job, dispatcher, base, after, response_format, cancels)
+    return StreamingResponse(lines, media_type="text/event-stream", headers={**_HEADERS, "X-Job-ID": job.id})
+
+
+async def _lines(
+    job: Job,
+    dispatcher: Dispatcher,
+    base: str,
+    after: str,
+    response_format: ResponseFormat | None,
+    cancels: bool,
+) -> AsyncIterator[bytes]:
+    is_over = False
+    try:
+        async for event in _until_drained(job, dispatcher, after):
+            if event is None:
+                yield format_sse_event(comment="still here")
+                continue
+            is_over = event.name is EventName.ENDED
+            name, data = await _public(event, job, dispatcher, base, response_format)
+            yield format_sse_event(event=name, id=event.id, data_str=to_json({"type": name, **data}).decode())
+        is_over = True
+    except ServiceError as error:
+        is_over = True
+        yield format_sse_event(event="error", data_str=to_json({"type": "error", **_error(error)}).decode())
+    finally:
+        if cancels and not is_over:
+            dispatcher.cancel_soon(job.id)
+
+
+async def _until_drained(job: Job, dispatcher: Dispatcher, after: str) -> AsyncIterator[Event | None]:
+    """The job's events; None whenever nothing has happened for a while. Raises Draining if this server stops before."""
+    events = follow(dispatcher.store, job.id, after)
+    drained = asyncio.create_task(dispatcher.has_drained.wait())
+    coming: asyncio.Future[Event] | None = None
+    try:
+        while True:
+            coming = coming or asyncio.ensure_future(anext(events))
+            await asyncio.wait((coming, drained), timeout=_KEEP_ALIVE_S, return_when=asyncio.FIRST_COMPLETED)
+            if coming.done():
+                try:
+                    event = coming.result()
+                except StopAsyncIteration:
+                    return
+                coming = None
+                yield event
+            elif drained.done():
+                raise Draining(f"the server shuts down; job {job.id} goes on at others", retry_after_s=1)
+            else:
+                yield None
+    finally:
+        drained.cancel()
+        if coming is not None:
+            coming.cancel()
+
+
+async def _public(
+    event: Event, job: Job, dispatcher: Dispatcher, base: str, response_format: ResponseFormat | None
+) -> tuple[str, Mapping[str, Any]]:
+    """The name and the data that clients know an event by."""
+    made = "image" if isinstance(job.requests[0], ImageRequest) else "mesh"
+    match event.name:
+        case EventName.PREVIEW:
+            return f"{made}_generation.partial_{made}", {"id": job.id, **event.data}
+        case EventName.ENDED:
+            return await _end(job, dispatcher, base, response_format, f"{made}_generation.completed")
+        case _:
+            return event.name, {"id": job.id, **event.data}
+
+
+async def _end(
+    job: Job, dispatcher: Dispatcher, base: str, response_format: ResponseFormat | None, completed: str
+) -> tuple[str, Mapping[str, Any]]:
+    job = await dispatcher.store.get(job.id)
+    if job.failure is not None:
+        return "error", _error(error_of(job.failure))
+    if job.status is JobStatus.CANCELLED:
+        return "error", _error(JobCancelled(f"job {job.id} was cancelled"))
+    try:
+        outcome = await dispatcher.store.content(job.id)
+    except ServiceError as error:  # such as a result that is no longer kept
+        return "error", _error(error)
+    result = result_body(outcome, response_format, base).model_dump(mode="json", exclude_unset=True)
+    # OpenAI's SDK looks for the picture here.
+    first = {name: value for name, value in result["data"][0].items() if name in ("b64_json", "url")}
+    return completed, {**result, **first}
+
+
+def _error(error: Exception) -> dict[str, Any]:
+    assert isinstance(error, ServiceError | GenerationError)
+    return ErrorBody(error=status_and_error(error)[1]).model_dump()

@@ -1,0 +1,188 @@
+"""What changes several keys of Redis at once, in Lua, each script in one piece or not at all.
+
+The keys, all after a prefix:
+
+    job:<id>            hash    the job: `job`, its fixed part as JSON, and what changes, a field each
+    job:<id>:picture    string  the picture of a mesh request, until the job has ended
+    job:<id>:events     stream  what happened to it
+    queue               zset    id -> place, of queued jobs
+    leases              zset    id -> when the lease ends, in ms of Redis' clock, of running jobs
+    live                hash    id -> JSON of model, shape and predicted seconds left, of queued and running jobs
+    workers             zset    worker -> until when it is taken to live, in ms
+    key:<owner>:<key>   string  fingerprint and id of the job that an idempotency key made
+    webhooks            zset    id -> when to tell its webhook next, in ms
+
+Changes are told on a channel as `<what>:<id>`. All scripts get the prefix as KEYS[1] and the channel as KEYS[2], and
+make the other keys from ids: they need one server, not a cluster. A script that took effect and is sent again, since
+its answer was lost, changes nothing.
+"""
+
+_COMMON = """
+local prefix, channel = KEYS[1], KEYS[2]
+local function now_ms()
+    local now = redis.call('TIME')
+    return now[1] * 1000 + math.floor(now[2] / 1000)
+end
+local function tell(id, name, data, what)
+    redis.call('XADD', prefix .. 'job:' .. id .. ':events', 'MAXLEN', '~', 2000, '*', 'name', name, 'data', data)
+    redis.call('PUBLISH', channel, (what or 'event') .. ':' .. id)
+end
+local function is_mine(id, lease)
+    return redis.call('HGET', prefix .. 'job:' .. id, 'lease') == lease
+end
+local function queue_again(id)
+    local job = prefix .. 'job:' .. id
+    redis.call('HDEL', job, 'lease')
+    redis.call('HSET', job, 'status', 'queued', 'steps_done', 0)
+    redis.call('ZREM', prefix .. 'leases', id)
+    redis.call('ZADD', prefix .. 'queue', redis.call('HGET', job, 'place'), id)
+    tell(id, 'job.queued', '{}', 'queued')
+end
+"""
+
+# ARGV: id, place, live entry, name of the idempotency key or '', its value, ms to keep that, picture or '', fields…
+ADD = (
+    _COMMON
+    + """
+local id, job = ARGV[1], prefix .. 'job:' .. ARGV[1]
+if redis.call('EXISTS', job) == 1 then return false end
+if ARGV[4] ~= '' then
+    local key = prefix .. 'key:' .. ARGV[4]
+    local made = redis.call('GET', key)
+    if made then return made end
+    redis.call('SET', key, ARGV[5], 'PX', ARGV[6])
+end
+redis.call('HSET', job, 'status', 'queued', 'place', ARGV[2], unpack(ARGV, 8))
+if ARGV[7] ~= '' then redis.call('SET', job .. ':picture', ARGV[7]) end
+redis.call('ZADD', prefix .. 'queue', ARGV[2], id)
+redis.call('HSET', prefix .. 'live', id, ARGV[3])
+tell(id, 'job.queued', '{}', 'queued')
+return false
+"""
+)
+
+# ARGV: id, lease, its ms, time. Returns the number of the attempt, or nothing if somebody else was faster.
+CLAIM = (
+    _COMMON
+    + """
+local id, job = ARGV[1], prefix .. 'job:' .. ARGV[1]
+if is_mine(id, ARGV[2]) then return redis.call('HGET', job, 'attempts') end
+if redis.call('ZREM', prefix .. 'queue', id) == 0 then return false end
+redis.call('HSET', job, 'status', 'running', 'lease', ARGV[2], 'started_at', ARGV[4], 'steps_done', 0)
+redis.call('ZADD', prefix .. 'leases', now_ms() + ARGV[3], id)
+tell(id, 'job.started', '{}')
+return redis.call('HINCRBY', job, 'attempts', 1)
+"""
+)
+
+# ARGV: worker, ms that leases last, then id and lease of each. Returns the ids that are the worker's no longer.
+RENEW = (
+    _COMMON
+    + """
+local ends, lost = now_ms() + ARGV[2], {}
+redis.call('ZADD', prefix .. 'workers', ends, ARGV[1])
+redis.call('ZREMRANGEBYSCORE', prefix .. 'workers', '-inf', now_ms())
+for i = 3, #ARGV, 2 do
+    if is_mine(ARGV[i], ARGV[i + 1]) then
+        redis.call('ZADD', prefix .. 'leases', ends, ARGV[i])
+    else
+        table.insert(lost, ARGV[i])
+    end
+end
+return lost
+"""
+)
+
+# ARGV: id, lease, event, its data, live entry or '', fields…
+RECORD = (
+    _COMMON
+    + """
+local id = ARGV[1]
+if not is_mine(id, ARGV[2]) then return end
+if ARGV[5] ~= '' then redis.call('HSET', prefix .. 'live', id, ARGV[5]) end
+if #ARGV > 5 then redis.call('HSET', prefix .. 'job:' .. id, unpack(ARGV, 6)) end
+tell(id, ARGV[3], ARGV[4])
+"""
+)
+
+# ARGV: id, lease or '' for whoever needs none, ms to keep the record, status, fields… Returns whether this ended it.
+END = (
+    _COMMON
+    + """
+local id, lease, job = ARGV[1], ARGV[2], prefix .. 'job:' .. ARGV[1]
+local status = redis.call('HGET', job, 'status')
+if status ~= 'queued' and status ~= 'running' then
+    return (lease ~= '' and redis.call('HGET', job, 'ended_by') == lease) and 1 or 0
+end
+if lease ~= '' and not is_mine(id, lease) then return 0 end
+redis.call('ZREM', prefix .. 'queue', id)
+redis.call('ZREM', prefix .. 'leases', id)
+redis.call('HDEL', prefix .. 'live', id)
+redis.call('HDEL', job, 'lease')
+redis.call('HSET', job, 'status', ARGV[4], 'ended_by', lease, unpack(ARGV, 5))
+if redis.call('HEXISTS', job, 'webhook_url') == 1 then
+    redis.call('ZADD', prefix .. 'webhooks', 0, id)
+end
+redis.call('DEL', job .. ':picture')
+tell(id, 'job.ended', '{"status": "' .. ARGV[4] .. '"}', ARGV[4])
+redis.call('PEXPIRE', job, ARGV[3])
+redis.call('PEXPIRE', job .. ':events', ARGV[3])
+return 1
+"""
+)
+
+# ARGV: id, lease
+RELEASE = (
+    _COMMON
+    + """
+if not is_mine(ARGV[1], ARGV[2]) then return end
+redis.call('HINCRBY', prefix .. 'job:' .. ARGV[1], 'attempts', -1)
+queue_again(ARGV[1])
+"""
+)
+
+# ARGV: most attempts. Returns the ids that were queued again, and those that were claimed too often, as they are.
+RECOVER = (
+    _COMMON
+    + """
+local requeued, given_up = {}, {}
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', prefix .. 'leases', '-inf', now_ms(), 'LIMIT', 0, 100)) do
+    if tonumber(redis.call('HGET', prefix .. 'job:' .. id, 'attempts')) < tonumber(ARGV[1]) then
+        queue_again(id)
+        table.insert(requeued, id)
+    else
+        table.insert(given_up, id)
+    end
+end
+return {requeued, given_up}
+"""
+)
+
+# ARGV: ms to keep it from others. Returns the id of an ended job whose webhook is due, and how often it was taken.
+TAKE_WEBHOOK = (
+    _COMMON
+    + """
+while true do
+    local due = redis.call('ZRANGEBYSCORE', prefix .. 'webhooks', '-inf', now_ms(), 'LIMIT', 0, 1)
+    if #due == 0 then return false end
+    local job = prefix .. 'job:' .. due[1]
+    if redis.call('EXISTS', job) == 1 then
+        redis.call('ZADD', prefix .. 'webhooks', now_ms() + ARGV[1], due[1])
+        return {due[1], redis.call('HINCRBY', job, 'webhook_attempts', 1) - 1}
+    end
+    redis.call('ZREM', prefix .. 'webhooks', due[1])
+end
+"""
+)
+
+# ARGV: id, ms until it is due again or ''
+SETTLE_WEBHOOK = (
+    _COMMON
+    + """
+if ARGV[2] == '' then
+    redis.call('ZREM', prefix .. 'webhooks', ARGV[1])
+else
+    redis.call('ZADD', prefix .. 'webhooks', 'XX', now_ms() + ARGV[2], ARGV[1])
+end
+"""
+)

@@ -1,0 +1,83 @@
+"""Telling a client's server that a job has ended, signed as Standard Webhooks says (standardwebhooks.com, 1.0.0)."""
+
+import base64
+import hashlib
+import hmac
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from urllib.parse import urlsplit
+
+import httpx2
+
+from models.errors import InvalidRequest
+from service.api.job_views import job_body
+from service.errors import BadConfiguration
+from service.jobs.job import Job, log_fields
+
+logger = logging.getLogger(__name__)
+
+_TIMEOUT_S = 10.0
+
+
+def check_webhook_url(url: str, hosts: Sequence[str]) -> None:
+    """Raise InvalidRequest unless `url` leads to one of the `hosts`, names with a port where that is not the usual."""
+    if not hosts:
+        raise InvalidRequest("this server sends no webhooks; omit webhook_url and ask for the job", "webhook_url")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise InvalidRequest(f"webhook_url is no URL: {error}", "webhook_url") from error
+    if parts.scheme not in ("http", "https") or parts.username is not None or parts.fragment:
+        raise InvalidRequest("webhook_url must be http or https, without a user or a fragment", "webhook_url")
+    host = f"{parts.hostname}:{port}" if port is not None else parts.hostname
+    if host not in hosts:
+        raise InvalidRequest(f"webhook_url leads to {host}; this server tells only {', '.join(hosts)}", "webhook_url")
+
+
+class Webhooks:
+    """Sends what has happened. `base` is what links begin with, empty where the operator has not said."""
+
+    def __init__(self, secret: str, base: str, *, clock: Callable[[], float] = time.time) -> None:
+        """Raises BadConfiguration unless `secret` is base64 of at least 24 bytes, after `whsec_`."""
+        try:
+            self._key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+        except ValueError as error:
+            raise BadConfiguration("webhook_secret is not base64, after whsec_") from error
+        if len(self._key) < 24:
+            raise BadConfiguration(f"webhook_secret has {len(self._key)} bytes; it needs at least 24")
+        self._base = base
+        self._clock = clock
+
+    async def deliver(self, job: Job) -> bool:
+        """Whether the other side took it: it answered 2xx in time."""
+        assert job.webhook_url is not None
+        body = json.dumps(
+            {
+                "type": f"job.{job.status}",
+                "timestamp": int(job.ended_at or 0),
+                "data": job_body(job, self._base).model_dump(mode="json", exclude_unset=True),
+            }
+        )
+        sent_at = str(int(self._clock()))
+        headers = {
+            "Content-Type": "application/json",
+            "webhook-id": job.id,
+            "webhook-timestamp": sent_at,
+            "webhook-signature": self._signature(f"{job.id}.{sent_at}.{body}"),
+        }
+        try:
+            async with httpx2.AsyncClient(timeout=_TIMEOUT_S, follow_redirects=False) as client:
+                response = await client.post(job.webhook_url, content=body, headers=headers)
+        except (httpx2.TransportError, httpx2.InvalidURL) as error:
+            logger.warning("the webhook can't be reached: %r", error, extra=log_fields(job))
+            return False
+        if not response.is_success:
+            logger.warning("the webhook answered %d", response.status_code, extra=log_fields(job))
+        return response.is_success
+
+    def _signature(self, signed: str) -> str:
+        digest = hmac.digest(self._key, signed.encode(), hashlib.sha256)
+        return f"v1,{base64.b64encode(digest).decode()}"

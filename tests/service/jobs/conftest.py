@@ -1,0 +1,69 @@
+"""The stores and the places of results that there are, each with the same contract."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from benchmarks.processes import RedisServer
+from service.jobs.memory import MemoryStore
+from service.jobs.redis import RedisStore, connect
+from service.jobs.results import MemoryResults, RedisResults, Results, VolumeResults
+from service.jobs.store import JobStore
+
+LEASE_S, JOB_TTL_S, RESULT_TTL_S, MAX_BYTES = 0.3, 1.0, 0.5, 100
+_names = itertools.count()
+
+
+@dataclass
+class Bench:
+    """What is tested, and a way to let time pass: a fake clock's, or where the place has its own, the real one."""
+
+    store: JobStore
+    results: Results
+    elapse: Callable[[float], Awaitable[None]]
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    async def elapse(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(params=["memory", "volume", pytest.param("redis", marks=pytest.mark.redis)])
+async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Bench]:
+    clock = Clock()
+    limits = {"ttl_s": RESULT_TTL_S, "max_bytes": MAX_BYTES}
+    rules = {"job_ttl_s": JOB_TTL_S, "lease_s": LEASE_S, "max_attempts": 2, "clock": clock}
+    store: JobStore
+    results: Results
+    if request.param == "redis":
+        server: RedisServer = request.getfixturevalue("redis_server")
+        prefix, redis = f"test{next(_names)}:", connect(server.url)
+        results = RedisResults(redis, **limits, prefix=prefix)
+        store = RedisStore(redis, results, **rules, on_error=pytest.fail, prefix=prefix)
+        elapse = asyncio.sleep
+        while (await redis.info("server"))["uptime_in_seconds"] < LEASE_S:
+            await asyncio.sleep(0.1)
+    else:
+        if request.param == "volume":
+            results = VolumeResults(f"file://{tmp_path}/results", **limits, clock=clock)
+        else:
+            results = MemoryResults(**limits, clock=clock)
+        store = MemoryStore(results, **rules)
+        elapse = clock.elapse
+    await store.open()
+    yield Bench(store, results, elapse)
+    await store.close()

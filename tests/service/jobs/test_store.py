@@ -1,0 +1,271 @@
+"""The contract of every job store."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from models.report import Decision, GenerationSummary, MeshReport, StepDecision
+from models.request import ComputeBudget, MeshRequest
+from service.errors import IdempotencyKeyReused, JobNotFinished, JobNotFound, ResultExpired
+from service.jobs.job import Failure, FailureReason, Job, JobStatus, Priority, Receipt, StageSeconds
+from service.jobs.store import Claim, Ending, EventName, Idempotency, Preview, Progress, ended, follow
+
+pytestmark = pytest.mark.anyio
+
+MakeJob = Callable[..., Job]
+BROKEN = Failure(FailureReason.GENERATION_FAILED, "broken")
+RECEIPT = Receipt(
+    GenerationSummary(
+        *("router", 0.2, 0.4, 0.9, 0.5, 0.55, 3, 4, 5, 0.75, 4),
+        decisions=(StepDecision(0, "cond", "block.00", Decision.SKIP, 1.0),),
+    ),
+    0.9,
+    StageSeconds(0.1, 0.2, 0.3, 0.4, 1.0),
+    2.5,
+    MeshReport(8, 12, 1, 0, True),
+)
+
+
+def anything(model: str, shape: str) -> bool:
+    return True
+
+
+async def claim(bench: Any) -> Claim:
+    claimed = await bench.store.claim(anything)
+    assert claimed is not None
+    return claimed
+
+
+async def test_job_comes_back_as_it_was_added(bench: Any, make_job: MakeJob) -> None:
+    job = replace(make_job("a", seeds=(3, 4)), owner="key", num_previews=2, deadline_at=99.5)
+    mesh = MeshRequest(
+        model="ball",
+        num_inference_steps=4,
+        guidance_scale=1.5,
+        seed=2**63 - 1,
+        budget=ComputeBudget(0.5),
+        input_image=bytes(range(256)),
+        octree_resolution=32,
+    )
+    await bench.store.add(job)
+    await bench.store.add(replace(make_job("m"), model="ball", requests=(mesh,)))
+    assert await bench.store.get("a") == job
+    by_id = {claimed.job.id: claimed.job for claimed in (await claim(bench), await claim(bench))}
+    assert by_id["a"].requests == job.requests
+    assert by_id["m"].requests == (mesh,)
+
+
+async def test_claims_go_by_priority_then_deadline_then_arrival(bench: Any, make_job: MakeJob) -> None:
+    for number, (name, priority) in enumerate((("a", "low"), ("b", "normal"), ("c", "high"), ("d", "normal"))):
+        await bench.store.add(replace(make_job(name, priority=Priority(priority)), created_at=1000.0 + number))
+    await bench.store.add(replace(make_job("soon"), created_at=1010.0, deadline_at=1015.0))
+    claimed = [(await claim(bench)).job for _ in range(5)]
+    assert [job.id for job in claimed] == ["c", "soon", "b", "d", "a"]
+    assert {job.status for job in claimed} == {JobStatus.RUNNING}
+    assert await bench.store.claim(anything) is None
+
+
+async def test_claim_passes_over_what_does_not_fit(bench: Any, make_job: MakeJob) -> None:
+    for number in range(70):
+        await bench.store.add(replace(make_job(f"a{number}"), created_at=float(number)))
+    await bench.store.add(replace(make_job("wide", width=128), created_at=99.0))
+    assert await bench.store.claim(lambda model, shape: False) is None
+    claimed = await bench.store.claim(lambda model, shape: (model, shape) == ("drawn", "drawn 128x64"))
+    assert claimed.job.id == "wide"
+    assert await bench.store.num_waiting() == {"drawn": 70}
+
+
+async def test_two_never_claim_the_same_job(bench: Any, make_job: MakeJob) -> None:
+    for number in range(20):
+        await bench.store.add(make_job(f"a{number}"))
+    claims = await asyncio.gather(*(bench.store.claim(anything) for _ in range(30)))
+    ids = [claimed.job.id for claimed in claims if claimed is not None]
+    assert len(ids) == len(set(ids)) == 20
+    assert len({claimed.lease for claimed in claims if claimed is not None}) == 20
+
+
+async def test_succeeded_job_has_its_files_and_receipts(bench: Any, make_job: MakeJob) -> None:
+    await bench.store.add(make_job("a"))
+    ending = Ending(await claim(bench), JobStatus.SUCCEEDED, receipts=(RECEIPT,), files=(b"picture",))
+    done = await bench.store.end(ending)
+    assert done.status is JobStatus.SUCCEEDED
+    outcome = await bench.store.content("a")
+    assert outcome.pictures == (b"picture",)
+    assert outcome.job.receipts == (RECEIPT,)
+    assert await bench.store.live_jobs() == []
+
+
+async def test_first_end_decides(bench: Any, make_job: MakeJob) -> None:
+    await bench.store.add(make_job("a"))
+    claimed = await claim(bench)
+    cancelled, is_news = await bench.store.cancel("a")
+    assert (cancelled.status, is_news) == (JobStatus.CANCELLED, True)
+    assert await bench.store.end(Ending(claimed, JobStatus.SUCCEEDED, files=(b"late",))) is None
+    assert await bench.store.fail("a", BROKEN) is None
+    await bench.store.record(Progress(claimed, 1, 0.5, 1.0))
+    await bench.store.release(claimed)
+    job, is_news = await bench.store.cancel("a")
+    assert (job.status, job.steps_done, is_news) == (JobStatus.CANCELLED, 0, False)
+    with pytest.raises(JobNotFinished, match="cancelled"):
+        await bench.store.content("a")
+
+
+async def test_cancelled_job_leaves_the_queue_and_its_worker_hears_of_it(bench: Any, make_job: MakeJob) -> None:
+    heard: list[str] = []
+    bench.store.changes.on_cancelled = heard.append
+    for name in ("a", "b"):
+        await bench.store.add(make_job(name))
+    claimed = await claim(bench)
+    for name in ("a", "b"):
+        await bench.store.cancel(name)
+    assert await bench.store.claim(anything) is None
+    assert await bench.store.renew([claimed]) == {claimed.job.id}
+    for _ in range(100):
+        if len(heard) < 2:
+            await asyncio.sleep(0.02)
+    assert sorted(heard) == ["a", "b"]
+
+
+async def test_failed_job_says_why(bench: Any, make_job: MakeJob) -> None:
+    await bench.store.add(make_job("a"))
+    done = await bench.store.end(Ending(await claim(bench), JobStatus.FAILED, failure=BROKEN))
+    assert (done.status, done.failure) == (JobStatus.FAILED, BROKEN)
+    with pytest.raises(JobNotFinished, match="failed"):
+        await bench.store.content("a")
+
+
+@pytest.mark.parametrize("call", ["get", "content", "cancel", "events"])
+async def test_unknown_job_is_not_found(call: str, bench: Any) -> None:
+    arguments = ("a", "0-0") if call == "events" else ("a",)
+    with pytest.raises(JobNotFound, match="'a'"):
+        await getattr(bench.store, call)(*arguments)
+
+
+async def test_record_outlives_content_and_goes_too(bench: Any, make_job: MakeJob) -> None:
+    await bench.store.add(make_job("a"), Idempotency("o", "k", "f"))
+    await bench.store.end(Ending(await claim(bench), JobStatus.SUCCEEDED, files=(b"picture",)))
+    await bench.elapse(0.6)
+    with pytest.raises(ResultExpired):
+        await bench.store.content("a")
+    assert (await bench.store.get("a")).status is JobStatus.SUCCEEDED
+    await bench.elapse(0.6)
+    with pytest.raises(JobNotFound):
+        await bench.store.get("a")
+    assert (await bench.store.add(make_job("b"), Idempotency("o", "k", "other"))).id == "b"
+
+
+async def test_dead_workers_job_is_queued_again_then_given_up(bench: Any, make_job: MakeJob) -> None:
+    await bench.store.add(make_job("a"))
+    first = await claim(bench)
+    await bench.store.record(Progress(first, 2, 0.5, 1.0))
+    assert (await bench.store.recover()).requeued == ()
+    await bench.elapse(0.4)
+    assert (await bench.store.recover()).requeued == ("a",)
+    job = await bench.store.get("a")
+    assert (job.status, job.attempts) == (JobStatus.QUEUED, 1)
+    assert await bench.store.renew([first]) == {"a"}
+    second = await claim(bench)
+    assert second.job.requests == first.job.requests  # and so the same seed
+    assert (await bench.store.get("a")).steps_done == 0
+    assert await bench.store.end(Ending(first, JobStatus.SUCCEEDED, files=(b"late",))) is None
+    await bench.elapse(0.4)
+    (failed,) = (await bench.store.recover()).failed
+    assert failed.failure.reason is FailureReason.WORKER_LOST
+    assert "2 workers" in failed.failure.message
+    assert await bench.store.end(Ending(second, JobStatus.SUCCEEDED, files=(b"late",))) is None
+    assert (await bench.store.get("a")).status is JobStatus.FAILED
+
+
+async def test_renewed_lease_holds(bench: Any, make_job: MakeJob) -> None:
+    await bench.store.add(make_job("a"))
+    claimed = await claim(bench)
+    for _ in range(3):
+        await bench.elapse(0.15)
+        assert await bench.store.renew([claimed]) == set()
+    assert (await bench.store.recover()).requeued == ()
+    assert await bench.store.end(Ending(claimed, JobStatus.SUCCEEDED, files=(b"x",))) is not None
+
+
+async def test_released_job_takes_its_old_place_and_no_blame(bench: Any, make_job: MakeJob) -> None:
+    for number, name in enumerate(("a", "b")):
+        await bench.store.add(replace(make_job(name), created_at=float(number)))
+    for _ in range(4):
+        claimed = await claim(bench)
+        assert (claimed.job.id, claimed.job.attempts) == ("a", 1)
+        await bench.store.release(claimed)
+
+
+async def test_backlog_counts_what_is_left(bench: Any, make_job: MakeJob) -> None:
+    for number, name in enumerate(("a", "b")):
+        await bench.store.add(replace(make_job(name), created_at=float(number)))
+    assert await bench.store.backlog_s() == 4.0
+    claimed = await claim(bench)
+    await bench.store.record(Progress(claimed, 1, 0.5, 1.0))
+    assert await bench.store.backlog_s() == 3.5
+    assert await bench.store.num_waiting() == {"drawn": 1}
+    await bench.store.cancel("a")
+    assert await bench.store.backlog_s() == 2.0
+
+
+async def test_same_key_makes_one_job_however_many_ask_at_once(bench: Any, make_job: MakeJob) -> None:
+    same = Idempotency("owner", "key", "print")
+    made = await asyncio.gather(*(bench.store.add(make_job(f"a{n}"), same) for n in range(50)))
+    assert len({job.id for job in made}) == 1
+    assert len(await bench.store.live_jobs()) == 1
+    assert (await bench.store.add(make_job("b"), replace(same, owner="other"))).id == "b"
+    assert (await bench.store.add(make_job("c"), replace(same, key="other"))).id == "c"
+    with pytest.raises(IdempotencyKeyReused, match="'key'"):
+        await bench.store.add(make_job("d"), replace(same, fingerprint="another body"))
+    assert len(await bench.store.live_jobs()) == 3
+
+
+async def test_events_tell_the_story_and_can_be_resumed(bench: Any, make_job: MakeJob) -> None:
+    await bench.store.add(make_job("a", seeds=(0, 1)))
+    claimed = await claim(bench)
+    await bench.store.record(Progress(claimed, 3, 0.25, 1.5))
+    await bench.store.add_preview(Preview(claimed, 1, 0, b"small"))
+    await bench.store.end(Ending(claimed, JobStatus.SUCCEEDED, files=(b"x", b"y")))
+    events = [event async for event in follow(bench.store, "a")]
+    assert [event.name for event in events] == [
+        EventName.QUEUED,
+        EventName.STARTED,
+        EventName.PROGRESS,
+        EventName.PREVIEW,
+        EventName.ENDED,
+    ]
+    assert events[2].data == {"step": 1, "num_inference_steps": 4, "compute_ratio": 0.25, "eta_s": 1.5}
+    assert events[3].data == {"b64_json": "c21hbGw=", "partial_image_index": 0, "index": 1}
+    assert events[4].data == {"status": "succeeded"}
+    assert [event async for event in follow(bench.store, "a", after=events[2].id)] == events[3:]
+    assert [event async for event in follow(bench.store, "a", after=events[4].id)] == []
+
+
+async def test_whoever_follows_hears_of_the_end(bench: Any, make_job: MakeJob) -> None:
+    await bench.store.add(make_job("a"))
+    waiting = [asyncio.create_task(ended(bench.store, "a")) for _ in range(20)]
+    await asyncio.sleep(0.02)
+    await bench.store.end(Ending(await claim(bench), JobStatus.SUCCEEDED, files=(b"x",)))
+    jobs = await asyncio.gather(*waiting)
+    assert {job.status for job in jobs} == {JobStatus.SUCCEEDED}
+    assert bench.store.changes._waiting == {}
+
+
+async def test_webhook_is_due_when_its_job_has_ended_and_given_to_one(bench: Any, make_job: MakeJob) -> None:
+    await bench.store.add(replace(make_job("a"), webhook_url="https://hooks.example/"))
+    await bench.store.add(make_job("b"))
+    assert await bench.store.take_webhook() is None
+    await bench.store.cancel("a")
+    await bench.store.cancel("b")
+    job, num_failures = await bench.store.take_webhook()
+    assert (job.id, job.webhook_url, num_failures) == ("a", "https://hooks.example/", 0)
+    assert await bench.store.take_webhook() is None
+    await bench.store.settle_webhook("a", 0.1)
+    assert await bench.store.take_webhook() is None
+    await bench.elapse(0.2)
+    assert (await bench.store.take_webhook())[1] == 1
+    await bench.store.settle_webhook("a", None)
+    await bench.elapse(0.2)
+    assert await bench.store.take_webhook() is None

@@ -1,0 +1,139 @@
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from models.errors import InvalidRequest
+from service.errors import BadConfiguration
+from service.jobs.job import Job
+from service.settings import Settings
+from service.webhooks import Webhooks, check_webhook_url
+
+SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
+
+
+class Listener:
+    """A client's server. It answers with the next of `statuses`, at the end with 200."""
+
+    def __init__(self) -> None:
+        self.statuses: list[int] = []
+        self.calls: list[tuple[dict[str, str], bytes]] = []
+        listener = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                listener.calls.append(({name.lower(): value for name, value in self.headers.items()}, body))
+                self.send_response(listener.statuses.pop(0) if listener.statuses else 200)
+                self.send_header("Location", "http://127.0.0.1:1/elsewhere")
+                self.end_headers()
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.host = f"127.0.0.1:{self.server.server_port}"
+        Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def listener() -> Iterator[Listener]:
+    listener = Listener()
+    yield listener
+    listener.server.shutdown()
+    listener.server.server_close()
+
+
+@pytest.fixture
+def ended_job(listener: Listener, make_job: Callable[..., Job]) -> Job:
+    return replace(make_job("job_1").moved_to("cancelled"), ended_at=5.0, webhook_url=f"http://{listener.host}/hook")
+
+
+def test_call_is_signed_by_the_standard(listener: Listener, ended_job: Job) -> None:
+    webhooks = Webhooks(SECRET, "https://pictures.example", clock=lambda: 1234.5)
+    assert asyncio.run(webhooks.deliver(ended_job))
+    ((headers, body),) = listener.calls
+    signed = f"job_1.1234.{body.decode()}".encode()
+    expected = base64.b64encode(hmac.digest(bytes(range(32)), signed, hashlib.sha256)).decode()
+    assert headers["webhook-signature"] == f"v1,{expected}"
+    assert (headers["webhook-id"], headers["webhook-timestamp"]) == ("job_1", "1234")
+    told = json.loads(body)
+    assert (told["type"], told["timestamp"], told["data"]["id"]) == ("job.cancelled", 5, "job_1")
+    assert told["data"]["links"]["self"] == "https://pictures.example/v1/jobs/job_1"
+
+
+@pytest.mark.parametrize("status", [302, 404, 500])
+def test_anything_but_success_is_a_failure_and_redirects_lead_nowhere(
+    status: int, listener: Listener, ended_job: Job
+) -> None:
+    listener.statuses = [status]
+    assert not asyncio.run(Webhooks(SECRET, "").deliver(ended_job))
+    assert len(listener.calls) == 1
+
+
+def test_nobody_there_is_a_failure(ended_job: Job) -> None:
+    job = replace(ended_job, webhook_url="http://127.0.0.1:1/hook")
+    assert not asyncio.run(Webhooks(SECRET, "").deliver(job))
+
+
+@pytest.mark.parametrize("secret", ["whsec_", "whsec_c2hvcnQ=", "whsec_???"])
+def test_weak_secret_is_refused(secret: str) -> None:
+    with pytest.raises(BadConfiguration, match="webhook_secret"):
+        Webhooks(secret, "")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://evil.example/",
+        "https://hooks.example.evil.example/",
+        "https://hooks.example:444/",
+        "https://hooks.example@evil.example/",
+        "https://user@hooks.example/",
+        "ftp://hooks.example/",
+        "hooks.example/x",
+        "https://hooks.example:99999/",
+        "https://[::1/",
+        "",
+    ],
+)
+def test_only_allowed_hosts_are_told(url: str) -> None:
+    check_webhook_url("https://hooks.example/a?b=c", ["hooks.example"])
+    with pytest.raises(InvalidRequest, match="webhook_url"):
+        check_webhook_url(url, ["hooks.example"])
+
+
+def test_job_tells_its_end_again_until_somebody_listens(
+    start_client: Callable[..., TestClient], listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.dispatcher._LOOK_AGAIN_S", 0.02)
+    monkeypatch.setattr("service.dispatcher.RETRY_DELAYS_S", (0.01, 0.01))
+    listener.statuses = [500, 500]
+    client = start_client(Settings(webhook_hosts=(listener.host,), webhook_secret=SECRET))
+    body = {"prompt": "a", "webhook_url": f"http://{listener.host}/hook"}
+    job_id = client.post("/v1/images", json=body).json()["id"]
+    deadline = time.monotonic() + 20
+    while len(listener.calls) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [headers["webhook-id"] for headers, _ in listener.calls] == [job_id] * 3
+    assert json.loads(listener.calls[-1][1])["data"]["receipt"]["rule"] == "router"
+
+
+def test_server_without_hosts_refuses_webhooks(client: TestClient) -> None:
+    response = client.post("/v1/images", json={"prompt": "a", "webhook_url": "https://hooks.example/"})
+    assert (response.status_code, response.json()["error"]["param"]) == (422, "webhook_url")
+
+
+def test_hosts_need_a_secret() -> None:
+    with pytest.raises(ValueError, match="webhook_secret"):
+        Settings(webhook_hosts=("hooks.example",))
