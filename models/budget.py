@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from models.card import CurvePoint
 from models.errors import InvalidRequest
-from models.request import Budget, ComputeBudget, Preset, PresetBudget, QualityBudget
+from models.request import Budget, ComputeBudget, LatencyBudget, Preset, PresetBudget, QualityBudget
 
 _THRESHOLDS = ("skip_threshold", "reuse_band", "residual_threshold")
 
@@ -30,6 +30,15 @@ def resolve(budget: Budget, curve: Sequence[CurvePoint]) -> CurvePoint:
                     "budget.compute_ratio",
                 )
             return _between(curve, [point.compute_ratio for point in curve], compute_ratio, is_floor=False)
+        case LatencyBudget():
+            return curve[0]  # the best, until whoever has a clock moves it
+
+
+def fastest_enough(curve: Sequence[CurvePoint], min_quality: float, relative_seconds: float) -> CurvePoint:
+    """The best point of `curve` that takes at most this share of the dense time; at worst the one of `min_quality`."""
+    floor = resolve(QualityBudget(min_quality), curve)
+    able = (point for point in curve if point.relative_seconds <= relative_seconds and point.quality >= floor.quality)
+    return next(able, floor)
 
 
 def point_of_preset(preset: Preset, curve: Sequence[CurvePoint]) -> CurvePoint:

@@ -33,7 +33,15 @@ class ComputeBudget:
     compute_ratio: float
 
 
-Budget = PresetBudget | QualityBudget | ComputeBudget
+@dataclass(frozen=True, slots=True)
+class LatencyBudget:
+    """The highest quality that can be had within `latency_s` seconds of arrival, never below the floor."""
+
+    latency_s: float
+    min_quality: float = 0.0
+
+
+Budget = PresetBudget | QualityBudget | ComputeBudget | LatencyBudget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from models.card import CurvePoint, Policy
 from models.elastic.runner import Allowance, Row
 from models.report import Decision, GenerationSummary
 from models.request import ComputeBudget, GenerationRequest
+from models.rules import RULES
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,8 @@ class DenoiseState:
     `latents` is `(1, tokens, channels)`; `sigmas` `(steps + 1,)` and `timesteps` `(steps,)` are float32 on the CPU.
     `rows` and `inputs` have one entry a guidance branch, the conditional first. `dense_flops` is the cost of one dense
     step of all branches, in the blocks; `compute_cap`, if there is one, the share of it that may be spent in all.
-    `prediction` is where the last step's velocity, kept to the end, would lead: the clean sample as seen from there.
+    `thresholds` and `points` have one entry for each step taken. `prediction` is where the last step's velocity, kept
+    to the end, would lead: the clean sample as seen from there.
     """
 
     request: GenerationRequest
@@ -52,6 +55,7 @@ class DenoiseState:
     dense_flops: float
     compute_cap: float | None
     thresholds: list[float] = field(default_factory=list)
+    points: list[CurvePoint] = field(default_factory=list)
     step_index: int = 0
     prediction: Tensor | None = None
 
@@ -72,6 +76,12 @@ class DenoiseState:
     def compute_ratio(self) -> float:
         """The share of the dense block compute of the steps taken so far."""
         return self.spent_flops / (max(self.step_index, 1) * self.dense_flops)
+
+    def move_to(self, point: CurvePoint) -> None:
+        """Take the coming steps at another place on the curve."""
+        self.point = point
+        for row in self.rows:
+            row.rule = RULES[point.rule]
 
     def prepare_step(self) -> None:
         """Set this step's policy and allowance.
@@ -98,6 +108,7 @@ class DenoiseState:
     def complete_step(self, latents: Tensor, prediction: Tensor) -> None:
         """Take over what the step has changed. A step that failed before this can be repeated as if never begun."""
         self.thresholds.append(self.rows[0].policy.skip_threshold)
+        self.points.append(self.point)
         for row in self.rows:
             row.end_step()
         self.latents = latents
@@ -113,9 +124,9 @@ class DenoiseState:
             rule=self.point.rule,
             skip_threshold_first=self.thresholds[0] if self.thresholds else self.point.policy.skip_threshold,
             skip_threshold_last=self.thresholds[-1] if self.thresholds else self.point.policy.skip_threshold,
-            quality_applied=self.point.quality,
+            quality_applied=fmean(point.quality for point in self.points or [self.point]),
             compute_ratio=self.compute_ratio,
-            compute_ratio_predicted=self.point.compute_ratio,
+            compute_ratio_predicted=fmean(point.compute_ratio for point in self.points or [self.point]),
             num_run=counts[Decision.RUN],
             num_skipped=counts[Decision.SKIP],
             num_reused=counts[Decision.REUSE],

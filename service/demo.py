@@ -4,7 +4,6 @@ Run as `python -m service.demo --out demo`. It is a client like any other: it kn
 """
 
 import argparse
-import base64
 import io
 import json
 import socket
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 from models.card import Guidance
 from models.request import Preset
+from service.client import ApiError, Client
 
 PROMPTS = (
     "a large red circle in the centre, on a plain light background",
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     with (
         running_server(options.models, options.out / "server.log") as address,
-        httpx2.Client(base_url=address, timeout=_REQUEST_TIMEOUT_S) as client,
+        Client(address, timeout_s=_REQUEST_TIMEOUT_S) as client,
     ):
         drawn = draw_all(client)
         meshes = make_meshes(client, options.out)
@@ -176,7 +176,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.kill()
 
 
-def draw_all(client: httpx2.Client) -> list[Drawn]:
+def draw_all(client: Client) -> list[Drawn]:
     """Every row of every model at every budget that the model offers, one request at a time, exact first.
 
     A model's first row is drawn once before and thrown away, so that no time shown holds a first call's set-up.
@@ -191,16 +191,15 @@ def draw_all(client: httpx2.Client) -> list[Drawn]:
     return drawn
 
 
-def models_of(client: httpx2.Client, modality: str) -> list[dict[str, Any]]:
-    listed = client.get("/v1/models").raise_for_status().json()["data"]
-    return [model for model in listed if model["modality"] == modality]
+def models_of(client: Client, modality: str) -> list[dict[str, Any]]:
+    return [model for model in client.models() if model["modality"] == modality]
 
 
 def presets_of(model: dict[str, Any]) -> list[Preset]:
     return [Preset(point["preset"]) for point in model["curve"] if point["preset"]]
 
 
-def make_meshes(client: httpx2.Client, folder: Path) -> list[Made]:
+def make_meshes(client: Client, folder: Path) -> list[Made]:
     """A mesh of the same picture by every mesh model at every budget, written to `folder`; the first is made twice."""
     made = []
     for model in models_of(client, "mesh"):
@@ -210,18 +209,11 @@ def make_meshes(client: httpx2.Client, folder: Path) -> list[Made]:
     return made
 
 
-def make_mesh(client: httpx2.Client, row: Row, preset: Preset, folder: Path) -> Made:
-    budget = json.dumps({"preset": preset})
-    result = _result_of(
-        client.post(
-            "/v1/meshes",
-            data={"model": row.model, "seed": str(SEED), "budget": budget},
-            files={"input_image": (SOLID.name, SOLID.read_bytes())},
-        ),
-        f"{row.model} at budget {preset}",
-    )
-    (folder / f"mesh-{preset}.glb").write_bytes(base64.b64decode(result["data"][0]["b64_json"]))
-    return Made(row, preset, result["receipt"])
+def make_mesh(client: Client, row: Row, preset: Preset, folder: Path) -> Made:
+    with exit_if_refused(f"/v1/meshes of {row.model} at budget {preset}"):
+        result = client.generate_mesh(SOLID, model=row.model, seed=SEED, budget={"preset": preset})
+    (folder / f"mesh-{preset}.glb").write_bytes(result.files[0])
+    return Made(row, preset, result.receipt)
 
 
 def rows_of(model: dict[str, Any]) -> list[Row]:
@@ -231,18 +223,19 @@ def rows_of(model: dict[str, Any]) -> list[Row]:
     return [Row(model["id"], prompt) for prompt in PROMPTS]
 
 
-def draw(client: httpx2.Client, row: Row, preset: Preset) -> Drawn:
-    body = {**asdict(row), "seed": SEED, "budget": {"preset": preset}}
-    result = _result_of(client.post("/v1/images", json=body), f"{row.model} at budget {preset}")
-    picture = Image.open(io.BytesIO(base64.b64decode(result["data"][0]["b64_json"]))).convert("RGB")
-    return Drawn(row, preset, result["receipt"], picture)
+def draw(client: Client, row: Row, preset: Preset) -> Drawn:
+    with exit_if_refused(f"/v1/images of {row.model} at budget {preset}"):
+        result = client.generate_image(**asdict(row), seed=SEED, budget={"preset": preset})
+    picture = Image.open(io.BytesIO(result.files[0])).convert("RGB")
+    return Drawn(row, preset, result.receipt, picture)
 
 
-def _result_of(response: httpx2.Response, asked: str) -> dict[str, Any]:
-    if response.status_code != 200:
-        raise SystemExit(f"{response.request.url.path} of {asked} answered {response.status_code}: {response.text}")
-    result: dict[str, Any] = response.json()
-    return result
+@contextmanager
+def exit_if_refused(asked: str) -> Iterator[None]:
+    try:
+        yield
+    except ApiError as error:
+        raise SystemExit(f"{asked} answered {error}") from error
 
 
 def save(drawn: Sequence[Drawn], folder: Path) -> None:

@@ -87,6 +87,7 @@ class Dispatcher:
         self.worker.report, self.worker.on_room = hear, wake
         self.store.changes.on_queued = self._wake.set
         self.store.changes.on_cancelled = self.worker.drop
+        self.metrics.declare(self.cards.values())
         await self.store.open()
         loops = (self._claim, self._keep_leases, self._store_reports, self._tell_webhooks)
         tasks: list[asyncio.Future[object]] = [asyncio.create_task(run()) for run in loops]
@@ -98,6 +99,8 @@ class Dispatcher:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            # A step that has not ended yet has nobody to tell any more.
+            self.worker.report, self.worker.on_room = (lambda report: None), (lambda: None)
             await self.store.close()
 
     def check_accepting(self) -> None:

@@ -8,6 +8,7 @@ ServiceError
 ├── UnsupportedMediaType  the body is not of a type that the call takes
 ├── InvalidImage          the picture can't be read, or is more than this server takes
 ├── Overloaded            the predicted backlog is too long; says when to come back
+├── DeadlineUnreachable   even the lowest quality allowed would take too long
 ├── Draining              the server is shutting down
 ├── StoreUnavailable      Redis, or where results are kept, can't be reached
 ├── JobNotFound           no such job, or forgotten since
@@ -61,6 +62,10 @@ class Draining(ServiceError):
     def __init__(self, message: str, retry_after_s: int) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class DeadlineUnreachable(ServiceError):
+    param = "budget.latency_ms"
 
 
 class JobNotFound(ServiceError):

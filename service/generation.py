@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -11,7 +12,7 @@ from models.card import ImageCard, MeshCard, ModelCard
 from models.engine import load_engine
 from models.errors import InvalidRequest
 from models.mesh.cleanup import CleanMesh
-from models.request import GenerationRequest
+from models.request import GenerationRequest, LatencyBudget
 from service.api.input_image import checked_picture
 from service.api.parsing import parse_mesh_output, parse_mesh_request, parse_output, parse_requests, quality_of
 from service.api.responses import ReceiptBody
@@ -19,7 +20,11 @@ from service.api.schemas import ImageBody, MeshBody
 from service.api.views import receipt_body
 from service.jobs.job import Output, Receipt, StageSeconds
 from service.output import encode_output
+from service.scheduling.deadline import point_for
 from service.settings import Settings
+
+if TYPE_CHECKING:
+    from models.state import DenoiseState
 
 
 def generate_picture(
@@ -68,19 +73,30 @@ def _generate(
     started = time.perf_counter()
     with typer.progressbar(length=state.num_steps, label="denoising", file=sys.stderr) as progress:
         while not state.is_done:
+            if isinstance(request.budget, LatencyBudget):
+                _keep_deadline(state, card, left_s=request.budget.latency_s - (time.perf_counter() - arrived))
             engine.step([state])
             progress.update(1)
     denoised = time.perf_counter()
     result = engine.finish(state)
     decoded = time.perf_counter()
     data = encode_output(result, request, output)
+    total_s = time.perf_counter() - arrived
     seconds = StageSeconds(
         queue=0.0,
         encode=started - arrived,
         denoise=denoised - started,
         decode=decoded - denoised,
-        total=time.perf_counter() - arrived,
+        total=total_s,
     )
     quality = quality_of(request.budget, card)
     mesh = result.report if isinstance(result, CleanMesh) else None
-    return data, receipt_body(Receipt(state.summary(), quality, seconds, batch_size_mean=1.0, mesh=mesh))
+    deadline_met = total_s <= request.budget.latency_s if isinstance(request.budget, LatencyBudget) else None
+    receipt = Receipt(state.summary(), quality, seconds, batch_size_mean=1.0, mesh=mesh, deadline_met=deadline_met)
+    return data, receipt_body(receipt)
+
+
+def _keep_deadline(state: "DenoiseState", card: ModelCard, left_s: float) -> None:
+    """As the server does it, but for time to decode, which is not known before the first result."""
+    steps_left = state.num_steps - state.step_index
+    state.move_to(point_for(state.request, card, time_left_s=left_s, steps_left=steps_left, pace=1.0))

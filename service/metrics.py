@@ -5,8 +5,9 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from models.card import ModelCard
 from models.report import Decision, StepReport
-from models.request import Budget, ComputeBudget, PresetBudget, QualityBudget
+from models.request import Budget, ComputeBudget, LatencyBudget, PresetBudget, QualityBudget
 from service.jobs.job import Job, JobStatus
 
 _BLOCK_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
@@ -14,6 +15,7 @@ _STEP_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _REQUEST_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TENTHS = tuple(tenth / 10 for tenth in range(1, 11))
 _RATIO_ERRORS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+_OUTCOMES = ("met", "missed")
 _BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 
 
@@ -64,7 +66,7 @@ class Metrics:
         )
         self._e2e_latency = self._histogram(
             "elastic_e2e_request_latency_seconds",
-            "From a request's arrival to its result; preset is `quality` or `compute_ratio` for such budgets.",
+            "From a request's arrival to its result; preset is quality, compute_ratio or latency for such budgets.",
             _REQUEST_SECONDS,
             "preset",
         )
@@ -84,9 +86,28 @@ class Metrics:
         self._gpu_memory = Gauge(
             "elastic_gpu_memory_bytes", "Memory of the GPU, by kind.", ("kind",), registry=self._registry
         )
+        self._deadlines = self._counter(
+            "elastic_deadline_total", "Requests with a deadline that succeeded, by outcome: met or missed.", "outcome"
+        )
+        self._degraded = self._counter(
+            "elastic_quality_degraded_total", "Requests whose quality load lowered, within what they allowed."
+        )
         self._rejected = self._counter(
             "elastic_requests_rejected_total", "Requests refused before any work; model is empty if unknown.", "code"
         )
+
+    def declare(self, cards: Iterable[ModelCard]) -> None:
+        """Begin the models' counters at 0: Prometheus' rates miss what a series begins with."""
+        for card in cards:
+            for block in card.blocks:
+                for decision in Decision:
+                    self._block_decisions.labels(card.id, block, decision)
+            for status in JobStatus:
+                if status.is_terminal:
+                    self._requests.labels(card.id, status)
+            for outcome in _OUTCOMES:
+                self._deadlines.labels(card.id, outcome)
+            self._degraded.labels(card.id)
 
     def observe_step(self, model: str, report: StepReport) -> None:
         self._step_latency.labels(model).observe(report.seconds)
@@ -110,6 +131,11 @@ class Metrics:
         if job.status is JobStatus.SUCCEEDED and job.ended_at is not None:
             preset = _preset_label(job.requests[0].budget)
             self._e2e_latency.labels(job.model, preset).observe(job.ended_at - job.created_at)
+            if job.deadline_at is not None:
+                met, missed = _OUTCOMES
+                self._deadlines.labels(job.model, met if job.ended_at <= job.deadline_at else missed).inc()
+            if job.is_degraded:
+                self._degraded.labels(job.model).inc()
         for receipt in job.receipts:
             measured, predicted = receipt.summary.compute_ratio, receipt.summary.compute_ratio_predicted
             self._compute_ratio.labels(job.model).observe(measured)
@@ -160,3 +186,5 @@ def _preset_label(budget: Budget) -> str:
             return "quality"
         case ComputeBudget():
             return "compute_ratio"
+        case LatencyBudget():
+            return "latency"

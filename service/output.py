@@ -8,7 +8,15 @@ from numpy.typing import NDArray
 from models.artifact import MeshFormat, OutputFormat, encode_picture
 from models.mesh.cleanup import CleanMesh
 from models.mesh.formats import encode_mesh
-from models.request import Budget, ComputeBudget, GenerationRequest, ImageRequest, PresetBudget, QualityBudget
+from models.request import (
+    Budget,
+    ComputeBudget,
+    GenerationRequest,
+    ImageRequest,
+    LatencyBudget,
+    PresetBudget,
+    QualityBudget,
+)
 from service.jobs.job import Output
 
 
@@ -43,3 +51,5 @@ def _budget_fields(budget: Budget) -> dict[str, str | float]:
             return {"quality": quality}
         case ComputeBudget(compute_ratio):
             return {"compute_ratio": compute_ratio}
+        case LatencyBudget(latency_s, min_quality):
+            return {"latency_ms": round(latency_s * 1000, 3), "min_quality": min_quality}

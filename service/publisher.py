@@ -78,6 +78,7 @@ class Publisher:
         )
         self._files: dict[str, dict[int, Future[tuple[bytes, Receipt]]]] = {}  # by lease
         self._claims: dict[str, Claim] = {}
+        self._finish_s: dict[str, float] = {}
         self._unfinished: list[Future[tuple[bytes, Receipt]]] = []
 
     def publish(self, denoised: Denoised, on_file: Callable[[], None]) -> None:
@@ -103,6 +104,10 @@ class Publisher:
     def num_unfinished(self) -> int:
         """Results that are not files yet: their latents are still in memory. Any thread may ask."""
         return sum(not file.done() for file in self._unfinished)
+
+    def finish_seconds(self, model: str) -> float:
+        """What decoding and encoding took of the model's last result; 0 before the first. Any thread may ask."""
+        return self._finish_s.get(model, 0.0)
 
     def drop_unwanted(self) -> None:
         """Let go of the files of jobs that ended before their last picture."""
@@ -151,8 +156,17 @@ class Publisher:
             decode=decoded - began,
             total=total_s,
         )
-        mesh = result.report if isinstance(result, CleanMesh) else None
-        return data, Receipt(denoised.summary, job.quality_requested, seconds, denoised.batch_size_mean, mesh)
+        self._finish_s[job.model] = time.perf_counter() - began
+        receipt = Receipt(
+            denoised.summary,
+            job.quality_requested,
+            seconds,
+            denoised.batch_size_mean,
+            mesh=result.report if isinstance(result, CleanMesh) else None,
+            is_degraded=job.is_degraded,
+            deadline_met=None if job.deadline_at is None else job.created_at + total_s <= job.deadline_at,
+        )
+        return data, receipt
 
     def _make_preview(self, sketched: Sketched) -> None:
         """What can't be shown yet is not: a preview is no promise."""

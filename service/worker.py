@@ -15,6 +15,8 @@ from service.jobs.store import Claim, Ending, Progress
 from service.metrics import Metrics
 from service.publisher import Denoised, Publisher, Report, Sketched
 from service.scheduling.batching import Candidate, next_group, shape_of
+from service.scheduling.cost import dense_step_seconds
+from service.scheduling.deadline import point_for
 
 if TYPE_CHECKING:  # models.engine brings torch, which the API side never loads
     from models.engine import Engine
@@ -57,6 +59,8 @@ class _Running:
     denoise_began: float
     last_turn: int
     num_companions: int = 0  # the sum of batch sizes over its steps, itself included
+    pace: float = 1.0  # how much longer than predicted its last step took, others' turns included
+    last_step_ended: float | None = None
 
 
 class Worker:
@@ -130,6 +134,10 @@ class Worker:
         """The jobs that it has taken and that have not ended."""
         with self._lock:
             return [held.claim for held in self._held.values()]
+
+    def finish_seconds(self, model: str) -> float:
+        """What came after the steps of the model's last result."""
+        return self._publisher.finish_seconds(model)
 
     def is_held(self, claim: Claim) -> bool:
         """Whether anybody still wants this job from this worker."""
@@ -220,6 +228,8 @@ class Worker:
 
     def _step(self, engine: "Engine", batch: Sequence[_Running]) -> None:
         """One denoise step of `batch`. If it fails, each member steps alone, and only those that fail again fail."""
+        for running in batch:
+            self._keep_deadline(running)
         try:
             report = engine.step([running.state for running in batch])
         except Exception as error:
@@ -233,7 +243,9 @@ class Worker:
             return
         self._metrics.observe_step(batch[0].held.claim.job.model, report)
         self._metrics.observe_memory(engine.memory_bytes())
+        now = time.perf_counter()
         for running in batch:
+            self._measure_pace(running, now)
             running.last_turn = self._turn
             running.num_companions += report.batch_size
             running.held.steps_done += 1
@@ -241,6 +253,26 @@ class Worker:
             self._tell(self._progress(held))
         for running in batch:
             self._preview_if_due(engine, running)
+
+    def _keep_deadline(self, running: _Running) -> None:
+        """Under a deadline, choose the coming step's place on the curve from the time that is left."""
+        job, state = running.held.claim.job, running.state
+        if job.deadline_at is None:
+            return
+        point = point_for(
+            running.held.request(running.index),
+            self.cards[job.model],
+            time_left_s=job.deadline_at - self._clock() - self.finish_seconds(job.model),
+            steps_left=state.num_steps - state.step_index,
+            pace=running.pace,
+        )
+        state.move_to(point)
+
+    def _measure_pace(self, running: _Running, now: float) -> None:
+        request, card = running.held.request(running.index), self.cards[running.held.claim.job.model]
+        predicted_s = dense_step_seconds(request, card) * running.state.point.relative_seconds
+        running.pace = (now - (running.last_step_ended or running.denoise_began)) / predicted_s
+        running.last_step_ended = now
 
     def _progress(self, held: _Held) -> Progress:
         """What a job's pictures have had so far, and how long the rest will take if it goes on like that."""

@@ -71,7 +71,7 @@ def test_every_curl_sends_a_valid_body(line: str) -> None:
 
 def test_every_form_of_budget_is_one() -> None:
     forms = re.findall(r"^\| `(\{.*?\})`", README, re.MULTILINE)
-    assert len(forms) == 3
+    assert len(forms) == 4
     for form in forms:
         BudgetBody.model_validate(json.loads(form))
 

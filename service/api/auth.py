@@ -55,7 +55,7 @@ class Doors:
             state["key"] = self.api_keys.identify(Headers(scope=scope).get("authorization"))
         except InvalidApiKey as error:
             state["key_error"] = error  # whether it matters depends on the route
-        if scope["method"] != "POST":  # whatever is posted here makes something
+        if scope["method"] != "POST" or not scope["path"].startswith("/v1/"):  # whatever is posted there is to be made
             await self.app(scope, receive, send)
             return
         standing = None

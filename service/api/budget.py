@@ -2,26 +2,18 @@
 
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic.json_schema import SkipJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from models.request import Budget, ComputeBudget, Preset, PresetBudget, QualityBudget
+from models.request import Budget, ComputeBudget, LatencyBudget, Preset, PresetBudget, QualityBudget
 
-_FORMS = ("preset", "quality", "compute_ratio")
+_FORMS = ("preset", "quality", "compute_ratio", "latency_ms")
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
-def _refuse_latency(value: object) -> None:
-    if value is not None:
-        raise PydanticCustomError(
-            "unsupported", "this server does not serve latency budgets; use quality or compute_ratio"
-        )
-
-
 class BudgetBody(BaseModel):
-    """Speed against quality: exactly one of `preset`, `quality` and `compute_ratio`."""
+    """Speed against quality: exactly one of `preset`, `quality`, `compute_ratio` and `latency_ms`."""
 
     model_config = ConfigDict(
         extra="forbid", json_schema_extra={"oneOf": [{"required": [form]} for form in _FORMS]}, frozen=True
@@ -39,13 +31,19 @@ class BudgetBody(BaseModel):
     compute_ratio: Number | None = Field(
         default=None, gt=0, le=1, description="At most this share of the dense model's block compute."
     )
+    latency_ms: Number | None = Field(
+        default=None,
+        gt=0,
+        le=86_400_000,
+        description="The highest quality that can be had within so many milliseconds of the request's arrival.",
+    )
     min_quality: Number | None = Field(
         default=None,
         ge=0,
         le=1,
-        description="A floor under any lowering of quality. This server never lowers it under load.",
+        description="With latency_ms, the lowest quality that will do, 0 by default. With the others, how far the "
+        "server may lower quality under load to shorten the wait; without it, it never does.",
     )
-    latency_ms: SkipJsonSchema[Annotated[None, BeforeValidator(_refuse_latency)]] = None
 
     @model_validator(mode="after")
     def _check_forms(self) -> Self:
@@ -53,7 +51,7 @@ class BudgetBody(BaseModel):
         if len(given) != 1:
             raise PydanticCustomError(
                 "budget_form",
-                "a budget is exactly one of preset, quality and compute_ratio; this one has {given}",
+                "a budget is exactly one of preset, quality, compute_ratio and latency_ms; this one has {given}",
                 {"given": " and ".join(given) or "none"},
             )
         if self.quality is not None and self.min_quality is not None and self.min_quality > self.quality:
@@ -69,12 +67,14 @@ class BudgetBody(BaseModel):
             return PresetBudget(self.preset)
         if self.quality is not None:
             return QualityBudget(self.quality)
-        assert self.compute_ratio is not None, "a BudgetBody has one form"
-        return ComputeBudget(self.compute_ratio)
+        if self.compute_ratio is not None:
+            return ComputeBudget(self.compute_ratio)
+        assert self.latency_ms is not None, "a BudgetBody has one form"
+        return LatencyBudget(self.latency_ms / 1000, self.min_quality or 0.0)
 
 
 def budget_fields(text: str) -> dict[str, Any]:
-    """A budget's fields from the command line's short form: `fast`, `quality=0.9` or `compute_ratio=0.5`.
+    """A budget's fields from the command line's short form, such as `fast`, `quality=0.9` or `latency_ms=800`.
 
     They are still to be validated as a BudgetBody.
     """

@@ -7,12 +7,14 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from models.errors import InvalidRequest, UnknownModel
 from service.api.middleware import SECURITY_HEADERS
-from service.api.responses import ErrorBody, ErrorDetail
+from service.api.responses import ErrorBody, ErrorDetail, header
 from service.api.validation import invalid_request
 from service.errors import (
+    DeadlineUnreachable,
     Draining,
     GenerationFailed,
     IdempotencyKeyReused,
@@ -42,6 +44,7 @@ STATUS_AND_CODE: Mapping[type[Exception], tuple[int, str]] = {
     ResultExpired: (410, "result_expired"),
     UnsupportedMediaType: (415, "unsupported_media_type"),
     InvalidRequest: (422, "invalid_parameter"),
+    DeadlineUnreachable: (422, "deadline_unreachable"),
     IdempotencyKeyReused: (422, "idempotency_key_reused"),
     RateLimitExceeded: (429, "rate_limit_exceeded"),
     GenerationFailed: (500, "generation_failed"),
@@ -60,6 +63,9 @@ _FRAMEWORK_CODES = {
     413: "payload_too_large",
 }
 
+_RETRY_AFTER = {"Retry-After": header("Seconds until trying again may help.", type="integer", minimum=0)}
+_HEADERS = {401: {"WWW-Authenticate": header("Bearer.")}, 429: _RETRY_AFTER, 503: _RETRY_AFTER}
+
 
 def status_and_error(error: Exception) -> tuple[int, ErrorDetail]:
     """How `error` is answered."""
@@ -71,7 +77,11 @@ def status_and_error(error: Exception) -> tuple[int, ErrorDetail]:
             return error.status_code, _detail(error.status_code, code, str(error.detail))
         case _ if type(error) in STATUS_AND_CODE:
             status, code = STATUS_AND_CODE[type(error)]
-            param = error.param if isinstance(error, InvalidRequest | InvalidImage | IdempotencyKeyReused) else None
+            param = (
+                error.param
+                if isinstance(error, InvalidRequest | InvalidImage | IdempotencyKeyReused | DeadlineUnreachable)
+                else None
+            )
             return status, _detail(status, code, str(error), param or None)
         case _:
             return 500, _detail(500, "internal_error", "the server failed on this request")
@@ -96,7 +106,9 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, InvalidApiKey):
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, HTTPException) and error.headers:
-        headers.update(error.headers)  # 405 says Allow
+        headers.update(error.headers)
+    if "Allow" in headers:
+        headers["Allow"] = _allowed_methods(request)
     return JSONResponse(ErrorBody(error=detail).model_dump(), status, headers)
 
 
@@ -118,7 +130,11 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """What OpenAPI says about the errors of a route."""
     codes = [(status, code) for status, code in (*STATUS_AND_CODE.values(), *_FRAMEWORK_CODES.items())]
     return {
-        wanted: {"model": ErrorBody, "description": ", ".join(code for status, code in codes if status == wanted)}
+        wanted: {
+            "model": ErrorBody,
+            "description": ", ".join(code for status, code in codes if status == wanted),
+            **({"headers": _HEADERS[wanted]} if wanted in _HEADERS else {}),
+        }
         for wanted in statuses
     }
 
@@ -130,6 +146,15 @@ def _of_validation(error: Mapping[str, Any]) -> tuple[int, ErrorDetail]:
     if error["type"] == "missing" and tuple(error["loc"]) == ("body",):
         return 400, _detail(400, "invalid_json", "the body is empty; it must be a JSON object")
     return status_and_error(invalid_request(error, skip=1))
+
+
+def _allowed_methods(request: Request) -> str:
+    """What the path of a request can be called with. Starlette names the methods of the first route there alone."""
+    return ", ".join(
+        method
+        for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in request.app.routes)
+    )
 
 
 def _detail(status: int, code: str, message: str, param: str | None = None) -> ErrorDetail:

@@ -7,6 +7,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Header, Request, Response
@@ -15,9 +16,10 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
+from models.budget import resolve
 from models.card import ModelCard
 from models.errors import InvalidRequest, UnknownModel
-from models.request import ImageRequest, MeshRequest
+from models.request import ImageRequest, LatencyBudget, MeshRequest, QualityBudget
 from service.api.access import owner_of
 from service.api.errors import error_of, status_and_error
 from service.api.events import event_stream
@@ -30,6 +32,8 @@ from service.jobs.job import Job, JobStatus, Output, Priority
 from service.jobs.store import Idempotency, ended
 from service.scheduling.admission import admit
 from service.scheduling.cost import predicted_seconds
+from service.scheduling.deadline import check_reachable
+from service.scheduling.load import lowered_quality
 from service.settings import Settings
 from service.webhooks import check_webhook_url
 
@@ -48,7 +52,12 @@ def _generation_headers(
         Header(description="`respond-async` answers 202 with the job; with `wait=N` only after N seconds."),
     ] = None,
     idempotency_key: Annotated[
-        str | None, Header(description="Calls with the same key and body make one job.", max_length=255)
+        str | None,
+        Header(
+            description="Calls with the same key and body make one job.",
+            max_length=255,
+            json_schema_extra={"pattern": "^[ -~]{1,255}$"},
+        ),
     ] = None,
 ) -> None:
     """What `answer` reads of the headers, for the OpenAPI document."""
@@ -153,29 +162,18 @@ async def answer(
     Raises what the client is to be told if the job is not accepted, or fails.
     """
     idempotency = _idempotency(body, request)
-    backlog_s = await dispatcher.store.backlog_s()
-    admit(job.predicted_seconds, backlog_s=backlog_s, max_backlog_s=settings.max_backlog_s)
-    job = await dispatcher.store.add(job, idempotency)
+    job = await _recorded(job, body, idempotency, dispatcher, settings)
     request.state.job_id = job.id
     base = base_url(request, settings)
     # A client that gave a key means to come back with it.
     cancels = idempotency is None
     if body.stream:
         return event_stream(job, dispatcher, base, response_format=body.response_format, cancels=cancels)
-    wait_s: float | None = None
-    if prefers_async(request):
-        wait = _WAIT.search(request.headers["prefer"].lower())
-        wait_s = float(wait[1]) if wait else 0.0
-    done = await _ended_or_gone(job, request, dispatcher, wait_s)
-    if done is None and wait_s is not None and not await request.is_disconnected():
-        retry_after_s = max(1, math.ceil(backlog_s + job.predicted_seconds))
-        headers = {
-            "Location": f"/v1/jobs/{job.id}",
-            "Retry-After": str(retry_after_s),
-            "Preference-Applied": "respond-async",
-        }
-        shown = job_body(await dispatcher.store.get(job.id), base)
-        return JSONResponse(shown.model_dump(mode="json", exclude_unset=True), 202, headers)
+    is_async = prefers_async(request)
+    wait_s = _preferred_wait_s(request) if is_async else None
+    done = None if wait_s == 0 else await _ended_or_gone(job, request, dispatcher, wait_s)
+    if done is None and is_async and not await request.is_disconnected():
+        return await _accepted(job.id, dispatcher, base)
     if done is None:
         if cancels:
             dispatcher.cancel_soon(job.id)
@@ -188,7 +186,56 @@ async def answer(
     if body.response_format is ResponseFormat.BINARY:
         return binary_response(outcome)
     result = result_body(outcome, body.response_format, base)
-    return JSONResponse(result.model_dump(mode="json", exclude_unset=True))
+    return JSONResponse(result.model_dump(mode="json", exclude_unset=True), headers={"X-Job-ID": job.id})
+
+
+async def _recorded(
+    job: Job, body: GenerationBody, idempotency: Idempotency | None, dispatcher: Dispatcher, settings: Settings
+) -> Job:
+    """`job`, admitted and queued; or the one that its key made before, which was admitted then."""
+    if idempotency is not None and (made := await dispatcher.store.find(idempotency)) is not None:
+        return made
+    backlog_s = await dispatcher.store.backlog_s()
+    job = _with_promises(job, body, dispatcher, settings, backlog_s)
+    admit(job.predicted_seconds, backlog_s=backlog_s, max_backlog_s=settings.max_backlog_s)
+    return await dispatcher.store.add(job, idempotency)
+
+
+async def _accepted(job_id: str, dispatcher: Dispatcher, base: str) -> JSONResponse:
+    headers = {
+        "X-Job-ID": job_id,
+        "Location": f"/v1/jobs/{job_id}",
+        "Retry-After": str(max(1, math.ceil(await dispatcher.store.backlog_s()))),
+        "Preference-Applied": "respond-async",
+    }
+    body = job_body(await dispatcher.store.get(job_id), base)
+    return JSONResponse(body.model_dump(mode="json", exclude_unset=True), 202, headers)
+
+
+def _preferred_wait_s(request: Request) -> float:
+    wait = _WAIT.search(request.headers["prefer"].lower())
+    return float(wait[1]) if wait else 0.0
+
+
+def _with_promises(job: Job, body: GenerationBody, dispatcher: Dispatcher, settings: Settings, backlog_s: float) -> Job:
+    """The job with its deadline, or with what load takes of its quality. Raises DeadlineUnreachable."""
+    card, request = dispatcher.cards[job.model], job.requests[0]
+    if isinstance(request.budget, LatencyBudget):
+        finish_s = dispatcher.worker.finish_seconds(job.model)
+        check_reachable(request, card, num_results=len(job.requests), backlog_s=backlog_s, finish_s=finish_s)
+        return replace(job, deadline_at=job.created_at + request.budget.latency_s)
+    default_budget = settings.default_budget
+    asked = body.budget or (default_budget if request.budget == default_budget.to_budget() else None)
+    if asked is None or asked.min_quality is None:
+        return job
+    wanted = resolve(request.budget, card.curve).quality
+    quality = lowered_quality(wanted, asked.min_quality, backlog_s=backlog_s, max_backlog_s=settings.max_backlog_s)
+    lowered = QualityBudget(quality)
+    if resolve(lowered, card.curve).quality >= wanted:
+        return job
+    requests = tuple(replace(request, budget=lowered) for request in job.requests)
+    seconds = sum(predicted_seconds(request, card) for request in requests)
+    return replace(job, requests=requests, predicted_seconds=seconds, is_degraded=True)
 
 
 def _idempotency(body: GenerationBody, request: Request) -> Idempotency | None:

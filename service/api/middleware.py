@@ -97,8 +97,8 @@ class AccessLog:
                 "job_id": scope.get("state", {}).get("job_id"),
             }
             logger.info(
-                "%s %s %d in %.3f s key=%s job=%s",
-                *(line[name] for name in ("method", "route", "status", "seconds", "key_id", "job_id")),
+                "%s %s %d in %.3f s key=%s",
+                *(line[name] for name in ("method", "route", "status", "seconds", "key_id")),
                 extra=line,
             )
 
@@ -131,8 +131,9 @@ class SecurityHeaders:
 class BodyLimit:
     """Stop reading a body that is longer than `max_body_bytes`, or what `of_paths` says of its path, or too slow.
 
-    The whole body has to arrive within `timeout_s`, however steadily it drips. What is refused is not read to its end:
-    the connection is closed. FastAPI has a limit of size too, but answers it as plain text, outside our error handlers.
+    The whole body has to arrive within `timeout_s`, however steadily it drips. What is refused is not read to its end,
+    nor is a long body that was answered without being read: the connection is closed. FastAPI has a limit of size too,
+    but answers it as plain text, outside our error handlers.
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, of_paths: Mapping[str, int], timeout_s: float) -> None:
@@ -150,12 +151,13 @@ class BodyLimit:
         declared = headers.get("content-length", "")
         num_bytes = int(declared) if declared.isdecimal() else 0
         is_declared = num_bytes > 0
+        is_read = False
         deadline: float | None = None
         if is_declared or "transfer-encoding" in headers:
             deadline = asyncio.get_running_loop().time() + self.timeout_s
 
         async def receive_within_limit() -> Message:
-            nonlocal num_bytes, deadline
+            nonlocal num_bytes, deadline, is_read
             if num_bytes > limit:
                 raise _too_large(limit)
             try:
@@ -164,6 +166,7 @@ class BodyLimit:
             except TimeoutError as error:
                 raise _too_slow(self.timeout_s) from error
             if not message.get("more_body", False):
+                is_read = True
                 deadline = None  # what comes next is the client's hanging up, which has time
             if message["type"] == "http.request" and not is_declared:
                 num_bytes += len(message.get("body", b""))
@@ -171,7 +174,13 @@ class BodyLimit:
                     raise _too_large(limit)
             return message
 
-        await self.app(scope, receive_within_limit, send)
+        async def send_and_close(message: Message) -> None:
+            may_be_long = num_bytes > limit or "transfer-encoding" in headers
+            if message["type"] == "http.response.start" and may_be_long and not is_read:
+                MutableHeaders(scope=message)["Connection"] = "close"  # else uvicorn reads the body to its end
+            await send(message)
+
+        await self.app(scope, receive_within_limit, send_and_close)
 
 
 def _too_large(limit: int) -> HTTPException:

@@ -122,11 +122,62 @@ class JobBody(BaseModel):
     links: LinksBody
 
 
+EVENT_STREAM: dict[str, Any] = {
+    # OpenAPI 3.2's word for what a stream is a sequence of, which FastAPI uses in documents of 3.1 as well.
+    "text/event-stream": {
+        "itemSchema": {
+            "type": "object",
+            "required": ["event", "data"],
+            "properties": {
+                "event": {"type": "string", "description": "What `type` in the data says."},
+                "data": {"type": "string", "contentMediaType": "application/json"},
+                "id": {"type": "string", "description": "For `Last-Event-ID`; an error that ends a stream has none."},
+            },
+        }
+    }
+}
+
+
+def header(description: str, *, required: bool = True, **schema: Any) -> dict[str, Any]:
+    """A response's header, for the OpenAPI document; of `schema`, or a string."""
+    return {"description": description, "required": required, "schema": schema or {"type": "string"}}
+
+
+def job_links(job_id: str) -> dict[str, Any]:
+    """What can be done with a job, for the OpenAPI document. `job_id` is the expression that finds it in the answer."""
+    descriptions = {
+        "show_job": "Its status, progress and receipt.",
+        "stream_events": "Its events, from the first to the last.",
+        "show_content": "Its file, once it has succeeded.",
+        "cancel_job": "Stop it.",
+    }
+    return {
+        name: {"operationId": name, "parameters": {"job_id": job_id}, "description": description}
+        for name, description in descriptions.items()
+    }
+
+
+JOB_ID_HEADERS: dict[str, Any] = {"X-Job-ID": header("The job's id.")}
+MADE: dict[str, Any] = {
+    "headers": {
+        **JOB_ID_HEADERS,
+        "X-Seed": header("With response_format binary.", required=False, type="integer"),
+        "X-Receipt": header("With response_format binary: the receipt as JSON.", required=False),
+    },
+    "links": job_links("$response.header.X-Job-ID"),
+}
 ACCEPTED: dict[str, Any] = {
     "model": JobBody,
     "description": "With `Prefer: respond-async`: the job, in `Location` where to ask for it, in `Retry-After` when.",
+    "headers": {
+        **JOB_ID_HEADERS,
+        "Location": header("Where the job is."),
+        "Retry-After": header("Seconds until it may have ended.", type="integer", minimum=1),
+        "Preference-Applied": header("respond-async."),
+    },
+    "links": job_links("$response.header.X-Job-ID"),
 }
-EVENT_STREAM: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
+SHOWN: dict[str, Any] = {"description": "The job.", "links": job_links("$response.body#/id")}
 
 
 class SizesBody(BaseModel):

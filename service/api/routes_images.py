@@ -11,7 +11,7 @@ from service.api.dependencies import DispatcherOfApp, SettingsOfApp
 from service.api.errors import error_responses
 from service.api.generation import GenerationHeaders, GenerationRoute, answer, card_of, job_of
 from service.api.parsing import RANDOM_SEEDS, parse_output, parse_requests
-from service.api.responses import ACCEPTED, EVENT_STREAM, ImageResponse
+from service.api.responses import ACCEPTED, EVENT_STREAM, MADE, ImageResponse
 from service.api.schemas import ImageBody
 
 router = APIRouter(tags=["images"], route_class=GenerationRoute)
@@ -20,6 +20,7 @@ DOCUMENTED: dict[str, Any] = {
     "response_model": ImageResponse,
     "responses": {
         200: {
+            **MADE,
             "description": "The pictures; with response_format binary the one picture's file, `X-Job-ID`, `X-Seed` "
             "and the receipt as JSON in `X-Receipt`; with stream the job's events, up to "
             "`image_generation.completed` or `error`.",

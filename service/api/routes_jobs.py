@@ -12,18 +12,22 @@ from service.api.dependencies import DispatcherOfApp, SettingsOfApp
 from service.api.errors import error_responses
 from service.api.events import event_stream
 from service.api.job_views import base_url, job_body
-from service.api.responses import EVENT_STREAM, JobBody
+from service.api.responses import EVENT_STREAM, JOB_ID_HEADERS, SHOWN, JobBody, header
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 _EVENT_ID = re.compile(r"[0-9]{1,18}-[0-9]{1,18}", re.ASCII)
+_LAST_EVENT_ID = Header(
+    description="The id of the last event that came through.", json_schema_extra={"pattern": f"^{_EVENT_ID.pattern}$"}
+)
 
 
 @router.get(
     "/{job_id}",
     summary="A job's status, progress and receipt",
+    operation_id="show_job",
     response_model_exclude_unset=True,
-    responses=error_responses(404, 503),
+    responses={200: SHOWN, **error_responses(404, 503)},
 )
 async def show_job(job_id: str, request: Request, dispatcher: DispatcherOfApp, settings: SettingsOfApp) -> JobBody:
     return job_body(await own_job(job_id, request, dispatcher.store), base_url(request, settings))
@@ -32,9 +36,14 @@ async def show_job(job_id: str, request: Request, dispatcher: DispatcherOfApp, s
 @router.get(
     "/{job_id}/events",
     summary="A job's events, from the first or from where they broke off, until it has ended",
+    operation_id="stream_events",
     response_class=Response,
     responses={
-        200: {"description": "Server-sent events, the last of them the result or an error.", "content": EVENT_STREAM},
+        200: {
+            "description": "Server-sent events, the last of them the result or an error.",
+            "headers": JOB_ID_HEADERS,
+            "content": EVENT_STREAM,
+        },
         **error_responses(404, 422, 503),
     },
 )
@@ -43,7 +52,7 @@ async def stream_events(
     request: Request,
     dispatcher: DispatcherOfApp,
     settings: SettingsOfApp,
-    last_event_id: Annotated[str | None, Header(description="The id of the last event that came through.")] = None,
+    last_event_id: Annotated[str | None, _LAST_EVENT_ID] = None,
 ) -> Response:
     """Any server that shares the job's store has them."""
     if last_event_id is not None and not _EVENT_ID.fullmatch(last_event_id):
@@ -55,10 +64,12 @@ async def stream_events(
 @router.get(
     "/{job_id}/content",
     summary="A picture's or mesh's file",
+    operation_id="show_content",
     response_class=Response,
     responses={
         200: {
             "description": "The file, as the job's output_format says.",
+            "headers": {"Content-Disposition": header("A name for the file.")},
             "content": {
                 file_format.content_type: {"schema": {"type": "string", "format": "binary"}}
                 for file_format in (*OutputFormat, *MeshFormat)
@@ -91,8 +102,9 @@ async def show_content(
 @router.delete(
     "/{job_id}",
     summary="Cancel a job",
+    operation_id="cancel_job",
     response_model_exclude_unset=True,
-    responses=error_responses(404, 503),
+    responses={200: SHOWN, **error_responses(404, 503)},
 )
 async def cancel_job(job_id: str, request: Request, dispatcher: DispatcherOfApp, settings: SettingsOfApp) -> JobBody:
     """A queued job never runs, a running one stops at the next denoise step. One that has ended stays as it is."""

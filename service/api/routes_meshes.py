@@ -19,7 +19,7 @@ from service.api.errors import error_responses
 from service.api.generation import GenerationHeaders, GenerationRoute, answer, card_of, job_of, media_type_of
 from service.api.input_image import checked_picture, decode_base64_picture
 from service.api.parsing import RANDOM_SEEDS, parse_mesh_output, parse_mesh_request
-from service.api.responses import ACCEPTED, EVENT_STREAM, MeshResponse
+from service.api.responses import ACCEPTED, EVENT_STREAM, MADE, MeshResponse
 from service.api.schemas import MeshBody
 from service.errors import UnsupportedMediaType
 
@@ -61,6 +61,7 @@ _FORM_SCHEMA = {
     response_model=MeshResponse,
     responses={
         200: {
+            **MADE,
             "description": "The mesh; with response_format binary its file, `X-Job-ID`, `X-Seed` and the receipt as "
             "JSON in `X-Receipt`; with stream the job's events, up to `mesh_generation.completed` or `error`.",
             "content": {

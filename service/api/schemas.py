@@ -3,8 +3,8 @@
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from models.artifact import MeshFormat, OutputFormat
 from models.mesh.limits import MIN_TARGET_FACES
@@ -14,6 +14,18 @@ from service.jobs.job import Priority
 MAX_SEED = 2**63 - 1
 
 Integer = Annotated[int, Field(strict=True)]
+
+
+def _check_unicode(value: str) -> str:
+    """JSON can spell half of a surrogate pair, which no answer can repeat; pydantic only notices if it has to count."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise PydanticKnownError("string_unicode") from error
+    return value
+
+
+Text = Annotated[str, AfterValidator(_check_unicode)]
 
 
 class QualityWord(StrEnum):
@@ -81,11 +93,11 @@ class ImageBody(GenerationBody):
         json_schema_extra={"examples": [{"prompt": "a red circle above a blue square", "budget": {"quality": 0.9}}]},
     )
 
-    model: str | None = Field(
+    model: Text | None = Field(
         default=None, description="An id from /v1/models; the server's first image model by default."
     )
     prompt: str = Field(min_length=1, description="What the picture shows. The model limits its characters.")
-    negative_prompt: str | None = Field(
+    negative_prompt: Text | None = Field(
         default=None,
         description="What it should not show; only with true classifier-free guidance. Where the model's `guidance` in "
         "/v1/models is true, that is a `guidance_scale` above 1, and this is empty by default; elsewhere it is a "
@@ -101,8 +113,9 @@ class ImageBody(GenerationBody):
     n: Integer | None = Field(
         default=None, ge=1, le=8, description="How many pictures, with seeds seed, seed + 1, …; default 1."
     )
-    size: str | None = Field(
+    size: Text | None = Field(
         default=None,
+        json_schema_extra={"pattern": "^([0-9]{1,5}x[0-9]{1,5}|auto)$"},
         description='"WIDTHxHEIGHT" in pixels, or "auto" for the model\'s default. Or use `width` and `height`.',
     )
     width: Integer | None = Field(default=None, description="In pixels, together with `height`.")
@@ -130,8 +143,8 @@ class ImageBody(GenerationBody):
         default=True,
         description="Whether PNG and WebP files carry prompt, seed, model and budget. JPEG files never do.",
     )
-    user: str | None = Field(default=None, description="OpenAI's field; ignored.")
-    safety_identifier: str | None = Field(default=None, description="OpenAI's field; ignored.")
+    user: Text | None = Field(default=None, description="OpenAI's field; ignored.")
+    safety_identifier: Text | None = Field(default=None, description="OpenAI's field; ignored.")
     background: Annotated[
         Literal["auto", "opaque"] | None,
         _unless(("auto", "opaque", None), "pictures are always opaque; omit background, or use 'opaque' or 'auto'"),
@@ -152,7 +165,7 @@ class MeshBody(GenerationBody):
         },
     )
 
-    model: str | None = Field(
+    model: Text | None = Field(
         default=None, description="An id from /v1/models; the server's first mesh model by default."
     )
     input_image: str = Field(

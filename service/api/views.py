@@ -69,8 +69,8 @@ def _merged(receipts: Sequence[Receipt]) -> ReceiptBody:
             total=_longest(stage.total for stage in seconds),
         ),
         batch_size_mean=fmean(receipt.batch_size_mean for receipt in receipts),
-        degraded=False,
-        deadline_met=None,
+        degraded=receipts[0].is_degraded,
+        deadline_met=None if receipts[0].deadline_met is None else all(receipt.deadline_met for receipt in receipts),
     )
 
 

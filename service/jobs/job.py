@@ -90,7 +90,8 @@ class StageSeconds:
 class Receipt:
     """What one picture or mesh really got.
 
-    `batch_size_mean` is over its steps; `quality_requested` None if none was; `mesh` None of a picture.
+    `batch_size_mean` is over its steps; `quality_requested` None if none was; `mesh` None of a picture; `deadline_met`
+    None without a deadline.
     """
 
     summary: GenerationSummary
@@ -98,6 +99,8 @@ class Receipt:
     seconds: StageSeconds
     batch_size_mean: float
     mesh: MeshReport | None = None
+    is_degraded: bool = False
+    deadline_met: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +108,10 @@ class Job:
     """Times are Unix seconds. `steps_done` counts denoise steps of all pictures; in the end each has a receipt.
 
     `predicted_seconds` is the cost that admission reckoned with. `request_id` names the API call in logs, `owner` the
-    API key that made it, if keys are in use. `num_previews` pictures of the unfinished result are sent while it is
-    made. `attempts` counts the workers that claimed it, but for those that gave it back. `compute_ratio` is the share
-    of the dense compute so far. `content` is where its results are kept, once it has succeeded.
+    API key that made it, if keys are in use. `is_degraded` says that load lowered its quality. `num_previews` pictures
+    of the unfinished result are sent while it is made. `attempts` counts the workers that claimed it, but for those
+    that gave it back. `compute_ratio` is the share of the dense compute so far. `content` is where its results are
+    kept, once it has succeeded.
     """
 
     id: str
@@ -121,6 +125,7 @@ class Job:
     created_at: float
     owner: str | None = None
     deadline_at: float | None = None
+    is_degraded: bool = False
     num_previews: int = 0
     webhook_url: str | None = None
     started_at: float | None = None

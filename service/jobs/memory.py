@@ -30,6 +30,7 @@ from service.scheduling.batching import shape_of
 class _Record:
     job: Job
     place: tuple[float, int]
+    key: tuple[str, str] | None
     lease: str | None = None
     lease_ends: float = 0.0
     events: list[Event] = field(default_factory=list)
@@ -68,18 +69,27 @@ class MemoryStore:
 
     async def add(self, job: Job, idempotency: Idempotency | None = None) -> Job:
         self._forget_old()
+        key = None
         if idempotency is not None:
-            name = (idempotency.owner, idempotency.key)
-            fingerprint, job_id = self._keys.setdefault(name, (idempotency.fingerprint, job.id))
-            if fingerprint != idempotency.fingerprint:
-                raise IdempotencyKeyReused(idempotency.key)
-            if job_id != job.id:
-                return self._record(job_id).job
-        record = _Record(job, (job.place, next(self._arrivals)))
+            if (made := await self.find(idempotency)) is not None:
+                return made
+            key = (idempotency.owner, idempotency.key)
+            self._keys[key] = (idempotency.fingerprint, job.id)
+        record = _Record(job, (job.place, next(self._arrivals)), key)
         self._records[job.id] = record
         self._live.add(job.id)
         self._queue_again(record)
         return job
+
+    async def find(self, idempotency: Idempotency) -> Job | None:
+        self._forget_old()
+        made = self._keys.get((idempotency.owner, idempotency.key))
+        if made is None:
+            return None
+        fingerprint, job_id = made
+        if fingerprint != idempotency.fingerprint:
+            raise IdempotencyKeyReused(idempotency.key)
+        return self._records[job_id].job
 
     async def get(self, job_id: str) -> Job:
         return self._record(job_id).job
@@ -233,6 +243,8 @@ class MemoryStore:
         for job_id, forget_at in list(self._forget_at.items()):
             if forget_at > now:
                 break
-            del self._forget_at[job_id], self._records[job_id]
+            record = self._records.pop(job_id)
+            del self._forget_at[job_id]
             self._webhooks.pop(job_id, None)
-            self._keys = {name: made for name, made in self._keys.items() if made[1] != job_id}
+            if record.key is not None:
+                del self._keys[record.key]

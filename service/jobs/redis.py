@@ -134,8 +134,14 @@ class RedisStore:
         arguments = [job.id, job.place, _live_entry(job), name, value, self._job_ttl_ms, picture, *fields]
         async with self._operation("add"):
             made = await self._run(self._add, *arguments)
-        if made is None or idempotency is None:
-            return job
+        return job if made is None or idempotency is None else await self._made_before(idempotency, made)
+
+    async def find(self, idempotency: Idempotency) -> Job | None:
+        async with self._operation("find"):
+            made = await self._redis.get(self._key(f"key:{idempotency.owner}:{idempotency.key}"))
+        return None if made is None else await self._made_before(idempotency, made)
+
+    async def _made_before(self, idempotency: Idempotency, made: bytes) -> Job:
         fingerprint, _, job_id = made.decode().partition(" ")
         if fingerprint != idempotency.fingerprint:
             raise IdempotencyKeyReused(idempotency.key)

@@ -130,7 +130,8 @@ class RedisResults:
 class VolumeResults:
     """Results in files of a volume, such as `file:///srv/results` or `s3://bucket/results`, one folder for each key.
 
-    Old ones are looked for whenever something is put. The clocks of servers that share a volume must roughly agree.
+    Old ones are looked for when a tenth of the time to live or of the size limit is used up. The clocks of servers that
+    share a volume must roughly agree.
     """
 
     def __init__(self, url: str, *, ttl_s: float, max_bytes: int, clock: Callable[[], float] = time.time) -> None:
@@ -139,6 +140,8 @@ class VolumeResults:
         self._ttl_s = ttl_s
         self._max_bytes = max_bytes
         self._clock = clock
+        self._looked_at = clock()
+        self._put_since = 0  # bytes
 
     async def put(self, key: str, files: Sequence[bytes]) -> None:
         await self._in_thread(self._put, key, files)
@@ -161,7 +164,10 @@ class VolumeResults:
         # Written last: a folder without it is not complete.
         entry = {"put_at": self._clock(), "num_files": len(files), "size_bytes": sum(map(len, files))}
         self._files.pipe_file(f"{folder}/entry.json", json.dumps(entry).encode())
-        self._drop_old()
+        self._put_since += sum(map(len, files))
+        if self._put_since > self._max_bytes / 10 or self._clock() - self._looked_at > self._ttl_s / 10:
+            self._put_since, self._looked_at = 0, self._clock()
+            self._drop_old()
 
     def _get(self, key: str) -> tuple[bytes, ...]:
         folder = f"{self._root}/{key}"

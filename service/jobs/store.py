@@ -140,6 +140,10 @@ class JobStore(Protocol):
         """Queue a job; or return the one that this key made before. Raises IdempotencyKeyReused for another body."""
         ...
 
+    async def find(self, idempotency: Idempotency) -> Job | None:
+        """The job that this key made before, if any. Raises IdempotencyKeyReused for another body."""
+        ...
+
     async def get(self, job_id: str) -> Job:
         """The job; pictures of mesh requests may be missing. Raises JobNotFound."""
         ...

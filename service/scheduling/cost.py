@@ -1,8 +1,8 @@
 """What a request will cost, predicted from the model's card before any work is done."""
 
-from models.budget import resolve
+from models.budget import fastest_enough, resolve
 from models.card import Guidance, ImageCard, MeshCard, ModelCard
-from models.request import GenerationRequest, ImageRequest
+from models.request import GenerationRequest, ImageRequest, LatencyBudget
 
 
 def predicted_seconds(request: GenerationRequest, card: ModelCard) -> float:
@@ -11,9 +11,17 @@ def predicted_seconds(request: GenerationRequest, card: ModelCard) -> float:
     Time grows with the pixels; that is low for very large pictures, whose attention grows with their square. It grows
     with the rows too: true classifier-free guidance runs every step on two, and the card's time is of the default.
     """
-    dense_seconds = card.dense_step_seconds * request.num_inference_steps * _relative_size(request, card)
+    dense_s = request.num_inference_steps * dense_step_seconds(request, card)
+    if isinstance(request.budget, LatencyBudget):
+        share = request.budget.latency_s / dense_s
+        return dense_s * fastest_enough(card.curve, request.budget.min_quality, share).relative_seconds
+    return dense_s * resolve(request.budget, card.curve).relative_seconds
+
+
+def dense_step_seconds(request: GenerationRequest, card: ModelCard) -> float:
+    """Time of one of its steps in which every block runs."""
     rows = _num_rows(request, card) / _num_rows_at(card.default_guidance_scale, card)
-    return dense_seconds * rows * resolve(request.budget, card.curve).relative_seconds
+    return card.dense_step_seconds * _relative_size(request, card) * rows
 
 
 def _relative_size(request: GenerationRequest, card: ModelCard) -> float:

@@ -2,6 +2,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +12,7 @@ from models.engine import Engine
 from models.errors import InvalidRequest
 from models.families.family import Family
 from models.report import Decision
-from models.request import ComputeBudget, GenerationRequest, Preset, PresetBudget
+from models.request import ComputeBudget, GenerationRequest, LatencyBudget, Preset, PresetBudget
 from models.state import DenoiseState
 
 Ask = Callable[..., GenerationRequest]
@@ -130,3 +131,32 @@ def test_thresholds_move_with_what_is_left(engine: Engine, ask: Ask, denoise: De
 def test_cap_is_refused_where_nothing_was_calibrated(plain_engine: Engine, ask: Ask) -> None:
     with pytest.raises(InvalidRequest, match=r"compute_ratio 0\.5 is not possible"):
         plain_engine.start(ask(budget=ComputeBudget(0.5)))
+
+
+def test_state_that_moves_takes_each_step_where_it_is_then(engine: Engine, ask: Ask) -> None:
+    cheap = CurvePoint("router", Policy(skip_threshold=0.4, reuse_band=0.3, max_reuses=2), 0.4, 0.5, 0.6)
+    state = engine.start(ask(num_inference_steps=4, budget=LatencyBudget(1.0)))
+    alone = engine.start(ask(num_inference_steps=4), EXACT)
+    for step, point in enumerate((EXACT, EXACT, cheap, EXACT)):
+        state.move_to(point)
+        engine.step([state])
+        engine.step([alone])
+        if step < 2:
+            assert torch.equal(state.latents, alone.latents)
+    summary = state.summary()
+    assert summary.quality_applied == pytest.approx((1 + 1 + 0.6 + 1) / 4)
+    assert summary.compute_ratio_predicted == pytest.approx((1 + 1 + 0.4 + 1) / 4)
+    assert summary.compute_ratio < alone.summary().compute_ratio == pytest.approx(1)
+
+
+def test_companions_do_not_matter_to_a_state_that_moves(engine: Engine, ask: Ask) -> None:
+    cheap = CurvePoint("router", Policy(skip_threshold=0.4, reuse_band=0.3, max_reuses=2), 0.4, 0.5, 0.6)
+    states = [engine.start(ask(num_inference_steps=4, budget=LatencyBudget(1.0))) for _ in range(2)]
+    companion = engine.start(ask(num_inference_steps=4, seed=9), cheap)
+    for point in (cheap, EXACT, cheap, cheap):
+        for state in states:
+            state.move_to(point)
+        engine.step([states[0]])
+        engine.step([companion, states[1]])
+    assert states[0].summary() == states[1].summary()
+    torch.testing.assert_close(states[1].latents, states[0].latents, rtol=0, atol=1e-5)

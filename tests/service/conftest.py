@@ -8,7 +8,8 @@ import asyncio
 from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from statistics import fmean
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -24,7 +25,7 @@ from models.errors import EmptySurface, InvalidRequest
 from models.mesh.cleanup import CleanMesh, clean
 from models.mesh.surface import Mesh
 from models.report import BlockReport, Decision, GenerationSummary, StepDecision, StepReport
-from models.request import ImageRequest, MeshRequest, Preset, QualityBudget
+from models.request import ImageRequest, LatencyBudget, MeshRequest, Preset, QualityBudget
 from service.app import build_dispatcher, create_app
 from service.dispatcher import Dispatcher
 from service.jobs.job import Job, JobStatus, Outcome, Output, Priority
@@ -95,6 +96,14 @@ MESH_CARD = MeshCard(
 class DrawnState:
     request: ImageRequest | MeshRequest
     step_index: int = 0
+    moves: list[CurvePoint] = field(default_factory=list)
+
+    @property
+    def point(self) -> CurvePoint:
+        return self.moves[-1] if self.moves else resolve(self.request.budget, CURVE)
+
+    def move_to(self, point: CurvePoint) -> None:
+        self.moves.append(point)
 
     @property
     def batch_key(self) -> Hashable:
@@ -115,10 +124,10 @@ class DrawnState:
 
     @property
     def compute_ratio(self) -> float:
-        return resolve(self.request.budget, CURVE).compute_ratio
+        return self.point.compute_ratio
 
     def summary(self) -> GenerationSummary:
-        point = resolve(self.request.budget, CURVE)
+        point = self.point
         decisions = tuple(
             StepDecision(step, "cond", block, Decision.RUN, 1.0)
             for step in range(self.step_index)
@@ -128,7 +137,7 @@ class DrawnState:
             rule=point.rule,
             skip_threshold_first=point.policy.skip_threshold,
             skip_threshold_last=point.policy.skip_threshold,
-            quality_applied=point.quality,
+            quality_applied=fmean(move.quality for move in self.moves) if self.moves else point.quality,
             compute_ratio=point.compute_ratio,
             compute_ratio_predicted=point.compute_ratio,
             num_run=2 * self.step_index,
@@ -143,7 +152,8 @@ class DrawnState:
 class DrawnEngine:
     """`gate` holds steps back while it is cleared, `decoding_gate` what comes after them.
 
-    `batches` has the seeds of every step's batch. Meshes are balls; of seed 666 there is no surface.
+    `batches` has the seeds of every step's batch, `moves` the places on the curve of steps under a deadline. Meshes are
+    balls; of seed 666 there is no surface.
     """
 
     def __init__(self) -> None:
@@ -155,6 +165,7 @@ class DrawnEngine:
         self.stepping = Event()
         self.batches: list[list[int]] = []
         self.started: list[int] = []
+        self.moves: list[CurvePoint] = []
 
     def start(self, request: ImageRequest | MeshRequest) -> DrawnState:
         if "refuse" in _prompt(request):
@@ -162,7 +173,7 @@ class DrawnEngine:
         if "break at start" in _prompt(request):
             raise RuntimeError("secret detail")
         self.started.append(request.seed)
-        return DrawnState(request)
+        return DrawnState(request, moves=self.moves if isinstance(request.budget, LatencyBudget) else [])
 
     def step(self, states: Sequence[DrawnState]) -> StepReport:
         self.stepping.set()

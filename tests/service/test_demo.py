@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from PIL import Image
 
 from models.request import Preset
 from service import demo
+from service.client import Client
 from service.demo import (
     Drawn,
     Row,
@@ -51,7 +53,12 @@ def answer_of(**receipt: object) -> httpx2.Response:
     png = io.BytesIO()
     Image.new("RGB", (8, 8), (1, 2, 3)).save(png, "PNG")
     picture = base64.b64encode(png.getvalue()).decode()
-    return httpx2.Response(200, json={"data": [{"b64_json": picture}], "receipt": receipt})
+    body = {"id": "job_1", "model": "tiny", "data": [{"b64_json": picture, "seed": demo.SEED}], "output_format": "png"}
+    return httpx2.Response(200, json={**body, "receipt": receipt})
+
+
+def client_of(answer: Callable[[httpx2.Request], httpx2.Response]) -> Client:
+    return Client("http://server", http=httpx2.Client(transport=httpx2.MockTransport(answer)))
 
 
 @pytest.fixture
@@ -136,8 +143,7 @@ def test_every_model_draws_its_rows_at_every_budget_it_offers_after_a_row_that_i
             seconds={"total": 1}, compute_ratio=1, blocks={"run": 1, "skipped": 0, "reused": 0}, number=len(bodies)
         )
 
-    with httpx2.Client(transport=httpx2.MockTransport(answer), base_url="http://server") as client:
-        pictures = draw_all(client)
+    pictures = draw_all(client_of(answer))
     asked = [(body["model"], body["prompt"], body["negative_prompt"], body["budget"]["preset"]) for body in bodies]
     flux = [("flux", prompt, None, preset) for prompt in demo.PROMPTS for preset in ("exact", "high", "fast")]
     negative_prompts = (None, demo.NEGATIVE_PROMPT)
@@ -154,13 +160,14 @@ def test_every_model_draws_its_rows_at_every_budget_it_offers_after_a_row_that_i
 
 
 def test_server_answers_all_that_the_demo_asks(client: TestClient, tmp_path: Path) -> None:
-    pictures = draw_all(client)
+    server = Client("http://testserver", http=client)
+    pictures = draw_all(server)
     assert len(pictures) == len(Preset) * (len(demo.PROMPTS) + 2)
     assert {picture.row.model for picture in pictures} == {"drawn", "guided"}
     save(pictures, tmp_path)
     assert (tmp_path / "contact_sheet.png").is_file()
     assert "guided: mean of 2 rows" in table(pictures)
-    meshes = make_meshes(client, tmp_path)
+    meshes = make_meshes(server, tmp_path)
     assert [(mesh.row.model, mesh.preset) for mesh in meshes] == [("ball", preset) for preset in Preset]
     assert "ball: mean of 1 rows" in table(meshes)
     for preset in Preset:
@@ -173,11 +180,8 @@ def test_refused_request_ends_the_demo_with_the_servers_message() -> None:
     def refuse(request: httpx2.Request) -> httpx2.Response:
         return httpx2.Response(422, json={"error": {"message": "preset 'fast' is not calibrated"}})
 
-    with (
-        httpx2.Client(transport=httpx2.MockTransport(refuse), base_url="http://server") as client,
-        pytest.raises(SystemExit, match=r"tiny at budget fast answered 422.*preset 'fast' is not calibrated"),
-    ):
-        demo.draw(client, Row("tiny", "a red circle"), Preset.FAST)
+    with pytest.raises(SystemExit, match=r"tiny at budget fast answered 422.*preset 'fast' is not calibrated"):
+        demo.draw(client_of(refuse), Row("tiny", "a red circle"), Preset.FAST)
 
 
 def test_picture_and_receipt_are_taken_from_the_answer() -> None:
@@ -185,8 +189,7 @@ def test_picture_and_receipt_are_taken_from_the_answer() -> None:
         assert json.loads(request.content)["budget"] == {"preset": "high"}
         return answer_of(compute_ratio=0.7)
 
-    with httpx2.Client(transport=httpx2.MockTransport(answer), base_url="http://server") as client:
-        result = demo.draw(client, Row("tiny", "a red circle"), Preset.HIGH)
+    result = demo.draw(client_of(answer), Row("tiny", "a red circle"), Preset.HIGH)
     assert result.picture.getpixel((0, 0)) == (1, 2, 3)
     assert result.compute_ratio == 0.7
 

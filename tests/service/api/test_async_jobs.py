@@ -50,6 +50,7 @@ def test_async_call_answers_with_the_job(client: TestClient) -> None:
     assert response.headers["location"] == f"/v1/jobs/{job['id']}"
     assert int(response.headers["retry-after"]) >= 1
     assert response.headers["preference-applied"] == "respond-async"
+    assert response.headers["x-job-id"] == job["id"]
     assert job["status"] in ("queued", "running", "succeeded")
     assert job["links"]["events"] == f"http://testserver/v1/jobs/{job['id']}/events"
     events = events_of(client.get(job["links"]["events"]))
@@ -215,3 +216,22 @@ def test_drained_server_ends_streams(start_client: Callable[..., Any], engine: A
         engine.gate.set()
         draining.result(20)
         assert events_of(watching.result(20))[-1][2]["error"]["code"] == "draining"
+
+
+def test_call_that_comes_again_finds_its_job_however_busy_the_server(
+    start_client: Callable[..., TestClient], engine: Any, steps_are_held: None
+) -> None:
+    client = start_client(Settings(max_backlog_s=3))
+    body = {**PROMPT, "budget": {"preset": "exact"}}  # 2 s
+    headers = {"Idempotency-Key": "k", **ASYNC}
+    first = client.post("/v1/images", json=body, headers=headers)
+    assert client.post("/v1/images", json=body, headers=ASYNC).status_code == 503
+    again = client.post("/v1/images", json=body, headers=headers)
+    assert (again.status_code, again.json()["id"]) == (202, first.json()["id"])
+
+
+def test_call_that_comes_again_asynchronously_is_told_of_the_job_though_it_has_ended(client: TestClient) -> None:
+    headers = {"Idempotency-Key": "k"}
+    done = client.post("/v1/images", json=PROMPT, headers=headers).json()
+    again = client.post("/v1/images", json=PROMPT, headers={**headers, **ASYNC})
+    assert (again.status_code, again.json()["id"], again.json()["status"]) == (202, done["id"], "succeeded")

@@ -90,6 +90,12 @@ def test_probes_and_pages_need_no_key(guarded: TestClient) -> None:
         assert guarded.get(path, headers=bearer("elastic_wrong")).status_code == 200
 
 
+def test_what_makes_nothing_is_no_door(guarded: TestClient, rejections: list[str]) -> None:
+    for _ in range(3):  # one more than the limit
+        assert guarded.post("/healthz").status_code == 405
+    assert not rejections
+
+
 def test_body_of_a_stranger_is_not_looked_at(guarded: TestClient) -> None:
     response = guarded.post(PATH, content=b"{", headers={"Content-Type": "application/json"})
     assert response.status_code == 401  # not 400

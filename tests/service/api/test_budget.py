@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from models.request import ComputeBudget, Preset, PresetBudget, QualityBudget
+from models.request import ComputeBudget, LatencyBudget, Preset, PresetBudget, QualityBudget
 from service.api.budget import BudgetBody, budget_fields
 from service.api.validation import invalid_request
 
@@ -17,6 +17,7 @@ from service.api.validation import invalid_request
         ("quality=0.9", QualityBudget(0.9)),
         ("quality=0", QualityBudget(0.0)),
         ("compute_ratio=0.5", ComputeBudget(0.5)),
+        ("latency_ms=800", LatencyBudget(0.8)),
     ],
 )
 def test_short_form_names_a_budget(text: str, budget: object) -> None:
@@ -46,7 +47,9 @@ def test_a_budget_has_exactly_one_form(fields: dict[str, object]) -> None:
         body = BudgetBody.model_validate(fields)
     except ValidationError:
         return
-    given_forms = [name for name in ("preset", "quality", "compute_ratio") if fields.get(name) is not None]
+    given_forms = [
+        name for name in ("preset", "quality", "compute_ratio", "latency_ms") if fields.get(name) is not None
+    ]
     assert len(given_forms) == 1
     assert not any(isinstance(value, float) and not math.isfinite(value) for value in fields.values())
     body.to_budget()
@@ -55,12 +58,12 @@ def test_a_budget_has_exactly_one_form(fields: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("fields", "message", "param"),
     [
-        ({}, "exactly one of preset, quality and compute_ratio; this one has none", ""),
+        ({}, "exactly one of preset, quality, compute_ratio and latency_ms; this one has none", ""),
         ({"preset": "fast", "quality": 0.5}, "this one has preset and quality", ""),
         ({"quality": 1.5}, "quality 1.5 is above 1.0; try 1.0", "quality"),
         ({"quality": 0.5, "min_quality": 0.6}, "min_quality 0.6 is above the quality 0.5", ""),
         ({"preset": "quick"}, "preset 'quick' is not one of 'exact', 'high', 'balanced', 'fast' or 'draft'", "preset"),
-        ({"latency_ms": 500}, "does not serve latency budgets", "latency_ms"),
+        ({"latency_ms": 0}, "latency_ms 0 is not above 0.0", "latency_ms"),
         ({"speed": 1}, "unknown field speed", "speed"),
     ],
 )

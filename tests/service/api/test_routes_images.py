@@ -25,6 +25,7 @@ def test_picture_comes_with_a_receipt(path: str, client: TestClient) -> None:
     assert response.status_code == 200
     body = response.json()
     assert set(body) == {"created", "id", "model", "data", "size", "output_format", "receipt"}
+    assert response.headers["x-job-id"] == body["id"]
     assert (body["model"], body["size"], body["output_format"]) == ("drawn", "96x64", "png")
     (picture,) = body["data"]
     assert set(picture) == {"b64_json", "seed"}
@@ -138,6 +139,11 @@ def test_harmless_fields_are_taken(fields: dict[str, Any], client: TestClient) -
         ({"prompt": None}, "prompt"),
         ({"prompt": 5}, "prompt"),
         ({"prompt": "\ud800"}, "prompt"),
+        ({"model": "\ud800"}, "model"),
+        ({"size": "\ud800"}, "size"),
+        ({"model": "guided", "guidance_scale": 2, "negative_prompt": "\ud800"}, "negative_prompt"),
+        ({"user": "\ud800"}, "user"),
+        ({"safety_identifier": "\ud800"}, "safety_identifier"),
         ({"n": 0}, "n"),
         ({"n": 9}, "n"),
         ({"n": True}, "n"),
@@ -161,7 +167,7 @@ def test_harmless_fields_are_taken(fields: dict[str, Any], client: TestClient) -
         ({"budget": {"quality": float("nan")}}, "budget.quality"),
         ({"budget": {"quality": True}}, "budget.quality"),
         ({"budget": {"compute_ratio": 0}}, "budget.compute_ratio"),
-        ({"budget": {"latency_ms": 100}}, "budget.latency_ms"),
+        ({"budget": {"latency_ms": -1}}, "budget.latency_ms"),
         ({"budget": {"quality": 0.9, "speed": 1}}, "budget.speed"),
         ({"quality": "xhigh"}, "quality"),
         ({"quality": "low", "budget": {"quality": 1}}, "quality"),

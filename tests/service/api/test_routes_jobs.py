@@ -68,3 +68,9 @@ def test_content_has_a_file_name(client: TestClient) -> None:
     job_id = client.post("/v1/images", json={"prompt": "a"}).json()["id"]
     response = client.get(f"/v1/jobs/{job_id}/content")
     assert response.headers["content-disposition"] == f'inline; filename="{job_id}-0.png"'
+
+
+@pytest.mark.parametrize("job_id", ["job_1:picture", "job%3A1", "..%2F..", "ä", "x" * 65, "a b"])
+def test_no_other_key_of_the_store_is_a_job(job_id: str, client: TestClient) -> None:
+    assert client.get(f"/v1/jobs/{job_id}").status_code == 404
+    assert client.delete(f"/v1/jobs/{job_id}").status_code == 404

@@ -1,0 +1,43 @@
+"""Deadlines: whether they can be met, and how good each step may be so that they are."""
+
+from models.budget import fastest_enough, resolve
+from models.card import CurvePoint, ModelCard
+from models.request import GenerationRequest, LatencyBudget, QualityBudget
+from service.errors import DeadlineUnreachable
+from service.scheduling.cost import dense_step_seconds
+
+# Of the time left, so that a step that takes a little longer than those before breaks no promise.
+_RESERVE = 0.05
+
+
+def check_reachable(
+    request: GenerationRequest, card: ModelCard, *, num_results: int, backlog_s: float, finish_s: float
+) -> None:
+    """Raise DeadlineUnreachable if even the lowest quality allowed takes longer than the budget.
+
+    `backlog_s` is the work that comes before, `finish_s` what encoding and decoding take.
+    """
+    assert isinstance(request.budget, LatencyBudget)
+    floor = resolve(QualityBudget(request.budget.min_quality), card.curve)
+    dense_s = num_results * request.num_inference_steps * dense_step_seconds(request, card)
+    predicted_s = backlog_s + dense_s * floor.relative_seconds + finish_s
+    if predicted_s > request.budget.latency_s:
+        raise DeadlineUnreachable(
+            f"latency_ms {request.budget.latency_s * 1000:g} can't be met: at the lowest quality allowed, "
+            f"{floor.quality:.2f}, this is predicted to take {predicted_s * 1000:.0f} ms, of which "
+            f"{backlog_s * 1000:.0f} are others' work; allow more time, less quality or fewer num_inference_steps"
+        )
+
+
+def point_for(
+    request: GenerationRequest, card: ModelCard, *, time_left_s: float, steps_left: int, pace: float
+) -> CurvePoint:
+    """Where on the curve the coming steps can be taken so that they end in time, never below the floor.
+
+    `time_left_s` is until the last of them; `pace` is how much longer steps have taken than predicted, since others
+    share them or take turns.
+    """
+    assert isinstance(request.budget, LatencyBudget)
+    dense_s = steps_left * dense_step_seconds(request, card) * pace
+    share = max(0.0, time_left_s) * (1 - _RESERVE) / dense_s
+    return fastest_enough(card.curve, request.budget.min_quality, share)

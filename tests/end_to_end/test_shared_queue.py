@@ -1,0 +1,126 @@
+"""Several processes on one Redis, and what happens when one of them goes."""
+
+import base64
+import time
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from benchmarks.chaos import MAX_DIFFERENCE, run
+from benchmarks.processes import ElasticDit, RedisServer
+
+pytestmark = pytest.mark.redis
+
+PROMPT: dict[str, Any] = {"prompt": "a red circle above a blue square", "seed": 7}
+LONG: dict[str, Any] = {**PROMPT, "num_inference_steps": 60, "n": 2, "budget": {"preset": "exact"}}
+ASYNC = {"Prefer": "respond-async"}
+TIMEOUT_S = 120
+
+Start = Callable[..., ElasticDit]
+
+
+@pytest.fixture
+def start(redis_server: RedisServer, tmp_path: Path) -> Iterator[Start]:
+    """Start a process on the shared Redis, in a database of the test's own."""
+    started = []
+
+    def begin(command: str, **environment: str) -> ElasticDit:
+        environment = {
+            "ELASTIC_REDIS_URL": redis_server.url,
+            "ELASTIC_MODELS": "checkpoints/tiny-flux",
+            "ELASTIC_LEASE_S": "2",
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        }
+        started.append(ElasticDit(command, tmp_path / f"{command}{len(started)}.log", **environment))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+
+
+def wait_for(server: str, job_id: str, status: str) -> dict[str, Any]:
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        job: dict[str, Any] = httpx2.get(f"{server}/v1/jobs/{job_id}").json()
+        if job["status"] == status:
+            return job
+        assert job["status"] in ("queued", "running"), job
+        assert time.monotonic() < deadline, job
+        time.sleep(0.02)
+
+
+def pixels_of(data: bytes) -> NDArray[np.int16]:
+    with Image.open(BytesIO(data)) as opened:
+        return np.asarray(opened.convert("RGB"), dtype=np.int16)
+
+
+def picture(server: str, job_id: str) -> bytes:
+    return httpx2.get(f"{server}/v1/jobs/{job_id}/content").raise_for_status().content
+
+
+def test_job_outlives_its_worker_and_is_seen_from_any_server(start: Start) -> None:
+    """A worker dies in the middle, another one makes the picture that the seed gives; a second server streams it."""
+    first, second, worker = start("serve"), start("serve"), start("worker")
+    urls = [process.wait_until_ready() for process in (first, second)]
+    worker.wait_until_ready()
+    assert httpx2.post(f"{worker.url}/v1/images", json=PROMPT).status_code == 404
+    assert httpx2.get(f"{worker.url}/readyz").status_code == 200
+    jobs = [httpx2.post(f"{urls[0]}/v1/images", json=LONG, headers=ASYNC).json()["id"] for _ in range(3)]
+    for job_id in jobs:
+        wait_for(urls[0], job_id, "running")
+    worker.kill()
+    first.kill()
+    with httpx2.stream("GET", f"{urls[1]}/v1/jobs/{jobs[0]}/events", timeout=TIMEOUT_S) as stream:
+        events = [line.removeprefix("event: ") for line in stream.iter_lines() if line.startswith("event: ")]
+    assert events[-1] == "image_generation.completed"
+    for job_id in jobs:
+        wait_for(urls[1], job_id, "succeeded")
+    alone = httpx2.post(f"{urls[1]}/v1/images", json={**LONG, "n": 1}, timeout=TIMEOUT_S).json()["data"][0]["b64_json"]
+    expected = pixels_of(base64.b64decode(alone))
+    for job_id in jobs:
+        assert np.abs(pixels_of(picture(urls[1], job_id)) - expected).max() <= MAX_DIFFERENCE
+
+
+def test_drained_server_gives_unfinished_jobs_back(start: Start) -> None:
+    first = start("serve", ELASTIC_GRACE_S="0")
+    url = first.wait_until_ready()
+    job_id = httpx2.post(f"{url}/v1/images", json=LONG, headers=ASYNC).json()["id"]
+    wait_for(url, job_id, "running")
+    assert first.stop() == 0
+    url = start("serve").wait_until_ready()
+    job = wait_for(url, job_id, "succeeded")
+    assert job["progress"]["step"] == LONG["num_inference_steps"]
+    assert picture(url, job_id)
+
+
+def test_cancel_reaches_the_worker_across_servers(start: Start) -> None:
+    first, worker = start("serve", ELASTIC_MAX_RUNNING="1"), start("worker")
+    url = first.wait_until_ready()
+    worker.wait_until_ready()
+    jobs = [
+        httpx2.post(f"{url}/v1/images", json={**LONG, "n": 1, "seed": seed}, headers=ASYNC).json()["id"]
+        for seed in range(4)
+    ]
+    for job_id in jobs:
+        assert httpx2.delete(f"{url}/v1/jobs/{job_id}").json()["status"] == "cancelled"
+    deadline = time.monotonic() + TIMEOUT_S
+    for process in (first, worker):
+        while 'elastic_requests_running{model="tiny-flux"} 0.0' not in httpx2.get(f"{process.url}/metrics").text:
+            assert time.monotonic() < deadline
+
+
+@pytest.mark.slow
+def test_nothing_is_lost_or_made_twice_while_processes_are_killed() -> None:
+    outcome = run(24, seed=5, mean_s=4, num_servers=1, num_workers=1)
+    assert outcome.faults == []
+    assert sum(outcome.kills.values()) > 0
+    assert outcome.statuses["succeeded"] >= 20

@@ -1,0 +1,97 @@
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from models.card import ImageCard
+from models.request import ImageRequest, LatencyBudget
+from service.errors import DeadlineUnreachable
+from service.scheduling.cost import predicted_seconds
+from service.scheduling.deadline import check_reachable, point_for
+from service.scheduling.load import lowered_quality
+
+MakeRequest = Callable[..., ImageRequest]
+
+
+# The card's dense step takes 0.5 s; relative seconds fall from 1 over .82, .64, .55 to .46.
+@pytest.mark.parametrize(
+    ("latency_s", "backlog_s", "finish_s", "num_results"),
+    [(0.9, 0.0, 0.0, 1), (1.5, 0.5, 0.1, 1), (1.5, 0.0, 0.6, 1), (1.8, 0.0, 0.0, 2)],
+)
+def test_deadline_that_even_the_lowest_quality_misses_is_refused(
+    latency_s: float,
+    backlog_s: float,
+    finish_s: float,
+    num_results: int,
+    make_request: MakeRequest,
+    drawn_card: ImageCard,
+) -> None:
+    work = {"backlog_s": backlog_s, "finish_s": finish_s, "num_results": num_results}
+    with pytest.raises(DeadlineUnreachable, match="predicted to take"):
+        check_reachable(make_request(budget=LatencyBudget(latency_s)), drawn_card, **work)
+    check_reachable(make_request(budget=LatencyBudget(latency_s + 0.1)), drawn_card, **work)
+
+
+def test_floor_counts_when_a_deadline_is_judged(make_request: MakeRequest, drawn_card: ImageCard) -> None:
+    with pytest.raises(DeadlineUnreachable, match=r"allowed, 0.90, .* 1280 ms"):
+        check_reachable(
+            make_request(budget=LatencyBudget(1.2, min_quality=0.9)),
+            drawn_card,
+            num_results=1,
+            backlog_s=0,
+            finish_s=0,
+        )
+
+
+@pytest.mark.parametrize(
+    ("time_left_s", "steps_left", "pace", "quality"),
+    [
+        (2.2, 4, 1.0, 1.0),
+        (2.0, 4, 1.0, 0.97),
+        (1.2, 4, 1.0, 0.8),
+        (0.1, 4, 1.0, 0.6),
+        (2.2, 4, 2.0, 0.6),
+        (-1, 1, 1, 0.6),
+    ],
+)
+def test_step_is_as_good_as_the_time_left_allows(
+    time_left_s: float,
+    steps_left: int,
+    pace: float,
+    quality: float,
+    make_request: MakeRequest,
+    drawn_card: ImageCard,
+) -> None:
+    request = make_request(budget=LatencyBudget(9.0))
+    point = point_for(request, drawn_card, time_left_s=time_left_s, steps_left=steps_left, pace=pace)
+    assert point.quality == quality
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_step_is_never_below_the_floor(data: st.DataObject, make_request: MakeRequest, drawn_card: ImageCard) -> None:
+    min_quality = data.draw(st.floats(0, 1))
+    point = point_for(
+        make_request(budget=LatencyBudget(1.0, min_quality)),
+        drawn_card,
+        time_left_s=data.draw(st.floats(-1, 10)),
+        steps_left=data.draw(st.integers(1, 50)),
+        pace=data.draw(st.floats(0.01, 100)),
+    )
+    assert point.quality >= min_quality
+
+
+def test_cost_of_a_deadline_is_what_it_will_take(make_request: MakeRequest, drawn_card: ImageCard) -> None:
+    assert predicted_seconds(make_request(budget=LatencyBudget(9.0)), drawn_card) == 2.0
+    assert predicted_seconds(make_request(budget=LatencyBudget(1.3)), drawn_card) == pytest.approx(1.28)
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 500))
+def test_load_lowers_quality_only_down_to_the_floor(quality: float, floor: float, backlog_s: float) -> None:
+    lowered = lowered_quality(quality, floor, backlog_s=backlog_s, max_backlog_s=100)
+    assert min(quality, floor) - 1e-9 <= lowered <= quality
+    if backlog_s <= 25:
+        assert lowered == quality
+    if backlog_s >= 75:
+        assert lowered == pytest.approx(min(quality, floor))
