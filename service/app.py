@@ -64,6 +64,7 @@ def _store(settings: Settings, metrics: Metrics, clock: Callable[[], float]) -> 
         results = MemoryResults(ttl_s=ttl_s, max_bytes=max_bytes, clock=clock)
     leases: dict[str, Any] = {
         "job_ttl_s": settings.job_ttl_s,
+        "events_ttl_s": ttl_s,
         "lease_s": settings.lease_s,
         "max_attempts": settings.max_attempts,
         "clock": clock,

@@ -162,6 +162,14 @@ class Job:
             raise IllegalTransition(f"job {self.id} cannot go from {self.status} to {status}")
         return replace(self, status=status)
 
+    def without_pictures(self) -> Self:
+        """This job without the pictures that its meshes are made of, which may be megabytes."""
+        return replace(self, requests=tuple(_without_picture(request) for request in self.requests))
+
+
+def _without_picture(request: ImageRequest | MeshRequest) -> ImageRequest | MeshRequest:
+    return replace(request, input_image=b"") if isinstance(request, MeshRequest) else request
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:

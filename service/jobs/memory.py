@@ -3,7 +3,7 @@
 import uuid
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 
@@ -37,16 +37,24 @@ class _Record:
 
 
 class MemoryStore:
-    """Ended jobs are forgotten `job_ttl_s` after their end."""
+    """Ended jobs are forgotten `job_ttl_s` after their end, their events, previews among them, after `events_ttl_s`."""
 
     is_shared = False
 
     def __init__(
-        self, results: Results, *, job_ttl_s: float, lease_s: float, max_attempts: int, clock: Callable[[], float]
+        self,
+        results: Results,
+        *,
+        job_ttl_s: float,
+        events_ttl_s: float,
+        lease_s: float,
+        max_attempts: int,
+        clock: Callable[[], float],
     ) -> None:
         self.changes = Changes()
         self._results = results
         self._job_ttl_s = job_ttl_s
+        self._events_ttl_s = events_ttl_s
         self._lease_s = lease_s
         self._max_attempts = max_attempts
         self._clock = clock
@@ -57,6 +65,7 @@ class MemoryStore:
         self._keys: dict[tuple[str, str], tuple[str, str]] = {}  # (owner, key) -> (fingerprint, job id)
         self._webhooks: dict[str, tuple[float, int]] = {}  # when it is due, and how often it was taken
         self._forget_at: dict[str, float] = {}  # in the order of the jobs' ends
+        self._forget_events_at: dict[str, float] = {}  # likewise
 
     async def open(self) -> None:
         pass
@@ -193,7 +202,7 @@ class MemoryStore:
 
     async def events(self, job_id: str, after: str) -> list[Event]:
         seen = int(after.partition("-")[0])
-        return self._record(job_id).events[seen:]
+        return [event for event in self._record(job_id).events if int(event.id.partition("-")[0]) > seen]
 
     async def live_jobs(self) -> list[Job]:
         return [self._records[job_id].job for job_id in self._live]
@@ -224,11 +233,12 @@ class MemoryStore:
 
     def _end(self, record: _Record, status: JobStatus) -> Job:
         now = self._clock()
-        job = record.job = replace(record.job.moved_to(status), ended_at=now)
+        job = record.job = replace(record.job.moved_to(status).without_pictures(), ended_at=now)
         record.lease = None
         self._live.discard(job.id)
         self._queue = [entry for entry in self._queue if entry[1] != job.id]
         self._forget_at[job.id] = now + self._job_ttl_s
+        self._forget_events_at[job.id] = now + self._events_ttl_s
         if job.webhook_url is not None:
             self._webhooks[job.id] = (now, 0)
         self._tell(record, EventName.ENDED, status=status)
@@ -240,11 +250,20 @@ class MemoryStore:
 
     def _forget_old(self) -> None:
         now = self._clock()
-        for job_id, forget_at in list(self._forget_at.items()):
-            if forget_at > now:
-                break
-            record = self._records.pop(job_id)
-            del self._forget_at[job_id]
+        for job_id in _due(self._forget_events_at, now):
+            if job_id in self._records:
+                self._records[job_id].events.clear()
+        for job_id in _due(self._forget_at, now):
             self._webhooks.pop(job_id, None)
-            if record.key is not None:
-                del self._keys[record.key]
+            if (key := self._records.pop(job_id).key) is not None:
+                del self._keys[key]
+
+
+def _due(times: dict[str, float], now: float) -> Iterator[str]:
+    """Take out, one by one, what has a time up to `now`. `times` rise."""
+    while times:
+        name, due_at = next(iter(times.items()))
+        if due_at > now:
+            return
+        del times[name]
+        yield name

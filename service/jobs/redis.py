@@ -64,7 +64,7 @@ def connect(url: str) -> Redis:
 
 
 class RedisStore:
-    """Ended jobs are forgotten `job_ttl_s` after their end.
+    """Ended jobs are forgotten `job_ttl_s` after their end, their events, previews among them, after `events_ttl_s`.
 
     Redis must keep what it was told (append-only file, synced always) and evict nothing. `on_error` hears of every
     operation that failed.
@@ -78,6 +78,7 @@ class RedisStore:
         results: Results,
         *,
         job_ttl_s: float,
+        events_ttl_s: float,
         lease_s: float,
         max_attempts: int,
         clock: Callable[[], float],
@@ -89,6 +90,7 @@ class RedisStore:
         self._redis: Any = redis  # redis-py's types leave open whether answers are bytes or texts
         self._results = results
         self._job_ttl_ms = int(job_ttl_s * 1000)
+        self._events_ttl_ms = int(events_ttl_s * 1000)
         self._lease_ms = int(lease_s * 1000)
         self._max_attempts = max_attempts
         self._clock = clock
@@ -124,14 +126,13 @@ class RedisStore:
         request, picture = job.requests[0], b""
         if isinstance(request, MeshRequest):
             picture = request.input_image
-        stored = replace(job, requests=tuple(_without_picture(request) for request in job.requests))
-        fields: list[Any] = ["job", _JOB.dump_json(stored)]
+        fields: list[Any] = ["job", _JOB.dump_json(job.without_pictures())]
         if job.webhook_url is not None:
             fields += ["webhook_url", job.webhook_url]
         name, value = "", ""
         if idempotency is not None:
             name, value = f"{idempotency.owner}:{idempotency.key}", f"{idempotency.fingerprint} {job.id}"
-        arguments = [job.id, job.place, _live_entry(job), name, value, self._job_ttl_ms, picture, *fields]
+        arguments = [job.id, job.place, _live_entry(job), name, value, picture, *fields]
         async with self._operation("add"):
             made = await self._run(self._add, *arguments)
         return job if made is None or idempotency is None else await self._made_before(idempotency, made)
@@ -218,7 +219,7 @@ class RedisStore:
         changed = {"ended_at": self._clock(), **fields}
         async with self._operation("end"):
             pairs = [part for pair in changed.items() for part in pair]
-            if not await self._run(self._end, job_id, lease, self._job_ttl_ms, status, *pairs):
+            if not await self._run(self._end, job_id, lease, self._job_ttl_ms, self._events_ttl_ms, status, *pairs):
                 return None
         return await self.get(job_id)
 
@@ -328,10 +329,6 @@ class RedisStore:
             self.changes.on_queued()
         elif what == JobStatus.CANCELLED:
             self.changes.on_cancelled(job_id)
-
-
-def _without_picture(request: Any) -> Any:
-    return replace(request, input_image=b"") if isinstance(request, MeshRequest) else request
 
 
 def _live_entry(job: Job) -> str:

@@ -40,7 +40,8 @@ local function queue_again(id)
 end
 """
 
-# ARGV: id, place, live entry, name of the idempotency key or '', its value, ms to keep that, picture or '', fields…
+# ARGV: id, place, live entry, name of the idempotency key or '', its value, picture or '', fields…
+# Returns the value of a key that came before.
 ADD = (
     _COMMON
     + """
@@ -50,10 +51,11 @@ if ARGV[4] ~= '' then
     local key = prefix .. 'key:' .. ARGV[4]
     local made = redis.call('GET', key)
     if made then return made end
-    redis.call('SET', key, ARGV[5], 'PX', ARGV[6])
+    redis.call('SET', key, ARGV[5])
+    redis.call('HSET', job, 'key', key)
 end
-redis.call('HSET', job, 'status', 'queued', 'place', ARGV[2], unpack(ARGV, 8))
-if ARGV[7] ~= '' then redis.call('SET', job .. ':picture', ARGV[7]) end
+redis.call('HSET', job, 'status', 'queued', 'place', ARGV[2], unpack(ARGV, 7))
+if ARGV[6] ~= '' then redis.call('SET', job .. ':picture', ARGV[6]) end
 redis.call('ZADD', prefix .. 'queue', ARGV[2], id)
 redis.call('HSET', prefix .. 'live', id, ARGV[3])
 tell(id, 'job.queued', '{}', 'queued')
@@ -105,7 +107,8 @@ tell(id, ARGV[3], ARGV[4])
 """
 )
 
-# ARGV: id, lease or '' for whoever needs none, ms to keep the record, status, fields… Returns whether this ended it.
+# ARGV: id, lease or '' for whoever needs none, ms to keep the record, ms to keep the events, status, fields…
+# Returns whether this ended it.
 END = (
     _COMMON
     + """
@@ -119,14 +122,16 @@ redis.call('ZREM', prefix .. 'queue', id)
 redis.call('ZREM', prefix .. 'leases', id)
 redis.call('HDEL', prefix .. 'live', id)
 redis.call('HDEL', job, 'lease')
-redis.call('HSET', job, 'status', ARGV[4], 'ended_by', lease, unpack(ARGV, 5))
+redis.call('HSET', job, 'status', ARGV[5], 'ended_by', lease, unpack(ARGV, 6))
 if redis.call('HEXISTS', job, 'webhook_url') == 1 then
     redis.call('ZADD', prefix .. 'webhooks', 0, id)
 end
 redis.call('DEL', job .. ':picture')
-tell(id, 'job.ended', '{"status": "' .. ARGV[4] .. '"}', ARGV[4])
+tell(id, 'job.ended', '{"status": "' .. ARGV[5] .. '"}', ARGV[5])
 redis.call('PEXPIRE', job, ARGV[3])
-redis.call('PEXPIRE', job .. ':events', ARGV[3])
+local key = redis.call('HGET', job, 'key')
+if key then redis.call('PEXPIRE', key, ARGV[3]) end
+redis.call('PEXPIRE', job .. ':events', ARGV[4])
 return 1
 """
 )

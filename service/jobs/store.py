@@ -21,6 +21,7 @@ from service.jobs.job import Failure, Job, JobStatus, Outcome, Receipt
 _LOOK_AGAIN_S = 1.0
 # How long whoever follows a job bears with a store that can't be reached.
 _PATIENCE_S = 60.0
+_BEGINNING = "0-0"
 WEBHOOK_HELD_S = 60.0
 
 
@@ -238,7 +239,7 @@ class Changes:
                 del self._waiting[job_id]
 
 
-async def follow(store: JobStore, job_id: str, after: str = "0-0") -> AsyncIterator[Event]:
+async def follow(store: JobStore, job_id: str, after: str = _BEGINNING) -> AsyncIterator[Event]:
     """A job's events after `after`, as they come, up to its end. Raises JobNotFound.
 
     While the store can't be reached it waits, and raises StoreUnavailable only if that lasts.
@@ -251,6 +252,8 @@ async def follow(store: JobStore, job_id: str, after: str = "0-0") -> AsyncItera
             try:
                 events = await store.events(job_id, after)
                 if not events and has_ended:
+                    if after == _BEGINNING:  # its events are forgotten already
+                        yield Event("0-1", EventName.ENDED, {"status": (await store.get(job_id)).status})
                     return
                 # An end that came between the two is read in the next round.
                 has_ended = not events and (await store.get(job_id)).status.is_terminal

@@ -113,6 +113,16 @@ def test_endless_body_is_cut_off(listen: Callable[[Settings], socket.socket]) ->
     assert drip(connection, b"1000\r\n" + b"x" * 0x1000 + b"\r\n", seconds=20) < 10
 
 
+@pytest.mark.parametrize("line", ["GET /healthz", "POST /nowhere", "DELETE /v1/jobs/none"])
+@pytest.mark.parametrize("length", ["Transfer-Encoding: chunked", f"Content-Length: {2**31}"])
+def test_body_that_no_route_reads_is_cut_off(
+    length: str, line: str, listen: Callable[[Settings], socket.socket]
+) -> None:
+    connection = listen(Settings())
+    connection.sendall(f"{line} HTTP/1.1\r\nHost: a\r\n{length}\r\n\r\n".encode())
+    assert drip(connection, b"1000\r\n" + b"x" * 0x1000 + b"\r\n", seconds=20) < 10
+
+
 def test_dripping_body_is_answered_408_and_cut_off(listen: Callable[[Settings], socket.socket]) -> None:
     connection = listen(Settings(body_timeout_s=0.3))
     connection.sendall(f"{HEAD}Content-Length: 15000\r\n\r\n".encode())

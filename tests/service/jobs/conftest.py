@@ -46,7 +46,13 @@ def anyio_backend() -> str:
 async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Bench]:
     clock = Clock()
     limits = {"ttl_s": RESULT_TTL_S, "max_bytes": MAX_BYTES}
-    rules = {"job_ttl_s": JOB_TTL_S, "lease_s": LEASE_S, "max_attempts": 2, "clock": clock}
+    rules = {
+        "job_ttl_s": JOB_TTL_S,
+        "events_ttl_s": RESULT_TTL_S,
+        "lease_s": LEASE_S,
+        "max_attempts": 2,
+        "clock": clock,
+    }
     store: JobStore
     results: Results
     if request.param == "redis":

@@ -27,6 +27,15 @@ RECEIPT = Receipt(
     2.5,
     MeshReport(8, 12, 1, 0, True),
 )
+MESH = MeshRequest(
+    model="ball",
+    num_inference_steps=4,
+    guidance_scale=1.5,
+    seed=2**63 - 1,
+    budget=ComputeBudget(0.5),
+    input_image=bytes(range(256)),
+    octree_resolution=32,
+)
 
 
 def anything(model: str, shape: str) -> bool:
@@ -41,21 +50,23 @@ async def claim(bench: Any) -> Claim:
 
 async def test_job_comes_back_as_it_was_added(bench: Any, make_job: MakeJob) -> None:
     job = replace(make_job("a", seeds=(3, 4)), owner="key", num_previews=2, deadline_at=99.5)
-    mesh = MeshRequest(
-        model="ball",
-        num_inference_steps=4,
-        guidance_scale=1.5,
-        seed=2**63 - 1,
-        budget=ComputeBudget(0.5),
-        input_image=bytes(range(256)),
-        octree_resolution=32,
-    )
     await bench.store.add(job)
-    await bench.store.add(replace(make_job("m"), model="ball", requests=(mesh,)))
+    await bench.store.add(replace(make_job("m"), model="ball", requests=(MESH,)))
     assert await bench.store.get("a") == job
     by_id = {claimed.job.id: claimed.job for claimed in (await claim(bench), await claim(bench))}
     assert by_id["a"].requests == job.requests
-    assert by_id["m"].requests == (mesh,)
+    assert by_id["m"].requests == (MESH,)
+
+
+@pytest.mark.parametrize("status", [JobStatus.SUCCEEDED, JobStatus.CANCELLED])
+async def test_picture_of_a_mesh_goes_when_its_job_ends(status: JobStatus, bench: Any, make_job: MakeJob) -> None:
+    await bench.store.add(replace(make_job("m"), model="ball", requests=(MESH,)))
+    claimed = await claim(bench)
+    if status is JobStatus.CANCELLED:
+        await bench.store.cancel("m")
+    else:
+        await bench.store.end(Ending(claimed, status, files=(b"mesh",)))
+    assert (await bench.store.get("m")).requests == (replace(MESH, input_image=b""),)
 
 
 async def test_claims_go_by_priority_then_deadline_then_arrival(bench: Any, make_job: MakeJob) -> None:
@@ -269,3 +280,26 @@ async def test_webhook_is_due_when_its_job_has_ended_and_given_to_one(bench: Any
     await bench.store.settle_webhook("a", None)
     await bench.elapse(0.2)
     assert await bench.store.take_webhook() is None
+
+
+async def test_events_are_forgotten_before_the_record_but_the_end_is_still_told(bench: Any, make_job: MakeJob) -> None:
+    await bench.store.add(make_job("a"))
+    claimed = await claim(bench)
+    await bench.store.add_preview(Preview(claimed, 0, 0, b"small"))
+    await bench.store.end(Ending(claimed, JobStatus.SUCCEEDED, files=(b"x",)))
+    await bench.elapse(0.6)
+    events = [event async for event in follow(bench.store, "a")]
+    assert [(event.name, event.data) for event in events] == [(EventName.ENDED, {"status": "succeeded"})]
+    assert [event async for event in follow(bench.store, "a", after="5-0")] == []
+
+
+async def test_key_lives_as_long_as_its_job(bench: Any, make_job: MakeJob) -> None:
+    same = Idempotency("o", "k", "f")
+    await bench.store.add(make_job("a"), same)
+    await bench.elapse(1.2)
+    assert (await bench.store.add(make_job("b"), same)).id == "a"
+    await bench.store.cancel("a")
+    await bench.elapse(0.6)
+    assert (await bench.store.find(same)).id == "a"
+    await bench.elapse(0.6)
+    assert await bench.store.find(same) is None
