@@ -1,0 +1,278 @@
+"""Does the server answer as its OpenAPI document says, whatever it is asked?
+
+`python -m benchmarks.contract --cases 5000` lets schemathesis read the document of an application around the drawn
+engine of tests/service/conftest.py, with API keys on, and ask it in this process: first every border that a schema has
+("coverage"), then random requests, as the document allows them and as it doesn't, in rounds of another seed until there
+are as many cases as asked for, last sequences of calls that follow the document's links from jobs as they are made.
+
+Every answer must have a status, a type, headers and a body that the document names for that call, and none may be a
+500. What the document forbids must be refused, methods that it doesn't have with 405 and `Allow`, and calls without a
+key, or with another one, with 401. Exit status 1 if anything of it does not hold.
+"""
+
+import argparse
+import importlib.util
+import logging
+import sys
+import time
+from base64 import b64encode
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import schemathesis
+from fastapi import FastAPI
+from hypothesis import strategies as st
+from PIL import Image
+from schemathesis.config import SchemathesisConfig
+from schemathesis.engine import events, from_schema
+from schemathesis.engine.recorder import CheckFailureInfo, RecordedScenario
+from schemathesis.python.asgi import shutdown_lifespans
+from schemathesis.transport.serialization import Binary
+from starlette.types import ASGIApp, Receive, Send
+from starlette.types import Scope as ASGIScope
+
+from benchmarks.table import Row, finish, show
+from service.app import build_dispatcher, create_app
+from service.keys import Scope, new_key
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+ALL_PHASES = ("examples", "coverage", "fuzzing", "stateful")
+
+KEY, _ENTRY = new_key("contract", [Scope.ADMIN])
+SETTINGS = Settings(
+    api_keys=f"[{_ENTRY.model_dump_json()}]",
+    max_body_bytes=20_000,
+    max_mesh_body_bytes=200_000,
+    max_result_bytes=64_000_000,
+    max_backlog_s=1e9,  # nothing is refused for load, whatever else is going on
+    grace_s=5,
+)
+
+_CASES_OF_A_ROUND = 100
+"""Of each operation, at most."""
+
+# What a valid request can still be refused with: what the document can't say of models, pictures and ended jobs.
+_REFUSALS = ["2xx", "400", "404", "409", "410", "413", "422"]
+
+# Fields that exclude one another, or that only some models and servers take.
+_SELDOM_POSSIBLE = (
+    *("negative_prompt", "true_cfg_scale", "width", "height", "output_compression", "webhook_url", "quality", "budget"),
+    *("partial_images", "response_format", "octree_resolution"),
+)
+
+
+@dataclass(slots=True)
+class Findings:
+    """What was asked, what was checked, and what was wrong, each fault once, with a command that shows it."""
+
+    answers: Counter[tuple[str, int]] = field(default_factory=Counter)
+    cases: Counter[str] = field(default_factory=Counter)
+    checks: Counter[str] = field(default_factory=Counter)
+    failures: dict[tuple[str, str | None, str, str], str] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+
+    def add(self, phase: str, scenario: RecordedScenario) -> None:
+        for case_id, interaction in scenario.interactions.items():
+            if interaction.response is None:
+                self.errors.append(f"{scenario.cases[case_id].value.operation.label}: no answer")
+                continue
+            self.cases[phase] += 1
+            self.answers[scenario.cases[case_id].value.operation.label, interaction.response.status_code] += 1
+        for checks in scenario.checks.values():
+            for check in checks:
+                self.checks[check.name] += 1
+                if check.failure_info is not None:
+                    self._add_failure(check.name, check.failure_info)
+
+    def _add_failure(self, name: str, info: CheckFailureInfo) -> None:
+        failure = info.failure
+        text = f"{name} of {failure.operation}: {failure.title}\n{failure.message}\n{info.code_sample}"
+        self.failures.setdefault((name, failure.operation, failure.title, failure.message[:200]), text)
+
+
+def examine(
+    app: FastAPI, *, seed: int, cases_per_operation: int, sequences: int, phases: Sequence[str] = ALL_PHASES
+) -> Findings:
+    """What schemathesis finds wrong with `app`, which has `KEY`; afterwards the application has ended.
+
+    `cases_per_operation` is the most that "fuzzing" makes, `sequences` the number of "stateful".
+    """
+    try:
+        findings = Findings()
+        for _ in _examine(as_servers_run(app), findings, seed, cases_per_operation, sequences, phases):
+            pass
+        return findings
+    finally:
+        shutdown_lifespans()
+
+
+def _examine(
+    app: ASGIApp, findings: Findings, seed: int, cases_per_operation: int, sequences: int, phases: Sequence[str]
+) -> Iterator[None]:
+    """Adds to `findings` between two steps."""
+    config = SchemathesisConfig.from_dict(_config(seed, cases_per_operation, sequences, phases))
+    schema = schemathesis.openapi.from_asgi("/openapi.json", app, config=config)
+    schema.hook(map_case)
+    for event in from_schema(schema).execute():
+        match event:
+            case events.ScenarioFinished():
+                findings.add(event.phase.value, event.recorder)
+                yield
+            case events.NonFatalError():
+                findings.errors.append(f"{event.label}: {event.value!r}")
+            case events.FatalError():
+                raise event.exception
+
+
+def as_servers_run(app: ASGIApp) -> ASGIApp:
+    """Starlette raises a bug again when it has answered 500. Servers log that, and here it would hide the answer."""
+
+    async def run(scope: ASGIScope, receive: Receive, send: Send) -> None:
+        try:
+            await app(scope, receive, send)
+        except Exception:
+            if scope["type"] != "http":
+                raise
+            logger.exception("a bug in %s %s", scope["method"], scope["path"])
+
+    return run
+
+
+def _config(seed: int, cases_per_operation: int, sequences: int, phases: Sequence[str]) -> dict[str, Any]:
+    """In the words of schemathesis.toml."""
+    return {
+        "seed": seed,
+        "continue-on-failure": True,
+        "auth": {"openapi": {"ApiKey": {"bearer": KEY}}},
+        "generation": {"max-examples": cases_per_operation, "database": "none", "no-shrink": True},
+        "phases": {
+            **{phase: {"enabled": phase in phases} for phase in ALL_PHASES},
+            "stateful": {"enabled": "stateful" in phases, "generation": {"max-examples": sequences}},
+        },
+        "checks": {
+            # DELETE cancels a job, whose record stays: using it afterwards is what clients are to do.
+            "use_after_free": {"enabled": False},
+        },
+        "operations": [
+            {
+                "include-tag": ["images", "meshes", "jobs"],
+                "checks": {"positive_data_acceptance": {"expected-statuses": _REFUSALS}},
+            }
+        ],
+        "output": {"sanitization": {"enabled": False}},
+    }
+
+
+def map_case(context: schemathesis.HookContext, case: schemathesis.Case[Any]) -> schemathesis.Case[Any]:
+    """Of every second valid request, make one that this server can do: with what it has, and for jobs to follow."""
+    if case.meta is None or not case.meta.generation.mode.is_positive or len(str(case.body)) % 2:
+        return case
+    # Not of forms: schemathesis takes whatever holds a file for invalid once it has been touched.
+    if isinstance(case.body, dict) and case.media_type == "application/json":
+        body: dict[str, Any] = {name: value for name, value in case.body.items() if name not in _SELDOM_POSSIBLE}
+        if "input_image" in body:
+            body |= {"model": "ball", "input_image": b64encode(_PICTURE).decode()}
+        else:
+            body |= {"model": "guided", "size": "32x48"}
+        body["num_inference_steps"] = 2
+        if not body.get("stream"):
+            case.headers["prefer"] = ("respond-async", "respond-async; wait=1", "wait=1")[len(str(body)) % 3]
+        case.body = body
+    return case
+
+
+def _png() -> bytes:
+    file = BytesIO()
+    Image.new("RGB", (16, 16), "red").save(file, "PNG")
+    return file.getvalue()
+
+
+_PICTURE = _png()
+# What files in forms are made of.
+schemathesis.openapi.format("binary", (st.just(_PICTURE) | st.binary()).map(Binary))
+
+
+def drawn_app() -> FastAPI:
+    """An application around the tests' engine, which is not installed with the project."""
+    path = Path(__file__).parents[1] / "tests/service/conftest.py"
+    spec = importlib.util.spec_from_file_location("drawn_engine", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look their annotations up
+    spec.loader.exec_module(module)
+    dispatcher = build_dispatcher(SETTINGS, module.DrawnEngine)
+    dispatcher.worker.start()
+    return create_app(SETTINGS, dispatcher)
+
+
+def answer_rows(findings: Findings) -> list[Row]:
+    """A row for each operation, a column for each status."""
+    statuses = sorted({status for _, status in findings.answers})
+    operations = sorted({operation for operation, _ in findings.answers})
+    return [
+        {**{str(status): findings.answers[operation, status] or None for status in statuses}, "operation": operation}
+        for operation in operations
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=5000, help="requests before the sequences, at least")
+    parser.add_argument("--sequences", type=int, default=200, help="of calls that follow links")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the result there")
+    arguments = parser.parse_args()
+    from benchmarks.environment import environment  # brings torch, which the tests that examine do without
+
+    app, findings, began, number = as_servers_run(drawn_app()), Findings(), time.perf_counter(), 0
+
+    def run(seed: int, phases: Sequence[str]) -> None:
+        shown = time.perf_counter()
+        for _ in _examine(app, findings, seed, _CASES_OF_A_ROUND, arguments.sequences, phases):
+            if time.perf_counter() - shown > 10:
+                shown = time.perf_counter()
+                print(f"{shown - began:6.0f} s  {findings.cases.total():6} cases", flush=True)
+
+    try:
+        run(arguments.seed, ("examples", "coverage"))
+        while findings.cases.total() < arguments.cases:
+            number += 1
+            run(arguments.seed + number, ("fuzzing",))
+        run(arguments.seed, ("stateful",))
+    finally:
+        shutdown_lifespans()
+    show("answers", answer_rows(findings))
+    show("checks", [{"number": count, "check": name} for name, count in sorted(findings.checks.items())])
+    for text in (*findings.failures.values(), *findings.errors):
+        print(f"\n{text}")
+    operations: dict[str, dict[str, int]] = {}
+    for (operation, status), count in sorted(findings.answers.items()):
+        operations.setdefault(operation, {})[str(status)] = count
+    result = {
+        "benchmark": "contract",
+        **environment(),
+        "schemathesis": schemathesis.__version__,
+        "seed": arguments.seed,
+        "cases": findings.cases.total(),
+        "cases_by_phase": dict(findings.cases),
+        "rounds": number,
+        "seconds": round(time.perf_counter() - began, 1),
+        "checks": dict(sorted(findings.checks.items())),
+        "answers": operations,
+        "failures": len(findings.failures),
+        "errors": len(findings.errors),
+    }
+    finish(result, arguments.json)
+    if findings.failures or findings.errors:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
