@@ -171,6 +171,7 @@ class Worker:
             self._step(engine, self._next_batch())
             self._publish_done(engine)
         else:
+            self._metrics.observe_groups(self.cards, [])
             self._wake.wait()
 
     def _drop_unwanted(self) -> None:
