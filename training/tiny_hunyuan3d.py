@@ -26,7 +26,7 @@ from training.solids import SolidBatch, sample_solids
 from training.surfaces import SurfacePool
 from training.text import Text
 
-_CONDITIONER_STEPS = 2000
+_CONDITIONER_STEPS = 6500
 _CALIBRATION = 2_000_000_000
 _NUM_CALIBRATION = 32
 _NUM_LOOKED_AT = 32
@@ -35,8 +35,8 @@ _SHAPE = (NUM_LATENTS, LATENT_CHANNELS)
 
 class TinyHunyuan3D:
     name = "tiny-hunyuan3d"
-    base_steps = 950
-    router_steps = 250
+    base_steps = 2500
+    router_steps = 400
     defaults: Mapping[str, float] = {"num_inference_steps": 20, "guidance_scale": 2.0, "octree_resolution": 128}
     transformer_file = "model.fp16.safetensors"
 
