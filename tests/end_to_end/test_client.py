@@ -72,7 +72,7 @@ def test_call_that_is_interrupted_by_ctrl_c_cancels_its_job(client: Client, serv
     """While it waits for an answer that has not begun, and knows no job's id; the server has room for its asking."""
     code = (
         "import sys; from service.client import Client; "
-        f"Client(sys.argv[1]).generate_image({PROMPT!r}, num_inference_steps=60, budget={{'preset': 'exact'}})"
+        f"Client(sys.argv[1]).generate_image({PROMPT!r}, num_inference_steps=100, n=8, budget={{'preset': 'exact'}})"
     )
     num_cancelled = metric(server, "elastic_requests_total", 'status="cancelled"')
     process = subprocess.Popen([sys.executable, "-c", code, server], stderr=subprocess.PIPE, text=True)

@@ -28,7 +28,7 @@ TIMEOUT_S = 300
 @pytest.fixture(scope="session")
 def solid() -> Solid:
     torch.set_num_threads(1)
-    return sample_solid(3)  # a sphere
+    return sample_solid(4)  # a sphere
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +53,7 @@ def test_a_mesh_has_the_solids_shape(server: str, solid: Solid, picture: bytes) 
     response = post(server, picture, budget={"preset": "exact"})
     mesh = opened(response)
     assert mesh.is_watertight
-    assert volume_iou(Mesh(mesh.vertices, mesh.faces), solid) > 0.8
+    assert volume_iou(Mesh(mesh.vertices, mesh.faces), solid) > 0.97
     assert response.json()["receipt"]["compute_ratio"] == 1
 
 
@@ -63,7 +63,7 @@ def test_cheaper_budgets_spend_less_and_keep_the_shape(server: str, solid: Solid
     assert receipt["compute_ratio"] <= 0.6
     assert receipt["blocks"]["skipped"] + receipt["blocks"]["reused"] > 0
     mesh = opened(response)
-    assert volume_iou(Mesh(mesh.vertices, mesh.faces), solid) > 0.7
+    assert volume_iou(Mesh(mesh.vertices, mesh.faces), solid) > 0.95
 
 
 def test_pictures_and_meshes_are_made_by_one_process(server: str, picture: bytes) -> None:

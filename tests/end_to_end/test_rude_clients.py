@@ -21,6 +21,7 @@ BODY_TIMEOUT_S = 3
 BUFFERS_BYTES = 16_000_000
 MEMORY_BYTES = 200_000_000
 TIMEOUT_S = 200
+JSON = {"Content-Type": "application/json"}
 CHUNK = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
 
 
@@ -47,9 +48,9 @@ def ask_nicely(url: str) -> None:
 
 
 @contextmanager
-def memory_stays(process: ElasticDit) -> Iterator[None]:
-    """The server's memory never rises by more than MEMORY_BYTES."""
-    before = memory_bytes(process, "VmRSS")
+def memory_stays(process: ElasticDit, than: int | None = None) -> Iterator[None]:
+    """The server's memory never rises by more than MEMORY_BYTES over `than`, by default what it has now."""
+    before = memory_bytes(process, "VmRSS") if than is None else than
     yield
     assert memory_bytes(process, "VmHWM") - before < MEMORY_BYTES
 
@@ -225,8 +226,16 @@ def test_job_of_a_client_that_hung_up_is_cancelled(
 def test_stream_that_nobody_reads_holds_up_nobody(process: ElasticDit) -> None:
     body = '{"stream": true, "partial_images": 3, "trace": true, "prompt": "a ring", "size": "256x256", "n": 2}'
     succeeded = 'elastic_requests_total{model="tiny-flux",status="succeeded"}'
+    # What six such jobs take at once when their clients listen.
+    with ThreadPoolExecutor(6) as listeners:
+        list(
+            listeners.map(
+                lambda _: httpx2.post(f"{process.url}/v1/images", content=body, headers=JSON, timeout=TIMEOUT_S),
+                range(6),
+            )
+        )
     before = metric(process.url, succeeded)
-    with ExitStack() as stack, memory_stays(process):
+    with ExitStack() as stack, memory_stays(process, than=memory_bytes(process, "VmHWM")):
         deaf: Sequence[socket.socket] = [stack.enter_context(connect(process.url, 4096)) for _ in range(6)]
         for client in deaf:
             client.sendall(whole(body))
