@@ -91,6 +91,8 @@ class Dispatcher:
         await self.store.open()
         loops = (self._claim, self._keep_leases, self._store_reports, self._tell_webhooks)
         tasks: list[asyncio.Future[object]] = [asyncio.create_task(run()) for run in loops]
+        for task in tasks:
+            task.add_done_callback(self._drain_if_broken)
         try:
             yield
         finally:
@@ -126,8 +128,14 @@ class Dispatcher:
         self.worker.drop(job_id)
         self.in_background(cancel())
 
+    def _drain_if_broken(self, task: asyncio.Future[object]) -> None:
+        """A server in which one of the loops has ended would accept jobs and never make them."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("the dispatcher stopped", exc_info=error)
+            self.in_background(self.drain())
+
     def in_background(self, work: Awaitable[object]) -> None:
-        """Do `work` beside everything else; it is waited for at the end."""
+        """Do `work` beside everything else; what is not done at the end is cancelled."""
         task = asyncio.ensure_future(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)

@@ -22,7 +22,7 @@ from service.jobs.store import Event, EventName, follow
 # Proxies close connections that say nothing for a minute or so.
 _KEEP_ALIVE_S = 15.0
 
-# With links and progress a client may rely on nothing being kept on the way.
+# Neither caches nor nginx's buffers are to hold events back.
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 

@@ -228,3 +228,14 @@ def test_one_line_for_each_ended_job_without_its_prompt(
     assert "status=succeeded" in lines[0]
     assert "wish" not in caplog.text
     assert lines[0].startswith("job ended")
+
+
+def test_bug_in_the_dispatcher_ends_the_server_instead_of_leaving_jobs_waiting(
+    start_service: StartService, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = start_service(Settings(grace_s=0.2))
+    monkeypatch.setattr(service.store, "claim", lambda fits: 1 / 0)
+    assert service.submit(make_job("a")).result(TIMEOUT_S).job.status is JobStatus.FAILED
+    assert "the dispatcher stopped" in caplog.text
+    with pytest.raises(Draining):
+        service.dispatcher.check_accepting()
