@@ -76,8 +76,9 @@ class Router(nn.Module):
         trunk = self.trunk
         weight = torch.addcmul(trunk.weight, trunk.weight, scale[:, None])
         bias = F.linear(shift, trunk.weight, trunk.bias)
-        tokens = F.layer_norm(torch.cat(tuple(streams), dim=1), streams[0].shape[-1:], eps=1e-6)
-        hidden = torch.baddbmm(bias[:, None], tokens, weight.mT).relu()
+        entering = streams[0] if len(streams) == 1 else torch.cat(tuple(streams), dim=1)
+        tokens = F.layer_norm(entering, entering.shape[-1:], eps=1e-6)
+        hidden = torch.baddbmm(bias[:, None], tokens, weight.mT).relu_()
         mean = hidden.mean(1) if all(mask is None for mask in masks) else _masked_mean(hidden, streams, masks)
         return Scores(self.gate_head(mean)[:, 0], self.width_head(mean))
 

@@ -39,9 +39,10 @@ class Streams:
     none. `encoder_hidden_states_mask` `(batch, text tokens)` is true for real text tokens, None where all are. Families
     that pad texts have the image's and the text's position factors apart, `image_rotary_emb` being the two.
 
-    In families whose blocks look at something that they do not change, `context` `(batch, context tokens, context
-    channels)` is that (zeros in rows without it), and the tokens of `encoder_hidden_states` tell routers nothing.
-    `long_skips` maps the number of a block to what it left for a later one, `(batch, tokens, channels)`.
+    In families whose blocks look at something that they do not change, `context` `(rows with context, context tokens,
+    context channels)` is that, and the tokens of `encoder_hidden_states` tell routers nothing. `context_rows` are the
+    numbers of those rows, None where all have context. `long_skips` maps the number of a block to what it left for a
+    later one, `(batch, tokens, channels)`.
     """
 
     hidden_states: Tensor
@@ -50,6 +51,7 @@ class Streams:
     image_rotary_emb: tuple[Tensor, Tensor] | None = None
     encoder_hidden_states_mask: Tensor | None = None
     context: Tensor | None = None
+    context_rows: Tensor | None = None
     long_skips: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
@@ -59,23 +61,25 @@ class Streams:
             return (self.hidden_states,), (None,)
         return (self.encoder_hidden_states, self.hidden_states), (self.encoder_hidden_states_mask, None)
 
-    def of_rows(self, where: Tensor, rows: Sequence["Row"]) -> "Streams":
-        """The streams of these rows alone, `where` being their numbers; what they left for later blocks is not needed.
+    def of_rows(self, where: Tensor, chosen: Sequence[int], rows: Sequence["Row"]) -> "Streams":
+        """The streams of the `chosen` of all `rows` alone; what they left for later blocks is not needed.
 
-        Padding that none of them needs is cut off, and with it the mask where all are of one length: it costs time, and
-        attention's fastest kernels.
+        `where` are their numbers on the device. Padding that none of them needs is cut off, and with it the mask where
+        all are of one length: it costs time, and attention's fastest kernels.
         """
+        context, context_rows = self._context_of(chosen, rows)
         part = replace(
             self,
             hidden_states=self.hidden_states[where],
             encoder_hidden_states=self.encoder_hidden_states[where],
             temb=self.temb[where],
-            context=self.context[where] if self.context is not None and rows[0].has_context else None,
+            context=context,
+            context_rows=context_rows,
         )
         if self.encoder_hidden_states_mask is None:
             return part
         assert self.image_rotary_emb is not None
-        known = [row.num_text_tokens for row in rows if row.num_text_tokens is not None]
+        known = [length for i in chosen if (length := rows[i].num_text_tokens) is not None]
         longest = max(known)
         image_factors, text_factors = self.image_rotary_emb
         return replace(
@@ -86,6 +90,18 @@ class Streams:
             if min(known) == longest
             else self.encoder_hidden_states_mask[where, :longest],
         )
+
+    def _context_of(self, chosen: Sequence[int], rows: Sequence["Row"]) -> tuple[Tensor | None, Tensor | None]:
+        if self.context is None:
+            return None, None
+        having = [i for i, row in enumerate(rows) if row.has_context]
+        places = {i: place for place, i in enumerate(having)}
+        looking = [position for position, i in enumerate(chosen) if i in places]
+        if not looking:
+            return None, None
+        device = self.context.device
+        context = self.context[row_index([places[chosen[position]] for position in looking], device)]
+        return context, None if len(looking) == len(chosen) else row_index(looking, device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +161,8 @@ class Row:
 
     `residuals` maps block names to stored residuals; `reference` is the first block's residual in the last step that
     computed the other blocks. `allowance` is shared by the branches of a request. `num_text_tokens` counts the row's
-    real ones (None where texts are never padded). Rows without context run apart from those with one: their block needs
-    none. `begin_step` and `end_step` frame a step.
+    real ones (None where texts are never padded). A row without context has zeros for one, to which blocks need not
+    attend. `begin_step` and `end_step` frame a step.
     """
 
     rule: Rule
@@ -206,8 +222,8 @@ def run_block(
             _keep_residuals(block.name, rows, plans, chosen, streams, image, text)
             hidden_states, encoder_hidden_states = image, text
         else:
-            where = _index(chosen, hidden_states.device)
-            part = streams.of_rows(where, [rows[i] for i in chosen])
+            where = row_index(chosen, hidden_states.device)
+            part = streams.of_rows(where, chosen, rows)
             text, image = block.call(module, part)
             _keep_residuals(block.name, rows, plans, chosen, part, image, text)
             hidden_states = hidden_states.index_copy(0, where, image)
@@ -270,14 +286,14 @@ def _plan(
 def _groups(plans: Sequence[RowPlan], rows: Sequence[Row], num_image_tokens: int) -> Iterator[tuple[float, list[int]]]:
     """The rows that run together, with their width: one call each.
 
-    Of one width, and with or without context, the longest texts come first; those of a shorter length join where their
-    padding, and the mask that the call then needs, cost less than a call of their own.
+    Of one width, the longest texts come first; those of a shorter length join where their padding, and the mask that
+    the call then needs, cost less than a call of their own.
     """
     running = [i for i, plan in enumerate(plans) if plan.decision is Decision.RUN]
-    for width, has_context in sorted({(plans[i].mlp_width, rows[i].has_context) for i in running}):
+    for width in sorted({plans[i].mlp_width for i in running}):
         of_length: dict[int, list[int]] = {}
         for i in running:
-            if (plans[i].mlp_width, rows[i].has_context) == (width, has_context):
+            if plans[i].mlp_width == width:
                 of_length.setdefault(rows[i].num_text_tokens or 0, []).append(i)
         longest, *shorter = sorted(of_length, reverse=True)
         group, is_masked = of_length[longest], False
@@ -337,7 +353,7 @@ def _add_residuals(
     text = _padded(pad_sequence([r.encoder_hidden_states for r in residuals], batch_first=True), encoder_hidden_states)
     if len(where) == 1 == len(hidden_states):
         return hidden_states + residuals[0].hidden_states, encoder_hidden_states + text
-    index = _index(where, hidden_states.device)
+    index = row_index(where, hidden_states.device)
     return (
         hidden_states.index_add(0, index, torch.stack([r.hidden_states for r in residuals])),
         encoder_hidden_states.index_add(0, index, text),
@@ -350,7 +366,7 @@ def _padded(text: Tensor, like: Tensor) -> Tensor:
     return F.pad(text, (0, 0, 0, missing)) if missing else text
 
 
-def _index(rows: Sequence[int], device: torch.device) -> Tensor:
+def row_index(rows: Sequence[int], device: torch.device) -> Tensor:
     """Row numbers on the device. From pinned memory, since an ordinary copy would wait for all that was queued."""
     return torch.tensor(rows, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 

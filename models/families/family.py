@@ -28,7 +28,7 @@ class BranchStart(NamedTuple):
     """One guidance branch at its start: its name in traces, its inputs, and what each block costs on its row.
 
     `num_text_tokens` are real ones, None where texts are never padded. `has_context` is false where the blocks need not
-    look at the context, because they have a shortcut for an empty one.
+    look at the context, because it is empty and they have a shortcut for that.
     """
 
     name: str

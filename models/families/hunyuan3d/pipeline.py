@@ -1,6 +1,7 @@
 """Hunyuan3D: from a picture to a mesh. Loading, the picture's tokens, batches of rows, decoding."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from models.card import CurvePoint, Guidance, MeshCard, ModelCard, basics_of
 from models.diffusion.sampling import classifier_free_guidance
 from models.elastic.compute import BlockCost
-from models.elastic.runner import CALL_COSTS_TOKENS, Streams
+from models.elastic.runner import Streams, row_index
 from models.errors import WeightsError
 from models.families.family import BranchStart, Family
 from models.families.hunyuan3d import plain_adapter, stream_adapter
@@ -30,9 +31,6 @@ from models.mesh.volume import decode_coarse_to_fine
 from models.request import GenerationRequest, MeshRequest, Preset, PresetBudget
 from models.state import BranchInputs, DenoiseState
 from models.weights import CheckpointTraits, Manifest, RouterWeights
-
-_CROSS_ATTENTION_SHARE = 0.15
-"""Of a block's time, where 1370 image tokens meet 4096 latents: 12.6 of 62.9 million weights, and its attention."""
 
 _NUM_SKETCH_POINTS = 8192
 _POINTS_PER_CALL_CPU = 2048
@@ -153,11 +151,8 @@ class Hunyuan3DFamily(Family):
         branches = [BranchStart("cond", BranchInputs(context), self.block_costs(num_tokens))]
         # At a scale of 1 what stands for no picture cancels out; below, unlike elsewhere, it does not.
         if request.guidance_scale != 1:
-            # An empty context's attention is a constant. Rows that use that run in calls of their own, so it has to be
-            # worth a call: of two rows, it is with enough latents.
-            has_context = not (
-                self._is_plain and _CROSS_ATTENTION_SHARE * self.checkpoint.vae.num_latents > CALL_COSTS_TOKENS
-            )
+            # In 2.1 attention to an empty context is a constant.
+            has_context = not self._is_plain
             costs = self.block_costs(num_tokens, has_context)
             branches.append(
                 BranchStart("uncond", BranchInputs(torch.zeros_like(context)), costs, has_context=has_context)
@@ -174,7 +169,9 @@ class Hunyuan3DFamily(Family):
     def prologue(self, states: Sequence[DenoiseState]) -> Streams:
         latents, times = self._latents_and_times(states)
         inputs = [branch for state in states for branch in state.inputs]
-        context = torch.cat([branch.context for branch in inputs])
+        rows = [row for state in states for row in state.rows]
+        looking = [i for i, row in enumerate(rows) if row.has_context]
+        context = torch.cat([inputs[i].context for i in looking])
         guidance = [branch.guidance for branch in inputs if branch.guidance is not None]
         streams: Streams = self._adapter.prologue(
             self.transformer,
@@ -183,6 +180,8 @@ class Hunyuan3DFamily(Family):
             context,
             *([torch.cat(guidance)] if guidance else []),
         )
+        if len(looking) < len(rows):
+            streams = replace(streams, context_rows=row_index(looking, context.device))
         return streams
 
     def guide(self, request: GenerationRequest, velocities: Tensor) -> Tensor:

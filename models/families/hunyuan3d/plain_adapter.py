@@ -19,7 +19,7 @@ from models.families.wrapping import Mlp
 def prologue(transformer: HunYuanDiTPlain, latents: Tensor, timestep: Tensor, context: Tensor) -> Streams:
     """Embed latents `(batch, tokens, channels)` and `timestep` `(batch,)` in [0, 1].
 
-    `context` are the pictures' tokens `(batch, image tokens, context channels)`, zeros in unconditional rows.
+    `context` are the pictures' tokens `(rows with a picture, image tokens, context channels)`.
     """
     temb = transformer.time_token(timestep)
     return Streams(transformer.x_embedder(latents), temb[:, None], temb, context=context)
@@ -37,7 +37,8 @@ def blocks(transformer: HunYuanDiTPlain) -> Mapping[str, nn.Module]:
 
 def call_block(block: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
     """Run one block's branches: the time token, then the shape's tokens."""
-    return _apart(block(hidden_states=_joined(streams), context=streams.context))
+    inputs = {"hidden_states": _joined(streams), "context": streams.context, "context_rows": streams.context_rows}
+    return _apart(block(**inputs))
 
 
 def mlps(block: nn.Module) -> Mapping[str, Mlp]:

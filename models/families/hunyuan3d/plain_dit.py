@@ -161,14 +161,20 @@ class HunYuanDiTBlock(nn.Module):
         """The state that a reading block starts from, given the output of its source. It replaces `hidden_states`."""
         return self.skip_norm(self.skip_linear(torch.cat((skip, hidden_states), dim=-1)))
 
-    def forward(self, hidden_states: Tensor, context: Tensor | None) -> Tensor:
+    def forward(self, hidden_states: Tensor, context: Tensor | None, context_rows: Tensor | None = None) -> Tensor:
         """The residual branches, which in a reading block come after `fuse`.
 
         `hidden_states` is `(batch, 1 + tokens, channels)`, the time token first; `context` is `(batch, image tokens,
-        context channels)`, None meaning zeros, to which attention costs nothing.
+        context channels)`, or only that of `context_rows`, the other rows having zeros, to which attention costs
+        nothing. None means zeros for all.
         """
         hidden_states = hidden_states + self.attn1(self.norm1(hidden_states))
-        hidden_states = hidden_states + self.attn2(self.norm2(hidden_states), context)
+        if context is None or context_rows is None:
+            hidden_states = hidden_states + self.attn2(self.norm2(hidden_states), context)
+        else:
+            looking = hidden_states[context_rows]
+            looking = looking + self.attn2(self.norm2(looking), context)
+            hidden_states = (hidden_states + self.attn2(hidden_states, None)).index_copy(0, context_rows, looking)
         feed_forward = self.moe if self.has_experts else self.mlp
         return hidden_states + feed_forward(self.norm3(hidden_states))
 

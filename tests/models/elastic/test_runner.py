@@ -242,7 +242,7 @@ def test_streams_of_rows_keep_what_belongs_to_each_row() -> None:
     streams = padded_streams([2, 4, 3], padding=9.0)
     assert streams.encoder_hidden_states_mask is not None
     where = torch.tensor([2, 0])
-    part = streams.of_rows(where, [padded_row(3), padded_row(2)])
+    part = streams.of_rows(where, [2, 0], [padded_row(2), padded_row(4), padded_row(3)])
     assert part.encoder_hidden_states_mask is not None
     assert part.encoder_hidden_states_mask.sum(1).tolist() == [3, 2]
     for name in ("hidden_states", "temb"):
@@ -257,13 +257,14 @@ def test_streams_of_rows_keep_what_belongs_to_each_row() -> None:
 
 def test_rows_of_one_length_lose_their_padding_and_their_mask() -> None:
     streams = padded_streams([2, 4, 2], padding=9.0)
-    part = streams.of_rows(torch.tensor([0, 2]), [padded_row(2), padded_row(2)])
+    part = streams.of_rows(torch.tensor([0, 2]), [0, 2], [padded_row(2), padded_row(4), padded_row(2)])
     assert part.encoder_hidden_states_mask is None
     assert part.encoder_hidden_states.shape == (2, 2, 4)
 
 
 def test_streams_without_a_mask_have_none_for_their_rows_either() -> None:
-    assert streams_of(3).of_rows(torch.tensor([1]), [row_of()]).encoder_hidden_states_mask is None
+    part = streams_of(3).of_rows(torch.tensor([1]), [1], [row_of()] * 3)
+    assert part.encoder_hidden_states_mask is None
 
 
 @pytest.mark.parametrize("num_running", [2, 3], ids=["some rows run", "all rows run"])
@@ -382,30 +383,36 @@ def test_rows_of_large_pictures_share_no_masked_call() -> None:
 
 
 class Looking(nn.Module):
-    """Adds the mean of the context, or a constant where there is none; knows which rows it was called on."""
+    """Adds the mean of the context to rows that have one, 7 to the others; knows how many of both it was called on."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[int, bool]] = []
+        self.calls: list[tuple[int, int]] = []
 
     def forward(self, streams: Streams) -> tuple[Tensor, Tensor]:
-        context = streams.context
-        self.calls.append((len(streams.temb), context is not None))
-        seen = torch.tensor(7.0) if context is None else context.mean((1, 2))[:, None, None]
-        return streams.encoder_hidden_states, streams.hidden_states + seen
+        context, rows = streams.context, streams.context_rows
+        self.calls.append((len(streams.temb), 0 if context is None else len(context)))
+        added = torch.full((len(streams.temb),), 7.0)
+        if context is not None:
+            added[slice(None) if rows is None else rows] = context.mean((1, 2))
+        return streams.encoder_hidden_states, streams.hidden_states + added[:, None, None]
 
 
-def test_rows_without_context_run_in_a_call_without_it() -> None:
+@pytest.mark.parametrize(
+    ("running", "num_looking"), [([0, 1, 2, 3], 2), ([0, 1, 2], 1), ([1, 3], 1), ([0, 3], 2), ([1, 2], 0)]
+)
+def test_rows_without_context_run_beside_those_with_one(running: list[int], num_looking: int) -> None:
     looking = Looking()
     block = ElasticBlock("only", {1.0: looking}, lambda module, streams: module(streams), None)
-    rows = [row_of(RUN_IN_FULL) for _ in range(4)]
+    rows = [row_of(RUN_IN_FULL if i in running else SKIP) for i in range(4)]
     rows[1].has_context = rows[2].has_context = False
-    context = torch.arange(1.0, 5.0)[:, None, None].expand(4, 3, 2)
-    before = replace(streams_of(4), context=context)
+    context = torch.tensor([1.0, 4.0])[:, None, None].expand(2, 3, 2)
+    before = replace(streams_of(4), context=context, context_rows=torch.tensor([0, 3]))
     after = run_block(block, 0, before, None, rows).streams
-    assert sorted(looking.calls) == [(2, False), (2, True)]
+    assert looking.calls == [(len(running), num_looking)]
     added = (after.hidden_states - before.hidden_states)[:, 0, 0]
-    torch.testing.assert_close(added, torch.tensor([1.0, 7.0, 7.0, 4.0]))
+    expected = [value if i in running else 0.0 for i, value in enumerate([1.0, 7.0, 7.0, 4.0])]
+    torch.testing.assert_close(added, torch.tensor(expected))
 
 
 def test_entrance_and_departure_are_for_every_row_and_always_counted() -> None:

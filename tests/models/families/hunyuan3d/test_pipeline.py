@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from models.card import EXACT, CurvePoint, Guidance, MeshCard, Policy
 from models.engine import Engine, load_engine
 from models.errors import InvalidRequest
-from models.families.hunyuan3d import pipeline
 from models.families.hunyuan3d.pipeline import Hunyuan3DFamily
 from models.mesh.cleanup import CleanMesh, clean
 from models.mesh.surface import extract_surface
@@ -125,29 +124,21 @@ def test_skipped_blocks_still_mix_in_what_earlier_ones_left(engine: Engine, stoc
     assert torch.equal(state.latents, noise + stock.transformer(noise, times, context, left_out=blocks))
 
 
-@pytest.fixture
-def apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows without context run in calls of their own, as those of public models, which have more latents, do."""
-    monkeypatch.setattr(pipeline, "CALL_COSTS_TOKENS", 0)
-
-
 @only_plain
-@pytest.mark.usefixtures("apart")
 def test_rows_without_a_picture_take_the_shortcut_and_give_the_same(
     engine: Engine, family: Hunyuan3DFamily, stock: Any, ask: Ask, denoise: Denoise
 ) -> None:
-    seen: list[tuple[int, bool]] = []
+    seen: list[tuple[int, int, list[int]]] = []
 
-    def note(_module: nn.Module, _args: Any, kwargs: dict[str, Tensor | None]) -> None:
-        assert isinstance(kwargs["hidden_states"], Tensor)
-        seen.append((len(kwargs["hidden_states"]), kwargs["context"] is not None))
+    def note(_module: nn.Module, _args: tuple[()], kwargs: dict[str, Tensor]) -> None:
+        seen.append((len(kwargs["hidden_states"]), len(kwargs["context"]), kwargs["context_rows"].tolist()))
 
     watched = Engine({family.model_id: family}, engine.cards)
     request = ask(guidance_scale=5.0)
     handle = family.blocks[0].variants[1.0].register_forward_pre_hook(note, with_kwargs=True)
     state = denoise(watched, request)
     handle.remove()
-    assert seen == [(1, False), (1, True)] * 4
+    assert seen == [(2, 1, [0])] * 4
     torch.testing.assert_close(state.latents, stock.latents(request), rtol=0, atol=1e-5)
     cond, uncond = (row.costs["block.00"].dense for row in state.rows)
     assert uncond < 0.9 * cond
@@ -155,7 +146,6 @@ def test_rows_without_a_picture_take_the_shortcut_and_give_the_same(
 
 
 @only_plain
-@pytest.mark.usefixtures("apart")
 def test_companions_do_not_matter_where_some_rows_take_the_shortcut(engine: Engine, ask: Ask, denoise: Denoise) -> None:
     routed = CurvePoint("router", Policy(0.3, 0.3, 2, width_bias=0.5), 0.5, 0.5, 0.5)
     requests = [
