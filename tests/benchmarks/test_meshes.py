@@ -110,7 +110,9 @@ def test_meshes_are_timed_and_judged_and_drawn(
     assert exact["mean_mlp_width"] == 1
     if not exact["empty"]:
         assert exact["iou_exact"] == 1
+    (taught,) = result["quality_of_taught_combinations"]
     assert 0 <= exact["iou_true"] < 1
+    assert 0 <= taught["iou_true"] < 1
     with Image.open(sheet) as picture:
         assert picture.width > 3 * 192
 
