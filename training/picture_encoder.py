@@ -1,8 +1,9 @@
 """The small DINOv2 that reads pictures of solids, trained to tell shapes from their pictures.
 
-Two parts that are thrown away teach it: a head that names place and normal of the surface that each patch shows, and a
-probe that reads the field at any point from all tokens. So the tokens tell what is where, in depth too, before the
-denoiser sees them, which is what it would take longest to find out.
+Three parts that are thrown away teach it: a head that names place and normal of the surface that each patch shows, one
+that names the primitive which that surface belongs to, hidden sides included, and a probe that reads the field at any
+point from all tokens. So the tokens tell what is where, in depth too, before the denoiser sees them, which is what it
+would take longest to find out.
 """
 
 from pathlib import Path
@@ -16,16 +17,18 @@ from models.families.hunyuan3d.conditioner import DinoImageEncoder, Dinov2Model,
 from models.families.hunyuan3d.shape_vae import GeometryDecoder, fourier_features
 from training.base import average_gradients, split_optimizers
 from training.loop import run_loop, warm_then_linear
+from training.parts import NUM_KINDS, NUM_VECTORS, Parts, describe
 from training.pictures_of_solids import render
-from training.prepared_pictures import CELLS, SIDE, prepared, training_pictures, training_surfaces
+from training.prepared_pictures import CELLS, SIDE, prepared, training_parts, training_pictures, training_surfaces
 from training.shape_vae import compare, field_iou, field_loss, pass_on
-from training.solids import SolidBatch, sample_solids
+from training.solids import SolidBatch, sample_solids, training_solids
 from training.surfaces import SurfacePool
 
 CHANNELS = 192
 _PATCH = 14
+_CELLS_OF_PATCH = (CELLS * _PATCH // SIDE) ** 2
 _BATCH_SIZE = 32  # a process
-_NUM_LOOKED_AT = 24
+_NUM_LOOKED_AT = 64
 _NUM_FIELD_POINTS = 128
 _NUM_FREQUENCIES = 6
 CONDITIONER_PARAMS: dict[str, Any] = {
@@ -111,11 +114,44 @@ class SurfaceHead(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.cells = (CELLS * _PATCH // SIDE) ** 2
-        self.linear = nn.Linear(CHANNELS, 6 * self.cells)
+        self.linear = nn.Linear(CHANNELS, 6 * _CELLS_OF_PATCH)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.linear(tokens[:, 1:]).unflatten(-1, (self.cells, 6))
+        return self.linear(tokens[:, 1:]).unflatten(-1, (_CELLS_OF_PATCH, 6))
+
+
+class PartHead(nn.Module):
+    """Names the part that each cell of a patch shows: scores `(batch, patches, cells, NUM_KINDS)`, and its vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(CHANNELS, _CELLS_OF_PATCH * (NUM_KINDS + 3 * NUM_VECTORS))
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        named = self.linear(tokens[:, 1:]).unflatten(-1, (_CELLS_OF_PATCH, -1))
+        kinds, vectors = named.split((NUM_KINDS, 3 * NUM_VECTORS), dim=-1)
+        return kinds, vectors.unflatten(-1, (NUM_VECTORS, 3))
+
+
+def part_targets(shown: Tensor, parts: Parts, ways: Tensor) -> tuple[Tensor, Tensor]:
+    """What PartHead should say: the kinds `(batch, patches, cells)`, and the vectors.
+
+    `shown` are maps of `training_parts`, turned `ways`.
+    """
+    slots = _cells(shown, ways)[..., 0].long()
+    vectors = turn_points(parts.vectors.flatten(1, 2), ways).view_as(parts.vectors)
+    # Rows of matrices have been turned; now their columns.
+    columns = vectors[:, :, 1:4].mT
+    vectors[:, :, 1:4] = turn_points(columns.flatten(1, 2), ways).view_as(columns).mT
+    rows = torch.arange(len(ways))[:, None, None]
+    return parts.kinds[rows, slots], vectors[rows, slots]
+
+
+def _cells(maps: Tensor, ways: Tensor) -> Tensor:
+    """Maps `(batch, channels, CELLS, CELLS)`, turned, by patch: `(batch, patches, cells, channels)`."""
+    side = SIDE // _PATCH
+    cells = turn_pictures(maps, ways).unflatten(-1, (side, -1)).unflatten(-3, (side, -1))
+    return cells.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
 
 
 def surface_targets(maps: Tensor, ways: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,9 +159,7 @@ def surface_targets(maps: Tensor, ways: Tensor) -> tuple[Tensor, Tensor]:
 
     `maps` are those of `training_surfaces`, turned `ways`.
     """
-    side = SIDE // _PATCH
-    cells = turn_pictures(maps, ways).unflatten(-1, (side, -1)).unflatten(-3, (side, -1))
-    cells = cells.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
+    cells = _cells(maps, ways)
     values, alpha = cells.float() / 127.5 - 1, cells[..., 6]
     vectors = [turn_points(values[..., first : first + 3].flatten(1, 2), ways) for first in (0, 3)]
     return torch.cat(vectors, dim=-1).view(*values.shape[:3], 6), alpha == 255
@@ -157,13 +191,14 @@ def train_conditioner(
 ) -> None:
     """Train, or resume, on the first `num_solids` training solids, as process `rank` of `num_processes`."""
     torch.manual_seed(2)
-    probe, head = Probe(), SurfaceHead()
+    probe, head, part_head = Probe(), SurfaceHead(), PartHead()
     pool = SurfacePool(run_dir / "solids", num_solids)
     pictures = training_pictures(run_dir / "solids", num_solids)
     surfaces = training_surfaces(run_dir / "solids", num_solids)
-    parts = nn.ModuleDict({"conditioner": conditioner, "probe": probe, "head": head})
-    parameters = [p for p in parts.parameters() if p is not _dinov2(conditioner).embeddings.mask_token]
-    optimizers = split_optimizers(parts, matrix_lr=0.02, lr=1e-3)
+    shown, parts = training_parts(run_dir / "solids", num_solids), describe(training_solids(0, num_solids))
+    modules = nn.ModuleDict({"conditioner": conditioner, "probe": probe, "head": head, "part_head": part_head})
+    parameters = [p for p in modules.parameters() if p is not _dinov2(conditioner).embeddings.mask_token]
+    optimizers = split_optimizers(modules, matrix_lr=0.02, lr=1e-3)
     base_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     held_out = sample_solids(range(10**9, 10**9 + _NUM_LOOKED_AT), held_out=True)
     of_held_out = prepared(render(held_out, range(_NUM_LOOKED_AT), SIDE))
@@ -175,6 +210,8 @@ def train_conditioner(
         ways = torch.randint(8, (_BATCH_SIZE,), generator=rng)
         seen, points = turn_pictures(pictures[rows], ways), turn_points(points, ways)
         on_surface, is_known = surface_targets(surfaces[rows], ways)
+        of_rows = Parts(parts.kinds[rows], parts.vectors[rows])
+        kinds, vectors = part_targets(shown[rows], of_rows, ways)
         factor = warm_then_linear(step, num_steps, warm_up=50, hold=0.4, end=0.02)
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group, base in zip(groups, base_rates, strict=True):
@@ -183,8 +220,11 @@ def train_conditioner(
             tokens = conditioner(seen / 127.5 - 1)
             field = field_loss(probe(tokens, points), target)
             named = head(tokens)
+            named_kinds, named_vectors = part_head(tokens)
         surface = F.smooth_l1_loss(named.float()[is_known], on_surface[is_known], beta=0.1)
-        loss = field + 2 * surface
+        kind = F.cross_entropy(named_kinds.float()[is_known], kinds[is_known])
+        part = F.smooth_l1_loss(named_vectors.float()[is_known], vectors[is_known], beta=0.1)
+        loss = field + 2 * surface + 0.1 * kind + 2 * part
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -192,7 +232,7 @@ def train_conditioner(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        return {"field": field.item(), "surface": surface.item()}
+        return {"field": field.item(), "surface": surface.item(), "kind": kind.item(), "part": part.item()}
 
     @torch.no_grad()
     def look(step: int) -> None:
@@ -204,9 +244,9 @@ def train_conditioner(
         "conditioner",
         num_steps,
         train_step,
-        {**parts, "matrices": optimizers[0], "others": optimizers[1]},
+        {**modules, "matrices": optimizers[0], "others": optimizers[1]},
         run_dir / "conditioner.pt",
-        save_every=250,
+        save_every=500,
         look=look if rank == 0 else None,
         is_main=rank == 0,
     )

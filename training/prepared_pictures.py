@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from models.families.hunyuan3d.preparation import PictureSettings, prepare_picture
 from models.request import BackgroundRemoval
 from training.pictures_of_solids import render, render_surfaces
-from training.solids import Solid, training_solids
+from training.solids import Solid, SolidBatch, training_solids
 
 SIDE = 112
 CELLS = 32
@@ -47,6 +48,12 @@ def training_surfaces(folder: Path, count: int) -> Tensor:
     return _of_all(folder, "surfaces", count, _draw_surfaces)
 
 
+def training_parts(folder: Path, count: int) -> Tensor:
+    """Which of its parts is seen in each cell of those, 0 or 1, `(count, 1, CELLS, CELLS)` uint8."""
+    training_surfaces(folder, count)
+    return _of_all(folder, "parts", count, partial(_tell_parts, folder))
+
+
 def _draw_pictures(number: int) -> Tensor:
     start = number * CHUNK
     return _bytes(prepared(render(training_solids(start, CHUNK), range(start, start + CHUNK), SIDE)))
@@ -61,6 +68,13 @@ def _draw_surfaces(number: int) -> Tensor:
     return _bytes(torch.cat((prepared(places, settings), prepared(normals, settings), alpha), dim=1))
 
 
+def _tell_parts(folder: Path, number: int) -> Tensor:
+    maps = _chunk(folder, "surfaces", number, _draw_surfaces)
+    places = maps[:, :3].flatten(2).mT / 127.5 - 1
+    first, second = SolidBatch(training_solids(number * CHUNK, CHUNK)).part_distances(places)
+    return (second.abs() < first.abs()).to(torch.uint8).unflatten(1, (1, CELLS, CELLS))
+
+
 def _bytes(values: Tensor) -> Tensor:
     return ((values + 1) * 127.5).round().to(torch.uint8)
 
@@ -68,12 +82,15 @@ def _bytes(values: Tensor) -> Tensor:
 def _of_all(folder: Path, name: str, count: int, draw: Callable[[int], Tensor]) -> Tensor:
     """Chunks 0, 1, … of what `draw` makes, kept in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    chunks = []
-    for number in tqdm(range(-(-count // CHUNK)), desc=name):
-        path = folder / f"{name}-{number:03d}.pt"
-        if not path.exists():
-            partial = path.with_suffix(".partial")
-            torch.save(draw(number), partial)
-            partial.replace(path)
-        chunks.append(torch.load(path, weights_only=True, mmap=True))
+    chunks = [_chunk(folder, name, number, draw) for number in tqdm(range(-(-count // CHUNK)), desc=name)]
     return torch.cat(chunks)[:count]
+
+
+def _chunk(folder: Path, name: str, number: int, draw: Callable[[int], Tensor]) -> Tensor:
+    path = folder / f"{name}-{number:03d}.pt"
+    if not path.exists():
+        unfinished = path.with_suffix(".partial")
+        torch.save(draw(number), unfinished)
+        unfinished.replace(path)
+    chunk: Tensor = torch.load(path, weights_only=True, mmap=True)
+    return chunk

@@ -235,7 +235,7 @@ def _propose(rng: random.Random, operation: Operation | None, kinds: tuple[str, 
         return Solid((first,), None)
     second_size = rng.uniform(*_SHARE[operation]) * _sample_size(rng, kinds[1])
     turn = rng.choice(_QUARTER_TURNS)
-    reach, second_reach = _half_sides(kinds[0], size), abs(turn) @ _half_sides(kinds[1], second_size)
+    reach, second_reach = half_sides(kinds[0], size), abs(turn) @ half_sides(kinds[1], second_size)
     offset = reach * [rng.uniform(-0.35, 0.35) for _ in range(3)]
     sides = [(axis, sign) for axis in range(3) for sign in (-1, 1) if sign * axes[2, axis] > _LEAST_Z[operation]]
     axis, sign = rng.choice(sides)
@@ -287,7 +287,7 @@ def _sample_size(rng: random.Random, kind: str) -> Array:
     return sides if kind == "box" else sides * (1, 1, 0)
 
 
-def _half_sides(kind: str, size: Array) -> Array:
+def half_sides(kind: str, size: Array) -> Array:
     """The half sides of the box of a primitive that is not turned."""
     a, b, _ = size
     match kind:

@@ -20,6 +20,7 @@ from torch.multiprocessing.spawn import spawn
 
 from models.weights import save_router_weights, write_manifest
 from training import base, routers
+from training.attention import use_matrix_products
 from training.backbones import Backbone
 from training.lesson import Lesson
 
@@ -77,6 +78,7 @@ def in_processes(train: Callable[[Any, int], None], recipe: Any) -> None:
 def _process(rank: int, port: int, train: Callable[[Any, int], None], recipe: Any) -> None:
     logging.basicConfig(level=logging.INFO)
     torch.set_num_threads(1)
+    use_matrix_products()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=NUM_PROCESSES)
     train(recipe, rank)

@@ -3,16 +3,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from training.parts import Parts, describe
 from training.picture_encoder import (
     CHANNELS,
     Probe,
     build_conditioner,
+    part_targets,
     surface_targets,
     turn_pictures,
     turn_points,
 )
 from training.pictures_of_solids import render
-from training.prepared_pictures import SIDE, picture_file, prepared, training_surfaces
+from training.prepared_pictures import SIDE, picture_file, prepared, training_parts, training_surfaces
 from training.solids import Solid, SolidBatch, sample_solids
 
 
@@ -94,6 +96,38 @@ def test_surface_targets_are_places_on_the_turned_solid(
     # Patches and cells come row by row.
     rows = targets[..., 1].mean((0, 2)).where(is_known.any(2).any(0), torch.nan)
     assert rows.nan_to_num(0)[:32].mean() > rows.nan_to_num(0)[32:].mean()
+
+
+@pytest.mark.parametrize("way", [0, 3, 6])
+def test_part_targets_are_the_part_that_a_cell_shows_turned(
+    way: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.prepared_pictures.CHUNK", 12)
+    solids = sample_solids(range(12))
+    two = [i for i, solid in enumerate(solids) if solid.operation is not None][:3]
+    ways = torch.full((3,), way)
+    shown, maps = (draw(tmp_path, 12)[two] for draw in (training_parts, training_surfaces))
+    kinds, vectors = describe([solids[i] for i in two])
+    of_cells, measures = part_targets(shown, Parts(kinds, vectors), ways)
+    targets, is_known = surface_targets(maps, ways)
+    assert measures.shape == (3, 64, 16, 5, 3)
+    undo = torch.full((3,), next(w for w in range(8) if _undoes(w, way)))
+    places = turn_points(targets[..., :3].flatten(1, 2), undo)
+    distances = SolidBatch([solids[i] for i in two]).part_distances(places).abs()
+    for row in range(3):
+        seen = is_known[row]
+        for slot in (0, 1):
+            is_this = of_cells[row][seen] == kinds[row, slot]
+            assert is_this.any()
+            # The part that is named is the one whose surface is there …
+            assert distances[slot, row].view(64, 16)[seen][is_this].mean() < 0.02
+            # … and its box and its tip are turned with the picture.
+            centre, *box, tip = measures[row][seen][is_this][0][:, None, None]
+            torch.testing.assert_close(turn_points(centre, undo[:1])[0, 0], vectors[row, slot, 0])
+            torch.testing.assert_close(turn_points(tip, undo[:1])[0, 0], vectors[row, slot, 4])
+            matrix = torch.cat(box)[:, 0]
+            around = turn_points(turn_points(matrix[None], undo[:1]).mT, undo[:1])[0].mT
+            torch.testing.assert_close(around, vectors[row, slot, 1:4])
 
 
 _PLACE, _NORMAL = slice(0, 3), slice(3, 6)
