@@ -36,7 +36,7 @@ _SHAPE = (NUM_LATENTS, LATENT_CHANNELS)
 class TinyHunyuan3D:
     name = "tiny-hunyuan3d"
     base_steps = 4500
-    router_steps = 400
+    router_steps = 600
     defaults: Mapping[str, float] = {"num_inference_steps": 20, "guidance_scale": 2.0, "octree_resolution": 128}
     transformer_file = "model.fp16.safetensors"
 
