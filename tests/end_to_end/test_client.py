@@ -71,6 +71,8 @@ def test_cancelled_job_and_abandoned_stream_end(client: Client) -> None:
 def test_call_that_is_interrupted_by_ctrl_c_cancels_its_job(client: Client, server: str) -> None:
     """While it waits for an answer that has not begun, and knows no job's id; the server has room for its asking."""
     code = (
+        # A shell lets what it starts in the background ignore Ctrl-C, and children inherit that.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "import sys; from service.client import Client; "
         f"Client(sys.argv[1]).generate_image({PROMPT!r}, num_inference_steps=100, n=8, budget={{'preset': 'exact'}})"
     )
