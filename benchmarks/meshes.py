@@ -171,6 +171,13 @@ def compare(mesh: Mesh | None, shape: Shape | None) -> Likeness:
     return Likeness(volume_iou(mesh, shape), likeness.f_score, likeness.chamfer)
 
 
+def make_and_judge(
+    engine: Engine, requests: Sequence[MeshRequest], solids: Sequence[Solid], title: str
+) -> tuple[list[Made], list[Likeness]]:
+    made = make(engine, requests, title)
+    return made, [compare(one.mesh, solid) for one, solid in zip(made, solids, strict=True)]
+
+
 def truth_row(name: str, made: Sequence[Made], true: Sequence[Likeness]) -> Row:
     chamfers = [likeness.chamfer for likeness in true if likeness.chamfer is not None]
     return {
@@ -230,9 +237,8 @@ def main() -> None:
             if not contender.budget:
                 continue
             requests = requests_for(engine, model, solids, contender.budget, arguments.octree_resolution)
-            made = make(engine, requests, contender.name)
+            made, true = make_and_judge(engine, requests, solids, contender.name)
             exact = exact or made  # comes first
-            true = [compare(one.mesh, solid) for one, solid in zip(made, solids, strict=True)]
             own = [compare(one.mesh, other.mesh) for one, other in zip(made, exact, strict=True)]
             rows.append(quality_row(contender.name, made, true, own))
             columns.append((contender.name, made, true))
@@ -244,9 +250,8 @@ def main() -> None:
         for contender in names:
             if contender.budget == PresetBudget(Preset.EXACT) or isinstance(contender.budget, ComputeBudget):
                 requests = requests_for(engine, model, taught, contender.budget, arguments.octree_resolution)
-                made = make(engine, requests, f"{contender.name}, combinations of training")
-                true = [compare(one.mesh, solid) for one, solid in zip(made, taught, strict=True)]
-                of_taught.append(truth_row(contender.name, made, true))
+                judged = make_and_judge(engine, requests, taught, f"{contender.name}, combinations of training")
+                of_taught.append(truth_row(contender.name, *judged))
         result["quality_of_taught_combinations"] = of_taught
         show("Quality, new solids of the combinations of training", of_taught)
         if arguments.sheet:

@@ -50,7 +50,6 @@ def training_surfaces(folder: Path, count: int) -> Tensor:
 
 def training_parts(folder: Path, count: int) -> Tensor:
     """Which of its parts is seen in each cell of those, 0 or 1, `(count, 1, CELLS, CELLS)` uint8."""
-    training_surfaces(folder, count)
     return _of_all(folder, "parts", count, partial(_tell_parts, folder))
 
 

@@ -19,14 +19,22 @@ from training.base import sample
 from training.lesson import Lesson
 from training.picture_encoder import CONDITIONER_PARAMS, build_conditioner, train_conditioner
 from training.pictures_of_solids import render
-from training.prepared_pictures import SETTINGS, SIDE, picture_file, prepared, training_parts, training_pictures
+from training.prepared_pictures import (
+    SETTINGS,
+    SIDE,
+    picture_file,
+    prepared,
+    training_parts,
+    training_pictures,
+    training_surfaces,
+)
 from training.shape_vae import LATENT_CHANNELS, NUM_LATENTS, VAE_PARAMS, build_shape_vae, field_iou, train_shape_vae
 from training.solid_lesson import NUM_SOLIDS, SolidLesson, encode_solids, read_lesson
 from training.solids import SolidBatch, sample_solids
 from training.surfaces import SurfacePool
 from training.text import Text
 
-_CONDITIONER_STEPS = 12_000
+_CONDITIONER_STEPS = 13_500
 _CALIBRATION = 2_000_000_000
 _NUM_CALIBRATION = 32
 _NUM_LOOKED_AT = 32
@@ -52,6 +60,7 @@ class TinyHunyuan3D:
     def _train_conditioner(self, run_dir: Path) -> None:
         # Both processes find them ready.
         training_pictures(run_dir / "solids", NUM_SOLIDS)
+        training_surfaces(run_dir / "solids", NUM_SOLIDS)
         training_parts(run_dir / "solids", NUM_SOLIDS)
         SurfacePool(run_dir / "solids", NUM_SOLIDS)
         stages.in_processes(_train_conditioner, run_dir)
