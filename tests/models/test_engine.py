@@ -138,7 +138,8 @@ def test_exact_picture_is_that_of_the_stock_pipeline(
     pixels = engine.finish(denoise(engine, request))
     assert pixels.shape == (80, 64, 3)
     assert pixels.dtype == np.uint8
-    assert np.array_equal(pixels, np.asarray(expected))
+    # Two branches are two rows here and two calls there, whose sums some CPUs round differently.
+    assert np.abs(pixels.astype(int) - np.asarray(expected)).max() <= int(has_guidance)
 
 
 @pytest.mark.parametrize("budget", [PresetBudget(Preset.EXACT), QualityBudget(1.0), ComputeBudget(1.0)])

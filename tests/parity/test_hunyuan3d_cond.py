@@ -38,14 +38,17 @@ def picture_of(recording: Any, mode: str) -> Image.Image:
 
 
 @pytest.mark.parametrize("mode", ["rgba", "rgb"])
-def test_picture_is_prepared_bit_for_bit(recording: Any, settings: PictureSettings, mode: str) -> None:
+def test_picture_is_prepared_as_recorded(recording: Any, settings: PictureSettings, mode: str) -> None:
     expected = {name: recording.tensors[f"out/{mode}/{name}"] for name in ("recentered", "recentered_mask", "image")}
     picture = picture_of(recording, mode)
     canvas = recentre(to_rgba(picture), settings.border_ratio)
     np.testing.assert_array_equal(canvas[..., 3:], expected["recentered_mask"].numpy())
     np.testing.assert_array_equal(on_white(canvas), expected["recentered"].numpy())
     prepared = prepare_picture(picture, settings, BackgroundRemoval.NEVER)
-    torch.testing.assert_close(prepared, expected["image"], atol=0, rtol=0)
+    # OpenCV's resize may round halves otherwise on another CPU: some few values by one of their 255 levels.
+    difference = (prepared - expected["image"]).abs()
+    assert difference.max() < 1.01 * 2 / 255
+    assert (difference > 1e-6).float().mean() < 1e-3
 
 
 def test_image_tokens_are_those_recorded(recording: Any, conditioner: SingleImageEncoder) -> None:

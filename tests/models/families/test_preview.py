@@ -96,7 +96,8 @@ def test_colours_hardly_differ_in_bfloat16(
     state = denoise(engine, ask())
     assert state.prediction is not None
     expected, preview = engine.preview(state)(), family.preview(state.request, state.prediction.bfloat16())
-    assert np.abs(preview.astype(float) - expected).mean() < 3
+    # Untrained decoders make harsh pictures: wrong ones would differ by some 80. How far these do depends on the CPU.
+    assert np.abs(preview.astype(float) - expected).mean() < 8
 
 
 @only_meshes
