@@ -24,6 +24,8 @@ from models.elastic.runner import Streams
 from training.backbones import Backbone
 from training.lesson import Lesson
 from training.loop import run_loop, warm_then_linear
+from training.muon import Muon
+from training.precision import autocast
 from training.text import Text
 
 BATCH_SIZE = 40  # a process
@@ -64,7 +66,6 @@ class _Objective(nn.Module):
         self.backbone = backbone
         self.transformer = backbone.transformer
         self.head = lesson.head
-        self.encoder = lesson.encoder
         self.lesson = lesson
         self.widths = WidthMasks(backbone)
 
@@ -94,8 +95,7 @@ class _Objective(nn.Module):
         timestep = torch.sigmoid(torch.special.ndtri(uniform.clamp(1e-4, 1 - 1e-4)))
         latents = torch.lerp(clean, noise, timestep[:, None, None])
         target = noise - clean
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.encoder is not None):
-            text, told = self.lesson.conditions(rows, rng)
+        text, told = self.lesson.conditions(rows, rng)
         guidance = torch.ones(batch)
         self.widths.set([1.0] * num_blocks)
         if guided:
@@ -108,7 +108,7 @@ class _Objective(nn.Module):
             skipped = set((torch.rand(num_blocks, generator=rng) < 0.28).nonzero().flatten().tolist())
             choice = torch.randint(1, 5, (num_blocks,), generator=rng) / 4
             self.widths.set(torch.where(torch.rand(num_blocks, generator=rng) < 0.5, choice, 1.0).tolist())
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             velocity, middle = self.velocity(latents, timestep, guidance, text, skipped)
             output = None if self.head is None else self.head(middle)
         flow = F.mse_loss(velocity.float(), target)
@@ -124,7 +124,7 @@ class _Objective(nn.Module):
         """
         pair = [torch.cat((part[:half], part[:half])) for part in (latents, timestep)]
         texts = text.rows(slice(0, half)).join(self.lesson.no_condition.repeat(half))
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             velocity = self.velocity(pair[0], pair[1], torch.ones(2 * half), texts, set())[0].float()
         shift = (guidance[:half] - 1) * told[:half]
         return shift[:, None, None] * (velocity[:half] - velocity[half:])
@@ -156,22 +156,18 @@ class MovingAverage:
 
 
 def split_optimizers(
-    module: nn.Module, *, matrix_lr: float, lr: float, without: nn.Module | None = None
+    module: nn.Module, *, matrix_lr: float, lr: float
 ) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for everything else. Modulations and gates count as that too.
-
-    Parameters of `without` are left out.
-    """
-    left_out = set() if without is None else {id(parameter) for parameter in without.parameters()}
+    """Muon for the matrices inside the blocks, AdamW for everything else. Modulations and gates count as that too."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad and id(parameter) not in left_out:
+        if parameter.requires_grad:
             is_other = any(part in name for part in ("norm", "_mod.", ".gate."))
             is_inside = ("blocks." in name or ".layer." in name) and parameter.ndim == 2 and not is_other
             (matrices if is_inside else others).append(parameter)
     return (
-        torch.optim.Muon(matrices, lr=matrix_lr, momentum=0.95, weight_decay=0.0),
+        Muon(matrices, lr=matrix_lr),
         torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
     )
 
@@ -211,9 +207,7 @@ def train_base(
     latents = lesson.latents
     objective = _Objective(backbone, lesson)
     average = MovingAverage(backbone.transformer, average_of.transformer, decay=0.999)
-    optimizers = [*split_optimizers(objective, matrix_lr=0.05, lr=2e-3, without=lesson.encoder)]
-    if lesson.encoder:  # which has learned already
-        optimizers += split_optimizers(lesson.encoder, matrix_lr=0.01, lr=5e-4)
+    optimizers = split_optimizers(objective, matrix_lr=0.05, lr=2e-3)
     base_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     parameters = [p for p in objective.parameters() if p.requires_grad]
     backbone.compile_blocks()

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from models.errors import WeightsError
 from training.loop import Stateful, run_loop, warm_then_linear
+from training.precision import autocast
 from training.rendering import attribute_targets, render
 from training.scenes import COLOURS, POSITIONS, SHAPES, SIZES, TEXTURES, TONES, Scene, SceneObject, sample_scene
 
@@ -237,7 +238,7 @@ def train_judge(run_dir: Path, *, num_steps: int = NUM_STEPS) -> Judge:
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * warm_then_linear(step, num_steps, warm_up=30, hold=0.3, end=0.01)
         judge.train()
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             logits = judge(batch)
         losses = [F.cross_entropy(logits[n].float().flatten(0, -2), truth[n].flatten()) for n in truth]
         loss = torch.stack(losses).sum()

@@ -12,14 +12,12 @@ class Lesson(Protocol):
     """Samples are known by their row in `latents` `(samples, tokens, channels)`.
 
     `no_condition` is a single row, what the unconditional branch of guidance is given. `head` reads from the middle of
-    the network what `auxiliary_loss` judges; None where there is nothing to read. `encoder` makes conditions and goes
-    on learning with the transformer; None where it is frozen.
+    the network what `auxiliary_loss` judges; None where there is nothing to read.
     """
 
     latents: Tensor
     no_condition: Text
     head: nn.Module | None
-    encoder: nn.Module | None
 
     def noise(self, clean: Tensor, generator: torch.Generator) -> Tensor:
         """Where the paths to `clean` `(batch, tokens, channels)` begin: normal noise of its shape."""

@@ -3,9 +3,10 @@
 Three parts that are thrown away teach it: a head that names place and normal of the surface that each patch shows, one
 that names the primitive which that surface belongs to, hidden sides included, and a probe that reads the field at any
 point from all tokens. So the tokens tell what is where, in depth too, before the denoiser sees them, which is what it
-would take longest to find out.
+would take longest to find out. The denoiser's training leaves the encoder as it is.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from training.base import average_gradients, split_optimizers
 from training.loop import run_loop, warm_then_linear
 from training.parts import NUM_KINDS, NUM_VECTORS, Parts, describe
 from training.pictures_of_solids import render
+from training.precision import autocast
 from training.prepared_pictures import CELLS, SIDE, prepared, training_parts, training_pictures, training_surfaces
 from training.shape_vae import compare, field_iou, field_loss, pass_on
-from training.solids import SolidBatch, sample_solids, training_solids
+from training.solids import Solid, SolidBatch, sample_solids, training_solids
 from training.surfaces import SurfacePool
 
 CHANNELS = 192
@@ -29,6 +31,9 @@ _PATCH = 14
 _CELLS_OF_PATCH = (CELLS * _PATCH // SIDE) ** 2
 _BATCH_SIZE = 32  # a process
 _NUM_LOOKED_AT = 64
+_SHARE_OF_SINGLES = 0.125
+"""Of the solids that are shown: single primitives, 40 % of those drawn, are soon learned."""
+
 _NUM_FIELD_POINTS = 128
 _NUM_FREQUENCIES = 6
 CONDITIONER_PARAMS: dict[str, Any] = {
@@ -37,7 +42,7 @@ CONDITIONER_PARAMS: dict[str, Any] = {
         "kwargs": {
             "config": {
                 "hidden_size": CHANNELS,
-                "num_hidden_layers": 4,
+                "num_hidden_layers": 6,
                 "num_attention_heads": 6,
                 "mlp_ratio": 4,
                 "image_size": SIDE,
@@ -186,6 +191,15 @@ class Probe(nn.Module):
         return logits
 
 
+def draw_weights(solids: Sequence[Solid]) -> Tensor:
+    """How likely each is shown."""
+    is_single = torch.tensor([solid.operation is None for solid in solids])
+    num_single = int(is_single.sum())
+    return torch.where(
+        is_single, _SHARE_OF_SINGLES / max(num_single, 1), (1 - _SHARE_OF_SINGLES) / max(len(solids) - num_single, 1)
+    )
+
+
 def train_conditioner(
     conditioner: SingleImageEncoder, run_dir: Path, *, num_solids: int, num_steps: int, rank: int, num_processes: int
 ) -> None:
@@ -195,28 +209,32 @@ def train_conditioner(
     pool = SurfacePool(run_dir / "solids", num_solids)
     pictures = training_pictures(run_dir / "solids", num_solids)
     surfaces = training_surfaces(run_dir / "solids", num_solids)
-    shown, parts = training_parts(run_dir / "solids", num_solids), describe(training_solids(0, num_solids))
+    solids = training_solids(0, num_solids)
+    shown, parts = training_parts(run_dir / "solids", num_solids), describe(solids)
+    weights = draw_weights(solids)
     modules = nn.ModuleDict({"conditioner": conditioner, "probe": probe, "head": head, "part_head": part_head})
     parameters = [p for p in modules.parameters() if p is not _dinov2(conditioner).embeddings.mask_token]
     optimizers = split_optimizers(modules, matrix_lr=0.02, lr=1e-3)
     base_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     held_out = sample_solids(range(10**9, 10**9 + _NUM_LOOKED_AT), held_out=True)
     of_held_out = prepared(render(held_out, range(_NUM_LOOKED_AT), SIDE))
+    for layer in _dinov2(conditioner).encoder.layer:
+        layer.compile(dynamic=False)
 
     def train_step(step: int) -> dict[str, float]:
         rng = torch.Generator().manual_seed(step * 64 + rank)
-        rows = torch.randint(num_solids, (_BATCH_SIZE,), generator=rng)
+        rows = weights.multinomial(_BATCH_SIZE, generator=rng)
         points, target = pool.field(rows, _NUM_FIELD_POINTS, rng)
         ways = torch.randint(8, (_BATCH_SIZE,), generator=rng)
         seen, points = turn_pictures(pictures[rows], ways), turn_points(points, ways)
         on_surface, is_known = surface_targets(surfaces[rows], ways)
         of_rows = Parts(parts.kinds[rows], parts.vectors[rows])
         kinds, vectors = part_targets(shown[rows], of_rows, ways)
-        factor = warm_then_linear(step, num_steps, warm_up=50, hold=0.4, end=0.02)
+        factor = warm_then_linear(step, num_steps, warm_up=50, hold=0.3, end=0.01)
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group, base in zip(groups, base_rates, strict=True):
             group["lr"] = base * factor
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             tokens = conditioner(seen / 127.5 - 1)
             field = field_loss(probe(tokens, points), target)
             named = head(tokens)

@@ -22,6 +22,7 @@ from training.backbones import Backbone
 from training.base import average_gradients, run_all
 from training.lesson import Lesson
 from training.loop import run_loop, warm_then_linear
+from training.precision import autocast
 
 BATCH_SIZE = 32  # a process
 HIDDEN = 32
@@ -149,9 +150,9 @@ class RouterObjective:
             else:
                 text = self.lesson.full_conditions(rows)
             streams = self.backbone.prologue(latents, timestep, guidance, text)
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 dense = self._dense(streams).float()
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             velocity, gates, widths = elastic_forward(self.backbone, self.routers, streams, knobs)
         error = velocity.float() - dense
         distance = error.square().mean()

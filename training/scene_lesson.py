@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.backbones import CELLS
+from training.precision import autocast
 from training.rendering import object_map, render
 from training.scenes import COLOURS, SHAPES, Scene, sample_scene, training_scenes
 from training.text import Conditioner, Text
@@ -31,7 +32,6 @@ class SceneLesson:
         self.latents = latents
         self.conditioner = conditioner
         self.head: nn.Module | None = nn.Linear(channels, len(SHAPES) + len(COLOURS) + 2)
-        self.encoder: nn.Module | None = None
         self._fragment_share = _FRAGMENT_SHARE if has_fragments else 0.0
         with torch.no_grad():
             self.no_condition = conditioner.encode([""])
@@ -83,7 +83,7 @@ def encode_scenes(vae: PictureVae, count: int, path: Path) -> Tensor:
     parts = []
     for start in range(0, count, 64):
         pictures = render(list(training_scenes(start, min(64, count - start))))
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             parts.append(pack(vae.encode(pictures).float()).half())
         if start % 4096 == 0:
             print(f"  encoded {start} of {count} scenes", flush=True)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from models.families.hunyuan3d.shape_vae import CrossAttention, Field, ShapeVAE
 from training.loop import run_loop, warm_then_linear
+from training.precision import autocast
 from training.solids import Solid, SolidBatch, sample_solids
 from training.surfaces import BOUNDS, SurfacePool
 
@@ -157,7 +158,7 @@ def train_shape_vae(vae: ShapeVAE, run_dir: Path, *, num_steps: int = NUM_STEPS)
         points, target = pool.field(rows, _NUM_FIELD_POINTS, rng)
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * warm_then_linear(step, num_steps, warm_up=30, hold=0.4, end=0.02)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             latents = encode(vae, surface).float()
             noisy = latents + _NOISE * torch.randn(latents.shape, generator=rng)
             logits = vae.field(noisy)(points)
@@ -198,7 +199,7 @@ def _harden(vae: ShapeVAE, pool: SurfacePool, run_dir: Path, *, num_steps: int) 
             latents = encode(vae, surface)
         strength = _STRONGEST_NOISE * torch.rand(len(latents), 1, 1, generator=rng)
         noisy = latents + strength * torch.randn(latents.shape, generator=rng)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             loss = field_loss(vae.field(noisy)(points), target)
         optimizer.zero_grad()
         loss.backward()

@@ -10,8 +10,10 @@ from tqdm import tqdm
 from models.families.hunyuan3d.conditioner import SingleImageEncoder
 from models.families.hunyuan3d.shape_vae import ShapeVAE
 from training.picture_encoder import turn_pictures, turn_points
+from training.precision import autocast
 from training.prepared_pictures import training_pictures
 from training.shape_vae import NUM_DATA_POINTS, encode
+from training.solids import training_solids
 from training.surfaces import SurfacePool
 from training.text import Text
 
@@ -23,21 +25,21 @@ _BATCH = 64
 
 
 class SolidLesson:
-    """Row i is one encoding of solid `i % len(pictures)`, turned `ways[i]`; see `training.picture_encoder`.
+    """Row i is one encoding of solid `solids[i]`, turned `ways[i]`; see `training.picture_encoder`.
 
-    `pictures` are `(solids, 3, side, side)` uint8. The conditioner goes on learning unless `is_frozen`.
+    `pictures` are `(solids, 3, side, side)` uint8.
     """
 
     head: nn.Module | None = None
 
     def __init__(
-        self, latents: Tensor, ways: Tensor, pictures: Tensor, conditioner: SingleImageEncoder, *, is_frozen: bool
+        self, latents: Tensor, solids: Tensor, ways: Tensor, pictures: Tensor, conditioner: SingleImageEncoder
     ) -> None:
         self.latents = latents
-        self.encoder: nn.Module | None = None if is_frozen else conditioner
+        self.conditioner = conditioner
+        self._solids = solids
         self._ways = ways
         self._pictures = pictures
-        self._conditioner = conditioner
         # Nothing to see is zeros, by the family's convention.
         self.no_condition = Text(torch.zeros_like(self.full_conditions([0]).embeds), None, None)
 
@@ -52,6 +54,7 @@ class SolidLesson:
         nearest = [torch.from_numpy(linear_sum_assignment(matrix)[1]) for matrix in distances]
         return torch.stack([sample[order] for sample, order in zip(noise, nearest, strict=True)])
 
+    @torch.no_grad()
     def conditions(self, rows: list[int], generator: torch.Generator) -> tuple[Text, Tensor]:
         told = torch.rand(len(rows), generator=generator) >= _EMPTY_SHARE
         return Text(self._tokens(rows) * told[:, None, None], None, None), told
@@ -61,8 +64,9 @@ class SolidLesson:
         return Text(self._tokens(rows), None, None)
 
     def _tokens(self, rows: list[int]) -> Tensor:
-        pictures = self._pictures[[row % len(self._pictures) for row in rows]]
-        return self._conditioner(turn_pictures(pictures, self._ways[rows]) / 127.5 - 1).float()
+        seen = turn_pictures(self._pictures[self._solids[rows]], self._ways[rows])
+        with autocast():
+            return self.conditioner(seen / 127.5 - 1).float()
 
     def auxiliary_loss(self, output: Tensor, rows: list[int], told: Tensor) -> Tensor:
         raise AssertionError("there is no head whose output could be judged")
@@ -81,13 +85,18 @@ def encode_solids(vae: ShapeVAE, run_dir: Path) -> None:
         surface = pool.surface(torch.arange(first, first + _BATCH) % NUM_SOLIDS, NUM_DATA_POINTS, rng)
         ways.append(torch.randint(8, (_BATCH,), generator=rng))
         turned = [turn_points(part, ways[-1]) for part in surface.split(3, dim=-1)]
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             latents.append(encode(vae, torch.cat(turned, dim=-1)).half())
     torch.save(torch.cat(ways), run_dir / "ways.pt")
     torch.save(torch.cat(latents), path)
 
 
-def read_lesson(run_dir: Path, conditioner: SingleImageEncoder, *, is_frozen: bool) -> SolidLesson:
+def read_lesson(run_dir: Path, conditioner: SingleImageEncoder) -> SolidLesson:
+    """The encoded samples: all of solids of two parts, and of single primitives, which are soon learned, one each."""
     latents, ways = (torch.load(run_dir / name, weights_only=True, mmap=True) for name in ("latents.pt", "ways.pt"))
+    solids = torch.arange(len(latents)) % NUM_SOLIDS
+    is_single = torch.tensor([solid.operation is None for solid in training_solids(0, NUM_SOLIDS)])
+    is_first = torch.arange(len(latents)) < NUM_SOLIDS
+    kept = (is_first | ~is_single[solids]).nonzero()[:, 0]
     pictures = training_pictures(run_dir / "solids", NUM_SOLIDS)
-    return SolidLesson(latents, ways, pictures, conditioner, is_frozen=is_frozen)
+    return SolidLesson(latents[kept], solids[kept], ways[kept], pictures, conditioner)

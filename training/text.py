@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from training.loop import Stateful, run_loop, warm_then_linear
+from training.precision import autocast
 from training.rendering import attribute_targets
 from training.scenes import COLOURS, POSITIONS, SHAPES, SIZES, TEXTURES, TONES, Scene, sample_scene, training_scenes
 
@@ -303,7 +304,7 @@ def train_text(conditioner: Conditioner, run_dir: Path, *, num_steps: int, batch
     def train_step(step: int) -> dict[str, float]:
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * warm_then_linear(step, num_steps, warm_up=50, hold=0.5, end=0.02)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             loss, accuracy = loss_of(step * batch_size)
         optimizer.zero_grad()
         loss.backward()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import yaml  # type: ignore[import-untyped]  # published without types
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from models.families.hunyuan3d.checkpoint import load_checkpoint
 from models.families.hunyuan3d.conditioner import SingleImageEncoder
@@ -34,7 +34,7 @@ from training.solids import SolidBatch, sample_solids
 from training.surfaces import SurfacePool
 from training.text import Text
 
-_CONDITIONER_STEPS = 13_500
+_CONDITIONER_STEPS = 24_500
 _CALIBRATION = 2_000_000_000
 _NUM_CALIBRATION = 32
 _NUM_LOOKED_AT = 32
@@ -78,11 +78,8 @@ class TinyHunyuan3D:
 
     def lesson(self, run_dir: Path, backbone: Backbone, checkpoint: Path | None) -> SolidLesson:
         if checkpoint:
-            conditioner = load_checkpoint(checkpoint, "cpu", torch.float32).conditioner
-            return read_lesson(run_dir, conditioner, is_frozen=True)
-        conditioner = build_conditioner()
-        conditioner.load_state_dict(torch.load(run_dir / "conditioner.pt", weights_only=True)["conditioner"])
-        return read_lesson(run_dir, conditioner, is_frozen=False)
+            return read_lesson(run_dir, load_checkpoint(checkpoint, "cpu", torch.float32).conditioner)
+        return read_lesson(run_dir, _trained_conditioner(run_dir))
 
     def look(self, run_dir: Path, backbone: Backbone, lesson: Lesson) -> Callable[[int, float], None]:
         vae = _trained_vae(run_dir)
@@ -91,8 +88,8 @@ class TinyHunyuan3D:
 
         @torch.no_grad()
         def look(step: int, share: float) -> None:
-            assert lesson.encoder is not None
-            seen = Text(lesson.encoder(pictures), None, None)
+            assert isinstance(lesson, SolidLesson)
+            seen = Text(lesson.conditioner(pictures), None, None)
             for scale in (1.0, 2.0, 3.0):
                 latents = sample(
                     backbone, seen, lesson.no_condition, (NUM_LATENTS, LATENT_CHANNELS), guidance_scale=scale
@@ -143,11 +140,8 @@ def _trained_vae(run_dir: Path) -> ShapeVAE:
 
 
 def _trained_conditioner(run_dir: Path) -> SingleImageEncoder:
-    """As it was when the denoiser was done, with which it went on learning."""
-    trained: dict[str, Tensor] = torch.load(run_dir / "base.pt", weights_only=True)["objective"]
-    tensors = {name.removeprefix("encoder."): tensor for name, tensor in trained.items() if name.startswith("encoder.")}
     conditioner = build_conditioner().eval()
-    conditioner.load_state_dict(tensors)
+    conditioner.load_state_dict(torch.load(run_dir / "conditioner.pt", weights_only=True)["conditioner"])
     return conditioner
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.loop import run_loop, warm_then_linear
+from training.precision import autocast
 from training.rendering import render
 from training.scenes import sample_scene, training_scenes
 
@@ -228,7 +229,7 @@ def train_vae(vae: PictureVae, run_dir: Path, *, num_steps: int = NUM_STEPS) -> 
         factor = warm_then_linear(step, num_steps, warm_up=30, hold=0.5, end=0.03)
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * factor
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             latents = vae.encode(batch)
             result = vae.decode(latents + 0.05 * torch.randn(latents.shape, generator=rng)).float()
         error = result - batch

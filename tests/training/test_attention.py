@@ -42,6 +42,7 @@ def test_models_of_diffusers_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
         expected = transformer(**inputs).sample
         calls: list[int] = []
         monkeypatch.setattr(attention, "attend", lambda *args, **kwargs: calls.append(1) or attend(*args, **kwargs))
+        monkeypatch.setattr(attention, "HAS_FAST_BFLOAT16", True)
         monkeypatch.setattr(F, "scaled_dot_product_attention", F.scaled_dot_product_attention)  # to be put back
         use_matrix_products()
         actual = transformer(**inputs).sample

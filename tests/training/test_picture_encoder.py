@@ -8,6 +8,7 @@ from training.picture_encoder import (
     CHANNELS,
     Probe,
     build_conditioner,
+    draw_weights,
     part_targets,
     surface_targets,
     turn_pictures,
@@ -27,6 +28,15 @@ def silhouette(points: torch.Tensor, batch: SolidBatch, side: int) -> torch.Tens
     """Whether any of the points behind a pixel are inside, `(batch, side, side)`."""
     inside = batch.signed_distance(points) > 0
     return inside.unflatten(1, (side, side, -1)).any(-1)
+
+
+def test_single_primitives_are_an_eighth_of_what_is_shown() -> None:
+    solids = sample_solids(range(50))
+    weights = draw_weights(solids)
+    is_single = torch.tensor([solid.operation is None for solid in solids])
+    assert weights[is_single].sum() == pytest.approx(1 / 8)
+    assert weights[~is_single].sum() == pytest.approx(7 / 8)
+    assert [len(set(part.tolist())) for part in (weights[is_single], weights[~is_single])] == [1, 1]
 
 
 @pytest.mark.parametrize("way", range(8))

@@ -70,8 +70,7 @@ def test_an_assembled_shape_model_is_served_with_its_routers(tmp_path: Path, mon
     run_dir, checkpoint, folder = paths(recipe)
     run_dir.mkdir(parents=True)
     torch.save(build_shape_vae().state_dict(), run_dir / "shape_vae.pt")
-    trained = {f"encoder.{name}": tensor for name, tensor in build_conditioner().state_dict().items()}
-    torch.save({"objective": trained}, run_dir / "base.pt")
+    torch.save({"conditioner": build_conditioner().state_dict()}, run_dir / "conditioner.pt")
     backbone = recipe.new_backbone()
     # When they are assembled and described
     recipe.assemble(run_dir, backbone, checkpoint)
