@@ -72,7 +72,8 @@ class ModelCard:
     """Identity, defaults, limits and curve of one model, as `/v1/models` shows them.
 
     `curve` begins with EXACT and descends in both compute and quality. `dense_step_seconds` is the time of one dense
-    denoise step at the defaults on this device, measured when the model is loaded. `blocks` are the block names.
+    denoise step at the defaults on this device, and `call_share` that part of it, from 0 to 1, which does not grow with
+    the rows of a batch, both measured when the model is loaded. `blocks` are the block names.
     """
 
     modality: ClassVar[str]
@@ -90,6 +91,7 @@ class ModelCard:
     curve: tuple[CurvePoint, ...]
     blocks: tuple[str, ...]
     dense_step_seconds: float
+    call_share: float
     max_batch_size: int
 
 

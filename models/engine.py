@@ -205,15 +205,18 @@ def _card(family: Family, family_name: str, index: Path, folder: Path, manifest:
         curve=curve,
         blocks=tuple(block.name for block in family.blocks),
         dense_step_seconds=math.inf,
+        call_share=0.0,
         max_batch_size=8,
     )
     card = family.card(basics, manifest)
-    return replace(card, dense_step_seconds=_dense_step_seconds(family, card))
+    alone_s, pair_s = (_dense_step_seconds(family, card, batch_size) for batch_size in (1, 2))
+    # A call and its rows take c + r, then c + 2 r.
+    return replace(card, dense_step_seconds=alone_s, call_share=min(max(2 - pair_s / alone_s, 0.0), 1.0))
 
 
-def _dense_step_seconds(family: Family, card: ModelCard) -> float:
+def _dense_step_seconds(family: Family, card: ModelCard, batch_size: int) -> float:
     """Time of one dense step at the card's defaults: the fastest of some four, the first of which warms up."""
     request = replace(family.example_request(card), num_inference_steps=4)
     engine = Engine({card.id: family}, {})
-    state = family.start(request, (EXACT,), EXACT)
-    return min(engine.step([state]).seconds for _ in range(state.num_steps))
+    states = [family.start(request, (EXACT,), EXACT) for _ in range(batch_size)]
+    return min(engine.step(states).seconds for _ in range(states[0].num_steps))

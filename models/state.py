@@ -39,8 +39,9 @@ class DenoiseState:
     `latents` is `(1, tokens, channels)`; `sigmas` `(steps + 1,)` and `timesteps` `(steps,)` are float32 on the CPU.
     `rows` and `inputs` have one entry a guidance branch, the conditional first. `dense_flops` is the cost of one dense
     step of all branches, in the blocks; `compute_cap`, if there is one, the share of it that may be spent in all.
-    `thresholds` and `points` have one entry for each step taken. `prediction` is where the last step's velocity, kept
-    to the end, would lead: the clean sample as seen from there.
+    `thresholds` and `points` have one entry for each step taken. `run_rates` has one for each block, a running mean of
+    the rows that ran there, in which the last step weighs a third. `prediction` is where the last step's velocity,
+    kept to the end, would lead: the clean sample as seen from there.
     """
 
     request: GenerationRequest
@@ -56,6 +57,7 @@ class DenoiseState:
     compute_cap: float | None
     thresholds: list[float] = field(default_factory=list)
     points: list[CurvePoint] = field(default_factory=list)
+    run_rates: list[float] = field(default_factory=list)
     step_index: int = 0
     prediction: Tensor | None = None
 
@@ -76,6 +78,20 @@ class DenoiseState:
     def compute_ratio(self) -> float:
         """The share of the dense block compute of the steps taken so far."""
         return self.spent_flops / (max(self.step_index, 1) * self.dense_flops)
+
+    @property
+    def expected_runs(self) -> list[float]:
+        """How many of its rows the coming step will probably run in each block.
+
+        Before the first step, what the curve says of the mean request; later what this one's routers decided last.
+        """
+        if self.point.rule == "dense":
+            share = 1.0
+        elif self.run_rates:
+            return self.run_rates
+        else:
+            share = self.point.compute_ratio if self.compute_cap is None else self.compute_cap
+        return [len(self.rows) * share] * len(self.rows[0].costs)
 
     def move_to(self, point: CurvePoint) -> None:
         """Take the coming steps at another place on the curve."""
@@ -109,6 +125,10 @@ class DenoiseState:
         """Take over what the step has changed. A step that failed before this can be repeated as if never begun."""
         self.thresholds.append(self.rows[0].policy.skip_threshold)
         self.points.append(self.point)
+        of_blocks = zip(*(row.journal.trace for row in self.rows), strict=True)
+        runs = [sum(entry.decision is Decision.RUN for entry in entries) for entries in of_blocks]
+        expected = self.expected_runs
+        self.run_rates = [rate + (ran - rate) / 3 for rate, ran in zip(expected, runs, strict=True)]
         for row in self.rows:
             row.end_step()
         self.latents = latents

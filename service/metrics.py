@@ -1,7 +1,7 @@
 """Every Prometheus series of the service, declared together. Labels come from closed sets only."""
 
 from collections import Counter as Tally
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -72,7 +72,8 @@ class Metrics:
         )
         self._requests = self._counter("elastic_requests_total", "Requests that ended, by status.", "status")
         self._batch_groups = self._gauge(
-            "elastic_batch_groups", "Groups of running pictures that can't share a step with one another."
+            "elastic_batch_groups",
+            "Groups that running pictures step in: of one shape, and alike in sparsity.",
         )
         self._recovered = Counter(
             "elastic_jobs_recovered_total", "Jobs queued again after their worker died.", registry=self._registry
@@ -141,11 +142,11 @@ class Metrics:
             self._compute_ratio.labels(job.model).observe(measured)
             self._compute_ratio_error.labels(job.model).observe(abs(measured - predicted))
 
-    def observe_groups(self, models: Iterable[str], groups: Iterable[tuple[str, Hashable]]) -> None:
-        """`groups` has model and batch key of every running picture."""
-        sizes = Tally(model for model, _ in set(groups))
+    def observe_groups(self, models: Iterable[str], groups: Iterable[str]) -> None:
+        """`groups` has the model of each."""
+        counts = Tally(groups)
         for model in models:
-            self._batch_groups.labels(model).set(sizes[model])
+            self._batch_groups.labels(model).set(counts[model])
 
     def observe_memory(self, bytes_by_kind: Mapping[str, int]) -> None:
         for kind, size_bytes in bytes_by_kind.items():

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 from models.card import ModelCard
 from models.request import GenerationRequest
+from service.jobs.job import Job, Priority
 from service.jobs.store import Claim, Ending, Progress
 from service.metrics import Metrics
 from service.publisher import Denoised, Publisher, Report, Sketched
-from service.scheduling.batching import Candidate, next_group, shape_of
-from service.scheduling.cost import dense_step_seconds
+from service.scheduling.batching import Candidate, Turns, form_groups, shape_of
+from service.scheduling.cost import BlockSeconds, block_seconds, dense_step_seconds
 from service.scheduling.deadline import point_for
 
 if TYPE_CHECKING:  # models.engine brings torch, which the API side never loads
@@ -23,6 +24,8 @@ if TYPE_CHECKING:  # models.engine brings torch, which the API side never loads
     from models.state import DenoiseState
 
 logger = logging.getLogger(__name__)
+
+_WEIGHTS = {Priority.LOW: 0.5, Priority.NORMAL: 1.0, Priority.HIGH: 2.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,10 @@ class _Held:
 
 @dataclass(slots=True, eq=False)
 class _Running:
-    """A picture between its start and its last step. `denoise_began` is of the performance counter."""
+    """A picture between its start and its last step. `denoise_began` is of the performance counter.
+
+    `service` is the weighted time that it has had of the device; see `scheduling.batching`.
+    """
 
     held: _Held
     index: int
@@ -57,10 +63,18 @@ class _Running:
     queue_s: float
     encode_s: float
     denoise_began: float
-    last_turn: int
+    service: float
+    block_seconds: BlockSeconds
     num_companions: int = 0  # the sum of batch sizes over its steps, itself included
     pace: float = 1.0  # how much longer than predicted its last step took, others' turns included
     last_step_ended: float | None = None
+
+    @property
+    def job(self) -> Job:
+        return self.held.claim.job
+
+    def as_candidate(self) -> Candidate:
+        return Candidate(self.state.batch_key, self.service, self.state.expected_runs, self.block_seconds)
 
 
 class Worker:
@@ -92,7 +106,7 @@ class Worker:
         self._lock = Lock()  # over what several threads look at: the jobs that are held, and what runs
         self._held: dict[str, _Held] = {}
         self._running: list[_Running] = []
-        self._turn = 0
+        self._turns = Turns()
 
     def start(self) -> None:
         """Load the engine and begin. Raises what loading raises."""
@@ -156,7 +170,6 @@ class Worker:
         try:
             while not self._is_stopping:
                 self._take_turn(engine)
-                self._turn += 1
         except Exception:
             logger.exception("the worker stopped")
         finally:
@@ -216,21 +229,22 @@ class Worker:
             return
         now = time.perf_counter()
         self._metrics.observe_stage(job.model, "encode", now - began)
+        cost = block_seconds(held.request(index), self.cards[job.model])
+        running = _Running(held, index, state, queue_s, now - began, now, self._turns.at_start, cost)
         with self._lock:
-            self._running.append(_Running(held, index, state, queue_s, now - began, now, last_turn=self._turn))
+            self._running.append(running)
 
     def _next_batch(self) -> list[_Running]:
-        candidates = [Candidate(running.state.batch_key, running.last_turn) for running in self._running]
-        self._metrics.observe_groups(
-            self.cards, [(running.held.claim.job.model, running.state.batch_key) for running in self._running]
-        )
-        group = [self._running[index] for index in next_group(candidates)]
-        return group[: self._max_batch_size(group[0].held.claim.job.model)]
+        groups = form_groups([running.as_candidate() for running in self._running])
+        self._metrics.observe_groups(self.cards, [self._running[group[0]].job.model for group in groups])
+        batch = [self._running[index] for index in groups[0]]
+        return batch[: self._max_batch_size(batch[0].job.model)]
 
     def _step(self, engine: "Engine", batch: Sequence[_Running]) -> None:
         """One denoise step of `batch`. If it fails, each member steps alone, and only those that fail again fail."""
         for running in batch:
             self._keep_deadline(running)
+        expected = [running.as_candidate() for running in batch]
         try:
             report = engine.step([running.state for running in batch])
         except Exception as error:
@@ -242,12 +256,13 @@ class Worker:
             for running in batch:
                 self._step(engine, [running])
             return
-        self._metrics.observe_step(batch[0].held.claim.job.model, report)
+        self._metrics.observe_step(batch[0].job.model, report)
         self._metrics.observe_memory(engine.memory_bytes())
         now = time.perf_counter()
-        for running in batch:
+        services = self._turns.after_step(expected, [_weight(running.job) for running in batch], report.seconds)
+        for running, service in zip(batch, services, strict=True):
             self._measure_pace(running, now)
-            running.last_turn = self._turn
+            running.service = service
             running.num_companions += report.batch_size
             running.held.steps_done += 1
         for held in dict.fromkeys(running.held for running in batch):
@@ -257,7 +272,7 @@ class Worker:
 
     def _keep_deadline(self, running: _Running) -> None:
         """Under a deadline, choose the coming step's place on the curve from the time that is left."""
-        job, state = running.held.claim.job, running.state
+        job, state = running.job, running.state
         if job.deadline_at is None:
             return
         point = point_for(
@@ -270,7 +285,7 @@ class Worker:
         state.move_to(point)
 
     def _measure_pace(self, running: _Running, now: float) -> None:
-        request, card = running.held.request(running.index), self.cards[running.held.claim.job.model]
+        request, card = running.held.request(running.index), self.cards[running.job.model]
         predicted_s = dense_step_seconds(request, card) * running.state.point.relative_seconds
         running.pace = (now - (running.last_step_ended or running.denoise_began)) / predicted_s
         running.last_step_ended = now
@@ -324,3 +339,8 @@ class Worker:
         self.report(report)
         if isinstance(report, Ending):
             self.drop(report.claim.job.id)
+
+
+def _weight(job: Job) -> float:
+    """What a second counts of those that it is given: a deadline makes haste too."""
+    return _WEIGHTS[job.priority if job.deadline_at is None else Priority.HIGH]

@@ -1,5 +1,7 @@
 """What a request will cost, predicted from the model's card before any work is done."""
 
+from typing import NamedTuple
+
 from models.budget import fastest_enough, resolve
 from models.card import Guidance, ImageCard, MeshCard, ModelCard
 from models.request import GenerationRequest, ImageRequest, LatencyBudget
@@ -8,8 +10,7 @@ from models.request import GenerationRequest, ImageRequest, LatencyBudget
 def predicted_seconds(request: GenerationRequest, card: ModelCard) -> float:
     """Denoising time of `request` alone on this device.
 
-    Time grows with the pixels; that is low for very large pictures, whose attention grows with their square. It grows
-    with the rows too: true classifier-free guidance runs every step on two, and the card's time is of the default.
+    Under a deadline it is that of the best place on the curve that is fast enough.
     """
     dense_s = request.num_inference_steps * dense_step_seconds(request, card)
     if isinstance(request.budget, LatencyBudget):
@@ -19,9 +20,29 @@ def predicted_seconds(request: GenerationRequest, card: ModelCard) -> float:
 
 
 def dense_step_seconds(request: GenerationRequest, card: ModelCard) -> float:
-    """Time of one of its steps in which every block runs."""
-    rows = _num_rows(request, card) / _num_rows_at(card.default_guidance_scale, card)
-    return card.dense_step_seconds * _relative_size(request, card) * rows
+    """Time of one of its steps in which every block runs.
+
+    True classifier-free guidance runs every step on two rows, and the card's time is of the default guidance.
+    """
+    call, row = block_seconds(request, card)
+    return len(card.blocks) * (call + _num_rows(request, card) * row)
+
+
+class BlockSeconds(NamedTuple):
+    """What running a block takes: so much a call, and so much for every row in it."""
+
+    call: float
+    row: float
+
+
+def block_seconds(request: GenerationRequest, card: ModelCard) -> BlockSeconds:
+    """The mean over the model's blocks.
+
+    A row's time grows with the pixels; that is low for very large pictures, whose attention grows with their square.
+    """
+    block_s = card.dense_step_seconds / len(card.blocks)
+    row_s = block_s * (1 - card.call_share) / _num_rows_at(card.default_guidance_scale, card)
+    return BlockSeconds(block_s * card.call_share, row_s * _relative_size(request, card))
 
 
 def _relative_size(request: GenerationRequest, card: ModelCard) -> float:

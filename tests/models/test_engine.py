@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import models.engine
 from models.card import EXACT, CurvePoint, Policy
 from models.engine import Engine, load_engine
 from models.errors import UnknownModel, WeightsError
@@ -561,6 +562,17 @@ def test_card_tells_what_routers_and_curve_allow(kind: Any, engine: Engine, fami
     assert card.blocks == tuple(block.name for block in family.blocks)
     assert [point.preset for point in card.curve] == [Preset.EXACT, Preset.HIGH, Preset.BALANCED, Preset.DRAFT]
     assert 0 < card.dense_step_seconds < 60
+    assert 0 <= card.call_share <= 1
+
+
+@pytest.mark.parametrize(("pair_s", "call_share"), [(1.5, 0.5), (1.0, 1.0), (2.0, 0.0), (0.9, 1.0), (2.3, 0.0)])
+def test_card_tells_how_much_of_a_step_a_batch_shares(
+    directory: Path, router_weights: Path, monkeypatch: pytest.MonkeyPatch, pair_s: float, call_share: float
+) -> None:
+    seconds = {1: 1.0, 2: pair_s}
+    monkeypatch.setattr(models.engine, "_dense_step_seconds", lambda family, card, batch_size: seconds[batch_size])
+    [card] = load_engine([directory], device="cpu", router_weights=router_weights).cards.values()
+    assert (card.dense_step_seconds, card.call_share) == (1.0, pytest.approx(call_share))
 
 
 def test_card_of_a_model_without_routers(plain_engine: Engine, model: str) -> None:

@@ -60,6 +60,42 @@ def test_compute_ratio_is_of_the_steps_taken_so_far(engine: Engine, ask: Ask) ->
         assert state.summary().compute_ratio == 1
 
 
+@pytest.mark.parametrize("has_guidance", [False, True], ids=["one branch", "two branches"])
+def test_expected_runs_begin_with_the_curve_and_follow_the_requests_own_decisions(
+    engine: Engine, model: str, ask: Ask, guided: Guided, has_guidance: bool
+) -> None:
+    blocks = engine.cards[model].blocks
+    num_rows = 1 + has_guidance
+    branches = guided() if has_guidance else {}
+    state = engine.start(ask(budget=PresetBudget(Preset.BALANCED), num_inference_steps=30, **branches))
+    assert state.expected_runs == [0.5 * num_rows] * len(blocks)
+    while not state.is_done:
+        engine.step([state])
+    decisions = state.summary().decisions
+    assert decisions is not None
+    for block, expected in zip(blocks, state.expected_runs, strict=True):
+        ran = [
+            sum(e.decision is Decision.RUN for e in decisions if (e.block, e.step) == (block, step))
+            for step in range(30)
+        ]
+        mean = 0.5 * num_rows
+        for runs in ran:
+            mean = mean * 2 / 3 + runs / 3
+        assert expected == pytest.approx(mean)
+    assert len(set(state.expected_runs)) > 1
+
+
+def test_expected_runs_are_all_at_exact_and_those_of_a_cap(engine: Engine, ask: Ask) -> None:
+    state = engine.start(ask())
+    engine.step([state])
+    assert set(state.expected_runs) == {1.0}
+    assert set(engine.start(ask(budget=ComputeBudget(0.3))).expected_runs) == {0.3}
+    state = engine.start(ask(budget=PresetBudget(Preset.BALANCED)))
+    engine.step([state])
+    state.move_to(EXACT)
+    assert set(state.expected_runs) == {1.0}
+
+
 @pytest.mark.parametrize("cap", [0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0])
 @pytest.mark.parametrize("has_guidance", [False, True], ids=["one branch", "two branches"])
 def test_compute_is_never_over_the_cap(

@@ -63,6 +63,7 @@ DRAWN_CARD = ImageCard(
     curve=CURVE,
     blocks=("double.00", "single.00"),
     dense_step_seconds=0.5,
+    call_share=0.0,
     max_batch_size=4,
 )
 
@@ -84,6 +85,7 @@ MESH_CARD = MeshCard(
     curve=CURVE,
     blocks=("block.00",),
     dense_step_seconds=0.5,
+    call_share=0.0,
     max_batch_size=4,
     default_octree_resolution=32,
     min_octree_resolution=16,
@@ -112,6 +114,10 @@ class DrawnState:
                 return model, height, width
             case _:
                 return self.request.model
+
+    @property
+    def expected_runs(self) -> list[float]:
+        return [self.point.compute_ratio] * len(DRAWN_CARD.blocks)
 
     @property
     def num_steps(self) -> int:
@@ -150,7 +156,7 @@ class DrawnState:
 
 
 class DrawnEngine:
-    """`gate` holds steps back while it is cleared, `decoding_gate` what comes after them.
+    """`gate` holds steps back while it is cleared, `decoding_gate` what comes after them. A batch saves no time.
 
     `batches` has the seeds of every step's batch, `moves` the places on the curve of steps under a deadline. Meshes are
     balls; of seed 666 there is no surface.
@@ -187,7 +193,7 @@ class DrawnEngine:
             state.step_index += 1
         widths = (1.0,) * len(states)
         blocks = tuple(BlockReport(block, 0.001, len(states), 0, 0, widths) for block in DRAWN_CARD.blocks)
-        return StepReport(0.002, 0.0001, len(states), blocks)
+        return StepReport(0.002 * sum(state.compute_ratio for state in states), 0.0001, len(states), blocks)
 
     def memory_bytes(self) -> dict[str, int]:
         return {}

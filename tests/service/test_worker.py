@@ -1,10 +1,12 @@
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from models.errors import WeightsError
+from models.request import LatencyBudget, Preset, PresetBudget
 from service.app import build_dispatcher
 from service.errors import Draining
 from service.jobs.job import FailureReason, Job, JobStatus, Priority
@@ -65,7 +67,43 @@ def test_other_shapes_take_turns(service: Any, engine: Any, make_job: MakeJob) -
         outcome.result(TIMEOUT_S)
     wide_turns = [turn for turn, batch in enumerate(engine.batches) if batch == [2]]
     assert len(wide_turns) == 4
-    assert wide_turns[-1] < 10
+    # As two shapes of three pictures: the two that share steps get two for each of the other's.
+    assert wide_turns[-1] < 13
+
+
+def test_a_light_request_takes_steps_without_dense_ones(service: Any, engine: Any, make_job: MakeJob) -> None:
+    engine.gate.clear()
+    exact, draft = PresetBudget(Preset.EXACT), PresetBudget(Preset.DRAFT)
+    outcomes = [service.submit(make_job("dense", seeds=(1,), num_inference_steps=20, budget=exact))]
+    assert engine.stepping.wait(TIMEOUT_S)
+    outcomes.append(service.submit(make_job("light", seeds=(2,), num_inference_steps=20, budget=draft)))
+    engine.gate.set()
+    for outcome in outcomes:
+        outcome.result(TIMEOUT_S)
+    # The light one needs 0.4 of the time, so it has five steps while the dense one has two, which it shares.
+    light_turns = [turn for turn, batch in enumerate(engine.batches) if 2 in batch]
+    num_dense = sum(1 in batch for batch in engine.batches[light_turns[0] : light_turns[-1]])
+    assert [2] in engine.batches
+    assert [1, 2] in engine.batches
+    assert num_dense == pytest.approx(8, abs=1)
+
+
+@pytest.mark.parametrize("urgency", [{"priority": Priority.HIGH}, {"deadline_at": 1e12}], ids=["priority", "deadline"])
+def test_urgent_pictures_get_twice_the_device(
+    service: Any, engine: Any, make_job: MakeJob, urgency: dict[str, Any]
+) -> None:
+    engine.gate.clear()
+    exact = PresetBudget(Preset.EXACT)
+    outcomes = [service.submit(make_job("a", seeds=(1,), num_inference_steps=20, budget=exact))]
+    assert engine.stepping.wait(TIMEOUT_S)
+    budget = LatencyBudget(latency_s=1e12) if "deadline_at" in urgency else exact
+    urgent = make_job("b", seeds=(2,), width=128, num_inference_steps=12, budget=budget)
+    outcomes.append(service.submit(replace(urgent, **urgency)))
+    engine.gate.set()
+    for outcome in outcomes:
+        outcome.result(TIMEOUT_S)
+    last = max(turn for turn, batch in enumerate(engine.batches) if batch == [2])
+    assert engine.batches[:last].count([1]) == pytest.approx(6, abs=1.5)
 
 
 def test_high_priority_overtakes_the_queue(start_service: StartService, engine: Any, make_job: MakeJob) -> None:

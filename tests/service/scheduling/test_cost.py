@@ -5,7 +5,7 @@ import pytest
 
 from models.card import ImageCard
 from models.request import ImageRequest, Preset, PresetBudget
-from service.scheduling.cost import predicted_seconds
+from service.scheduling.cost import block_seconds, dense_step_seconds, predicted_seconds
 
 EXACT = PresetBudget(Preset.EXACT)
 
@@ -25,6 +25,24 @@ def test_cost_grows_with_steps_pixels_branches_and_budget(
     fields: dict[str, object], seconds: float, make_request: Callable[..., ImageRequest], drawn_card: ImageCard
 ) -> None:
     assert predicted_seconds(make_request(**fields), drawn_card) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("fields", "seconds"),
+    [
+        ({}, 0.5),
+        ({"height": 128, "width": 128}, 0.2 + 4 * 0.3),
+        ({"height": 32}, 0.2 + 0.3 / 2),
+        ({"negative_prompt": "", "true_cfg_scale": 4.0}, 0.2 + 2 * 0.3),
+    ],
+)
+def test_only_rows_cost_more_where_there_is_more_to_do(
+    fields: dict[str, object], seconds: float, make_request: Callable[..., ImageRequest], drawn_card: ImageCard
+) -> None:
+    card = replace(drawn_card, call_share=0.4)
+    request = make_request(**fields)
+    assert dense_step_seconds(request, card) == pytest.approx(seconds)
+    assert block_seconds(request, card).call == pytest.approx(0.2 / len(card.blocks))
 
 
 @pytest.mark.parametrize(

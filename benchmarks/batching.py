@@ -1,0 +1,117 @@
+"""What does it bring to group requests by predicted sparsity?
+
+`python -m benchmarks.batching` sends dense (`exact`) and light (`draft`) requests of one size at once, and lets two
+batchers serve them, round by round in turn: the service's, and one that lets all share every step. Medians over rounds
+are reported: how long each kind took on average from arrival to last step, and all together, over what they took with
+the other batcher. Requests of one kind alone are served too, from which nothing should be lost.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks.engine import requests_for
+from benchmarks.environment import environment
+from benchmarks.table import Row, finish, show
+from models.engine import Engine, load_engine
+from models.request import GenerationRequest, Preset, PresetBudget
+from service.scheduling.batching import Candidate, Turns, form_groups
+from service.scheduling.cost import block_seconds
+from training.prompts import complex_scenes
+
+Group = Callable[[Sequence[Candidate]], list[list[int]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """So many requests at `exact` and at `draft`, which arrive together."""
+
+    num_dense: int
+    num_light: int
+
+
+def everyone(candidates: Sequence[Candidate]) -> list[list[int]]:
+    """The other batcher: all in one group, whatever their sparsity."""
+    return [list(range(len(candidates)))]
+
+
+def serve(engine: Engine, requests: Sequence[GenerationRequest], group: Group) -> list[float]:
+    """Seconds until each request has taken its last step, by the service's loop with its batcher or another."""
+    card = engine.cards[requests[0].model]
+    states, turns = [engine.start(request) for request in requests], Turns()
+    costs = [block_seconds(request, card) for request in requests]
+    services, ends = [0.0] * len(states), [0.0] * len(states)
+    running = list(range(len(states)))
+    started = time.perf_counter()
+    while running:
+        candidates = [Candidate(states[i].batch_key, services[i], states[i].expected_runs, costs[i]) for i in running]
+        chosen = group(candidates)[0]
+        report = engine.step([states[running[place]] for place in chosen])
+        had = turns.after_step([candidates[place] for place in chosen], [1.0] * len(chosen), report.seconds)
+        for place, service in zip(chosen, had, strict=True):
+            services[running[place]] = service
+            if states[running[place]].is_done:
+                ends[running[place]] = time.perf_counter() - started
+        running = [i for i in running if not states[i].is_done]
+    return ends
+
+
+def measure(engine: Engine, model: str, side: int, load: Load, num_rounds: int) -> Row:
+    scenes = complex_scenes(load.num_dense + load.num_light)
+    budgets = [Preset.EXACT] * load.num_dense + [Preset.DRAFT] * load.num_light
+    requests = [
+        requests_for(engine, model, [scene], PresetBudget(preset), side)[0]
+        for scene, preset in zip(scenes, budgets, strict=True)
+    ]
+    runs: dict[str, list[list[float]]] = {"ours": [], "everyone": []}
+    for number in tqdm(range(num_rounds + 1), desc=f"{load.num_dense} + {load.num_light} at {side}"):
+        pair: list[tuple[str, Group]] = [("ours", form_groups), ("everyone", everyone)]
+        for name, group in pair if number % 2 else pair[::-1]:
+            ends = serve(engine, requests, group)
+            if number:  # the first round warms up
+                runs[name].append(ends)
+
+    def ratio(of: Callable[[Sequence[float]], float]) -> float:
+        return statistics.median(of(a) / of(b) for a, b in zip(runs["ours"], runs["everyone"], strict=True))
+
+    row: Row = {"side": side, "dense": load.num_dense, "light": load.num_light}
+    of_dense = ratio(lambda ends: statistics.mean(ends[: load.num_dense])) if load.num_dense else None
+    of_light = ratio(lambda ends: statistics.mean(ends[load.num_dense :])) if load.num_light else None
+    row |= {"dense_ratio": of_dense, "light_ratio": of_light}
+    return row | {"all_ratio": ratio(max), "all_seconds": statistics.median(map(max, runs["ours"]))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("checkpoints/tiny-flux"))
+    parser.add_argument("--router-weights", type=Path, default=Path("router_weights"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sides", type=int, nargs="+", default=[128, 256])
+    parser.add_argument("--json", type=Path, help="also write the result here")
+    arguments = parser.parse_args()
+    engine = load_engine([arguments.model], device="cpu", router_weights=arguments.router_weights)
+    model = arguments.model.name
+    loads = [Load(4, 4), Load(1, 7), Load(7, 1), Load(8, 0), Load(0, 8)]
+    rows = [
+        measure(engine, model, side, load, arguments.rounds)
+        for side in arguments.sides
+        for load in tqdm(loads, desc="loads")
+    ]
+    show(f"Seconds by the service's batcher, and ratios to steps shared by all; {model}", rows)
+    result = {
+        "benchmark": "batching",
+        "model": model,
+        "call_share": engine.cards[model].call_share,
+        "environment": environment(),
+        "rows": rows,
+    }
+    finish(result, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
