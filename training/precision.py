@@ -2,7 +2,7 @@
 
 import torch
 
-HAS_FAST_BFLOAT16: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+HAS_FAST_BFLOAT16: bool = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 """Whether this CPU multiplies bfloat16 faster than float32. One with AVX2 alone takes some 60 times as long for it."""
 
 

@@ -69,13 +69,12 @@ def form_groups(candidates: Sequence[Candidate]) -> list[list[int]]:
     while left:
         leader = left[0]
         step, group = _Step(candidates[leader]), [leader]
-        alike = sorted(left[1:], key=lambda index: abs(seconds[index] - seconds[leader]))
-        for index in alike:
-            if candidates[index].batch_key == candidates[leader].batch_key:
-                share = (len(group) + 1) * seconds[leader]
-                if step.seconds_with(candidates[index]) <= _TOLERANCE * share:
-                    step.join(candidates[index])
-                    group.append(index)
+        peers = [index for index in left[1:] if candidates[index].batch_key == candidates[leader].batch_key]
+        for index in sorted(peers, key=lambda index: abs(seconds[index] - seconds[leader])):
+            share = (len(group) + 1) * seconds[leader]
+            if step.seconds_with(candidates[index]) <= _TOLERANCE * share:
+                step.join(candidates[index])
+                group.append(index)
         groups.append(group)
         left = [index for index in left if index not in group]
     return groups
