@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from models.card import Policy
 from models.elastic.compute import BlockCost
 from models.elastic.plan import SKIP, RowPlan, RowView, Rule
-from models.elastic.router import Router
+from models.elastic.router import Scorer
 from models.report import BlockReport, Decision, StepDecision
 
 CALL_COSTS_TOKENS = 100
@@ -115,7 +115,7 @@ class ElasticBlock:
     name: str
     variants: Mapping[float, nn.Module]
     call: Callable[[nn.Module, Streams], tuple[Tensor, Tensor]]
-    router: Router | None
+    router: Scorer | None
     enter: Callable[[Streams], Streams] | None = None
     leave: Callable[[Streams], Streams] | None = None
 
@@ -261,9 +261,8 @@ def _plan(
     scores: list[list[float]] | None = None
     if modulation is not None and block.router is not None:
         inputs, masks = streams.scored
-        answer = block.router(inputs, modulation, masks)
         # The one wait for the device in a block: five numbers a row, without which nothing can be left out.
-        scores = torch.cat((answer.depth_logits[:, None], answer.width_logits), dim=1).float().tolist()
+        scores = block.router(inputs, modulation, masks).logits.tolist()
     router_seconds = time.perf_counter() - started
     plans = []
     for i, row in enumerate(rows):

@@ -65,7 +65,7 @@ def elastic_blocks(
     if router_weights:
         _check_fit(router_weights.stack, len(blocks), anatomy.channels(transformer))
         permute_neurons(blocks, router_weights.neuron_orders, anatomy.mlps)
-        routers = router_weights.stack.routers
+        routers = [router.fused() for router in router_weights.stack.routers]
     return tuple(
         ElasticBlock(
             name,

@@ -174,7 +174,7 @@ class HunYuanDiTBlock(nn.Module):
         else:
             looking = hidden_states[context_rows]
             looking = looking + self.attn2(self.norm2(looking), context)
-            hidden_states = (hidden_states + self.attn2(hidden_states, None)).index_copy(0, context_rows, looking)
+            hidden_states = (hidden_states + self.attn2(hidden_states, None)).index_copy_(0, context_rows, looking)
         feed_forward = self.moe if self.has_experts else self.mlp
         return hidden_states + feed_forward(self.norm3(hidden_states))
 

@@ -113,6 +113,20 @@ def test_stack_has_the_official_names_and_shapes() -> None:
     assert shapes == {f"gate_mlps.{i}.{name}": shape for i in range(2) for name, shape in official.items()}
 
 
+@pytest.mark.parametrize("num_real_tokens", [None, 2])
+def test_fused_router_gives_the_same_scores_from_the_same_memory(
+    router: Router, streams: tuple[Tensor, Tensor], temb: Tensor, num_real_tokens: int | None
+) -> None:
+    text, _ = streams
+    mask = None if num_real_tokens is None else (torch.arange(text.shape[1]) < num_real_tokens).expand(3, -1)
+    inputs = streams, router.modulation(temb), (mask, None)
+    before = router(*inputs)
+    fused = router.fused()
+    torch.testing.assert_close(fused(*inputs).logits, before.logits, rtol=1e-5, atol=1e-5)
+    router.gate_head.bias.add_(1)
+    torch.testing.assert_close(fused(*inputs).depth_logits, before.depth_logits + 1, rtol=1e-5, atol=1e-5)
+
+
 def test_fused_modulation_is_that_of_each_router(temb: Tensor) -> None:
     stack = RouterStack(2, CHANNELS, HIDDEN)
     for parameter in stack.parameters():
