@@ -13,6 +13,7 @@ from service.api import routes_images, routes_jobs, routes_meshes, routes_models
 from service.api.auth import require
 from service.api.entrance import Entrance
 from service.api.errors import add_error_handlers, error_responses
+from service.api.routes_playground import add_playground
 from service.dispatcher import Dispatcher, Timing
 from service.jobs.job import Job
 from service.jobs.memory import MemoryStore
@@ -85,6 +86,7 @@ def create_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
     ):
         app.include_router(routes.router, dependencies=[require(Scope.GENERATE)], responses=error_responses(*statuses))
     app.include_router(routes_operations.router)
+    add_playground(app)
     return app
 
 

@@ -1,7 +1,7 @@
 """For operators: is it alive, is it ready, what does it count."""
 
 from fastapi import APIRouter, Response
-from fastapi.responses import JSONResponse, RedirectResponse
+from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from service.api.auth import require
@@ -13,11 +13,6 @@ from service.keys import Scope
 
 # Metrics need a key. The other pages are open: what asks for them, such as a load balancer, has none.
 router = APIRouter(tags=["operations"])
-
-
-@router.get("/", include_in_schema=False)
-async def show_docs() -> RedirectResponse:
-    return RedirectResponse("/docs")
 
 
 @router.get("/healthz", summary="Whether the process is alive")

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -33,8 +34,15 @@ def test_documentation_page_needs_nothing_from_outside(client: TestClient) -> No
         assert client.get(f"/static-offline-docs/{name}").status_code == 200
 
 
-def test_front_page_leads_to_the_documentation(client: TestClient) -> None:
-    assert client.get("/", follow_redirects=False).headers["location"] == "/docs"
+def test_front_page_needs_nothing_from_outside(client: TestClient) -> None:
+    page = client.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    assert "https://" not in page.text
+    named = re.findall(r'(?:src|href)="(/[^"]+)"', page.text)
+    assert named
+    for path in (*named, "/playground/vendor/model-viewer.min.js"):
+        assert client.get(path).status_code == 200
 
 
 def test_openapi_has_our_errors_and_only_what_works(client: TestClient) -> None:

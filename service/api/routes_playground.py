@@ -1,0 +1,35 @@
+"""The front page: a page for trying models in a browser, which uses the public API only."""
+
+from pathlib import Path
+
+from fastapi import APIRouter, FastAPI
+from fastapi.responses import FileResponse
+from starlette.staticfiles import StaticFiles
+
+_DIRECTORY = Path(__file__).parents[1] / "playground"
+_POLICY = "; ".join(
+    (
+        "default-src 'self'",
+        "img-src 'self' blob: data:",
+        "connect-src 'self' blob:",  # model-viewer fetches the mesh that the page holds
+        "style-src 'self' 'unsafe-inline'",  # its styles are written into the page
+        "script-src 'self' 'wasm-unsafe-eval'",
+        "worker-src 'self' blob:",
+        "object-src 'none'",
+        "base-uri 'none'",
+        "frame-ancestors 'none'",
+    )
+)
+
+router = APIRouter(include_in_schema=False)
+
+
+@router.get("/")
+async def show_playground() -> FileResponse:
+    """Open to all, as are its scripts: what they ask of the API needs a key, if the server has any."""
+    return FileResponse(_DIRECTORY / "index.html", headers={"Content-Security-Policy": _POLICY})
+
+
+def add_playground(app: FastAPI) -> None:
+    app.include_router(router)
+    app.mount("/playground", StaticFiles(directory=_DIRECTORY), name="playground")

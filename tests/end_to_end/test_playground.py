@@ -1,0 +1,225 @@
+"""The front page in a real browser, at a real server."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx2
+import numpy as np
+import pytest
+import trimesh
+from PIL import Image
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
+
+ROOT = Path(__file__).parents[2]
+GENERATION_MS = 120_000
+ARGUMENTS = [
+    "--no-sandbox",
+    "--use-gl=angle",
+    "--use-angle=swiftshader",
+    "--enable-unsafe-swiftshader",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("chromium is not installed")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page of its own. A test fails if anything went wrong in it unseen, or it asked other hosts."""
+    page = browser.new_page()
+    hosts, complaints = set(), []
+    page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda message: complaints.append(message.text) if is_complaint(message) else None)
+    yield page
+    page.close()
+    assert hosts <= {"127.0.0.1", None, ""}  # blobs have no host
+    assert not complaints
+
+
+def is_complaint(message: ConsoleMessage) -> bool:
+    """Chromium also logs every answer that is an error; of those the page has to tell."""
+    return message.type == "error" and "Failed to load" not in message.text
+
+
+def opened(page: Page, url: str, model: str) -> Page:
+    page.goto(url)
+    page.get_by_label("Model").select_option(model)
+    return page
+
+
+def generate(page: Page) -> None:
+    page.get_by_role("button", name="Generate").click()
+
+
+def run_of(page: Page, budget: str) -> Locator:
+    return page.locator("article", has=page.locator("h2", has_text=re.compile(rf", {budget}$")))
+
+
+def receipt_of(run: Locator) -> dict[str, str]:
+    expect(run.locator(".status")).to_have_text(re.compile("^job_"), timeout=GENERATION_MS)
+    return dict(zip(run.locator("dt").all_text_contents(), run.locator("dd").all_text_contents(), strict=True))
+
+
+def file_of(page: Page, run: Locator, folder: Path) -> bytes:
+    with page.expect_download() as download:
+        run.get_by_role("link", name="Download").click()
+    path = folder / download.value.suggested_filename
+    download.value.save_as(path)
+    return path.read_bytes()
+
+
+def test_a_picture_at_a_budget_beside_the_exact_one(server: str, page: Page, tmp_path: Path) -> None:
+    opened(page, server, "tiny-flux")
+    page.locator("#prompt").fill("a green triangle below a red circle")
+    page.locator("#preset").select_option("fast")
+    expect(page.locator("#expected")).to_contain_text("SSIM to the exact result")
+    page.get_by_text("More", exact=True).click()
+    page.get_by_label("Seed").fill("3")
+    generate(page)
+    fast, exact = run_of(page, "fast"), run_of(page, "exact")
+    receipts = receipt_of(fast), receipt_of(exact)
+    assert receipts[1]["Compute"] == "100 %"
+    assert int(receipts[0]["Compute"].removesuffix(" %")) < 70
+    assert receipts[0]["Seed"] == receipts[1]["Seed"] == "3"
+    for run in (fast, exact):
+        picture = run.locator("img.result")
+        expect(picture).to_have_js_property("naturalWidth", 128)
+    # Not the page's own doing: the API gives the same.
+    body = {"model": "tiny-flux", "prompt": "a green triangle below a red circle", "seed": 3}
+    answer = httpx2.post(f"{server}/v1/images", json={**body, "budget": {"preset": "fast"}}, timeout=120).json()
+    pictures = file_of(page, fast, tmp_path), base64.b64decode(answer["data"][0]["b64_json"])
+    seen, given = (np.asarray(Image.open(BytesIO(data)), int) for data in pictures)
+    assert np.abs(seen - given).max() <= 1
+    blocks = answer["receipt"]["blocks"]
+    assert receipts[0]["Blocks"] == f"{blocks['run']} run, {blocks['reused']} re-used, {blocks['skipped']} skipped"
+    counts = [decisions_shown(run) for run in (fast, exact)]
+    assert counts[0] == {"run": blocks["run"], "reuse": blocks["reused"], "skip": blocks["skipped"]}
+    assert counts[0]["skip"] > 0
+    assert counts[1]["run"] == sum(counts[0].values())
+
+
+def decisions_shown(run: Locator) -> dict[str, int]:
+    """How many cells of a run's picture have the colour that its legend gives each decision; run has many shades."""
+    data = run.locator("canvas").evaluate("canvas => canvas.toDataURL()")
+    with Image.open(BytesIO(base64.b64decode(data.split(",")[1]))) as file:
+        pixels = np.asarray(file.convert("RGBA"))[::6, ::8].reshape(-1, 4)
+    counts = {}
+    for decision in ("reuse", "skip"):
+        colour = run.locator(f"i.{decision}").evaluate("mark => getComputedStyle(mark).backgroundColor")
+        rgba = [*map(int, re.findall(r"\d+", colour)), 255]
+        counts[decision] = int((pixels == rgba).all(1).sum())
+    return {"run": len(pixels) - sum(counts.values()), **counts}
+
+
+def test_previews_and_progress_come_before_the_result(server: str, page: Page) -> None:
+    opened(page, server, "tiny-flux")
+    page.evaluate(
+        """() => {
+            window.seen = [];
+            const note = () => {
+                for (const media of document.querySelectorAll(".made > *")) window.seen.push(media.className);
+                for (const status of document.querySelectorAll(".status")) window.seen.push(status.textContent);
+            };
+            new MutationObserver(note).observe(document.getElementById("runs"), { childList: true, subtree: true });
+        }"""
+    )
+    page.get_by_label("Make the exact result").uncheck()
+    generate(page)
+    receipt_of(page.locator("article"))
+    seen = page.evaluate("() => window.seen")
+    assert seen.index("preview") < seen.index("result")
+    assert any(re.match(r"step \d+ of \d+, \d+ % of the full compute", text) for text in seen)
+
+
+def test_a_mesh_that_can_be_turned(server: str, page: Page, tmp_path: Path) -> None:
+    opened(page, server, "tiny-hunyuan3d")
+    page.get_by_label("Picture of one object").set_input_files(ROOT / "docs/images/solid.png")
+    page.get_by_label("Make the exact result").uncheck()
+    page.get_by_text("More", exact=True).click()
+    page.get_by_label("Grid cells").fill("64")
+    generate(page)
+    run = page.locator("article")
+    receipt = receipt_of(run)
+    viewer = run.locator("model-viewer.result")
+    expect(viewer).to_have_js_property("loaded", True, timeout=GENERATION_MS)
+    viewer.evaluate("viewer => viewer.updateComplete")
+    with Image.open(BytesIO(viewer.screenshot())) as picture:
+        assert np.asarray(picture.convert("L"), int).std() > 5
+    mesh = trimesh.load(BytesIO(file_of(page, run, tmp_path)), file_type="glb", force="mesh")
+    assert isinstance(mesh, trimesh.Trimesh)
+    assert receipt["Mesh"] == f"{len(mesh.faces)} faces, watertight"
+
+
+def test_what_is_wrong_is_said_where_it_was_asked(server: str, page: Page) -> None:
+    opened(page, server, "tiny-flux")
+    page.get_by_text("More", exact=True).click()
+    page.get_by_label("Size").fill("13x128")
+    page.get_by_label("Make the exact result").uncheck()
+    generate(page)
+    expect(page.locator("article .error")).to_contain_text("width 13 is not within", timeout=GENERATION_MS)
+    opened(page, server, "tiny-hunyuan3d")
+    generate(page)
+    expect(page.locator("#notice")).to_have_text("Choose a picture first.")
+
+
+def test_cancelling_stops_the_job(server: str, page: Page) -> None:
+    def num_cancelled() -> float:
+        metrics = httpx2.get(f"{server}/metrics").text
+        line = re.search(
+            r'^elastic_requests_total\{model="tiny-flux",status="cancelled"\} (.+)$', metrics, re.MULTILINE
+        )
+        return float(line[1]) if line else 0
+
+    before = num_cancelled()
+    opened(page, server, "tiny-flux")
+    page.locator("#preset").select_option("exact")
+    page.get_by_text("More", exact=True).click()
+    page.get_by_label("Steps").fill("100")
+    page.get_by_label("Size").fill("256x256")
+    generate(page)
+    expect(page.locator(".status")).to_have_text(re.compile("^step "), timeout=GENERATION_MS)
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.locator(".status")).to_have_text("cancelled")
+    for _ in range(100):
+        if num_cancelled() > before:
+            break
+        page.wait_for_timeout(100)
+    assert num_cancelled() == before + 1
+
+
+def test_a_server_with_keys_asks_for_one(
+    own_server: Callable[..., tuple[subprocess.Popen[str], str]], page: Page
+) -> None:
+    entry = {"id": "test", "sha256": sha256(b"a-key-of-the-test").hexdigest(), "scopes": ["generate"]}
+    _, url = own_server(ELASTIC_API_KEYS=json.dumps([entry]), ELASTIC_MODELS="checkpoints/tiny-flux")
+    page.goto(url)
+    expect(page.locator("#notice")).to_contain_text("API key")
+    page.get_by_text("More", exact=True).click()
+    page.get_by_label("API key").fill("a-key-of-the-test")
+    page.get_by_label("API key").press("Tab")
+    expect(page.locator("#notice")).to_be_empty()
+    page.get_by_label("Make the exact result").uncheck()
+    generate(page)
+    receipt_of(page.locator("article"))
