@@ -13,10 +13,10 @@ _POLICY = "; ".join(
         "img-src 'self' blob: data:",
         "connect-src 'self' blob:",  # model-viewer fetches the mesh that the page holds
         "style-src 'self' 'unsafe-inline'",  # its styles are written into the page
-        "script-src 'self' 'wasm-unsafe-eval'",
-        "worker-src 'self' blob:",
+        "script-src 'self' 'wasm-unsafe-eval'",  # its decoder of compressed meshes
         "object-src 'none'",
         "base-uri 'none'",
+        "form-action 'none'",
         "frame-ancestors 'none'",
     )
 )

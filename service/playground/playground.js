@@ -61,7 +61,7 @@ function budgetOf() {
 const labelOf = (budget) =>
   budget.preset ?? Object.entries(budget).map(([kind, value]) => `${kind} ${value}`).join(", ");
 
-/** The calibration's point that a budget leads to, as the server chooses it; none where it chooses at every step. */
+/** The calibrated point that a budget leads to, or just above it; none where the server chooses at every step. */
 function pointOf({ preset, quality }, curve) {
   if (preset) return curve.find((point) => point.preset === preset);
   const cheapestFirst = [...curve].sort((a, b) => a.compute_ratio - b.compute_ratio);
@@ -74,7 +74,7 @@ function showExpectation() {
   const model = chosenModel();
   const point = model && pointOf(budgetOf(), model.curve);
   byId("expected").textContent = point
-    ? `On average: ${percent(point.compute_ratio)} of the full compute, ` +
+    ? `On average${byId("budget").value === "preset" ? "" : " at most"}: ${percent(point.compute_ratio)} of the full compute, ` +
       `${point.quality.toFixed(3)} ${MEASURES[model.quality_metric] ?? model.quality_metric} to the exact result, ` +
       `${point.expected_seconds.toFixed(2)} s of denoising.`
     : "The server chooses thresholds again at every step, from what is left.";
@@ -87,6 +87,7 @@ function showBudget() {
 
 function showModel() {
   const model = chosenModel();
+  if (model.modality === "mesh") import("/playground/vendor/model-viewer.min.js"); // large, and no use for pictures
   for (const part of form.querySelectorAll("[data-modality]")) part.hidden = part.dataset.modality !== model.modality;
   for (const part of form.querySelectorAll("[data-guidance]")) part.hidden = part.dataset.guidance !== model.guidance;
   byId("about").textContent = `${model.family}, licence ${model.license}`;
@@ -94,7 +95,6 @@ function showModel() {
   byId("preset").replaceChildren(...presets);
   if (presets.some((option) => option.value === "balanced")) byId("preset").value = "balanced";
   for (const [field, value] of Object.entries(model.defaults)) byId(field).placeholder = value;
-  byId("num_inference_steps").max = model.limits.num_inference_steps;
   showBudget();
 }
 
@@ -107,9 +107,11 @@ const base64Of = (file) =>
   });
 
 async function bodyOf(model) {
+  const seed = numberOf("seed") ?? Math.floor(Math.random() * MAX_SEED);
+  if (!Number.isSafeInteger(seed)) throw new ApiError("A browser can write whole seeds of up to 2^53 - 1 only.");
   const shared = {
     model: model.id,
-    seed: numberOf("seed") ?? Math.floor(Math.random() * MAX_SEED),
+    seed,
     num_inference_steps: numberOf("num_inference_steps"),
     guidance_scale: numberOf("guidance_scale"),
     stream: true,
@@ -303,4 +305,3 @@ byId("drop").addEventListener("dragover", (event) => {
 });
 byId("drop").addEventListener("dragleave", () => byId("drop").classList.remove("over"));
 loadModels();
-import("/playground/vendor/model-viewer.min.js");
