@@ -15,7 +15,7 @@ help: ## list these commands
 setup: $(INSTALLED) ## install into .venv; instant when nothing changed
 
 demo: setup ## start a server, draw prompts and make meshes at every budget, write demo/contact_sheet.png
-	$(BIN)/python -m service.demo --out demo $(ARGS)
+	$(BIN)/python -m examples.demo --out demo $(ARGS)
 
 serve: setup ## serve on 127.0.0.1:8000
 	$(BIN)/elastic-dit serve $(ARGS)

@@ -40,8 +40,9 @@ from benchmarks.environment import environment
 from benchmarks.processes import ElasticDit, RedisServer
 from benchmarks.table import finish
 from models.card import ImageCard
-from models.engine import Engine, load_engine
+from models.engine import Engine
 from models.request import QualityBudget
+from models.zoo import load_engine
 from service.api.parsing import parse_requests
 from service.api.schemas import ImageBody
 from service.jobs.job import JobStatus

@@ -28,9 +28,10 @@ from benchmarks.contenders import Contender, Denoising, contenders, decisions, e
 from benchmarks.environment import environment
 from benchmarks.table import Row, finish, show
 from models.card import Guidance, ImageCard
-from models.engine import Engine, load_engine
+from models.engine import Engine
 from models.report import GenerationSummary
 from models.request import Budget, ImageRequest, Preset, PresetBudget
+from models.zoo import load_engine
 from training.judge import Judge, Reading, load_judge
 from training.prompts import complex_scenes, evaluation_scenes, simple_scenes
 from training.scenes import TEXTURES, TONES, Scene

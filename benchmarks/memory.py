@@ -45,7 +45,7 @@ from tqdm import tqdm
 from benchmarks.environment import environment
 from benchmarks.processes import RedisServer
 from benchmarks.table import Row, finish, show
-from models.engine import load_engine
+from models.zoo import load_engine
 from service.app import build_dispatcher, create_app
 from service.server import DrainingServer
 from service.settings import Settings

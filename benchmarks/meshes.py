@@ -32,7 +32,7 @@ from benchmarks.mesh_sheet import Cell, draw_sheet
 from benchmarks.table import Row, finish, show
 from models.card import MeshCard
 from models.diffusion.sampling import classifier_free_guidance, euler_step
-from models.engine import Engine, load_engine
+from models.engine import Engine
 from models.errors import EmptySurface
 from models.families.hunyuan3d.checkpoint import Hunyuan3DCheckpoint, load_checkpoint
 from models.families.hunyuan3d.preparation import prepare_picture
@@ -40,6 +40,7 @@ from models.mesh.cleanup import CleanMesh
 from models.mesh.surface import Mesh
 from models.report import GenerationSummary
 from models.request import Budget, ComputeBudget, MeshRequest, Preset, PresetBudget
+from models.zoo import load_engine
 from training.mesh_judge import Shape, surface_likeness, volume_iou
 from training.prepared_pictures import picture_file
 from training.solids import Solid, sample_solids

@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from models.card import EXACT, CurvePoint, ImageCard, MeshCard, ModelCard, Policy
-from models.engine import Engine, load_engine
+from models.engine import Engine
 from models.errors import InvalidRequest
 from models.request import GenerationRequest, ImageRequest, MeshRequest, Preset, PresetBudget
 from models.weights import read_manifest, write_curve
+from models.zoo import load_engine
 
 _PRESET_COMPUTE = {Preset.HIGH: 0.8, Preset.BALANCED: 0.6, Preset.FAST: 0.45, Preset.DRAFT: 0.25}
 _LEAST_SAVING = 0.015

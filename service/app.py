@@ -14,7 +14,6 @@ from service.api.auth import require
 from service.api.entrance import Entrance
 from service.api.errors import add_error_handlers, error_responses
 from service.api.routes_playground import add_playground
-from service.dispatcher import Dispatcher, Timing
 from service.jobs.job import Job
 from service.jobs.memory import MemoryStore
 from service.jobs.redis import RedisStore, connect
@@ -22,9 +21,10 @@ from service.jobs.results import MemoryResults, RedisResults, Results, VolumeRes
 from service.jobs.store import JobStore
 from service.keys import Scope
 from service.metrics import Metrics
+from service.running.dispatcher import Dispatcher, Timing
+from service.running.worker import Worker, WorkerLimits
 from service.settings import Settings
 from service.webhooks import Webhooks
-from service.worker import Worker, WorkerLimits
 
 if TYPE_CHECKING:  # models.engine brings torch, which the API side never loads
     from models.engine import Engine

@@ -12,18 +12,18 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 from typer.exceptions import TyperException
 
-from models.artifact import MeshFormat, OutputFormat
 from models.errors import GenerationError, InvalidRequest
-from service.api.budget import budget_fields
+from models.file_formats import MeshFormat, OutputFormat
 from service.api.input_image import checked_picture
 from service.api.parsing import RANDOM_SEEDS
 from service.api.responses import ReceiptBody
 from service.api.schemas import ImageBody, MeshBody
 from service.api.validation import invalid_request
-from service.dispatcher import Dispatcher
+from service.budget import budget_fields
 from service.errors import BadConfiguration, InvalidImage, ServiceError
 from service.logging import configure_logging
 from service.new_key import new_key
+from service.running.dispatcher import Dispatcher
 from service.settings import Settings, load_settings
 
 app = typer.Typer(help="Elastic diffusion transformers, served.", add_completion=False, rich_markup_mode=None)
@@ -75,7 +75,7 @@ def worker(
 
 
 def _serve(settings: Settings, create: Callable[[Settings, Dispatcher], FastAPI]) -> None:
-    from models.engine import load_engine  # torch: only where something is computed
+    from models.zoo import load_engine  # torch: only where something is computed
     from service.app import build_dispatcher
     from service.server import serve as serve_http
 
@@ -136,7 +136,7 @@ def generate(
         "output_format": _format_of(out, OutputFormat),
     }
     directory, body = _model_directory(model), ImageBody.model_validate(fields)
-    from service.generation import generate_picture  # torch: only where something is computed
+    from service.local import generate_picture  # torch: only where something is computed
 
     data, done = generate_picture(directory, body, settings, random_seed=secrets.randbelow(RANDOM_SEEDS))
     _write(out, data, receipt, done)
@@ -172,7 +172,7 @@ def mesh(
         "output_format": _format_of(out, MeshFormat),
     }
     directory, body = _model_directory(model), MeshBody.model_validate(fields)
-    from service.generation import generate_mesh  # torch: only where something is computed
+    from service.local import generate_mesh  # torch: only where something is computed
 
     random_seed = secrets.randbelow(RANDOM_SEEDS)
     data, done = generate_mesh(directory, body, image.read_bytes(), settings, random_seed=random_seed)

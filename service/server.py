@@ -6,7 +6,7 @@ import signal
 import uvicorn
 from fastapi import FastAPI
 
-from service.dispatcher import Dispatcher
+from service.running.dispatcher import Dispatcher
 from service.settings import Settings
 
 # How long uvicorn waits, once all jobs have ended, for their answers to be read.

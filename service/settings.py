@@ -16,7 +16,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from service.api.budget import BudgetBody
+from service.budget import BudgetBody
 from service.logging import LogFormat, LogLevel
 from service.rate_limits import parse_rate_limit
 

@@ -11,9 +11,9 @@ import pytest
 import typer
 
 from service import cli
-from service.api.budget import BudgetBody
 from service.api.routes_meshes import TEXTS
 from service.api.schemas import ImageBody, MeshBody
+from service.budget import BudgetBody
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

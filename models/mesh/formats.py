@@ -10,7 +10,7 @@ from trimesh.exchange.stl import export_stl
 from trimesh.visual import TextureVisuals
 from trimesh.visual.material import PBRMaterial
 
-from models.artifact import MeshFormat
+from models.file_formats import MeshFormat
 from models.mesh.surface import Mesh
 
 _GENERATOR = "elastic-dit-serve"

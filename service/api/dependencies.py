@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from service.dispatcher import Dispatcher
+from service.running.dispatcher import Dispatcher
 from service.settings import Settings
 
 

@@ -14,10 +14,10 @@ from service.api.errors import error_of, status_and_error
 from service.api.job_views import result_body
 from service.api.responses import ErrorBody
 from service.api.schemas import ResponseFormat
-from service.dispatcher import Dispatcher
 from service.errors import Draining, JobCancelled, ServiceError
 from service.jobs.job import Job, JobStatus
 from service.jobs.store import Event, EventName, follow
+from service.running.dispatcher import Dispatcher
 
 # Proxies close connections that say nothing for a minute or so.
 _KEEP_ALIVE_S = 15.0

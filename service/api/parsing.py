@@ -4,10 +4,10 @@ import re
 from collections.abc import Mapping
 from typing import Literal
 
-from models.artifact import MeshFormat, OutputFormat
 from models.budget import resolve
 from models.card import Guidance, ImageCard, MeshCard, ModelCard, SizeLimits
 from models.errors import InvalidRequest
+from models.file_formats import MeshFormat, OutputFormat
 from models.request import BackgroundRemoval, Budget, ImageRequest, MeshRequest, Preset, PresetBudget, QualityBudget
 from service.api.schemas import MAX_SEED, GenerationBody, ImageBody, MeshBody, QualityWord, ResponseFormat
 from service.jobs.job import Output

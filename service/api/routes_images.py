@@ -5,14 +5,14 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from models.artifact import OutputFormat
 from models.card import ImageCard
+from models.file_formats import OutputFormat
 from service.api.dependencies import DispatcherOfApp, SettingsOfApp
 from service.api.errors import error_responses
-from service.api.generation import GenerationHeaders, GenerationRoute, answer, card_of, job_of
 from service.api.parsing import RANDOM_SEEDS, parse_output, parse_requests
 from service.api.responses import ACCEPTED, EVENT_STREAM, MADE, ImageResponse
 from service.api.schemas import ImageBody
+from service.api.submission import GenerationHeaders, GenerationRoute, answer, card_of, job_of
 
 router = APIRouter(tags=["images"], route_class=GenerationRoute)
 

@@ -5,8 +5,8 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
 
-from models.artifact import MeshFormat, OutputFormat
 from models.errors import InvalidRequest
+from models.file_formats import MeshFormat, OutputFormat
 from service.api.access import own_job
 from service.api.dependencies import DispatcherOfApp, SettingsOfApp
 from service.api.errors import error_responses

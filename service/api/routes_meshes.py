@@ -11,16 +11,16 @@ from fastapi import APIRouter, Request, Response
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
-from models.artifact import MeshFormat
 from models.card import MeshCard
 from models.errors import InvalidRequest
+from models.file_formats import MeshFormat
 from service.api.dependencies import DispatcherOfApp, SettingsOfApp
 from service.api.errors import error_responses
-from service.api.generation import GenerationHeaders, GenerationRoute, answer, card_of, job_of, media_type_of
 from service.api.input_image import checked_picture, decode_base64_picture
 from service.api.parsing import RANDOM_SEEDS, parse_mesh_output, parse_mesh_request
 from service.api.responses import ACCEPTED, EVENT_STREAM, MADE, MeshResponse
 from service.api.schemas import MeshBody
+from service.api.submission import GenerationHeaders, GenerationRoute, answer, card_of, job_of, media_type_of
 from service.errors import UnsupportedMediaType
 
 _FORM = "multipart/form-data"

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
-from models.artifact import MeshFormat, OutputFormat
+from models.file_formats import MeshFormat, OutputFormat
 from models.mesh.limits import MIN_TARGET_FACES
-from service.api.budget import BudgetBody, Number
+from service.budget import BudgetBody, Number
 from service.jobs.job import Priority
 
 MAX_SEED = 2**63 - 1

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Self
 
-from models.artifact import MeshFormat, OutputFormat
+from models.file_formats import MeshFormat, OutputFormat
 from models.report import GenerationSummary, MeshReport
 from models.request import ImageRequest, MeshRequest
 

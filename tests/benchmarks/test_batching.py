@@ -1,7 +1,7 @@
 from pathlib import Path
 
 from benchmarks.batching import Load, measure
-from models.engine import load_engine
+from models.zoo import load_engine
 
 
 def test_row_has_ratios_of_the_kinds_that_there_are() -> None:

@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from models.artifact import read_metadata
+from models.file_formats import read_metadata
 
 StartServer = Callable[..., tuple[subprocess.Popen[str], str]]
 

@@ -43,7 +43,7 @@ from models.diffusion.sampling import (
 from models.elastic.compute import BlockCost
 from models.elastic.router import RouterStack
 from models.elastic.runner import Streams
-from models.engine import Engine, load_engine
+from models.engine import Engine
 from models.families.family import Family
 from models.families.flux import adapter as flux
 from models.families.flux.pipeline import FluxFamily
@@ -67,6 +67,7 @@ from models.weights import (
     sha256,
     write_curve,
 )
+from models.zoo import load_engine
 from training.text import MAX_SEQUENCE_LENGTH, build_clip, build_qwen, build_t5
 
 CHANNELS = 32

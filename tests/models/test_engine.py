@@ -19,14 +19,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import models.engine
+import models.zoo
 from models.card import EXACT, CurvePoint, Policy
-from models.engine import Engine, load_engine
+from models.engine import Engine
 from models.errors import UnknownModel, WeightsError
 from models.families.family import Family
 from models.report import Decision
 from models.request import Budget, ComputeBudget, GenerationRequest, Preset, PresetBudget, QualityBudget
 from models.state import DenoiseState
+from models.zoo import load_engine
 
 Ask = Callable[..., GenerationRequest]
 Guided = Callable[..., dict[str, Any]]
@@ -570,7 +571,7 @@ def test_card_tells_how_much_of_a_step_a_batch_shares(
     directory: Path, router_weights: Path, monkeypatch: pytest.MonkeyPatch, pair_s: float, call_share: float
 ) -> None:
     seconds = {1: 1.0, 2: pair_s}
-    monkeypatch.setattr(models.engine, "_dense_step_seconds", lambda family, card, batch_size: seconds[batch_size])
+    monkeypatch.setattr(models.zoo, "_dense_step_seconds", lambda family, card, batch_size: seconds[batch_size])
     [card] = load_engine([directory], device="cpu", router_weights=router_weights).cards.values()
     assert (card.dense_step_seconds, card.call_share) == (1.0, pytest.approx(call_share))
 

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from models.card import EXACT, CurvePoint, Policy
 from models.elastic.router import RouterStack
-from models.engine import load_engine
 from models.errors import WeightsError
 from models.request import Preset
 from models.weights import (
@@ -25,6 +24,7 @@ from models.weights import (
     sha256,
     write_curve,
 )
+from models.zoo import load_engine
 
 
 @pytest.fixture

@@ -27,9 +27,9 @@ from models.mesh.surface import Mesh
 from models.report import BlockReport, Decision, GenerationSummary, StepDecision, StepReport
 from models.request import ImageRequest, LatencyBudget, MeshRequest, Preset, QualityBudget
 from service.app import build_dispatcher, create_app
-from service.dispatcher import Dispatcher
 from service.jobs.job import Job, JobStatus, Outcome, Output, Priority
 from service.jobs.store import ended
+from service.running.dispatcher import Dispatcher
 from service.settings import Settings
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 
 from benchmarks.contract import SETTINGS, Findings, examine
 from service.app import create_app
-from service.dispatcher import Dispatcher
+from service.running.dispatcher import Dispatcher
 from service.settings import Settings
 
 

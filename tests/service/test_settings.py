@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from service.api.budget import BudgetBody
+from service.budget import BudgetBody
 from service.settings import Settings, load_settings
 
 

@@ -116,8 +116,8 @@ def test_only_allowed_hosts_are_told(url: str) -> None:
 def test_job_tells_its_end_again_until_somebody_listens(
     start_client: Callable[..., TestClient], listener: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.dispatcher._LOOK_AGAIN_S", 0.02)
-    monkeypatch.setattr("service.dispatcher.RETRY_DELAYS_S", (0.01, 0.01))
+    monkeypatch.setattr("service.running.dispatcher._LOOK_AGAIN_S", 0.02)
+    monkeypatch.setattr("service.running.dispatcher.RETRY_DELAYS_S", (0.01, 0.01))
     listener.statuses = [500, 500]
     client = start_client(Settings(webhook_hosts=(listener.host,), webhook_secret=SECRET))
     body = {"prompt": "a", "webhook_url": f"http://{listener.host}/hook"}

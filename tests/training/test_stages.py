@@ -7,8 +7,8 @@ import torch
 
 from models.card import MeshCard
 from models.elastic.router import RouterStack
-from models.engine import load_engine
 from models.weights import RouterWeights, load_router_weights, read_manifest, save_router_weights
+from models.zoo import load_engine
 from training.picture_encoder import build_conditioner
 from training.picture_recipe import PictureParts, PictureRecipe
 from training.prompts import calibration_scenes

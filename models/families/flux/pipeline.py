@@ -18,7 +18,7 @@ from models.elastic.compute import BlockCost, attention_flops
 from models.elastic.runner import Streams
 from models.errors import InvalidRequest, WeightsError
 from models.families.flux import adapter
-from models.families.picture import Branch, PictureFamily
+from models.families.image import Branch, PictureFamily
 from models.families.wrapping import Anatomy
 from models.loading import stream_pipeline
 from models.request import GenerationRequest, ImageRequest

@@ -17,7 +17,7 @@ from models.diffusion.sampling import classifier_free_guidance, rescale_to_norm
 from models.elastic.compute import BlockCost, attention_flops
 from models.elastic.runner import Streams
 from models.errors import InvalidRequest
-from models.families.picture import Branch, PictureFamily
+from models.families.image import Branch, PictureFamily
 from models.families.qwen_image import adapter
 from models.families.wrapping import Anatomy
 from models.loading import stream_pipeline

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from models.card import CurvePoint, Policy
-from models.engine import Engine, load_engine
+from models.engine import Engine
 from models.errors import EmptySurface
 from models.families.preview import apply_colour_map, fit_colour_map, fitting_pictures
 from models.mesh.cleanup import CleanMesh
@@ -21,6 +21,7 @@ from models.mesh.surface import BOUNDS
 from models.request import GenerationRequest, ImageRequest, MeshRequest, Preset, PresetBudget
 from models.state import DenoiseState
 from models.weights import CheckpointTraits
+from models.zoo import load_engine
 
 Ask = Callable[..., GenerationRequest]
 Guided = Callable[..., dict[str, Any]]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from models.artifact import MeshFormat
+from models.file_formats import MeshFormat
 from models.mesh.formats import encode_mesh
 from models.mesh.surface import Mesh
 

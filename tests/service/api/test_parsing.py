@@ -5,9 +5,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from models.artifact import OutputFormat
 from models.card import EXACT, Guidance, ImageCard, SizeLimits
 from models.errors import InvalidRequest
+from models.file_formats import OutputFormat
 from models.request import Budget, ComputeBudget, ImageRequest, Preset, PresetBudget, QualityBudget
 from service.api.parsing import nearest_size, parse_output, parse_requests, quality_of
 from service.api.schemas import ImageBody

@@ -9,11 +9,11 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from models.artifact import read_metadata
+from models.file_formats import read_metadata
 from service.app import create_app
-from service.dispatcher import Dispatcher
 from service.jobs.job import Job, JobStatus
 from service.jobs.store import ended
+from service.running.dispatcher import Dispatcher
 from service.settings import Settings
 
 PROMPT = {"prompt": "a red circle"}

@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from httpx2 import Response
 from PIL import Image
 
-from models.artifact import MeshFormat
+from models.file_formats import MeshFormat
 
 
 @pytest.fixture(scope="module")

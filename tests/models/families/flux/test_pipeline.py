@@ -9,13 +9,14 @@ import torch
 from diffusers import FluxPipeline
 
 from models.card import EXACT, Guidance, SizeLimits
-from models.engine import Engine, load_engine
+from models.engine import Engine
 from models.errors import InvalidRequest, WeightsError
 from models.families.flux import adapter
 from models.families.flux.pipeline import FluxFamily
 from models.request import ImageRequest
 from models.state import DenoiseState
 from models.weights import CheckpointTraits, MlpActivation
+from models.zoo import load_engine
 
 MODEL = "tiny-flux"
 Ask = Callable[..., ImageRequest]

@@ -10,10 +10,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from models.engine import load_engine
 from models.errors import WeightsError
 from models.families.hunyuan3d.checkpoint import Hunyuan3DCheckpoint, load_checkpoint
 from models.families.hunyuan3d.layout import read_config
+from models.zoo import load_engine
 
 FILE = "model.safetensors"
 

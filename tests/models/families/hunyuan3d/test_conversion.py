@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from models.conversion import convert
-from models.engine import load_engine
 from models.errors import InvalidRequest, WeightsError
+from models.zoo import load_engine
 from service.cli import main
 
 Parts = dict[str, dict[str, torch.Tensor]]

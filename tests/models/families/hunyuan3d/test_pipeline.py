@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models.card import EXACT, CurvePoint, Guidance, MeshCard, Policy
-from models.engine import Engine, load_engine
+from models.engine import Engine
 from models.errors import InvalidRequest
 from models.families.hunyuan3d.pipeline import Hunyuan3DFamily
 from models.mesh.cleanup import CleanMesh, clean
@@ -26,6 +26,7 @@ from models.mesh.volume import MIN_COARSE_CELLS, decode_dense
 from models.request import MeshRequest
 from models.state import DenoiseState
 from models.weights import CheckpointTraits
+from models.zoo import load_engine
 
 Ask = Callable[..., MeshRequest]
 Denoise = Callable[..., DenoiseState]

@@ -16,7 +16,7 @@ from torch import Tensor
 from models.card import CurvePoint, Policy
 from models.conversion import convert
 from models.elastic.router import RouterStack
-from models.engine import Engine, load_engine
+from models.engine import Engine
 from models.errors import WeightsError
 from models.families.qwen_image.conversion import router_tensors
 from models.families.qwen_image.pipeline import QwenImageFamily
@@ -32,6 +32,7 @@ from models.weights import (
     read_manifest,
     router_stack,
 )
+from models.zoo import load_engine
 
 SHARD_BYTES = 100_000
 INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"

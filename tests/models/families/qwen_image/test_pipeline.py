@@ -10,15 +10,16 @@ import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 
-import models.engine
+import models.zoo
 from models.card import EXACT, CurvePoint, Guidance, Policy, SizeLimits
-from models.engine import Engine, load_engine
+from models.engine import Engine
 from models.errors import InvalidRequest
 from models.families.qwen_image import adapter
 from models.families.qwen_image.pipeline import QwenImageFamily, pad_prompts, set_activation
 from models.request import ImageRequest
 from models.state import DenoiseState
 from models.weights import CheckpointTraits, MlpActivation
+from models.zoo import load_engine
 
 MODEL = "tiny-qwen-image"
 TEMPLATE_END = 5  # tokens
@@ -282,7 +283,7 @@ def test_defaults_are_those_of_the_stock_pipeline_where_there_is_no_manifest(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The time of a step is measured at the default size, which takes seconds.
-    monkeypatch.setattr(models.engine, "_dense_step_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(models.zoo, "_dense_step_seconds", lambda *_: 1.0)
     card = load_engine([directory], device="cpu", router_weights=tmp_path).cards[MODEL]
     assert card.license == "unknown"
     assert (card.default_height, card.default_width) == (1024, 1024)
@@ -293,7 +294,7 @@ def test_defaults_are_those_of_the_stock_pipeline_where_there_is_no_manifest(
 def test_guidance_scale_of_zero_in_the_manifest_is_not_the_default(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models.engine, "_dense_step_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(models.zoo, "_dense_step_seconds", lambda *_: 1.0)
     (tmp_path / MODEL).mkdir()
     defaults = '{"num_inference_steps": 8, "guidance_scale": 0}'
     (tmp_path / MODEL / "manifest.json").write_text(f'{{"license": "mit", "defaults": {defaults}}}')

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from models.artifact import OutputFormat, encode_picture, read_metadata
+from models.file_formats import OutputFormat, encode_picture, read_metadata
 
 METADATA = {"prompt": "ein roter Kreis über 青い四角 🟥", "seed": "7"}
 

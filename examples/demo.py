@@ -1,6 +1,6 @@
 """The demo: start a server, ask each of its models for the same at every budget, lay the pictures side by side.
 
-Run as `python -m service.demo --out demo`. It is a client like any other: it knows the HTTP contract and nothing else.
+Run as `python -m examples.demo --out demo`. It is a client like any other: it knows the HTTP contract and nothing else.
 """
 
 import argparse
@@ -99,7 +99,7 @@ class Drawn(Made):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m service.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the pictures (default: demo)")
     parser.add_argument("--models", help="model directories to serve, separated by commas (default: the server's)")
     options = parser.parse_args(arguments)

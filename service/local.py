@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 import typer
 
 from models.card import ImageCard, MeshCard, ModelCard
-from models.engine import load_engine
 from models.errors import InvalidRequest
 from models.mesh.cleanup import CleanMesh
 from models.request import GenerationRequest, LatencyBudget
+from models.zoo import load_engine
 from service.api.input_image import checked_picture
 from service.api.parsing import parse_mesh_output, parse_mesh_request, parse_output, parse_requests, quality_of
 from service.api.responses import ReceiptBody
 from service.api.schemas import ImageBody, MeshBody
 from service.api.views import receipt_body
 from service.jobs.job import Output, Receipt, StageSeconds
-from service.output import encode_output
+from service.running.output import encode_output
 from service.scheduling.deadline import point_for
 from service.settings import Settings
 

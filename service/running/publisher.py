@@ -11,14 +11,14 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from models.artifact import MeshFormat, OutputFormat
 from models.errors import EmptySurface, GenerationError, InvalidRequest
+from models.file_formats import MeshFormat, OutputFormat
 from models.mesh.cleanup import CleanMesh
 from models.report import GenerationSummary
 from service.jobs.job import Failure, FailureReason, JobStatus, Receipt, StageSeconds, log_fields
 from service.jobs.store import Claim, Ending, Preview, Progress
 from service.metrics import Metrics
-from service.output import encode_output
+from service.running.output import encode_output
 
 logger = logging.getLogger(__name__)
 

@@ -26,10 +26,10 @@ from service.api.events import event_stream
 from service.api.job_views import base_url, binary_response, job_body, result_body
 from service.api.parsing import quality_of
 from service.api.schemas import GenerationBody, ResponseFormat
-from service.dispatcher import Dispatcher
 from service.errors import Draining, JobCancelled, ServiceError, UnsupportedMediaType
 from service.jobs.job import Job, JobStatus, Output, Priority
 from service.jobs.store import Idempotency, ended
+from service.running.dispatcher import Dispatcher
 from service.scheduling.admission import admit
 from service.scheduling.cost import predicted_seconds
 from service.scheduling.deadline import check_reachable

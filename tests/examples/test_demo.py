@@ -15,10 +15,8 @@ import trimesh
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from models.request import Preset
-from service import demo
-from service.client import Client
-from service.demo import (
+from examples import demo
+from examples.demo import (
     Drawn,
     Row,
     contact_sheet,
@@ -30,6 +28,8 @@ from service.demo import (
     save,
     table,
 )
+from models.request import Preset
+from service.client import Client
 
 COLOURS = {preset: (40 * i, 255 - 40 * i, 90) for i, preset in enumerate(Preset)}
 

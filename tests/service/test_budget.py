@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from models.request import ComputeBudget, LatencyBudget, Preset, PresetBudget, QualityBudget
-from service.api.budget import BudgetBody, budget_fields
 from service.api.validation import invalid_request
+from service.budget import BudgetBody, budget_fields
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import json
 import numpy as np
 from numpy.typing import NDArray
 
-from models.artifact import MeshFormat, OutputFormat, encode_picture
+from models.file_formats import MeshFormat, OutputFormat, encode_picture
 from models.mesh.cleanup import CleanMesh
 from models.mesh.formats import encode_mesh
 from models.request import (

@@ -16,8 +16,8 @@ from service.errors import Draining, JobNotFound, StoreUnavailable
 from service.jobs.job import Failure, FailureReason, Job, log_fields
 from service.jobs.store import Claim, Ending, JobStore, Preview, Progress
 from service.metrics import Metrics
-from service.publisher import Report
-from service.worker import Worker
+from service.running.publisher import Report
+from service.running.worker import Worker
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from models.request import GenerationRequest
 from service.jobs.job import Job, Priority
 from service.jobs.store import Claim, Ending, Progress
 from service.metrics import Metrics
-from service.publisher import Denoised, Publisher, Report, Sketched
+from service.running.publisher import Denoised, Publisher, Report, Sketched
 from service.scheduling.batching import Candidate, Turns, form_groups, shape_of
 from service.scheduling.cost import BlockSeconds, block_seconds, dense_step_seconds
 from service.scheduling.deadline import point_for

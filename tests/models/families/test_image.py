@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models.card import EXACT
-from models.families.picture import PictureFamily
+from models.families.image import PictureFamily
 from models.request import ImageRequest
 
 Ask = Callable[..., ImageRequest]
