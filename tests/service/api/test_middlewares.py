@@ -12,7 +12,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from pydantic import ValidationError
 
-from service.api.entrance import Entrance
+from service.api.middlewares import Middlewares
 from service.errors import BadConfiguration
 from service.keys import Scope, new_key
 from service.logging import JsonFormatter, add_request_id
@@ -116,7 +116,7 @@ def test_prompts_and_keys_are_in_no_line(
     ours = [json.loads(formatter.format(record)) for record in caplog.records if not record.name.startswith("http")]
     assert secret not in str(ours)
     assert "s3cret" not in str(ours)
-    lines = [line for line in ours if line["logger"] == "service.api.middleware"]
+    lines = [line for line in ours if line["logger"] == "service.api.request_log"]
     assert len(lines) == 6
     assert {line["key_id"] for line in lines if "key_id" in line} == {"ci"}
     assert all(line["request_id"] == "request-1" for line in lines)
@@ -151,7 +151,7 @@ def test_traces_without_their_packages_are_an_error_at_the_start(monkeypatch: py
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     with pytest.raises(BadConfiguration, match=r"pip install 'elastic-dit-serve\[tracing\]'"):
-        Entrance(Settings(otlp_endpoint="http://127.0.0.1:4318"))
+        Middlewares(Settings(otlp_endpoint="http://127.0.0.1:4318"))
 
 
 def test_endpoint_must_be_a_url() -> None:

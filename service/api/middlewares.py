@@ -1,4 +1,4 @@
-"""What every request passes on its way to a route, as the settings say."""
+"""The middlewares around every route, built from the settings."""
 
 import asyncio
 from collections.abc import Callable
@@ -8,17 +8,19 @@ from fastapi import FastAPI
 from fastapi.telemetry import TelemetryConfig
 from starlette.middleware.cors import CORSMiddleware
 
-from service.api.auth import Doors
-from service.api.middleware import AccessLog, BodyLimit, RequestId, SecurityHeaders
+from service.api.auth import Authentication
+from service.api.body_limit import BodyLimit
+from service.api.request_log import AccessLog, RequestId
+from service.api.security_headers import SecurityHeaders
 from service.errors import BadConfiguration
 from service.keys import load_keys
 from service.rate_limits import RateLimits, parse_rate_limit
 from service.settings import Settings
 
-if TYPE_CHECKING:  # the extra "tracing", which most servers do without
+if TYPE_CHECKING:  # from the extra "tracing", which most servers do not install
     from opentelemetry.sdk.trace import TracerProvider
 
-# What pages of other origins may send and read, besides what is always allowed to them.
+# Headers that pages of other origins may send and read, besides those that browsers always allow.
 _REQUEST_HEADERS = (
     "Authorization",
     "Content-Type",
@@ -41,11 +43,11 @@ _RESPONSE_HEADERS = (
 )
 
 
-class Entrance:
-    """Holds what outlives a request: the keys, the counts of calls and the traces that are still to be sent."""
+class Middlewares:
+    """Owns what outlives a request: the keys, the counts of calls, and the traces that wait to be sent."""
 
     def __init__(self, settings: Settings) -> None:
-        """Raises BadConfiguration and OSError for settings that can't work."""
+        """Raises BadConfiguration and OSError for settings that cannot work."""
         self._settings = settings
         self._keys = load_keys(settings.api_keys_file, settings.api_keys)
         self._rate_limits = RateLimits(settings.redis_url)
@@ -53,7 +55,7 @@ class Entrance:
 
     @property
     def telemetry(self) -> TelemetryConfig | None:
-        """For FastAPI's argument of that name."""
+        """The value of FastAPI's argument `telemetry`."""
         if self._tracer_provider is None:
             return None
         from service.tracing import telemetry_config
@@ -61,17 +63,12 @@ class Entrance:
         return telemetry_config(self._tracer_provider)
 
     def add_to(self, app: FastAPI, count_rejection: Callable[[str], None]) -> None:
-        """`count_rejection` is called with the code of what is refused before it reaches a route."""
+        """`count_rejection` is called with the error code of each request that is refused before it reaches a route."""
         settings = self._settings
-        # The last one is the outermost.
+        # The middleware that is added last is the outermost.
+        app.add_middleware(BodyLimit, settings=settings)
         app.add_middleware(
-            BodyLimit,
-            max_body_bytes=settings.max_body_bytes,
-            of_paths={"/v1/meshes": settings.max_mesh_body_bytes},
-            timeout_s=settings.body_timeout_s,
-        )
-        app.add_middleware(
-            Doors,
+            Authentication,
             api_keys=self._keys,
             rate_limits=self._rate_limits,
             default_limit=None if settings.rate_limit is None else parse_rate_limit(settings.rate_limit),
@@ -100,6 +97,6 @@ def _tracer_provider(otlp_endpoint: str) -> "TracerProvider":
         from service.tracing import tracer_provider
     except ModuleNotFoundError as error:
         raise BadConfiguration(
-            f"otlp_endpoint needs the package of {error.name}; pip install 'elastic-dit-serve[tracing]'"
+            f"otlp_endpoint needs the package of {error.name}: pip install 'elastic-dit-serve[tracing]'"
         ) from error
     return tracer_provider(otlp_endpoint)
