@@ -18,8 +18,9 @@ from tqdm import tqdm
 from benchmarks.engine import requests_for
 from benchmarks.environment import environment
 from benchmarks.table import Row, finish, show
+from models.curve import Preset
 from models.engine import Engine
-from models.request import GenerationRequest, Preset, PresetBudget
+from models.request import GenerationRequest, PresetBudget
 from models.zoo import load_engine
 from service.scheduling.batching import Candidate, Turns, form_groups
 from service.scheduling.cost import block_seconds

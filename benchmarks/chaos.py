@@ -41,10 +41,10 @@ from benchmarks.processes import ElasticDit, RedisServer
 from benchmarks.table import finish
 from models.card import ImageCard
 from models.engine import Engine
-from models.request import QualityBudget
 from models.zoo import load_engine
-from service.api.parsing import parse_requests
+from service.api.parsing import parse_image_body
 from service.api.schemas import ImageBody
+from service.budget import BudgetBody
 from service.jobs.job import JobStatus
 from service.jobs.redis import PREFIX
 
@@ -99,10 +99,10 @@ def pictures(engine: Engine, asked: Sequence[dict[str, Any]]) -> Iterator[NDArra
     card = engine.cards[MODEL.name]
     assert isinstance(card, ImageCard)
     for body in asked:
-        (request,) = parse_requests(
-            ImageBody.model_validate(body), card, default_budget=QualityBudget(0.9), random_seed=0
+        order = parse_image_body(
+            ImageBody.model_validate(body), card, default_budget=BudgetBody(quality=0.9), random_seed=0
         )
-        state = engine.start(request)
+        state = engine.start(order.requests[0])
         while not state.is_done:
             engine.step([state])
         pixels = engine.finish(state)

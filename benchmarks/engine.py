@@ -27,10 +27,12 @@ from tqdm import tqdm
 from benchmarks.contenders import Contender, Denoising, contenders, decisions, elastic_denoise, time_in_turn
 from benchmarks.environment import environment
 from benchmarks.table import Row, finish, show
+from models.budget import resolve
 from models.card import Guidance, ImageCard
+from models.curve import Preset
 from models.engine import Engine
 from models.report import GenerationSummary
-from models.request import Budget, ImageRequest, Preset, PresetBudget
+from models.request import Budget, ImageRequest, PresetBudget
 from models.zoo import load_engine
 from training.judge import Judge, Reading, load_judge
 from training.prompts import complex_scenes, evaluation_scenes, simple_scenes
@@ -60,6 +62,8 @@ def requests_for(
             guidance_scale=card.default_guidance_scale,
             seed=seed,
             budget=budget,
+            point=resolve(budget, card.curve),
+            is_guided=card.is_guided(card.default_guidance_scale),
         )
         for seed, scene in enumerate(scenes)
     ]

@@ -30,7 +30,9 @@ from benchmarks.contenders import Contender, Denoising, contenders, decisions, e
 from benchmarks.environment import environment
 from benchmarks.mesh_sheet import Cell, draw_sheet
 from benchmarks.table import Row, finish, show
+from models.budget import resolve
 from models.card import MeshCard
+from models.curve import Preset
 from models.diffusion.sampling import classifier_free_guidance, euler_step
 from models.engine import Engine
 from models.errors import EmptySurface
@@ -39,7 +41,7 @@ from models.families.hunyuan3d.preparation import prepare_picture
 from models.mesh.cleanup import CleanMesh
 from models.mesh.surface import Mesh
 from models.report import GenerationSummary
-from models.request import Budget, ComputeBudget, MeshRequest, Preset, PresetBudget
+from models.request import Budget, ComputeBudget, MeshRequest, PresetBudget
 from models.zoo import load_engine
 from training.mesh_judge import Shape, surface_likeness, volume_iou
 from training.prepared_pictures import picture_file
@@ -87,6 +89,8 @@ def requests_for(
             guidance_scale=card.default_guidance_scale,
             seed=seed,
             budget=budget,
+            point=resolve(budget, card.curve),
+            is_guided=card.is_guided(card.default_guidance_scale),
             input_image=picture_file(solid, seed),
             octree_resolution=octree_resolution or card.default_octree_resolution,
         )

@@ -48,17 +48,18 @@ from tqdm import tqdm
 
 from benchmarks.environment import environment
 from benchmarks.table import Row, finish, show
-from models.card import EXACT, Policy
+from models.card import Guidance
+from models.curve import EXACT, Preset
 from models.diffusion.sampling import euler_step
 from models.elastic.compute import BlockCost
-from models.elastic.plan import REUSE, RUN_IN_FULL, SKIP, RowPlan, RowView, Rule
-from models.elastic.router import MLP_WIDTHS, RouterStack
+from models.elastic.plan import MLP_WIDTHS, REUSE, RUN_IN_FULL, SKIP, Policy, RowPlan, RowView, Rule
+from models.elastic.router import RouterStack
 from models.engine import Engine
 from models.families.flux.pipeline import FluxFamily
 from models.families.image import Branch, PictureFamily
 from models.families.qwen_image.pipeline import QwenImageFamily, pad_prompts
 from models.report import Decision
-from models.request import ImageRequest, Preset, PresetBudget
+from models.request import ImageRequest, PresetBudget
 from models.rules.dense import DenseRule
 from models.state import BranchInputs, DenoiseState
 from models.weights import CheckpointTraits, RouterWeights
@@ -80,9 +81,7 @@ class Scale:
 class ForcedRule:
     """Does in every block what a list says, whatever the routers say."""
 
-    name = "forced"
     needs_scores = True
-    needs_residual_change = False
 
     def __init__(self, plans: Sequence[RowPlan]) -> None:
         self._plans = plans
@@ -296,7 +295,7 @@ class Contender:
     """Who takes the step: the stock transformer, by `stock_step`, or our engine under one rule a row."""
 
     name: str
-    rules: Sequence[Rule]
+    rules: Sequence[Rule[Any]]
     stock_step: Callable[[Sequence[DenoiseState]], object] | None = None
 
 
@@ -325,6 +324,8 @@ def start(subject: Subject, side: int, batch_size: int) -> list[DenoiseState]:
             guidance_scale=4.0,
             seed=seed,
             budget=PresetBudget(Preset.EXACT),
+            point=EXACT,
+            is_guided=subject.guidance is Guidance.TRUE,
         )
         for seed in range(batch_size)
     ]

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from models.card import Guidance
-from models.request import Preset
+from models.curve import Preset
 from service.client import ApiError, Client
 
 PROMPTS = (

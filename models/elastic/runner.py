@@ -4,15 +4,15 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from models.card import Policy
 from models.elastic.compute import BlockCost
-from models.elastic.plan import SKIP, RowPlan, RowView, Rule
+from models.elastic.plan import SKIP, Policy, RowPlan, RowView, Rule
 from models.elastic.router import Scorer
 from models.report import BlockReport, Decision, StepDecision
 
@@ -143,29 +143,30 @@ class Allowance:
 class StepJournal:
     """What one step changes about a row, apart until the step has succeeded, so that a failed step can be repeated.
 
-    `residuals` has None where a stored one is outdated. Under the residual_cache rule `first_residual` is what the
-    first block added to the image stream, and `residual_change` its distance from the row's reference.
+    `residuals` has None where a stored one is outdated; `stores_residuals` says whether any was stored. Where a plan
+    measures a block's change, `measured_residual` is what that block added to the image stream, and `residual_change`
+    its distance from the row's reference.
     """
 
     flops: float = 0.0
     trace: list[StepDecision] = field(default_factory=list)
     residuals: dict[str, Residual | None] = field(default_factory=dict)
-    first_residual: Tensor | None = None
+    stores_residuals: bool = False
+    measured_residual: Tensor | None = None
     residual_change: float | None = None
-    computes_rest: bool = False
 
 
 @dataclass(slots=True)
 class Row:
     """One row of a batch: one guidance branch of one request, with all the state that its elasticity has.
 
-    `residuals` maps block names to stored residuals; `reference` is the first block's residual in the last step that
-    computed the other blocks. `allowance` is shared by the branches of a request. `num_text_tokens` counts the row's
+    `residuals` maps block names to stored residuals; `reference` is the measured block's residual in the last step that
+    stored residuals. `allowance` is shared by the branches of a request. `num_text_tokens` counts the row's
     real ones (None where texts are never padded). A row without context has zeros for one, to which blocks need not
     attend. `begin_step` and `end_step` frame a step.
     """
 
-    rule: Rule
+    rule: Rule[Any]
     policy: Policy
     branch: str
     num_steps: int
@@ -189,8 +190,8 @@ class Row:
         self.trace += self.journal.trace
         kept = self.residuals | self.journal.residuals
         self.residuals = {name: residual for name, residual in kept.items() if residual is not None}
-        if self.journal.computes_rest:
-            self.reference = self.journal.first_residual
+        if self.journal.stores_residuals:
+            self.reference = self.journal.measured_residual
         self.journal = StepJournal()
 
 
@@ -236,8 +237,12 @@ def run_block(
             rows[i].journal.residuals[block.name] = replace(residual, num_reuses=residual.num_reuses + 1)
     for row, plan in zip(rows, plans, strict=True):
         row.journal.trace.append(StepDecision(row.step, row.branch, block.name, plan.decision, plan.mlp_width))
-    if index == 0 and any(row.rule.needs_residual_change for row in rows):
-        _measure_change(rows, hidden_states - streams.hidden_states)
+    measured = [i for i, plan in enumerate(plans) if plan.measures_change]
+    if measured:
+        added = hidden_states - streams.hidden_states
+        if len(measured) < len(rows):
+            added = added[row_index(measured, added.device)]
+        _measure_change([rows[i] for i in measured], added)
     left = replace(streams, hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states)
     return BlockResult(
         block.leave(left) if block.leave else left,
@@ -277,8 +282,6 @@ def _plan(
             residual_change=row.journal.residual_change,
         )
         plans.append(_settle(row, row.rule.plan(view, row.policy), row.costs[block.name]))
-        if index == 1 and row.rule.needs_residual_change:
-            row.journal.computes_rest = plans[-1].decision is Decision.RUN
     return plans, router_seconds
 
 
@@ -339,6 +342,7 @@ def _keep_residuals(
     for position, i in enumerate(chosen):
         rows[i].journal.residuals[name] = None
         if plans[i].keeps_residual:
+            rows[i].journal.stores_residuals = True
             real = slice(rows[i].num_text_tokens)
             rows[i].journal.residuals[name] = Residual(
                 image[position] - before.hidden_states[position],
@@ -371,14 +375,16 @@ def row_index(rows: Sequence[int], device: torch.device) -> Tensor:
 
 
 def _measure_change(rows: Sequence[Row], added: Tensor) -> None:
-    """How far each row's first residual moved since its last computed step. One wait for the device."""
-    measured = [i for i, row in enumerate(rows) if row.rule.needs_residual_change]
-    known = [i for i in measured if rows[i].reference is not None]
+    """How far what a block `added` to each row's image stream moved from the row's reference. One wait for the device.
+
+    `added` is `(rows, tokens, channels)`.
+    """
+    known = [i for i, row in enumerate(rows) if row.reference is not None]
     if known:
         references = torch.stack([r for i in known if (r := rows[i].reference) is not None])
         change = (added[known] - references).abs().mean((1, 2)) / references.abs().mean((1, 2))
         for i, value in zip(known, change.float().tolist(), strict=True):
             rows[i].journal.residual_change = value
-    for i in measured:
+    for row, residual in zip(rows, added, strict=True):
         # A copy, since a view would keep the whole batch in memory as long as the row.
-        rows[i].journal.first_residual = added[i].clone()
+        row.journal.measured_residual = residual.clone()

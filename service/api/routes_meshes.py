@@ -20,10 +20,10 @@ from service.api.dependencies import CallerOfRequest, DispatcherOfApp, SettingsO
 from service.api.errors import error_responses
 from service.api.generation_route import GenerationRoute, HeadersOfGeneration, media_type_of
 from service.api.input_image import checked_picture, decode_base64_picture
-from service.api.parsing import RANDOM_SEEDS, parse_mesh_output, parse_mesh_request
+from service.api.parsing import RANDOM_SEEDS, parse_mesh_body
 from service.api.responses import ACCEPTED, EVENT_STREAM, MADE, MeshResponse
 from service.api.schemas import MeshBody
-from service.api.submission import card_of, job_of, submit
+from service.api.submission import card_of, submit
 from service.errors import UnsupportedMediaType
 from service.keys import Scope
 
@@ -108,15 +108,9 @@ async def create_mesh(
     file = decode_base64_picture(body.input_image)
     check = partial(checked_picture, file, max_pixels=settings.max_image_pixels)
     picture = await asyncio.get_running_loop().run_in_executor(request.app.state.picture_checks, check)
-    made = parse_mesh_request(
-        body,
-        card,
-        picture,
-        default_budget=settings.default_budget.to_budget(),
-        random_seed=secrets.randbelow(RANDOM_SEEDS),
-    )
-    job = job_of((made,), parse_mesh_output(body), body, card, headers, caller, settings)
-    job = await submit(job, body, headers, request, dispatcher, settings)
+    seed = secrets.randbelow(RANDOM_SEEDS)
+    order = parse_mesh_body(body, card, picture, default_budget=settings.default_budget, random_seed=seed)
+    job = await submit(order, card, body, headers, request, dispatcher, settings)
     return await answer(job, body, headers, request, dispatcher, settings)
 
 

@@ -10,11 +10,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from benchmarks import field, meshes
+from models.curve import Preset
 from models.families.hunyuan3d.checkpoint import load_checkpoint
 from models.families.hunyuan3d.conditioner import SingleImageEncoder
 from models.families.hunyuan3d.plain_dit import HunYuanDiTPlain
 from models.families.hunyuan3d.shape_vae import ShapeVAE
-from models.request import Preset, PresetBudget
+from models.request import PresetBudget
 from models.zoo import load_engine
 from training.shape_vae import VAE_PARAMS
 

@@ -19,9 +19,8 @@ from benchmarks.real_size import (
     measure,
     start,
 )
-from models.card import Policy
 from models.elastic.compute import BlockCost
-from models.elastic.plan import REUSE, RowView
+from models.elastic.plan import REUSE, Policy, RowView
 from models.engine import Engine
 from models.report import Decision
 

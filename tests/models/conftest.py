@@ -33,7 +33,8 @@ from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, Qwen2Tokenizer, T5EncoderModel, T5Tokenizer
 
-from models.card import EXACT, CurvePoint, Policy
+from models.budget import resolve
+from models.curve import EXACT, CurvePoint, Preset
 from models.diffusion.sampling import (
     classifier_free_guidance,
     consistency_schedule,
@@ -57,7 +58,8 @@ from models.families.hunyuan3d.stream_dit import Hunyuan3DDiT
 from models.families.qwen_image import adapter as qwen_image
 from models.families.qwen_image.pipeline import QwenImageFamily
 from models.families.wrapping import Anatomy, mlp_name
-from models.request import BackgroundRemoval, GenerationRequest, ImageRequest, MeshRequest, Preset, PresetBudget
+from models.request import BackgroundRemoval, GenerationRequest, ImageRequest, MeshRequest, PresetBudget
+from models.rules.router import RouterPolicy
 from models.state import DenoiseState
 from models.weights import (
     CheckpointTraits,
@@ -75,9 +77,9 @@ WORDS = ("a", "small", "large", "red", "blue", "green", "circle", "square", "tri
 TRANSFORMER_FILE = "transformer/diffusion_pytorch_model.safetensors"
 CURVE = (
     EXACT,
-    CurvePoint("router", Policy(skip_threshold=0.3), 0.8, 0.85, 0.95, Preset.HIGH),
-    CurvePoint("router", Policy(0.5, 0.2, 2, width_bias=1.0), 0.5, 0.6, 0.8, Preset.BALANCED),
-    CurvePoint("router", Policy(0.8, 0.3, 3, width_bias=2.0), 0.2, 0.3, 0.5, Preset.DRAFT),
+    CurvePoint(RouterPolicy(skip_threshold=0.3), 0.8, 0.85, 0.95, Preset.HIGH),
+    CurvePoint(RouterPolicy(0.5, 0.2, 2, width_bias=1.0), 0.5, 0.6, 0.8, Preset.BALANCED),
+    CurvePoint(RouterPolicy(0.8, 0.3, 3, width_bias=2.0), 0.2, 0.3, 0.5, Preset.DRAFT),
 )
 
 
@@ -691,7 +693,7 @@ def streams_of(kind: Kind) -> Callable[..., Streams]:
 
 @pytest.fixture(scope="session")
 def ask(kind: Kind) -> Callable[..., GenerationRequest]:
-    """A request with the fields named, the rest silent: one guidance branch."""
+    """A request with the fields named, the rest silent: one guidance branch. Its budget is resolved on CURVE."""
 
     def ask(**fields: Any) -> GenerationRequest:
         silent: dict[str, Any] = {
@@ -704,7 +706,10 @@ def ask(kind: Kind) -> Callable[..., GenerationRequest]:
             "budget": PresetBudget(Preset.EXACT),
             "wants_trace": True,
         }
-        return kind.request(**{**silent, **kind.silent, **fields})
+        asked = {**silent, **kind.silent, **fields}
+        scale = asked.get(kind.true_scale, 1.0)
+        guidance = {"is_guided": scale != 1 if kind.modality == "mesh" else scale > 1}
+        return kind.request(**{"point": resolve(asked["budget"], CURVE), **guidance, **asked})
 
     return ask
 

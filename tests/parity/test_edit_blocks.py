@@ -18,10 +18,8 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.card import Policy
 from models.elastic.compute import BlockCost
-from models.elastic.plan import RowPlan, RowView
-from models.elastic.router import MLP_WIDTHS
+from models.elastic.plan import MLP_WIDTHS, Policy, RowPlan, RowView
 from models.elastic.runner import Allowance, ElasticBlock, Row, Streams, run_block
 from models.families.qwen_image import adapter
 from models.families.qwen_image.conversion import router_tensors
@@ -39,9 +37,7 @@ NEAR: dict[str, Any] = {"atol": 5e-5, "rtol": 1e-4}
 class Watched:
     """The router rule, which remembers what it was shown."""
 
-    name: str = "router"
     needs_scores: bool = True
-    needs_residual_change: bool = False
     seen: list[RowView] = field(default_factory=list)
 
     def plan(self, row: RowView, policy: Policy) -> RowPlan:

@@ -14,15 +14,16 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.card import Policy
 from models.elastic.compute import BlockCost
-from models.elastic.router import MLP_WIDTHS, Router, Scores
+from models.elastic.plan import MLP_WIDTHS
+from models.elastic.router import Router, Scores
 from models.elastic.runner import ElasticBlock, Row, Streams, run_block
 from models.families.qwen_image import adapter
 from models.families.qwen_image.pipeline import set_activation
 from models.families.wrapping import elastic_blocks
 from models.report import Decision
 from models.rules import RULES
+from models.rules.router import RouterPolicy
 from models.weights import MlpActivation
 from training.backbones import QwenImageBackbone
 from training.routers import hard_width, install_masks, prefix_mask
@@ -82,7 +83,7 @@ def run_mlp(block: ElasticBlock, x: Tensor, width_logits: Tensor | None) -> tupl
 
     router = None if width_logits is None else Told(width_logits)
     rule = RULES["router" if router else "dense"]
-    rows = [Row(rule, Policy(skip_threshold=0.5), "cond", 1, {block.name: BlockCost(1, 1)}) for _ in x]
+    rows = [Row(rule, RouterPolicy(skip_threshold=0.5), "cond", 1, {block.name: BlockCost(1, 1)}) for _ in x]
     streams, modulation = Streams(x, x[:, :0], x[:, 0], (x, x)), x[:, 0]
     result = run_block(ElasticBlock(block.name, block.variants, call, router), 0, streams, modulation, rows)
     trace = [row.journal.trace[0] for row in rows]

@@ -9,17 +9,16 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
 from torch import Tensor
 
-from models.card import CurvePoint, Policy
+from models.curve import EXACT, CurvePoint, Preset
 from models.diffusion.sampling import flow_schedule
-from models.elastic.plan import RowPlan, RowView, Rule
-from models.elastic.router import MLP_WIDTHS
+from models.elastic.plan import MLP_WIDTHS, Policy, RowPlan, RowView, Rule
 from models.elastic.runner import Row, run_block
 from models.engine import Engine
 from models.families.qwen_image import adapter
 from models.families.qwen_image.conversion import router_tensors
 from models.families.qwen_image.pipeline import QwenImageFamily
 from models.report import Decision
-from models.request import ImageRequest, Preset, PresetBudget
+from models.request import ImageRequest, PresetBudget
 from models.rules import RULES
 from models.rules.router import OFFICIAL
 from models.state import BranchInputs, DenoiseState
@@ -32,9 +31,7 @@ NEAR: dict[str, Any] = {"atol": 5e-5, "rtol": 1e-4}
 class Watched:
     """The router rule, which remembers what it was shown."""
 
-    name: str = "router"
     needs_scores: bool = True
-    needs_residual_change: bool = False
     seen: list[RowView] = field(default_factory=list)
 
     def plan(self, row: RowView, policy: Policy) -> RowPlan:
@@ -97,7 +94,7 @@ def state_of(recording: Any) -> Callable[..., DenoiseState]:
         latents: Tensor,
         prompts: dict[str, Tensor],
         schedule: tuple[Tensor, Tensor],
-        rule: Callable[[], Rule],
+        rule: Callable[[], Rule[Any]],
         guidance_scale: float = 1.0,
     ) -> DenoiseState:
         """A request whose prompts are encoded already. `latents` is `(1, channels, height, width)`."""
@@ -111,6 +108,8 @@ def state_of(recording: Any) -> Callable[..., DenoiseState]:
             guidance_scale=guidance_scale,
             seed=0,
             budget=PresetBudget(Preset.EXACT),
+            point=EXACT,
+            is_guided=guidance_scale > 1,
         )
         rows = [
             Row(
@@ -132,7 +131,7 @@ def state_of(recording: Any) -> Callable[..., DenoiseState]:
             rows=rows,
             inputs=[BranchInputs(adapter.embed_prompt(family.transformer, prompt)) for prompt in prompts.values()],
             curve=(),
-            point=CurvePoint("router", OFFICIAL, 1.0, 1.0, 1.0),
+            point=CurvePoint(OFFICIAL, 1.0, 1.0, 1.0),
             dense_flops=1.0,
             compute_cap=None,
         )
@@ -164,7 +163,7 @@ def velocities(family: QwenImageFamily, states: Sequence[DenoiseState]) -> Tenso
 def single_states(recording: Any, state_of: Callable[..., DenoiseState]) -> Callable[..., list[DenoiseState]]:
     """The calls of `single`: one a timestep, each from fresh state."""
 
-    def single_states(family: QwenImageFamily, rule: Callable[[], Rule], branch: str) -> list[DenoiseState]:
+    def single_states(family: QwenImageFamily, rule: Callable[[], Rule[Any]], branch: str) -> list[DenoiseState]:
         prompts = {branch: recording.tensors[f"in/single/prompt_{branch}"]}
         latents, timesteps = (recording.tensors[f"in/single/{name}"] for name in ("latents", "timestep"))
         # No schedule ends a call, so it is not the last of a request.

@@ -103,7 +103,7 @@ class QwenImageFamily(PictureFamily):
 
     def _branches(self, request: ImageRequest) -> Sequence[Branch]:
         branches = [Branch("cond", request.prompt, "prompt")]
-        if request.guidance_scale > 1:
+        if request.is_guided:
             # The stock pipeline drops guidance, with a warning, where no negative prompt is given.
             branches.append(Branch("uncond", request.negative_prompt or "", "negative_prompt"))
         return branches
