@@ -24,7 +24,7 @@ from models.request import GenerationRequest, PresetBudget
 from models.zoo import load_engine
 from service.scheduling.batching import Candidate, Turns, form_groups
 from service.scheduling.cost import block_seconds
-from training.prompts import complex_scenes
+from training.scenes.prompts import complex_scenes
 
 Group = Callable[[Sequence[Candidate]], list[list[int]]]
 

@@ -34,10 +34,10 @@ from models.engine import Engine
 from models.report import GenerationSummary
 from models.request import Budget, ImageRequest, PresetBudget
 from models.zoo import load_engine
-from training.judge import Judge, Reading, load_judge
-from training.prompts import complex_scenes, evaluation_scenes, simple_scenes
-from training.scenes import TEXTURES, TONES, Scene
-from training.similarity import psnr, ssim
+from training.scenes.judge import Judge, Reading, load_judge
+from training.scenes.prompts import complex_scenes, evaluation_scenes, simple_scenes
+from training.scenes.scenes import TEXTURES, TONES, Scene
+from training.scenes.similarity import psnr, ssim
 
 _BATCH_SIZE = 8
 _CAPTIONS: Mapping[str, Callable[[Scene], str]] = {

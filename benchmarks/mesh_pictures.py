@@ -1,6 +1,6 @@
 """Meshes to pictures, with neither display nor GPU: rays are cast by Embree, each face is shaded flat.
 
-Camera and field of view are those of `training.pictures_of_solids`, so a mesh lies over the picture it was made from.
+Camera and field of view are those of `training.solids.rendering`, so a mesh lies over the picture it was made from.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ from PIL import Image
 from trimesh.ray.ray_pyembree import RayMeshIntersector
 
 from models.mesh.surface import Mesh
-from training.pictures_of_solids import CAMERA_DISTANCE, FIELD_OF_VIEW
+from training.solids.rendering import CAMERA_DISTANCE, FIELD_OF_VIEW
 
 _SUBPIXELS = 3
 """A side."""

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from benchmarks.mesh_pictures import draw_mesh
 from models.mesh.surface import Mesh, extract_surface
 from models.mesh.volume import decode_coarse_to_fine
-from training.solids import Solid, SolidBatch
+from training.solids.solids import Solid, SolidBatch
 
 _SIDE = 192
 _GAP = 12

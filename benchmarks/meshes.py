@@ -43,9 +43,9 @@ from models.mesh.surface import Mesh
 from models.report import GenerationSummary
 from models.request import Budget, ComputeBudget, MeshRequest, PresetBudget
 from models.zoo import load_engine
-from training.mesh_judge import Shape, surface_likeness, volume_iou
-from training.prepared_pictures import picture_file
-from training.solids import Solid, sample_solids
+from training.solids.images import picture_file
+from training.solids.judge import Shape, surface_likeness, volume_iou
+from training.solids.solids import Solid, sample_solids
 
 _BATCH_SIZE = 8
 _FIRST_SOLID = 4 * 10**9

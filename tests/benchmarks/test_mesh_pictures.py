@@ -6,8 +6,8 @@ import trimesh
 from benchmarks.mesh_pictures import draw_mesh
 from models.mesh.surface import Mesh, extract_surface
 from models.mesh.volume import decode_dense
-from training.pictures_of_solids import render
-from training.solids import SolidBatch, sample_solids
+from training.solids.rendering import render
+from training.solids.solids import SolidBatch, sample_solids
 
 RED = np.array((0.8, 0.2, 0.2)) * 255
 

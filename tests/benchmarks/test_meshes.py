@@ -17,7 +17,7 @@ from models.families.hunyuan3d.plain_dit import HunYuanDiTPlain
 from models.families.hunyuan3d.shape_vae import ShapeVAE
 from models.request import PresetBudget
 from models.zoo import load_engine
-from training.shape_vae import VAE_PARAMS
+from training.solids.shape_vae import VAE_PARAMS
 
 DENOISER = {
     "in_channels": VAE_PARAMS["embed_dim"],

@@ -70,7 +70,7 @@ from models.weights import (
     write_curve,
 )
 from models.zoo import load_engine
-from training.text import MAX_SEQUENCE_LENGTH, build_clip, build_qwen, build_t5
+from training.scenes.text import MAX_SEQUENCE_LENGTH, build_clip, build_qwen, build_t5
 
 CHANNELS = 32
 WORDS = ("a", "small", "large", "red", "blue", "green", "circle", "square", "triangle", "on", "the", "left", "right")

@@ -19,7 +19,7 @@ from training.backbones import Backbone, FluxBackbone, Hunyuan3DBackbone, QwenIm
 from training.base import run_all
 from training.lesson import Lesson
 from training.routers import Knobs, RouterObjective, elastic_forward, install_masks, neuron_orders
-from training.text import Text
+from training.scenes.text import Text
 
 BATCH = 5
 ANATOMIES = {FluxBackbone: flux, QwenImageBackbone: qwen_image, Hunyuan3DBackbone: hunyuan3d}
