@@ -37,9 +37,9 @@ train: setup ## train the small models again, resuming where they stopped
 	$(BIN)/python -m training.scenes.tiny_qwen_image $(ARGS)
 	$(BIN)/python -m training.solids.tiny_hunyuan3d $(ARGS)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or newer, or name one: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "$(PYTHON) is Python %d.%d, 3.11 or newer is needed; name one: make PYTHON=python3.12" % sys.version_info[:2])'
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt $(PIP_ARGS) -e '.[test,dev]'
+	$(BIN)/python -m pip install -c constraints.txt $(PIP_ARGS) -e ./client -e '.[test,dev]'
 	@touch $@

@@ -22,9 +22,9 @@ import httpx2
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from elastic_dit_client import ApiError, Client
 from models.card import Guidance
 from models.curve import Preset
-from service.client import ApiError, Client
 
 PROMPTS = (
     "a large red circle in the centre, on a plain light background",

@@ -38,6 +38,8 @@ def load_engine(
     cards: dict[str, ModelCard] = {}
     for directory in directories:
         folder = router_weights / directory.name
+        if not folder.is_dir():
+            logger.warning("%s has no router folder %s: it is served at the budget exact alone", directory.name, folder)
         entry, index = _family_of(directory)
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         manifest = read_manifest(folder)

@@ -1,4 +1,4 @@
-"""One picture or mesh in this process, without a server or a queue."""
+"""Generate one image or mesh in this process, without a server or a queue."""
 
 import sys
 import time
@@ -28,24 +28,24 @@ if TYPE_CHECKING:
     from models.state import DenoiseState
 
 
-def generate_picture(
+def generate_image(
     directory: Path, body: ImageBody, settings: Settings, *, random_seed: int
 ) -> tuple[bytes, ReceiptBody]:
-    """The file and the receipt of `body`'s picture, with a progress bar on stderr meanwhile."""
+    """Generate the image of `body` and return its file and receipt. Shows a progress bar on stderr."""
 
     def parse(card: ModelCard) -> Order:
         if not isinstance(card, ImageCard):
-            raise InvalidRequest(f"{card.id} makes no pictures; try elastic-dit {card.modality}", "model")
+            raise InvalidRequest(f"{card.id} makes no images; try elastic-dit {card.modality}", "model")
         return parse_image_body(body, card, default_budget=settings.default_budget, random_seed=random_seed)
 
     return _generate(directory, settings, parse)
 
 
 def generate_mesh(
-    directory: Path, body: MeshBody, picture: bytes, settings: Settings, *, random_seed: int
+    directory: Path, body: MeshBody, image: bytes, settings: Settings, *, random_seed: int
 ) -> tuple[bytes, ReceiptBody]:
-    """The same for the mesh of a `picture`'s file."""
-    checked = checked_picture(picture, max_pixels=settings.max_image_pixels)
+    """Generate the mesh of `body` from the file `image` and return its file and receipt."""
+    checked = checked_picture(image, max_pixels=settings.max_image_pixels)
 
     def parse(card: ModelCard) -> Order:
         if not isinstance(card, MeshCard):
@@ -95,6 +95,6 @@ def _generate(directory: Path, settings: Settings, parse: Callable[[ModelCard], 
 
 
 def _keep_deadline(state: "DenoiseState", card: ModelCard, left_s: float) -> None:
-    """As the server does it, but for time to decode, which is not known before the first result."""
+    """Move along the curve as the server does. Decoding has no prediction, since nothing was decoded before."""
     steps_left = state.num_steps - state.step_index
     state.move_to(point_for(state.request, card, time_left_s=left_s, steps_left=steps_left, pace=1.0))

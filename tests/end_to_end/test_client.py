@@ -14,7 +14,7 @@ import torch
 import trimesh
 from PIL import Image
 
-from service.client import ApiError, Client
+from elastic_dit_client import ApiError, Client
 from training.solids.images import picture_file
 from training.solids.solids import sample_solid
 
@@ -73,7 +73,7 @@ def test_call_that_is_interrupted_by_ctrl_c_cancels_its_job(client: Client, serv
     code = (
         # A shell lets what it starts in the background ignore Ctrl-C, and children inherit that.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "import sys; from service.client import Client; "
+        "import sys; from elastic_dit_client import Client; "
         f"Client(sys.argv[1]).generate_image({PROMPT!r}, num_inference_steps=100, n=8, budget={{'preset': 'exact'}})"
     )
     num_cancelled = metric(server, "elastic_requests_total", 'status="cancelled"')

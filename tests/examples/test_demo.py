@@ -11,10 +11,9 @@ from typing import Any
 import httpx2
 import numpy as np
 import pytest
-import trimesh
-from fastapi.testclient import TestClient
 from PIL import Image
 
+from elastic_dit_client import Client
 from examples import demo
 from examples.demo import (
     Drawn,
@@ -22,14 +21,12 @@ from examples.demo import (
     contact_sheet,
     draw_all,
     figures,
-    make_meshes,
     rows_of,
     running_server,
     save,
     table,
 )
 from models.curve import Preset
-from service.client import Client
 
 COLOURS = {preset: (40 * i, 255 - 40 * i, 90) for i, preset in enumerate(Preset)}
 
@@ -157,23 +154,6 @@ def test_every_model_draws_its_rows_at_every_budget_it_offers_after_a_row_that_i
     assert len({record["picture"] for record in records}) == len(pictures)
     assert all((tmp_path / record["picture"]).is_file() for record in records)
     assert [(r["model"], r["prompt"], r["negative_prompt"], r["budget"]) for r in records] == [*flux, *qwen]
-
-
-def test_server_answers_all_that_the_demo_asks(client: TestClient, tmp_path: Path) -> None:
-    server = Client("http://testserver", http=client)
-    pictures = draw_all(server)
-    assert len(pictures) == len(Preset) * (len(demo.PROMPTS) + 2)
-    assert {picture.row.model for picture in pictures} == {"drawn", "guided"}
-    save(pictures, tmp_path)
-    assert (tmp_path / "contact_sheet.png").is_file()
-    assert "guided: mean of 2 rows" in table(pictures)
-    meshes = make_meshes(server, tmp_path)
-    assert [(mesh.row.model, mesh.preset) for mesh in meshes] == [("ball", preset) for preset in Preset]
-    assert "ball: mean of 1 rows" in table(meshes)
-    for preset in Preset:
-        loaded = trimesh.load(tmp_path / f"mesh-{preset}.glb", force="mesh")
-        assert isinstance(loaded, trimesh.Trimesh)
-        assert loaded.is_watertight
 
 
 def test_refused_request_ends_the_demo_with_the_servers_message() -> None:
