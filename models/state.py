@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models.budget import resolve
 from models.card import CurvePoint, Policy
-from models.elastic.runner import Allowance, Row
+from models.elastic.row import Allowance, Row
 from models.report import Decision, GenerationSummary
 from models.request import ComputeBudget, GenerationRequest
 from models.rules import RULES

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.elastic.router import MLP_WIDTHS, RouterStack
-from models.elastic.runner import Streams
+from models.elastic.streams import Streams
 from models.families.wrapping import mlp_name, permute_neurons
 from models.weights import RouterWeights
 from training.backbones import Backbone

@@ -13,7 +13,8 @@ from models.card import CurvePoint, Policy
 from models.diffusion.sampling import flow_schedule
 from models.elastic.plan import RowPlan, RowView, Rule
 from models.elastic.router import MLP_WIDTHS
-from models.elastic.runner import Row, run_block
+from models.elastic.row import Row
+from models.elastic.runner import run_block
 from models.engine import Engine
 from models.families.qwen_image import adapter
 from models.families.qwen_image.conversion import router_tensors
