@@ -10,7 +10,7 @@ from torch import Tensor
 from models.budget import point_of_compute
 from models.curve import CurvePoint
 from models.elastic.plan import Policy
-from models.elastic.runner import Allowance, Row
+from models.elastic.row import Allowance, Row
 from models.report import Decision, GenerationSummary
 from models.request import GenerationRequest
 from models.rules import RULES

@@ -11,7 +11,7 @@ import torch
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
 from torch import Tensor, nn
 
-from models.elastic.runner import Streams
+from models.elastic.streams import Streams
 from models.families.flux import adapter as flux
 from models.families.hunyuan3d import plain_adapter
 from models.families.hunyuan3d.plain_dit import HunYuanDiTPlain, MixtureOfExperts

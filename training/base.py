@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.elastic.runner import Streams
+from models.elastic.streams import Streams
 from training.backbones import Backbone
 from training.lesson import Lesson
 from training.loop import run_loop, warm_then_linear

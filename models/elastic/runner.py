@@ -3,8 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +11,10 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from models.elastic.compute import BlockCost
-from models.elastic.plan import SKIP, Policy, RowPlan, RowView, Rule
+from models.elastic.plan import SKIP, RowPlan, RowView
 from models.elastic.router import Scorer
+from models.elastic.row import Residual, Row
+from models.elastic.streams import Streams, row_index
 from models.report import BlockReport, Decision, StepDecision
 
 CALL_COSTS_TOKENS = 100
@@ -31,80 +32,6 @@ Estimated for a GPU, where it rules out flash attention: attention is a fifth of
 
 
 @dataclass(frozen=True, slots=True)
-class Streams:
-    """What flows from block to block.
-
-    `hidden_states` is `(batch, image tokens, channels)`, `encoder_hidden_states` `(batch, text tokens, channels)`,
-    `temb` `(batch, channels)`; `image_rotary_emb` holds the position factors shared by all rows, None where there are
-    none. `encoder_hidden_states_mask` `(batch, text tokens)` is true for real text tokens, None where all are. Families
-    that pad texts have the image's and the text's position factors apart, `image_rotary_emb` being the two.
-
-    In families whose blocks look at something that they do not change, `context` `(rows with context, context tokens,
-    context channels)` is that, and the tokens of `encoder_hidden_states` tell routers nothing. `context_rows` are the
-    numbers of those rows, None where all have context. `long_skips` maps the number of a block to what it left for a
-    later one, `(batch, tokens, channels)`.
-    """
-
-    hidden_states: Tensor
-    encoder_hidden_states: Tensor
-    temb: Tensor
-    image_rotary_emb: tuple[Tensor, Tensor] | None = None
-    encoder_hidden_states_mask: Tensor | None = None
-    context: Tensor | None = None
-    context_rows: Tensor | None = None
-    long_skips: Mapping[int, Tensor] = field(default_factory=dict)
-
-    @property
-    def scored(self) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
-        """The streams that routers read, and their masks."""
-        if self.context is not None:
-            return (self.hidden_states,), (None,)
-        return (self.encoder_hidden_states, self.hidden_states), (self.encoder_hidden_states_mask, None)
-
-    def of_rows(self, where: Tensor, chosen: Sequence[int], rows: Sequence["Row"]) -> "Streams":
-        """The streams of the `chosen` of all `rows` alone; what they left for later blocks is not needed.
-
-        `where` are their numbers on the device. Padding that none of them needs is cut off, and with it the mask where
-        all are of one length: it costs time, and attention's fastest kernels.
-        """
-        context, context_rows = self._context_of(chosen, rows)
-        part = replace(
-            self,
-            hidden_states=self.hidden_states[where],
-            encoder_hidden_states=self.encoder_hidden_states[where],
-            temb=self.temb[where],
-            context=context,
-            context_rows=context_rows,
-        )
-        if self.encoder_hidden_states_mask is None:
-            return part
-        assert self.image_rotary_emb is not None
-        known = [length for i in chosen if (length := rows[i].num_text_tokens) is not None]
-        longest = max(known)
-        image_factors, text_factors = self.image_rotary_emb
-        return replace(
-            part,
-            encoder_hidden_states=part.encoder_hidden_states[:, :longest],
-            image_rotary_emb=(image_factors, text_factors[:longest]),
-            encoder_hidden_states_mask=None
-            if min(known) == longest
-            else self.encoder_hidden_states_mask[where, :longest],
-        )
-
-    def _context_of(self, chosen: Sequence[int], rows: Sequence["Row"]) -> tuple[Tensor | None, Tensor | None]:
-        if self.context is None:
-            return None, None
-        having = [i for i, row in enumerate(rows) if row.has_context]
-        places = {i: place for place, i in enumerate(having)}
-        looking = [position for position, i in enumerate(chosen) if i in places]
-        if not looking:
-            return None, None
-        device = self.context.device
-        context = self.context[row_index([places[chosen[position]] for position in looking], device)]
-        return context, None if len(looking) == len(chosen) else row_index(looking, device)
-
-
-@dataclass(frozen=True, slots=True)
 class ElasticBlock:
     """One block of a model: `variants` maps an MLP width to the module that runs it, 1.0 being the original.
 
@@ -118,81 +45,6 @@ class ElasticBlock:
     router: Scorer | None
     enter: Callable[[Streams], Streams] | None = None
     leave: Callable[[Streams], Streams] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Residual:
-    """What a block once added to a row's two streams, `(tokens, channels)` each, and how often that was used again.
-
-    Of the text stream only real tokens: the padding may differ from step to step.
-    """
-
-    hidden_states: Tensor
-    encoder_hidden_states: Tensor
-    num_reuses: int = 0
-
-
-@dataclass(slots=True)
-class Allowance:
-    """Floating-point operations that a request may still spend in this step; infinite unless its budget is a cap."""
-
-    flops: float = float("inf")
-
-
-@dataclass(slots=True)
-class StepJournal:
-    """What one step changes about a row, apart until the step has succeeded, so that a failed step can be repeated.
-
-    `residuals` has None where a stored one is outdated; `stores_residuals` says whether any was stored. Where a plan
-    measures a block's change, `measured_residual` is what that block added to the image stream, and `residual_change`
-    its distance from the row's reference.
-    """
-
-    flops: float = 0.0
-    trace: list[StepDecision] = field(default_factory=list)
-    residuals: dict[str, Residual | None] = field(default_factory=dict)
-    stores_residuals: bool = False
-    measured_residual: Tensor | None = None
-    residual_change: float | None = None
-
-
-@dataclass(slots=True)
-class Row:
-    """One row of a batch: one guidance branch of one request, with all the state that its elasticity has.
-
-    `residuals` maps block names to stored residuals; `reference` is the measured block's residual in the last step that
-    stored residuals. `allowance` is shared by the branches of a request. `num_text_tokens` counts the row's
-    real ones (None where texts are never padded). A row without context has zeros for one, to which blocks need not
-    attend. `begin_step` and `end_step` frame a step.
-    """
-
-    rule: Rule[Any]
-    policy: Policy
-    branch: str
-    num_steps: int
-    costs: Mapping[str, BlockCost]
-    num_text_tokens: int | None = None
-    has_context: bool = True
-    step: int = 0
-    allowance: Allowance = field(default_factory=Allowance)
-    residuals: dict[str, Residual] = field(default_factory=dict)
-    reference: Tensor | None = None
-    spent_flops: float = 0.0
-    trace: list[StepDecision] = field(default_factory=list)
-    journal: StepJournal = field(default_factory=StepJournal)
-
-    def begin_step(self, step: int, policy: Policy, allowance: Allowance) -> None:
-        self.step, self.policy, self.allowance = step, policy, allowance
-        self.journal = StepJournal()
-
-    def end_step(self) -> None:
-        self.spent_flops += self.journal.flops
-        self.trace += self.journal.trace
-        kept = self.residuals | self.journal.residuals
-        self.residuals = {name: residual for name, residual in kept.items() if residual is not None}
-        if self.journal.stores_residuals:
-            self.reference = self.journal.measured_residual
-        self.journal = StepJournal()
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,11 +219,6 @@ def _padded(text: Tensor, like: Tensor) -> Tensor:
     """Text tokens `(rows, tokens, channels)`, with zeros up to as many tokens as `like` has."""
     missing = like.shape[1] - text.shape[1]
     return F.pad(text, (0, 0, 0, missing)) if missing else text
-
-
-def row_index(rows: Sequence[int], device: torch.device) -> Tensor:
-    """Row numbers on the device. From pinned memory, since an ordinary copy would wait for all that was queued."""
-    return torch.tensor(rows, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _measure_change(rows: Sequence[Row], added: Tensor) -> None:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from models.elastic.plan import MLP_WIDTHS
 from models.elastic.router import RouterStack
-from models.elastic.runner import ElasticBlock, Streams
+from models.elastic.runner import ElasticBlock
+from models.elastic.streams import Streams
 from models.elastic.width import narrowed, permute_hidden_neurons
 from models.errors import WeightsError
 from models.weights import RouterWeights

@@ -43,7 +43,7 @@ from models.diffusion.sampling import (
 )
 from models.elastic.compute import BlockCost
 from models.elastic.router import RouterStack
-from models.elastic.runner import Streams
+from models.elastic.streams import Streams
 from models.engine import Engine
 from models.families.family import Family
 from models.families.flux import adapter as flux

@@ -20,7 +20,9 @@ from torch.nn import functional as F
 
 from models.elastic.compute import BlockCost
 from models.elastic.plan import MLP_WIDTHS, Policy, RowPlan, RowView
-from models.elastic.runner import Allowance, ElasticBlock, Row, Streams, run_block
+from models.elastic.row import Allowance, Row
+from models.elastic.runner import ElasticBlock, run_block
+from models.elastic.streams import Streams
 from models.families.qwen_image import adapter
 from models.families.qwen_image.conversion import router_tensors
 from models.families.qwen_image.pipeline import pad_prompts, set_activation

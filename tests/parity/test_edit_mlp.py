@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from models.elastic.compute import BlockCost
 from models.elastic.plan import MLP_WIDTHS
 from models.elastic.router import Router, Scores
-from models.elastic.runner import ElasticBlock, Row, Streams, run_block
+from models.elastic.row import Row
+from models.elastic.runner import ElasticBlock, run_block
+from models.elastic.streams import Streams
 from models.families.qwen_image import adapter
 from models.families.qwen_image.pipeline import set_activation
 from models.families.wrapping import elastic_blocks

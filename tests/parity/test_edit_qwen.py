@@ -12,7 +12,8 @@ from torch import Tensor
 from models.curve import EXACT, CurvePoint, Preset
 from models.diffusion.sampling import flow_schedule
 from models.elastic.plan import MLP_WIDTHS, Policy, RowPlan, RowView, Rule
-from models.elastic.runner import Row, run_block
+from models.elastic.row import Row
+from models.elastic.runner import run_block
 from models.engine import Engine
 from models.families.qwen_image import adapter
 from models.families.qwen_image.conversion import router_tensors

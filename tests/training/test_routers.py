@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from models.elastic.compute import BlockCost
 from models.elastic.router import RouterStack
-from models.elastic.runner import Row, Streams, run_block
+from models.elastic.row import Row
+from models.elastic.runner import run_block
+from models.elastic.streams import Streams
 from models.families.flux import adapter as flux
 from models.families.hunyuan3d import plain_adapter as hunyuan3d
 from models.families.qwen_image import adapter as qwen_image

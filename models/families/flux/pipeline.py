@@ -15,7 +15,7 @@ from torch import Tensor
 from models.card import Guidance
 from models.diffusion.sampling import classifier_free_guidance
 from models.elastic.compute import BlockCost, attention_flops
-from models.elastic.runner import Streams
+from models.elastic.streams import Streams
 from models.errors import InvalidRequest, WeightsError
 from models.families.flux import adapter
 from models.families.image import Branch, PictureFamily

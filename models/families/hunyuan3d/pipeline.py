@@ -17,7 +17,7 @@ from models.card import Guidance, MeshCard, ModelCard, basics_of
 from models.curve import EXACT, CurvePoint, Preset
 from models.diffusion.sampling import classifier_free_guidance
 from models.elastic.compute import BlockCost
-from models.elastic.runner import Streams, row_index
+from models.elastic.streams import Streams, row_index
 from models.errors import WeightsError
 from models.families.family import BranchStart, Family
 from models.families.hunyuan3d import plain_adapter, stream_adapter

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from models.card import Guidance
 from models.diffusion.sampling import classifier_free_guidance, rescale_to_norm
 from models.elastic.compute import BlockCost, attention_flops
-from models.elastic.runner import Streams
+from models.elastic.streams import Streams
 from models.errors import InvalidRequest
 from models.families.image import Branch, PictureFamily
 from models.families.qwen_image import adapter

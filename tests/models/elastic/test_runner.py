@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from models.elastic.compute import BlockCost
 from models.elastic.plan import REUSE, RUN_IN_FULL, SKIP, Policy, RowPlan, RowView
 from models.elastic.router import Router
-from models.elastic.runner import Allowance, ElasticBlock, Residual, Row, Streams, run_block
+from models.elastic.row import Allowance, Residual, Row
+from models.elastic.runner import ElasticBlock, run_block
+from models.elastic.streams import Streams
 from models.report import Decision
 
 COST = BlockCost(fixed=10, mlp=20)

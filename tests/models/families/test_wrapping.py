@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.elastic.plan import MLP_WIDTHS
-from models.elastic.runner import Streams
+from models.elastic.streams import Streams
 from models.errors import WeightsError
 from models.families.family import Family
 from models.families.wrapping import elastic_blocks, mlp_name, permute_neurons
