@@ -4,7 +4,7 @@
 random weights, on the device. It times single denoise steps; in each round every contender takes one step in turn:
 
 stock            the unmodified transformer, called as its pipeline does; with guidance, one call per branch
-stock, one call  the same with all branches in one call, shorter prompts padded and masked (Qwen-Image)
+stock, one call  like stock, but all branches in one call, with shorter prompts padded and masked (Qwen-Image)
 exact            our engine, with every block running
 routers          our engine with every block running, but routers score every block and their scores are read: the
                  price of deciding
