@@ -4,7 +4,7 @@
 random weights, on the device. It times single denoise steps; in each round every contender takes one step in turn:
 
 stock            the unmodified transformer, called as its pipeline does; with guidance, one call per branch
-stock, one call  the same with all branches in one call, shorter prompts padded and masked (Qwen-Image)
+stock, one call  like stock, but all branches in one call, with shorter prompts padded and masked (Qwen-Image)
 exact            our engine, with every block running
 routers          our engine with every block running, but routers score every block and their scores are read: the
                  price of deciding
@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from benchmarks.environment import environment
 from benchmarks.real_size_models import MODELS, StockStep, Subject
-from benchmarks.table import Row, finish, show
+from benchmarks.table import TableRow, finish, show
 from models.card import Guidance
 from models.curve import EXACT, Preset
 from models.elastic.compute import BlockCost
@@ -176,7 +176,7 @@ def synchronize(device: torch.device) -> None:
 
 def measure(
     subject: Subject, side: int, batch_size: int, num_rounds: int, tick: Callable[[], object] = lambda: None
-) -> list[Row]:
+) -> list[TableRow]:
     """One row per contender, with the columns above. The first round warms up, and counts waits and memory."""
     device: torch.device = subject.family.transformer.device
     engine = Engine({subject.family.model_id: subject.family}, {})
@@ -184,7 +184,7 @@ def measure(
     rows = [row for state in states for row in state.rows]
     entrants = contenders(subject, list(rows[0].costs.values()), len(rows))
     seconds: dict[str, list[float]] = {contender.name: [] for contender in entrants}
-    observed: dict[str, Row] = {}
+    observed: dict[str, TableRow] = {}
     for number in range(num_rounds + 1):
         first = number % len(entrants)  # so that no contender always follows the same one
         for contender in (*entrants[first:], *entrants[:first]):
@@ -211,7 +211,7 @@ def observe(
     device: torch.device,
     *,
     is_stock: bool,
-) -> Row:
+) -> TableRow:
     """The columns of a step that are counted, not timed."""
     spent = sum(state.spent_flops for state in states)
     if device.type == "cuda":
@@ -229,7 +229,7 @@ def observe(
     }
 
 
-def summary(name: str, seconds: Mapping[str, Sequence[float]], observed: Mapping[str, Row]) -> Row:
+def summary(name: str, seconds: Mapping[str, Sequence[float]], observed: Mapping[str, TableRow]) -> TableRow:
     compute = {key: float(row["compute_ratio"] or 0) for key, row in observed.items()}
     typical = {key: statistics.median(times) for key, times in seconds.items()}
     ratios = sorted(t / stock for t, stock in zip(seconds[name], seconds["stock"], strict=True))
@@ -273,14 +273,14 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure_model(name: str, arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[Row]:
+def measure_model(name: str, arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[TableRow]:
     """The rows of all sizes and batches of one model. Its weights are freed afterwards."""
     model = MODELS[name]
     scale = model.reduced if arguments.reduced else model.full
     subject = model.build(scale, device, dtype)
     if arguments.compile:
         compile_blocks(subject)
-    results: list[Row] = []
+    results: list[TableRow] = []
     for side in arguments.sides or scale.sides:
         for batch_size in arguments.batches or scale.batch_sizes:
             title = f"{name} at {side}x{side}, batch {batch_size}"
@@ -297,7 +297,7 @@ def main() -> None:
     arguments = parse_arguments()
     device = torch.device(arguments.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    results: list[Row] = []
+    results: list[TableRow] = []
     for name in [arguments.only] if arguments.only else MODELS:
         results += measure_model(name, arguments, device, dtype)
         if device.type == "cuda":
