@@ -11,15 +11,17 @@ from fastapi_offline import FastAPIOffline
 
 from service.api import routes_images, routes_jobs, routes_meshes, routes_models, routes_operations
 from service.api.errors import add_error_handlers
+from service.api.job_views import job_body
 from service.api.middlewares import Middlewares
 from service.api.routes_playground import add_playground
-from service.jobs.job import Job
+from service.jobs.job import JobSnapshot
 from service.jobs.memory import MemoryStore
 from service.jobs.redis import RedisStore, connect
 from service.jobs.results import MemoryResults, RedisResults, Results, VolumeResults
 from service.jobs.store import JobStore
 from service.metrics import Metrics
 from service.running.dispatcher import Dispatcher, Timing
+from service.running.inbox import Inbox
 from service.running.worker import Worker, WorkerLimits
 from service.settings import Settings
 from service.webhooks import Webhooks
@@ -32,23 +34,28 @@ def build_dispatcher(
     settings: Settings, load_engine: Callable[[], "Engine"], *, clock: Callable[[], float] = time.time
 ) -> Dispatcher:
     """A worker with its store. `load_engine` is called in the worker's thread, when that is started."""
-    metrics = Metrics()
+    metrics, inbox = Metrics(), Inbox()
     limits = WorkerLimits(max_batch_size=settings.max_batch_size, max_running=settings.max_running)
     return Dispatcher(
         _store(settings, metrics, clock),
-        Worker(load_engine, metrics, limits, clock=clock),
+        Worker(load_engine, metrics, limits, report=inbox.report, on_room=inbox.wake, clock=clock),
+        inbox,
         metrics,
         Timing(lease_s=settings.lease_s, grace_s=settings.grace_s),
         clock=clock,
-        tell_webhook=_webhooks(settings, clock),
+        deliver_webhook=_webhooks(settings, clock),
     )
 
 
-def _webhooks(settings: Settings, clock: Callable[[], float]) -> Callable[[Job], Awaitable[bool]] | None:
+def _webhooks(settings: Settings, clock: Callable[[], float]) -> Callable[[JobSnapshot], Awaitable[bool]] | None:
     if settings.webhook_secret is None:
         return None
     base = (settings.public_url or "").rstrip("/")
-    return Webhooks(settings.webhook_secret.get_secret_value(), base, clock=clock).deliver
+
+    def describe(snapshot: JobSnapshot) -> dict[str, Any]:
+        return job_body(snapshot, base).model_dump(mode="json", exclude_unset=True)
+
+    return Webhooks(settings.webhook_secret.get_secret_value(), describe, clock=clock).deliver
 
 
 def _store(settings: Settings, metrics: Metrics, clock: Callable[[], float]) -> JobStore:

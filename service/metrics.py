@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from models.card import ModelCard
 from models.report import Decision, StepReport
 from models.request import Budget, ComputeBudget, LatencyBudget, PresetBudget, QualityBudget
-from service.jobs.job import Job, JobStatus
+from service.jobs.job import JobSnapshot, JobStatus
 
 _BLOCK_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 _STEP_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -125,19 +125,20 @@ class Metrics:
     def observe_stage(self, model: str, stage: str, seconds: float) -> None:
         self._stage_latency.labels(model, stage).observe(seconds)
 
-    def observe_end(self, job: Job) -> None:
-        self._requests.labels(job.model, job.status).inc()
-        if job.started_at is not None:
-            self._queue_time.labels(job.model).observe(job.started_at - job.created_at)
-        if job.status is JobStatus.SUCCEEDED and job.ended_at is not None:
+    def observe_end(self, snapshot: JobSnapshot) -> None:
+        job, state = snapshot.job, snapshot.state
+        self._requests.labels(job.model, state.status).inc()
+        if state.started_at is not None:
+            self._queue_time.labels(job.model).observe(state.started_at - job.created_at)
+        if state.status is JobStatus.SUCCEEDED and state.ended_at is not None:
             preset = _preset_label(job.requests[0].budget)
-            self._e2e_latency.labels(job.model, preset).observe(job.ended_at - job.created_at)
+            self._e2e_latency.labels(job.model, preset).observe(state.ended_at - job.created_at)
             if job.deadline_at is not None:
                 met, missed = _OUTCOMES
-                self._deadlines.labels(job.model, met if job.ended_at <= job.deadline_at else missed).inc()
+                self._deadlines.labels(job.model, met if state.ended_at <= job.deadline_at else missed).inc()
             if job.is_degraded:
                 self._degraded.labels(job.model).inc()
-        for receipt in job.receipts:
+        for receipt in state.receipts:
             measured, predicted = receipt.summary.compute_ratio, receipt.summary.compute_ratio_predicted
             self._compute_ratio.labels(job.model).observe(measured)
             self._compute_ratio_error.labels(job.model).observe(abs(measured - predicted))

@@ -32,7 +32,7 @@ from service.errors import (
     StoreUnavailable,
     UnsupportedMediaType,
 )
-from service.jobs.job import Failure, FailureReason
+from service.jobs.job import Failure, FailureReason, JobSnapshot, JobStatus
 
 STATUS_AND_CODE: Mapping[type[Exception], tuple[int, str]] = {
     InvalidImage: (400, "invalid_image"),
@@ -97,6 +97,14 @@ def error_of(failure: Failure) -> Exception:
             return GenerationFailed(failure.message)
         case FailureReason.DRAINING:  # the grace is over: whatever comes next may be there at once
             return Draining(failure.message, retry_after_s=1)
+
+
+def raise_if_unsuccessful(ended: JobSnapshot) -> None:
+    """Raise the error that tells the client why a job that has ended has no result."""
+    if ended.state.failure is not None:
+        raise error_of(ended.state.failure)
+    if ended.state.status is JobStatus.CANCELLED:
+        raise JobCancelled(f"job {ended.job.id} was cancelled")
 
 
 async def answer_error(request: Request, error: Exception) -> JSONResponse:

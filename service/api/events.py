@@ -10,12 +10,12 @@ from pydantic_core import to_json
 
 from models.errors import GenerationError
 from models.request import ImageRequest
-from service.api.errors import error_of, status_and_error
+from service.api.errors import raise_if_unsuccessful, status_and_error
 from service.api.job_views import result_body
 from service.api.responses import ErrorBody
 from service.api.schemas import ResponseFormat
-from service.errors import Draining, JobCancelled, ServiceError
-from service.jobs.job import Job, JobStatus
+from service.errors import Draining, ServiceError
+from service.jobs.job import Job
 from service.jobs.store import Event, EventName, follow
 from service.running.dispatcher import Dispatcher
 
@@ -109,16 +109,13 @@ async def _public(
 async def _end(
     job: Job, dispatcher: Dispatcher, base: str, response_format: ResponseFormat | None, completed: str
 ) -> tuple[str, Mapping[str, Any]]:
-    job = await dispatcher.store.get(job.id)
-    if job.failure is not None:
-        return "error", _error(error_of(job.failure))
-    if job.status is JobStatus.CANCELLED:
-        return "error", _error(JobCancelled(f"job {job.id} was cancelled"))
+    snapshot = await dispatcher.store.get(job.id)
     try:
-        outcome = await dispatcher.store.content(job.id)
-    except ServiceError as error:  # such as a result that is no longer kept
+        raise_if_unsuccessful(snapshot)
+        finished = await dispatcher.store.content(job.id)
+    except (ServiceError, GenerationError) as error:
         return "error", _error(error)
-    result = result_body(outcome, response_format, base).model_dump(mode="json", exclude_unset=True)
+    result = result_body(finished, response_format, base).model_dump(mode="json", exclude_unset=True)
     # OpenAI's SDK looks for the picture here.
     first = {name: value for name, value in result["data"][0].items() if name in ("b64_json", "url")}
     return completed, {**result, **first}

@@ -15,7 +15,7 @@ from service.api.events import event_stream
 from service.api.job_views import base_url, job_body
 from service.api.responses import EVENT_STREAM, JOB_ID_HEADERS, SHOWN, JobBody, header
 from service.errors import JobNotFound
-from service.jobs.job import Job
+from service.jobs.job import JobSnapshot
 from service.jobs.store import JobStore
 from service.keys import Scope
 
@@ -72,7 +72,7 @@ async def stream_events(
     """Any server that shares the job's store has them."""
     if last_event_id is not None and not _EVENT_ID.fullmatch(last_event_id):
         raise InvalidRequest("Last-Event-ID is not the id of an event, such as 1-0", "Last-Event-ID")
-    job = await _own_job(job_id, caller, dispatcher.store)
+    job = (await _own_job(job_id, caller, dispatcher.store)).job
     return event_stream(job, dispatcher, base_url(request, settings), after=last_event_id or "0-0")
 
 
@@ -100,15 +100,14 @@ async def show_content(
     index: Annotated[int, Query(ge=0, description="Which picture, if n > 1.")] = 0,
 ) -> Response:
     await _own_job(job_id, caller, dispatcher.store)
-    outcome = await dispatcher.store.content(job_id)
-    if index >= len(outcome.pictures):
-        raise InvalidRequest(
-            f"index {index} is above the last picture of job {job_id}; try {len(outcome.pictures) - 1}", "index"
-        )
-    output_format = outcome.job.output.format
+    finished = await dispatcher.store.content(job_id)
+    last = len(finished.artifacts) - 1
+    if index > last:
+        raise InvalidRequest(f"index {index} is above the last artifact of job {job_id}; try {last}", "index")
+    output_format = finished.job.output.format
     name = f"{job_id}-{index}.{output_format}"
     return Response(
-        outcome.pictures[index],
+        finished.artifacts[index],
         media_type=output_format.content_type,
         headers={"Content-Disposition": f'inline; filename="{name}"'},
     )
@@ -129,11 +128,11 @@ async def cancel_job(
     return job_body(await dispatcher.cancel(job_id), base_url(request, settings))
 
 
-async def _own_job(job_id: str, caller: Caller, store: JobStore) -> Job:
+async def _own_job(job_id: str, caller: Caller, store: JobStore) -> JobSnapshot:
     """The job, if the caller's key created it or has the scope `admin`. Raises JobNotFound otherwise."""
     if not _JOB_ID.fullmatch(job_id):
         raise JobNotFound(f"there is no job '{job_id}'")
-    job = await store.get(job_id)
-    if caller.key is not None and job.owner != caller.key.id and Scope.ADMIN not in caller.key.scopes:
+    snapshot = await store.get(job_id)
+    if caller.key is not None and snapshot.job.owner != caller.key.id and Scope.ADMIN not in caller.key.scopes:
         raise JobNotFound(f"there is no job '{job_id}'")
-    return job
+    return snapshot
