@@ -1,4 +1,4 @@
-"""The web application around a dispatcher and its worker."""
+"""Builds the web application, and the dispatcher with its store and its worker."""
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -26,14 +26,14 @@ from service.running.worker import Worker, WorkerLimits
 from service.settings import Settings
 from service.webhooks import Webhooks
 
-if TYPE_CHECKING:  # models.engine brings torch, which the API side never loads
+if TYPE_CHECKING:  # models.engine imports torch, which the API side never loads
     from models.engine import Engine
 
 
 def build_dispatcher(
     settings: Settings, load_engine: Callable[[], "Engine"], *, clock: Callable[[], float] = time.time
 ) -> Dispatcher:
-    """A worker with its store. `load_engine` is called in the worker's thread, when that is started."""
+    """A dispatcher with its store and its worker, which calls `load_engine` in its own thread when it starts."""
     metrics, inbox = Metrics(), Inbox()
     limits = WorkerLimits(max_batch_size=settings.max_batch_size, max_running=settings.max_running)
     return Dispatcher(
@@ -81,7 +81,7 @@ def _store(settings: Settings, metrics: Metrics, clock: Callable[[], float]) -> 
 
 
 def create_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
-    """The application. Whoever calls has started the dispatcher's worker; the application stops it when it ends."""
+    """The application. The caller has started the dispatcher's worker; the application stops it at its end."""
     app = _bare_app(settings, dispatcher)
     for routes in (routes_images, routes_meshes, routes_jobs, routes_models, routes_operations):
         app.include_router(routes.router)
@@ -90,29 +90,29 @@ def create_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
 
 
 def create_worker_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
-    """What a bare worker answers: whether it lives, whether it is ready, and its metrics."""
+    """The application of a bare worker: liveness, readiness and metrics."""
     app = _bare_app(settings, dispatcher)
     app.include_router(routes_operations.router)
     return app
 
 
 def _bare_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
-    # One at a time, which bounds the memory that decoded pictures take.
-    picture_checks = ThreadPoolExecutor(1, thread_name_prefix="pictures")
+    # One image at a time, which bounds the memory for decoded images.
+    image_checks = ThreadPoolExecutor(1, thread_name_prefix="images")
     middlewares = Middlewares(settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with dispatcher.running():
             yield
-        picture_checks.shutdown(wait=False, cancel_futures=True)
+        image_checks.shutdown(wait=False, cancel_futures=True)
         await middlewares.close()
 
-    # FastAPI's own documentation page loads its scripts from a CDN; this one brings them along.
+    # FastAPI's own documentation page loads its scripts from a CDN; fastapi-offline serves them itself.
     app = FastAPIOffline(
         title="Elastic DiT Serve",
-        description="Pictures from texts and meshes from pictures, by diffusion transformers that spend compute where "
-        "it is needed.",
+        description="Generates images from text and meshes from images, with diffusion transformers that spend compute "
+        "where it is needed.",
         version="0.1.0",
         redoc_url=None,
         lifespan=lifespan,
@@ -121,7 +121,7 @@ def _bare_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
     )
     app.state.dispatcher = dispatcher
     app.state.settings = settings
-    app.state.picture_checks = picture_checks
+    app.state.image_checks = image_checks
     middlewares.add_to(app, count_rejection=lambda code: dispatcher.metrics.observe_rejection("", code))
     add_error_handlers(app)
     _document_own_errors_only(app)
@@ -129,7 +129,7 @@ def _bare_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
 
 
 def _document_own_errors_only(app: FastAPI) -> None:
-    """Take FastAPI's validation error, which is never answered here, out of the OpenAPI document."""
+    """Remove FastAPI's validation error from the OpenAPI document: this server never answers with it."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -142,4 +142,4 @@ def _document_own_errors_only(app: FastAPI) -> None:
             document["components"]["schemas"].pop(name, None)
         return document
 
-    app.openapi = openapi  # type: ignore[method-assign]  # the way that FastAPI documents
+    app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI documents it

@@ -14,7 +14,7 @@ from typer.exceptions import TyperException
 
 from models.errors import GenerationError, InvalidRequest
 from models.file_formats import MeshFormat, OutputFormat
-from service.api.input_image import checked_picture
+from service.api.input_image import checked_image
 from service.api.parsing import RANDOM_SEEDS
 from service.api.responses import ReceiptBody
 from service.api.schemas import ImageBody, MeshBody
@@ -276,7 +276,7 @@ def _samples(prompts: Path | None, pictures: Path | None, max_pixels: int) -> li
     checked = []
     for path in sorted(pictures.iterdir()):
         try:
-            checked.append(checked_picture(path.read_bytes(), max_pixels=max_pixels))
+            checked.append(checked_image(path.read_bytes(), max_pixels=max_pixels))
         except InvalidImage as error:
             raise typer.BadParameter(f"{path}: {error}") from error
     return checked

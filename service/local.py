@@ -13,7 +13,7 @@ from models.errors import InvalidRequest
 from models.mesh.cleanup import CleanMesh
 from models.request import GenerationRequest, LatencyBudget
 from models.zoo import load_engine
-from service.api.input_image import checked_picture
+from service.api.input_image import checked_image
 from service.api.parsing import parse_mesh_output, parse_mesh_request, parse_output, parse_requests, quality_of
 from service.api.responses import ReceiptBody
 from service.api.schemas import ImageBody, MeshBody
@@ -46,7 +46,7 @@ def generate_mesh(
     directory: Path, body: MeshBody, picture: bytes, settings: Settings, *, random_seed: int
 ) -> tuple[bytes, ReceiptBody]:
     """The same for the mesh of a `picture`'s file."""
-    checked = checked_picture(picture, max_pixels=settings.max_image_pixels)
+    checked = checked_image(picture, max_pixels=settings.max_image_pixels)
 
     def parse(card: ModelCard) -> GenerationRequest:
         if not isinstance(card, MeshCard):
