@@ -112,7 +112,8 @@ class QwenImageBackbone(_WithoutLongSkips):
 
     def prologue(self, latents: Tensor, timestep: Tensor, guidance: Tensor, text: Text) -> Streams:
         context = qwen_image.embed_prompt(self.transformer, text.embeds)
-        return qwen_image.prologue(self.transformer, latents, timestep, context, text.mask, self._rotary)
+        lengths = None if text.mask is None else text.mask.sum(1).tolist()
+        return qwen_image.prologue(self.transformer, latents, timestep, context, text.mask, lengths, self._rotary)
 
     def call_block(self, block: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
         return qwen_image.call_block(block, streams)

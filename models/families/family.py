@@ -26,17 +26,11 @@ from models.weights import CheckpointTraits, Manifest, RouterWeights
 
 
 class BranchStart(NamedTuple):
-    """One guidance branch at its start: its name in traces, its inputs, and what each block costs on its row.
-
-    `num_text_tokens` are real ones, None where texts are never padded. `has_context` is false where the blocks need not
-    look at the context, because it is empty and they have a shortcut for that.
-    """
+    """One guidance branch at its start: its name in traces, its inputs, and what each block costs on its row."""
 
     name: str
     inputs: BranchInputs
     costs: Mapping[str, BlockCost]
-    num_text_tokens: int | None = None
-    has_context: bool = True
 
 
 class Family(ABC):
@@ -151,18 +145,7 @@ class Family(ABC):
 
         Raises InvalidRequest if what no plan can leave out costs more than the cap.
         """
-        rows = [
-            Row(
-                RULES[point.rule],
-                point.policy,
-                branch.name,
-                len(timesteps),
-                branch.costs,
-                branch.num_text_tokens,
-                branch.has_context,
-            )
-            for branch in branches
-        ]
+        rows = [Row(RULES[point.rule], point.policy, branch.name, len(timesteps), branch.costs) for branch in branches]
         dense_flops = sum(cost.dense for row in rows for cost in row.costs.values())
         unavoidable = sum(cost.always for row in rows for cost in row.costs.values()) / dense_flops
         if compute_cap is not None and compute_cap < unavoidable:

@@ -127,12 +127,7 @@ class PictureFamily(Family):
             sigmas=sigmas,
             timesteps=timesteps,
             branches=[
-                BranchStart(
-                    branch.name,
-                    part,
-                    self.block_costs(request.height, request.width, part.num_text_tokens),
-                    part.num_text_tokens,
-                )
+                BranchStart(branch.name, part, self.block_costs(request.height, request.width, part.num_text_tokens))
                 for branch, part in zip(branches, inputs, strict=True)
             ],
         )

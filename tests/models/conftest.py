@@ -47,6 +47,7 @@ from models.engine import Engine
 from models.families.family import Family
 from models.families.flux import adapter as flux
 from models.families.flux.pipeline import FluxFamily
+from models.families.flux.streams import FluxStreams
 from models.families.hunyuan3d import plain_adapter, stream_adapter
 from models.families.hunyuan3d.conditioner import SingleImageEncoder
 from models.families.hunyuan3d.pipeline import Hunyuan3DFamily
@@ -54,8 +55,10 @@ from models.families.hunyuan3d.plain_dit import HunYuanDiTPlain
 from models.families.hunyuan3d.preparation import PictureSettings, prepare_picture
 from models.families.hunyuan3d.shape_vae import ShapeVAE
 from models.families.hunyuan3d.stream_dit import Hunyuan3DDiT
+from models.families.hunyuan3d.streams import PlainStreams
 from models.families.qwen_image import adapter as qwen_image
 from models.families.qwen_image.pipeline import QwenImageFamily
+from models.families.qwen_image.streams import QwenImageStreams
 from models.families.wrapping import Anatomy, mlp_name
 from models.request import BackgroundRemoval, GenerationRequest, ImageRequest, MeshRequest, Preset, PresetBudget
 from models.state import DenoiseState
@@ -369,19 +372,26 @@ def mesh_request(
     return MeshRequest(input_image=picture_file(prompt), octree_resolution=16, **fields)
 
 
-def picture_streams(kind: "Kind", family: Any, batch: int, rng: torch.Generator) -> Streams:
-    """Of a picture of 4 x 6 tokens, with a prompt of 7."""
+def flux_streams(family: Any, batch: int, rng: torch.Generator) -> Streams:
+    """An image of 4 x 6 tokens and a prompt of 7."""
     image, text = (torch.randn(batch, count, CHANNELS, generator=rng) for count in (24, 7))
-    rotary = kind.anatomy.rotary_embedding(family.transformer, 7, 4, 6)  # type: ignore[attr-defined]
-    return Streams(image, text, torch.randn(batch, CHANNELS, generator=rng), rotary)
+    rotary = flux.rotary_embedding(family.transformer, 7, 4, 6)
+    return FluxStreams(image, text, torch.randn(batch, CHANNELS, generator=rng), rotary)
 
 
-def plain_streams(kind: "Kind", family: Any, batch: int, rng: torch.Generator) -> Streams:
+def qwen_image_streams(family: Any, batch: int, rng: torch.Generator) -> Streams:
+    """An image of 4 x 6 tokens and a prompt of 7."""
+    image, text = (torch.randn(batch, count, CHANNELS, generator=rng) for count in (24, 7))
+    rotary = qwen_image.rotary_embedding(family.transformer, 7, 4, 6)
+    return QwenImageStreams(image, text, torch.randn(batch, CHANNELS, generator=rng), *rotary)
+
+
+def plain_streams(family: Any, batch: int, rng: torch.Generator) -> Streams:
     shape, time = (torch.randn(batch, count, CHANNELS, generator=rng) for count in (12, 1))
-    return Streams(shape, time, time[:, 0], context=torch.randn(batch, 5, 24, generator=rng))
+    return PlainStreams(shape, time, time[:, 0], context=torch.randn(batch, 5, 24, generator=rng))
 
 
-def double_streams(kind: "Kind", family: Any, batch: int, rng: torch.Generator) -> Streams:
+def double_streams(family: Any, batch: int, rng: torch.Generator) -> Streams:
     shape, picture = (torch.randn(batch, count, CHANNELS, generator=rng) for count in (12, 5))
     return Streams(shape, picture, torch.randn(batch, CHANNELS, generator=rng))
 
@@ -422,7 +432,7 @@ class Kind:
     anatomy: Anatomy
     request: Callable[..., GenerationRequest]
     transformer_file: str
-    streams: Callable[["Kind", Any, int, torch.Generator], Streams]
+    streams: Callable[[Any, int, torch.Generator], Streams]
     costs: tuple[int, ...]
     true_scale: str
     silent: Mapping[str, Any]
@@ -459,7 +469,7 @@ KINDS = {
         anatomy=flux,
         request=ImageRequest,
         transformer_file=TRANSFORMER_FILE,
-        streams=picture_streams,
+        streams=flux_streams,
         costs=(64, 96, 7),
         true_scale="true_cfg_scale",
         silent={"guidance_scale": 3.5},
@@ -475,7 +485,7 @@ KINDS = {
         anatomy=qwen_image,
         request=ImageRequest,
         transformer_file=TRANSFORMER_FILE,
-        streams=picture_streams,
+        streams=qwen_image_streams,
         costs=(64, 96, 7),
         true_scale="guidance_scale",
         silent={"guidance_scale": 1.0},
@@ -684,7 +694,7 @@ def streams_of(kind: Kind) -> Callable[..., Streams]:
     """What may enter a block, always the same."""
 
     def streams_of(family: Family, batch: int = 1) -> Streams:
-        return kind.streams(kind, family, batch, torch.Generator().manual_seed(0))
+        return kind.streams(family, batch, torch.Generator().manual_seed(0))
 
     return streams_of
 

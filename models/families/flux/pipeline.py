@@ -15,9 +15,9 @@ from torch import Tensor
 from models.card import Guidance
 from models.diffusion.sampling import classifier_free_guidance
 from models.elastic.compute import BlockCost, attention_flops
-from models.elastic.streams import Streams
 from models.errors import InvalidRequest, WeightsError
 from models.families.flux import adapter
+from models.families.flux.streams import FluxStreams
 from models.families.image import Branch, PictureFamily
 from models.families.wrapping import Anatomy
 from models.loading import stream_pipeline
@@ -109,7 +109,7 @@ class FluxFamily(PictureFamily):
         context = transformer.context_embedder(prompt_embeds.to(transformer.device, transformer.dtype))
         return BranchInputs(context, pooled.to(transformer.device, transformer.dtype), guidance)
 
-    def prologue(self, states: Sequence[DenoiseState]) -> Streams:
+    def prologue(self, states: Sequence[DenoiseState]) -> FluxStreams:
         latents, times = self._latents_and_times(states)
         inputs = [branch for state in states for branch in state.inputs]
         guidance = [branch.guidance for branch in inputs if branch.guidance is not None]

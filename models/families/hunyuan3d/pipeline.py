@@ -1,7 +1,6 @@
 """Hunyuan3D: from a picture to a mesh. Loading, the picture's tokens, batches of rows, decoding."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 from models.card import CurvePoint, Guidance, MeshCard, ModelCard, basics_of
 from models.diffusion.sampling import classifier_free_guidance
 from models.elastic.compute import BlockCost
-from models.elastic.streams import Streams, row_index
+from models.elastic.streams import Streams
 from models.errors import WeightsError
 from models.families.family import BranchStart, Family
 from models.families.hunyuan3d import plain_adapter, stream_adapter
@@ -154,9 +153,8 @@ class Hunyuan3DFamily(Family):
             # In 2.1 attention to an empty context is a constant.
             has_context = not self._is_plain
             costs = self.block_costs(num_tokens, has_context)
-            branches.append(
-                BranchStart("uncond", BranchInputs(torch.zeros_like(context)), costs, has_context=has_context)
-            )
+            no_image = context.new_zeros(1, num_tokens if has_context else 0, context.shape[2])
+            branches.append(BranchStart("uncond", BranchInputs(no_image), costs))
         return branches
 
     def block_costs(self, num_image_tokens: int, has_context: bool = True) -> Mapping[str, BlockCost]:
@@ -169,20 +167,16 @@ class Hunyuan3DFamily(Family):
     def prologue(self, states: Sequence[DenoiseState]) -> Streams:
         latents, times = self._latents_and_times(states)
         inputs = [branch for state in states for branch in state.inputs]
-        rows = [row for state in states for row in state.rows]
-        looking = [i for i, row in enumerate(rows) if row.has_context]
-        context = torch.cat([inputs[i].context for i in looking])
+        latents = latents.to(self._parameter.dtype)
+        having = [i for i, branch in enumerate(inputs) if branch.context.shape[1]]
+        context = torch.cat([inputs[i].context for i in having])
+        if self._is_plain:
+            rows = None if len(having) == len(inputs) else having
+            return plain_adapter.prologue(self.transformer, latents, times, context, rows)
         guidance = [branch.guidance for branch in inputs if branch.guidance is not None]
-        streams: Streams = self._adapter.prologue(
-            self.transformer,
-            latents.to(self._parameter.dtype),
-            times,
-            context,
-            *([torch.cat(guidance)] if guidance else []),
+        return stream_adapter.prologue(
+            self.transformer, latents, times, context, torch.cat(guidance) if guidance else None
         )
-        if len(looking) < len(rows):
-            streams = replace(streams, context_rows=row_index(looking, context.device))
-        return streams
 
     def guide(self, request: GenerationRequest, velocities: Tensor) -> Tensor:
         return classifier_free_guidance(velocities[:1], velocities[1:], request.guidance_scale)

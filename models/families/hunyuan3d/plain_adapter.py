@@ -4,25 +4,34 @@ Of the two streams the text stream is here the time token alone. A block that re
 whatever its plan is, since that entry is no residual: a skipped block leaves out only its three branches.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from models.elastic.compute import BlockCost, attention_flops
-from models.elastic.streams import Streams
+from models.elastic.streams import Streams, row_index
 from models.families.hunyuan3d.plain_dit import HunYuanDiTBlock, HunYuanDiTPlain
+from models.families.hunyuan3d.streams import PlainStreams
 from models.families.wrapping import Mlp
 
 
-def prologue(transformer: HunYuanDiTPlain, latents: Tensor, timestep: Tensor, context: Tensor) -> Streams:
+def prologue(
+    transformer: HunYuanDiTPlain,
+    latents: Tensor,
+    timestep: Tensor,
+    context: Tensor,
+    context_rows: Sequence[int] | None = None,
+) -> PlainStreams:
     """Embed latents `(batch, tokens, channels)` and `timestep` `(batch,)` in [0, 1].
 
-    `context` are the pictures' tokens `(rows with a picture, image tokens, context channels)`.
+    `context` is the images' tokens, `(rows with an image, image tokens, context channels)`, and `context_rows` the
+    numbers of these rows, None where every row has an image.
     """
     temb = transformer.time_token(timestep)
-    return Streams(transformer.x_embedder(latents), temb[:, None], temb, context=context)
+    index = None if context_rows is None else row_index(context_rows, context.device)
+    return PlainStreams(transformer.x_embedder(latents), temb[:, None], temb, context, context_rows, index)
 
 
 def channels(transformer: HunYuanDiTPlain) -> int:
@@ -37,7 +46,8 @@ def blocks(transformer: HunYuanDiTPlain) -> Mapping[str, nn.Module]:
 
 def call_block(block: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
     """Run one block's branches: the time token, then the shape's tokens."""
-    inputs = {"hidden_states": _joined(streams), "context": streams.context, "context_rows": streams.context_rows}
+    assert isinstance(streams, PlainStreams)
+    inputs = {"hidden_states": _joined(streams), "context": streams.context, "context_rows": streams.context_index}
     return _apart(block(**inputs))
 
 
@@ -58,6 +68,7 @@ def entrance(transformer: HunYuanDiTPlain, index: int) -> Callable[[Streams], St
         return None
 
     def enter(streams: Streams) -> Streams:
+        assert isinstance(streams, PlainStreams)
         left = dict(streams.long_skips)
         time_token, hidden_states = _apart(block.fuse(_joined(streams), left.pop(source)))
         return replace(streams, hidden_states=hidden_states, encoder_hidden_states=time_token, long_skips=left)
@@ -71,6 +82,7 @@ def departure(transformer: HunYuanDiTPlain, index: int) -> Callable[[Streams], S
         return None
 
     def leave(streams: Streams) -> Streams:
+        assert isinstance(streams, PlainStreams)
         return replace(streams, long_skips={**streams.long_skips, index: _joined(streams)})
 
     return leave

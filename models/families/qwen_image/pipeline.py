@@ -15,10 +15,10 @@ from torch.nn.utils.rnn import pad_sequence
 from models.card import Guidance
 from models.diffusion.sampling import classifier_free_guidance, rescale_to_norm
 from models.elastic.compute import BlockCost, attention_flops
-from models.elastic.streams import Streams
 from models.errors import InvalidRequest
 from models.families.image import Branch, PictureFamily
 from models.families.qwen_image import adapter
+from models.families.qwen_image.streams import QwenImageStreams
 from models.families.wrapping import Anatomy
 from models.loading import stream_pipeline
 from models.request import GenerationRequest, ImageRequest
@@ -124,13 +124,15 @@ class QwenImageFamily(PictureFamily):
         context = adapter.embed_prompt(transformer, prompt_embeds.to(transformer.device, transformer.dtype))
         return BranchInputs(context)
 
-    def prologue(self, states: Sequence[DenoiseState]) -> Streams:
+    def prologue(self, states: Sequence[DenoiseState]) -> QwenImageStreams:
         latents, times = self._latents_and_times(states)
-        context, mask = pad_prompts([branch.context for state in states for branch in state.inputs])
+        contexts = [branch.context for state in states for branch in state.inputs]
+        context, mask = pad_prompts(contexts)
+        lengths = None if mask is None else [prompt.shape[1] for prompt in contexts]
         rotary = self._rotary_embedding(states, context.shape[1])
         # Rounded as the stock pipeline does it.
         timestep = times.to(latents.dtype) / 1000
-        return adapter.prologue(self.transformer, latents, timestep, context, mask, rotary)
+        return adapter.prologue(self.transformer, latents, timestep, context, mask, lengths, rotary)
 
     def _rotary_factors(self, num_text_tokens: int, height: int, width: int) -> tuple[Tensor, Tensor]:
         return adapter.rotary_embedding(self.transformer, num_text_tokens, height, width)
