@@ -55,7 +55,7 @@ from models.elastic.plan import REUSE, RUN_IN_FULL, SKIP, RowPlan, RowView, Rule
 from models.elastic.router import MLP_WIDTHS, RouterStack
 from models.engine import Engine
 from models.families.flux.pipeline import FluxFamily
-from models.families.image import Branch, PictureFamily
+from models.families.image import Branch, ImageFamily
 from models.families.qwen_image.pipeline import QwenImageFamily, pad_prompts
 from models.report import Decision
 from models.request import ImageRequest, Preset, PresetBudget
@@ -120,7 +120,7 @@ def forced_plans(costs: Sequence[BlockCost], share: float) -> list[RowPlan]:
     return plans
 
 
-class Subject(PictureFamily, ABC):
+class Subject(ImageFamily, ABC):
     """A family without text encoders and autoencoder: prompts are random embeddings, kept in `prompt_embeds`."""
 
     prompt_embeds: Mapping[str, Tensor]

@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+MIN_TARGET_FACES = 100
+"""Fewest triangles to ask of a mesh. With fewer a solid keeps little of its form; 4, the fewest that enclose anything,
+were seen to be reached."""
+
 
 class Preset(StrEnum):
     """Named points of a calibration curve, from the unmodified pipeline to the fastest."""

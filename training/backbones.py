@@ -139,8 +139,8 @@ class Hunyuan3DBackbone:
                 assert isinstance(block.moe, MixtureOfExperts)
                 block.moe = EveryExpert(block.moe)
         places = range(len(self.blocks))
-        self._entrances = [plain_adapter.entrance(transformer, i) for i in places]
-        self._departures = [plain_adapter.departure(transformer, i) for i in places]
+        self._enter_hooks = [plain_adapter.enter_hook(transformer, i) for i in places]
+        self._leave_hooks = [plain_adapter.leave_hook(transformer, i) for i in places]
 
     def prologue(self, latents: Tensor, timestep: Tensor, guidance: Tensor, text: Text) -> Streams:
         return plain_adapter.prologue(self.transformer, latents, 1 - timestep, text.embeds)
@@ -149,12 +149,12 @@ class Hunyuan3DBackbone:
         return plain_adapter.call_block(block, streams)
 
     def enter(self, index: int, streams: Streams) -> Streams:
-        entrance = self._entrances[index]
-        return entrance(streams) if entrance else streams
+        enter = self._enter_hooks[index]
+        return enter(streams) if enter else streams
 
     def leave(self, index: int, streams: Streams) -> Streams:
-        departure = self._departures[index]
-        return departure(streams) if departure else streams
+        leave = self._leave_hooks[index]
+        return leave(streams) if leave else streams
 
     def mlps(self, block: nn.Module) -> Mapping[str, Mlp]:
         return plain_adapter.mlps(block)

@@ -17,7 +17,7 @@ from models.elastic.compute import BlockCost
 from models.elastic.row import Row
 from models.elastic.streams import Streams
 from models.errors import InvalidRequest
-from models.families.wrapping import Anatomy, elastic_blocks
+from models.families.wrapping import Adapter, elastic_blocks
 from models.mesh.cleanup import CleanMesh
 from models.request import GenerationRequest
 from models.rules import RULES
@@ -40,14 +40,14 @@ class Family(ABC):
     untouched. `quality_metric` names what `similarity` measures.
     """
 
-    anatomy: Anatomy
+    adapter: Adapter
     quality_metric: ClassVar[str]
 
     def __init__(self, model_id: str, transformer: Any, router_weights: RouterWeights | None) -> None:
         self.model_id = model_id
         self.transformer = transformer
         self.routers = router_weights.stack if router_weights else None
-        self.blocks = elastic_blocks(transformer, self.anatomy, router_weights)
+        self.blocks = elastic_blocks(transformer, self.adapter, router_weights)
         self._router_modulation: nn.Linear | None = router_weights.stack.fused_modulation() if router_weights else None
 
     @classmethod
@@ -110,12 +110,12 @@ class Family(ABC):
         """What a predicted clean sample `(1, tokens, channels)` looks like, cheaply: few pixels or a coarse mesh."""
 
     @abstractmethod
-    def sketch(self, state: DenoiseState) -> NDArray[Any]:
+    def quality_sample(self, state: DenoiseState) -> NDArray[Any]:
         """What `similarity` compares of a done state."""
 
     @abstractmethod
     def similarity(self, a: NDArray[Any], b: NDArray[Any]) -> float:
-        """How alike two sketches are, 1 being the same."""
+        """How alike two quality samples are, 1 being the same."""
 
     def router_modulations(self, streams: Streams) -> tuple[Tensor, ...] | None:
         """What each block's router takes from the time embedding of this step; None without routers."""
@@ -125,7 +125,7 @@ class Family(ABC):
 
     def epilogue(self, states: Sequence[DenoiseState], streams: Streams) -> list[Tensor]:
         """Each state's velocity `(1, tokens, channels)`, guidance applied."""
-        velocities = self.anatomy.epilogue(self.transformer, streams).split([len(state.rows) for state in states])
+        velocities = self.adapter.epilogue(self.transformer, streams).split([len(state.rows) for state in states])
         return [v if len(v) == 1 else self.guide(state.request, v) for state, v in zip(states, velocities, strict=True)]
 
     def _new_state(

@@ -52,14 +52,14 @@ from models.families.hunyuan3d import plain_adapter, stream_adapter
 from models.families.hunyuan3d.conditioner import SingleImageEncoder
 from models.families.hunyuan3d.pipeline import Hunyuan3DFamily
 from models.families.hunyuan3d.plain_dit import HunYuanDiTPlain
-from models.families.hunyuan3d.preparation import PictureSettings, prepare_picture
+from models.families.hunyuan3d.preparation import ImageSettings, prepare_image
 from models.families.hunyuan3d.shape_vae import ShapeVAE
 from models.families.hunyuan3d.stream_dit import Hunyuan3DDiT
 from models.families.hunyuan3d.streams import PlainStreams
 from models.families.qwen_image import adapter as qwen_image
 from models.families.qwen_image.pipeline import QwenImageFamily
 from models.families.qwen_image.streams import QwenImageStreams
-from models.families.wrapping import Anatomy, mlp_name
+from models.families.wrapping import Adapter, mlp_name
 from models.request import BackgroundRemoval, GenerationRequest, ImageRequest, MeshRequest, Preset, PresetBudget
 from models.state import DenoiseState
 from models.weights import (
@@ -258,7 +258,7 @@ CONDITIONER = {"main_image_encoder": {"type": "DinoImageEncoder", "kwargs": {"co
 HUNYUAN3D_FILE = "model.safetensors"
 
 
-def save_hunyuan3d(directory: Path, denoiser: nn.Module, params: Mapping[str, Any], anatomy: Anatomy) -> None:
+def save_hunyuan3d(directory: Path, denoiser: nn.Module, params: Mapping[str, Any], adapter: Adapter) -> None:
     """A published model's folder. Its schedule is the distilled one, all of whose steps have a length."""
     parts = {
         "model": (type(denoiser).__name__, params),
@@ -279,7 +279,7 @@ def save_hunyuan3d(directory: Path, denoiser: nn.Module, params: Mapping[str, An
         modules.get_parameter("vae.geo_decoder.output_proj.bias").zero_()
         modules.get_parameter("vae.geo_decoder.ln_post.bias").zero_()
         modules.get_parameter("vae.geo_decoder.query_proj.weight").mul_(4)
-    enlarge(anatomy.blocks(denoiser))
+    enlarge(adapter.blocks(denoiser))
     directory.mkdir()
     (directory / "config.yaml").write_text(yaml.safe_dump(config))
     save_file(modules.state_dict(), directory / HUNYUAN3D_FILE)
@@ -336,9 +336,9 @@ class PlainHunyuan3D:
 
     def latents(self, request: MeshRequest) -> Tensor:
         """All steps, also those of no length; a scale of 1 is no guidance, any other two rows."""
-        settings = PictureSettings(**self.config["image_processor"]["params"])
+        settings = ImageSettings(**self.config["image_processor"]["params"])
         with Image.open(BytesIO(request.input_image)) as file:
-            context = self.conditioner(prepare_picture(file, settings, BackgroundRemoval.AUTO))
+            context = self.conditioner(prepare_image(file, settings, BackgroundRemoval.AUTO))
         rng = torch.Generator().manual_seed(request.seed)
         latents = torch.randn(1, SHAPE_VAE["num_latents"], SHAPE_VAE["embed_dim"], generator=rng)
         sigmas = self.sigmas(request.num_inference_steps)
@@ -429,7 +429,7 @@ class Kind:
     directory: str
     modality: str
     family: type[Family]
-    anatomy: Anatomy
+    adapter: Adapter
     request: Callable[..., GenerationRequest]
     transformer_file: str
     streams: Callable[[Any, int, torch.Generator], Streams]
@@ -466,7 +466,7 @@ KINDS = {
         directory="tiny_flux",
         modality="image",
         family=FluxFamily,
-        anatomy=flux,
+        adapter=flux,
         request=ImageRequest,
         transformer_file=TRANSFORMER_FILE,
         streams=flux_streams,
@@ -482,7 +482,7 @@ KINDS = {
         directory="tiny_qwen_image",
         modality="image",
         family=QwenImageFamily,
-        anatomy=qwen_image,
+        adapter=qwen_image,
         request=ImageRequest,
         transformer_file=TRANSFORMER_FILE,
         streams=qwen_image_streams,
@@ -498,7 +498,7 @@ KINDS = {
         directory="tiny_plain_hunyuan3d",
         modality="mesh",
         family=Hunyuan3DFamily,
-        anatomy=plain_adapter,
+        adapter=plain_adapter,
         request=mesh_request,
         transformer_file=HUNYUAN3D_FILE,
         streams=plain_streams,
@@ -514,7 +514,7 @@ KINDS = {
         directory="tiny_stream_hunyuan3d",
         modality="mesh",
         family=Hunyuan3DFamily,
-        anatomy=stream_adapter,
+        adapter=stream_adapter,
         request=mesh_request,
         transformer_file=HUNYUAN3D_FILE,
         streams=double_streams,
@@ -544,12 +544,12 @@ def build_routers(num_blocks: int) -> RouterStack:
 
 
 def save_routers(folder: Path, kind: Kind, model_directory: Path, *, permuted: bool) -> None:
-    blocks = kind.anatomy.blocks(kind.load_stock(model_directory).transformer)
+    blocks = kind.adapter.blocks(kind.load_stock(model_directory).transformer)
     rng = torch.Generator().manual_seed(3)
     orders = {
         mlp_name(name, part): torch.randperm(mlp.num_hidden, generator=rng)
         for name, block in blocks.items()
-        for part, mlp in kind.anatomy.mlps(block).items()
+        for part, mlp in kind.adapter.mlps(block).items()
     }
     save_router_weights(RouterWeights(build_routers(len(blocks)), orders if permuted else {}), folder)
     write_curve(folder, CURVE, kind.family.quality_metric, {"prompts": 0})

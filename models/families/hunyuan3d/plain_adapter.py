@@ -61,7 +61,7 @@ def mlps(block: nn.Module) -> Mapping[str, Mlp]:
     return {name: Mlp(_linear(expert, "net.0.proj"), _linear(expert, "net.2")) for name, expert in experts.items()}
 
 
-def entrance(transformer: HunYuanDiTPlain, index: int) -> Callable[[Streams], Streams] | None:
+def enter_hook(transformer: HunYuanDiTPlain, index: int) -> Callable[[Streams], Streams] | None:
     """What happens before the block of this number, for every row: mixing in what an earlier one left."""
     source, block = transformer.skip_source(index), _block(transformer, index)
     if source is None:
@@ -76,7 +76,7 @@ def entrance(transformer: HunYuanDiTPlain, index: int) -> Callable[[Streams], St
     return enter
 
 
-def departure(transformer: HunYuanDiTPlain, index: int) -> Callable[[Streams], Streams] | None:
+def leave_hook(transformer: HunYuanDiTPlain, index: int) -> Callable[[Streams], Streams] | None:
     """What happens after the block of this number, for every row: leaving the state for a later one that reads it."""
     if index not in {transformer.skip_source(i) for i in range(len(transformer.blocks))}:
         return None
@@ -97,7 +97,7 @@ def epilogue(transformer: HunYuanDiTPlain, streams: Streams) -> Tensor:
 def block_costs(
     transformer: HunYuanDiTPlain, num_latents: int, num_image_tokens: int, has_context: bool
 ) -> Mapping[str, BlockCost]:
-    """Floating-point operations of one row in every block; without context no attention to the picture."""
+    """Floating-point operations of one row in every block; without context no attention to the image."""
     width, tokens = channels(transformer), num_latents + 1
     square = 2.0 * width * width
     attention = square * 4 * tokens + attention_flops(tokens, width)

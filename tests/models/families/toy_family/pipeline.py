@@ -14,7 +14,7 @@ from models.diffusion.sampling import classifier_free_guidance
 from models.elastic.compute import BlockCost
 from models.elastic.streams import Streams
 from models.families.family import BranchStart, Family
-from models.families.wrapping import Anatomy
+from models.families.wrapping import Adapter
 from models.loading import stream_module
 from models.request import GenerationRequest, ImageRequest, Preset, PresetBudget
 from models.state import BranchInputs, DenoiseState
@@ -32,7 +32,7 @@ def letters_of(prompt: str) -> Tensor:
 
 
 class ToyFamily(Family):
-    anatomy: Anatomy = adapter
+    adapter: Adapter = adapter
     quality_metric: ClassVar[str] = "mean_difference"
 
     @classmethod
@@ -127,7 +127,7 @@ class ToyFamily(Family):
         pixels = prediction.view(request.height // PIXELS, request.width // PIXELS, 3)
         return (127.5 * (pixels.clamp(-1, 1) + 1)).round().byte().numpy()
 
-    def sketch(self, state: DenoiseState) -> NDArray[np.uint8]:
+    def quality_sample(self, state: DenoiseState) -> NDArray[np.uint8]:
         return self.decode(state)
 
     def similarity(self, a: NDArray[Any], b: NDArray[Any]) -> float:
