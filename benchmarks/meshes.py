@@ -39,7 +39,7 @@ from models.diffusion.sampling import classifier_free_guidance, euler_step
 from models.engine import Engine
 from models.errors import EmptySurface
 from models.families.hunyuan3d.checkpoint import Hunyuan3DCheckpoint, load_checkpoint
-from models.families.hunyuan3d.preparation import prepare_picture
+from models.families.hunyuan3d.preparation import prepare_image
 from models.mesh.cleanup import CleanMesh
 from models.mesh.surface import Mesh
 from models.report import GenerationSummary
@@ -117,7 +117,9 @@ def stock_denoise(checkpoint: Hunyuan3DCheckpoint, requests: Sequence[MeshReques
     contexts, noise = [], []
     for each in requests:
         with Image.open(BytesIO(each.input_image)) as file:
-            contexts.append(checkpoint.conditioner(prepare_picture(file, checkpoint.picture, each.remove_background)))
+            contexts.append(
+                checkpoint.conditioner(prepare_image(file, checkpoint.image_settings, each.remove_background))
+            )
         rng = torch.Generator().manual_seed(each.seed)
         noise.append(torch.randn(1, vae.num_latents, vae.embed_dim, generator=rng))
     context, latents = torch.cat(contexts), torch.cat(noise)

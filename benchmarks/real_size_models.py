@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from models.diffusion.sampling import euler_step
 from models.elastic.router import RouterStack
 from models.families.flux.pipeline import FluxFamily
-from models.families.image import Branch, PictureFamily
+from models.families.image import Branch, ImageFamily
 from models.families.qwen_image.pipeline import QwenImageFamily, pad_prompts
 from models.request import ImageRequest
 from models.state import BranchInputs, DenoiseState
@@ -44,7 +44,7 @@ class Scale:
 class Subject:
     """A family to measure, and the steps that the stock pipeline would take with its transformer, by name."""
 
-    family: PictureFamily
+    family: ImageFamily
     stock_steps: Mapping[str, StockStep]
 
 
@@ -161,7 +161,7 @@ def qwen_image(scale: Scale, device: torch.device, dtype: torch.dtype) -> Subjec
     return Subject(family, {"stock": family.stock_step, "stock, one call": family.stock_step_in_one_call})
 
 
-def next_latents(family: PictureFamily, states: Sequence[DenoiseState], velocities: Sequence[Tensor]) -> list[Tensor]:
+def next_latents(family: ImageFamily, states: Sequence[DenoiseState], velocities: Sequence[Tensor]) -> list[Tensor]:
     """Guidance and the sampler's update. `velocities` has `(states, tokens, channels)` for each branch."""
     updated = []
     for i, state in enumerate(states):

@@ -78,8 +78,8 @@ def calibrate(
     points = []
     for policy in ladder(rule, published):
         point = CurvePoint(policy, 1.0, 1.0, 1.0)
-        sketches, ratios = _generate(engine, requests, point)
-        quality = statistics.mean(engine.similarity(model, a, b) for a, b in zip(sketches, exact, strict=True))
+        quality_samples, ratios = _generate(engine, requests, point)
+        quality = statistics.mean(engine.similarity(model, a, b) for a, b in zip(quality_samples, exact, strict=True))
         points.append(replace(point, compute_ratio=statistics.mean(ratios), quality=quality))
         print(f"compute {points[-1].compute_ratio:.3f}  {metric} {quality:.4f}  {policy}", flush=True)
     return _time(engine, requests[:_NUM_TIMED], (EXACT, *name_presets(thinned(efficient(points)))))
@@ -141,15 +141,15 @@ def _request(card: ModelCard, sample: str | bytes, seed: int) -> GenerationReque
 def _generate(
     engine: Engine, requests: Sequence[GenerationRequest], point: CurvePoint
 ) -> tuple[list[NDArray[Any]], list[float]]:
-    """Sketches of the results, and compute ratios, of the requests at one point."""
-    sketches, ratios = [], []
+    """Quality samples of the results, and compute ratios, of the requests at one point."""
+    quality_samples, ratios = [], []
     for first in range(0, len(requests), _BATCH_SIZE):
         states = [engine.start(request, point) for request in requests[first : first + _BATCH_SIZE]]
         while not states[0].is_done:
             engine.step(states)
-        sketches += [engine.sketch(state) for state in states]
+        quality_samples += [engine.quality_sample(state) for state in states]
         ratios += [state.summary().compute_ratio for state in states]
-    return sketches, ratios
+    return quality_samples, ratios
 
 
 def _time(engine: Engine, requests: Sequence[GenerationRequest], curve: Sequence[CurvePoint]) -> tuple[CurvePoint, ...]:

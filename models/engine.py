@@ -15,7 +15,7 @@ from models.diffusion.sampling import euler_step
 from models.elastic.runner import run_block
 from models.errors import UnknownModel
 from models.families.family import Family
-from models.families.image import PictureFamily
+from models.families.image import ImageFamily
 from models.mesh.cleanup import CleanMesh
 from models.report import StepReport
 from models.request import ComputeBudget, GenerationRequest
@@ -108,19 +108,19 @@ class Engine:
             "total": total,
         }
 
-    def sketch(self, state: DenoiseState) -> NDArray[Any]:
+    def quality_sample(self, state: DenoiseState) -> NDArray[Any]:
         """What `similarity` compares of a done state."""
         assert state.is_done
-        return self._family(state.request.model).sketch(state)
+        return self._family(state.request.model).quality_sample(state)
 
     def similarity(self, model: str, a: NDArray[Any], b: NDArray[Any]) -> float:
-        """How alike two sketches of `model` are, by its card's quality metric."""
+        """How alike two quality samples of `model` are, by its card's quality metric."""
         return self._family(model).similarity(a, b)
 
     def max_sequence_length(self, model: str) -> int:
         """Prompt tokens that an image model reads: what the stock pipeline must be given for equal results."""
         family = self._family(model)
-        assert isinstance(family, PictureFamily)
+        assert isinstance(family, ImageFamily)
         return family.max_sequence_length
 
     def _family(self, model: str) -> Family:

@@ -5,6 +5,10 @@ from enum import StrEnum
 
 from models.curve import CurvePoint, Preset
 
+MIN_TARGET_FACES = 100
+"""Fewest triangles to ask of a mesh. With fewer a solid keeps little of its form; 4, the fewest that enclose anything,
+were seen to be reached."""
+
 
 @dataclass(frozen=True, slots=True)
 class PresetBudget:

@@ -49,12 +49,10 @@ class StepJournal:
 
 @dataclass(slots=True)
 class Row:
-    """One row of a batch: one guidance branch of one request, with all the state that its elasticity has.
+    """One row of a batch: one guidance branch of one request, with all the state of its elasticity.
 
     `residuals` maps block names to stored residuals; `reference` is the measured block's residual in the last step that
-    stored residuals. `allowance` is shared by the branches of a request. `num_text_tokens` counts the row's
-    real ones (None where texts are never padded). A row without context has zeros for one, to which blocks need not
-    attend. `begin_step` and `end_step` frame a step.
+    stored residuals. All branches of a request share one `allowance`. `begin_step` and `end_step` frame a step.
     """
 
     rule: Rule[Any]
@@ -62,8 +60,6 @@ class Row:
     branch: str
     num_steps: int
     costs: Mapping[str, BlockCost]
-    num_text_tokens: int | None = None
-    has_context: bool = True
     step: int = 0
     allowance: Allowance = field(default_factory=Allowance)
     residuals: dict[str, Residual] = field(default_factory=dict)

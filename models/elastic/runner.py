@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -33,10 +34,10 @@ Estimated for a GPU, where it rules out flash attention: attention is a fifth of
 
 @dataclass(frozen=True, slots=True)
 class ElasticBlock:
-    """One block of a model: `variants` maps an MLP width to the module that runs it, 1.0 being the original.
+    """One block of a model. `variants` maps an MLP width to the module that runs it; 1.0 is the original.
 
-    `enter` and `leave` are what the model does before and after the block for every row, whatever its plan; they see to
-    long skips, where there are any.
+    `call` runs a variant and returns the text stream, then the image stream. `enter` and `leave` are what the model
+    does before and after the block for every row, whatever its plan: they handle long skips, where there are any.
     """
 
     name: str
@@ -60,53 +61,36 @@ def run_block(
     """Plan and run block number `index` for every row of a batch.
 
     `modulation` is the block's router modulation of this step, None if no row needs scores. Rows that skip are left
-    untouched and cost nothing; rows that re-use add their stored residual; rows that run are gathered by width and by
-    about the length of their text, run by the original block and scattered back.
+    untouched and cost nothing. Rows that re-use add their stored residual. Rows that run are gathered, run by the
+    variant of their width and scattered back.
     """
     if block.enter:
         streams = block.enter(streams)
     plans, router_seconds = _plan(block, index, streams, modulation, rows)
     planned = time.perf_counter()
-    hidden_states, encoder_hidden_states = streams.hidden_states, streams.encoder_hidden_states
-    for width, chosen in _groups(plans, rows, streams.hidden_states.shape[1]):
-        module = block.variants[width]
-        if len(chosen) == len(rows):
-            text, image = block.call(module, streams)
-            _keep_residuals(block.name, rows, plans, chosen, streams, image, text)
-            hidden_states, encoder_hidden_states = image, text
-        else:
-            where = row_index(chosen, hidden_states.device)
-            part = streams.of_rows(where, chosen, rows)
-            text, image = block.call(module, part)
-            _keep_residuals(block.name, rows, plans, chosen, part, image, text)
-            hidden_states = hidden_states.index_copy(0, where, image)
-            encoder_hidden_states = encoder_hidden_states.index_copy(0, where, _padded(text, encoder_hidden_states))
-    reusing = [i for i, plan in enumerate(plans) if plan.decision is Decision.REUSE]
-    if reusing:
-        residuals = [rows[i].residuals[block.name] for i in reusing]
-        hidden_states, encoder_hidden_states = _add_residuals(residuals, reusing, hidden_states, encoder_hidden_states)
-        for i, residual in zip(reusing, residuals, strict=True):
-            rows[i].journal.residuals[block.name] = replace(residual, num_reuses=residual.num_reuses + 1)
+    ran = _run(block, streams, rows, plans)
+    after = _reuse(block.name, ran, rows, plans)
     for row, plan in zip(rows, plans, strict=True):
         row.journal.trace.append(StepDecision(row.step, row.branch, block.name, plan.decision, plan.mlp_width))
     measured = [i for i, plan in enumerate(plans) if plan.measures_change]
     if measured:
-        added = hidden_states - streams.hidden_states
+        added = after.hidden_states - streams.hidden_states
         if len(measured) < len(rows):
             added = added[row_index(measured, added.device)]
         _measure_change([rows[i] for i in measured], added)
-    left = replace(streams, hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states)
-    return BlockResult(
-        block.leave(left) if block.leave else left,
-        BlockReport(
-            block=block.name,
-            seconds=time.perf_counter() - planned,
-            num_run=sum(plan.decision is Decision.RUN for plan in plans),
-            num_skipped=sum(plan.decision is Decision.SKIP for plan in plans),
-            num_reused=len(reusing),
-            mlp_widths=tuple(plan.mlp_width for plan in plans if plan.decision is Decision.RUN),
-        ),
-        router_seconds,
+    left = block.leave(after) if block.leave else after
+    return BlockResult(left, _report(block.name, time.perf_counter() - planned, plans), router_seconds)
+
+
+def _report(name: str, seconds: float, plans: Sequence[RowPlan]) -> BlockReport:
+    counts = Counter(plan.decision for plan in plans)
+    return BlockReport(
+        block=name,
+        seconds=seconds,
+        num_run=counts[Decision.RUN],
+        num_skipped=counts[Decision.SKIP],
+        num_reused=counts[Decision.REUSE],
+        mlp_widths=tuple(plan.mlp_width for plan in plans if plan.decision is Decision.RUN),
     )
 
 
@@ -137,18 +121,38 @@ def _plan(
     return plans, router_seconds
 
 
-def _groups(plans: Sequence[RowPlan], rows: Sequence[Row], num_image_tokens: int) -> Iterator[tuple[float, list[int]]]:
-    """The rows that run together, with their width: one call each.
+def _run(block: ElasticBlock, streams: Streams, rows: Sequence[Row], plans: Sequence[RowPlan]) -> Streams:
+    """The streams after the calls of the block that the plans ask for."""
+    hidden_states, encoder_hidden_states = streams.hidden_states, streams.encoder_hidden_states
+    for width, chosen in _groups(plans, streams):
+        module = block.variants[width]
+        if len(chosen) == len(rows):
+            text, image = block.call(module, streams)
+            _keep_residuals(block.name, rows, plans, chosen, streams, image, text)
+            hidden_states, encoder_hidden_states = image, text
+        else:
+            where = row_index(chosen, hidden_states.device)
+            part = streams.of_rows(chosen, where)
+            text, image = block.call(module, part)
+            _keep_residuals(block.name, rows, plans, chosen, part, image, text)
+            hidden_states = hidden_states.index_copy(0, where, image)
+            encoder_hidden_states = encoder_hidden_states.index_copy(0, where, _padded(text, encoder_hidden_states))
+    return replace(streams, hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states)
 
-    Of one width, the longest texts come first; those of a shorter length join where their padding, and the mask that
-    the call then needs, cost less than a call of their own.
+
+def _groups(plans: Sequence[RowPlan], streams: Streams) -> Iterator[tuple[float, list[int]]]:
+    """The numbers of the rows that run together, with their width: one call for each group.
+
+    Within a width the longest texts come first. Rows with shorter texts join them where their padding, and the mask
+    that the call then needs, cost less than a call of their own.
     """
+    num_image_tokens, lengths = streams.hidden_states.shape[1], streams.text_lengths
     running = [i for i, plan in enumerate(plans) if plan.decision is Decision.RUN]
     for width in sorted({plans[i].mlp_width for i in running}):
         of_length: dict[int, list[int]] = {}
         for i in running:
             if plans[i].mlp_width == width:
-                of_length.setdefault(rows[i].num_text_tokens or 0, []).append(i)
+                of_length.setdefault(lengths[i] if lengths else 0, []).append(i)
         longest, *shorter = sorted(of_length, reverse=True)
         group, is_masked = of_length[longest], False
         for length in shorter:
@@ -161,6 +165,20 @@ def _groups(plans: Sequence[RowPlan], rows: Sequence[Row], num_image_tokens: int
                 yield width, sorted(group)
                 longest, group, is_masked = length, joining, False
         yield width, sorted(group)
+
+
+def _reuse(name: str, streams: Streams, rows: Sequence[Row], plans: Sequence[RowPlan]) -> Streams:
+    """Add the stored residuals of the rows whose plan says so."""
+    reusing = [i for i, plan in enumerate(plans) if plan.decision is Decision.REUSE]
+    if not reusing:
+        return streams
+    residuals = [rows[i].residuals[name] for i in reusing]
+    for i, residual in zip(reusing, residuals, strict=True):
+        rows[i].journal.residuals[name] = replace(residual, num_reuses=residual.num_reuses + 1)
+    hidden_states, encoder_hidden_states = _add_residuals(
+        residuals, reusing, streams.hidden_states, streams.encoder_hidden_states
+    )
+    return replace(streams, hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states)
 
 
 def _sigmoid(logit: float) -> float:
@@ -195,7 +213,7 @@ def _keep_residuals(
         rows[i].journal.residuals[name] = None
         if plans[i].keeps_residual:
             rows[i].journal.stores_residuals = True
-            real = slice(rows[i].num_text_tokens)
+            real = slice(before.text_lengths[position] if before.text_lengths else None)
             rows[i].journal.residuals[name] = Residual(
                 image[position] - before.hidden_states[position],
                 text[position, real] - before.encoder_hidden_states[position, real],

@@ -22,10 +22,10 @@ from models.elastic.compute import BlockCost
 from models.elastic.plan import MLP_WIDTHS, Policy, RowPlan, RowView
 from models.elastic.row import Allowance, Row
 from models.elastic.runner import ElasticBlock, run_block
-from models.elastic.streams import Streams
 from models.families.qwen_image import adapter
 from models.families.qwen_image.conversion import router_tensors
 from models.families.qwen_image.pipeline import pad_prompts, set_activation
+from models.families.qwen_image.streams import QwenImageStreams
 from models.families.wrapping import elastic_blocks
 from models.report import Decision, StepDecision
 from models.rules import RULES
@@ -86,7 +86,7 @@ class Request:
         self.branches = {}
         for name in self.scenario["branches"]:
             rule, text = Watched(), recording.tensors[f"{inputs}text_{name}"][self.sample]
-            row = Row(rule, self.policy, name, self.num_steps, costs, text.shape[1])
+            row = Row(rule, self.policy, name, self.num_steps, costs)
             self.branches[name] = Branch(row, text, rule)
 
 
@@ -106,12 +106,13 @@ def denoise(model: Model, requests: Sequence[Request], delays: Sequence[int]) ->
         ]
         rows = [branch.row for _, _, branch in active]
         context, mask = pad_prompts([branch.text for _, _, branch in active])
-        streams = Streams(
+        streams = QwenImageStreams(
             torch.cat([request.image[step] for request, step, _ in active]),
             context,
             torch.cat([request.temb[step] for request, step, _ in active]),
-            adapter.rotary_embedding(model.transformer, context.shape[1], *model.grid),
+            *adapter.rotary_embedding(model.transformer, context.shape[1], *model.grid),
             mask,
+            None if mask is None else [branch.text.shape[1] for _, _, branch in active],
         )
         modulations = model.modulation(F.silu(streams.temb)).chunk(len(model.blocks), dim=1)
         for request, step, branch in active:

@@ -86,7 +86,7 @@ def run_mlp(block: ElasticBlock, x: Tensor, width_logits: Tensor | None) -> tupl
     router = None if width_logits is None else Told(width_logits)
     rule = RULES["router" if router else "dense"]
     rows = [Row(rule, RouterPolicy(skip_threshold=0.5), "cond", 1, {block.name: BlockCost(1, 1)}) for _ in x]
-    streams, modulation = Streams(x, x[:, :0], x[:, 0], (x, x)), x[:, 0]
+    streams, modulation = Streams(x, x[:, :0], x[:, 0]), x[:, 0]
     result = run_block(ElasticBlock(block.name, block.variants, call, router), 0, streams, modulation, rows)
     trace = [row.journal.trace[0] for row in rows]
     assert {entry.decision for entry in trace} == {Decision.RUN}

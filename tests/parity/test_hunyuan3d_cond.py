@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.families.hunyuan3d.conditioner import SingleImageEncoder
-from models.families.hunyuan3d.preparation import PictureSettings, on_white, prepare_picture, recentre, to_rgba
+from models.families.hunyuan3d.preparation import ImageSettings, on_white, prepare_image, recentre, to_rgba
 from models.request import BackgroundRemoval
 
 NEAR: dict[str, Any] = {"atol": 5e-5, "rtol": 1e-4}
@@ -22,8 +22,8 @@ def recording(request: pytest.FixtureRequest, recorded: Callable[[str], Any]) ->
 
 
 @pytest.fixture(scope="module")
-def settings(recording: Any) -> PictureSettings:
-    return PictureSettings(**recording.settings["image_processor"])
+def settings(recording: Any) -> ImageSettings:
+    return ImageSettings(**recording.settings["image_processor"])
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +38,13 @@ def image_of(recording: Any, mode: str) -> Image.Image:
 
 
 @pytest.mark.parametrize("mode", ["rgba", "rgb"])
-def test_image_is_prepared_as_recorded(recording: Any, settings: PictureSettings, mode: str) -> None:
+def test_image_is_prepared_as_recorded(recording: Any, settings: ImageSettings, mode: str) -> None:
     expected = {name: recording.tensors[f"out/{mode}/{name}"] for name in ("recentered", "recentered_mask", "image")}
     image = image_of(recording, mode)
     canvas = recentre(to_rgba(image), settings.border_ratio)
     np.testing.assert_array_equal(canvas[..., 3:], expected["recentered_mask"].numpy())
     np.testing.assert_array_equal(on_white(canvas), expected["recentered"].numpy())
-    prepared = prepare_picture(image, settings, BackgroundRemoval.NEVER)
+    prepared = prepare_image(image, settings, BackgroundRemoval.NEVER)
     # OpenCV's resize may round halves differently on another CPU: a few values differ by one of 255 levels.
     difference = (prepared - expected["image"]).abs()
     assert difference.max() < 1.01 * 2 / 255

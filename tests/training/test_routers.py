@@ -24,7 +24,7 @@ from training.routers import Knobs, RouterObjective, elastic_forward, install_ma
 from training.scenes.text import Text
 
 BATCH = 5
-ANATOMIES = {FluxBackbone: flux, QwenImageBackbone: qwen_image, Hunyuan3DBackbone: hunyuan3d}
+ADAPTERS = {FluxBackbone: flux, QwenImageBackbone: qwen_image, Hunyuan3DBackbone: hunyuan3d}
 
 # Under autocast: norms keep their weights in float32.
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
@@ -54,11 +54,9 @@ def test_training_forward_gives_what_serving_gives(
 ) -> None:
     # Given what serving does under the same settings
     policy = RouterPolicy(skip_threshold=knobs.skip_threshold, width_bias=knobs.width_bias)
-    blocks = elastic_blocks(backbone.transformer, ANATOMIES[type(backbone)], RouterWeights(routers, {}))
+    blocks = elastic_blocks(backbone.transformer, ADAPTERS[type(backbone)], RouterWeights(routers, {}))
     costs = dict.fromkeys(backbone.blocks, BlockCost(1.0, 1.0))
-    mask = streams.encoder_hidden_states_mask
-    lengths = [None] * BATCH if mask is None else mask.sum(1).tolist()
-    rows = [Row(RULES["router"], policy, "cond", 1, costs, length) for length in lengths]
+    rows = [Row(RULES["router"], policy, "cond", 1, costs) for _ in range(BATCH)]
     served = streams
     with torch.no_grad():
         for i, (block, router) in enumerate(zip(blocks, routers.routers, strict=True)):

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from models.families.hunyuan3d.preparation import PictureSettings, prepare_picture
+from models.families.hunyuan3d.preparation import ImageSettings, prepare_image
 from models.request import BackgroundRemoval
 from training.solids.rendering import render, render_surfaces
 from training.solids.solids import Solid, SolidBatch, training_solids
@@ -20,14 +20,14 @@ SIDE = 112
 CELLS = 32
 """A side, of the maps that say what a picture shows."""
 
-SETTINGS = PictureSettings(size=SIDE, border_ratio=0.15)
+SETTINGS = ImageSettings(size=SIDE, border_ratio=0.15)
 CHUNK = 512
 
 
-def prepared(pictures: Tensor, settings: PictureSettings = SETTINGS) -> Tensor:
+def prepared(pictures: Tensor, settings: ImageSettings = SETTINGS) -> Tensor:
     """RGBA pictures `(batch, height, width, 4)` as serving prepares them: `(batch, 3, size, size)`, in [-1, 1]."""
     return torch.cat(
-        [prepare_picture(Image.fromarray(rgba.numpy()), settings, BackgroundRemoval.NEVER) for rgba in pictures]
+        [prepare_image(Image.fromarray(rgba.numpy()), settings, BackgroundRemoval.NEVER) for rgba in pictures]
     )
 
 

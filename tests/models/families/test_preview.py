@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from models.curve import EXACT, CurvePoint, Preset
 from models.engine import Engine
 from models.errors import EmptySurface
-from models.families.preview import apply_colour_map, fit_colour_map, fitting_pictures
+from models.families.preview import apply_colour_map, fit_colour_map, fitting_images
 from models.mesh.cleanup import CleanMesh
 from models.mesh.surface import BOUNDS
 from models.request import GenerationRequest, ImageRequest, MeshRequest, PresetBudget
@@ -118,7 +118,7 @@ def test_preview_without_a_surface_says_so(engine: Engine, ask: Ask) -> None:
 
 
 def test_map_is_fitted_to_the_mean_colours_of_latent_pixels() -> None:
-    pictures = fitting_pictures()
+    pictures = fitting_images()
     red, green, blue = F.avg_pool2d(pictures, 8).unbind(1)
     latents = torch.stack([2 * red, green - blue, 0.5 - blue, red * green], dim=1)
     expected = ((F.avg_pool2d(pictures[0], 8).movedim(0, -1) + 1) * 127.5).round()
@@ -127,8 +127,8 @@ def test_map_is_fitted_to_the_mean_colours_of_latent_pixels() -> None:
 
 
 def test_pictures_to_fit_to_are_always_the_same_and_of_all_colours() -> None:
-    pictures = fitting_pictures()
-    assert torch.equal(pictures, fitting_pictures())
+    pictures = fitting_images()
+    assert torch.equal(pictures, fitting_images())
     assert pictures.abs().max() == 1
     octants = (pictures.movedim(1, -1).flatten(0, 2) > 0).int() @ torch.tensor([4, 2, 1], dtype=torch.int32)
     assert (octants.bincount() > 0.05 * len(octants)).all()

@@ -109,8 +109,8 @@ def test_second_branch_needs_a_negative_prompt_and_a_scale(
 def test_every_prompt_has_as_many_tokens(family: FluxFamily, ask: Ask) -> None:
     """T5's are padded and never masked, as in the stock pipeline, so they all count."""
     states = [family.start(ask(prompt=prompt), (EXACT,), EXACT) for prompt in ("", "red", "a red circle on the left")]
-    assert [state.rows[0].num_text_tokens for state in states] == [40, 40, 40]
-    assert family.prologue(states).encoder_hidden_states_mask is None
+    assert [state.inputs[0].num_text_tokens for state in states] == [40, 40, 40]
+    assert family.prologue(states).text_lengths is None
 
 
 @pytest.mark.parametrize("param", ["prompt", "negative_prompt"])

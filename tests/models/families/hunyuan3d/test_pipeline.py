@@ -188,7 +188,7 @@ def test_reduced_mesh_has_no_more_faces_than_asked_for(engine: Engine, ask: Ask,
 def test_similarity_is_the_share_of_the_volume_that_two_shapes_have_in_common(
     engine: Engine, model: str, ask: Ask, denoise: Denoise
 ) -> None:
-    a, b = (engine.sketch(denoise(engine, ask(seed=seed))) for seed in (0, 1))
+    a, b = (engine.quality_sample(denoise(engine, ask(seed=seed))) for seed in (0, 1))
     assert a.dtype == bool
     assert 0 < a.mean() < 1
     assert engine.similarity(model, a, a) == 1
