@@ -8,6 +8,7 @@ from contextlib import closing
 from io import BytesIO
 from pathlib import Path
 from threading import Thread
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from elastic_dit_client import ApiError, AsyncClient, Client, Job, Result
+from examples import async_streams, image_and_mesh
 from service.app import create_app
 from service.settings import Settings
 
@@ -190,3 +192,14 @@ def test_every_example_of_the_documentation_runs(
     for example in examples:
         exec(compile(example.replace("http://127.0.0.1:8000", server), "client.md", "exec"), {"__name__": "example"})
     assert {path.suffix for path in tmp_path.iterdir()} >= {".png", ".glb"}
+
+
+@pytest.mark.parametrize(
+    ("example", "files"),
+    [(image_and_mesh, ["image.png", "mesh.glb"]), (async_streams, ["circle.png", "ring.png", "square.png"])],
+    ids=["image_and_mesh", "async_streams"],
+)
+def test_example_scripts_write_their_files(example: ModuleType, files: list[str], server: str, tmp_path: Path) -> None:
+    example.main(["--url", server, "--out", str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
+    assert all(path.stat().st_size for path in tmp_path.iterdir())
