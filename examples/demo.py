@@ -20,7 +20,7 @@ from tqdm import tqdm
 from elastic_dit_client import ApiError, Client
 from examples.server_process import ElasticDit, ServerEnded
 from models.card import Guidance
-from models.request import Preset
+from models.curve import Preset
 
 PROMPTS = (
     "a large red circle in the centre, on a plain light background",

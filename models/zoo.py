@@ -10,12 +10,14 @@ import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 
-from models.card import EXACT, ModelCard
+from models.card import ModelCard
+from models.curve import EXACT
 from models.engine import Engine
 from models.errors import WeightsError
 from models.families import FAMILIES, FamilyEntry
 from models.families.family import Family
 from models.families.hunyuan3d.layout import find_config, part_of, read_config
+from models.rules import RULES
 from models.weights import Manifest, load_router_weights, read_curve, read_json, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -69,7 +71,7 @@ def _family_of(directory: Path) -> tuple[FamilyEntry, Path]:
 def _card(family: Family, family_name: str, index: Path, folder: Path, manifest: Manifest) -> ModelCard:
     """`index` is the file that names the model's class."""
     curve = read_curve(folder, family.quality_metric)
-    rules = ("dense", *(["router"] if family.routers else []), "residual_cache")
+    rules = tuple(name for name, rule in RULES.items() if family.routers or not rule.needs_scores)
     if missing := {point.rule for point in curve} - {*rules}:
         raise WeightsError(
             f"{folder}: the calibration is of rule {', '.join(missing)}; the model has {', '.join(rules)}"

@@ -11,16 +11,14 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
 from service.api import routes_images, routes_jobs, routes_meshes, routes_models, routes_operations
-from service.api.auth import require
-from service.api.entrance import Entrance
-from service.api.errors import add_error_handlers, error_responses
+from service.api.errors import add_error_handlers
+from service.api.middlewares import Middlewares
 from service.api.routes_playground import add_playground
 from service.jobs.job import Job
 from service.jobs.memory import MemoryStore
 from service.jobs.redis import RedisStore, connect
 from service.jobs.results import MemoryResults, RedisResults, Results, VolumeResults
 from service.jobs.store import JobStore
-from service.keys import Scope
 from service.metrics import Metrics
 from service.running.dispatcher import Dispatcher, Timing
 from service.running.worker import Worker, WorkerLimits
@@ -79,14 +77,8 @@ def _store(settings: Settings, metrics: Metrics, clock: Callable[[], float]) -> 
 def create_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
     """The application. Whoever calls has started the dispatcher's worker; the application stops it when it ends."""
     app = _bare_app(settings, dispatcher)
-    for routes, statuses in (
-        (routes_images, (401, 403, 408, 429)),
-        (routes_meshes, (401, 403, 408, 429)),
-        (routes_jobs, (401, 403)),
-        (routes_models, (401, 403)),
-    ):
-        app.include_router(routes.router, dependencies=[require(Scope.GENERATE)], responses=error_responses(*statuses))
-    app.include_router(routes_operations.router)
+    for routes in (routes_images, routes_meshes, routes_jobs, routes_models, routes_operations):
+        app.include_router(routes.router)
     add_playground(app)
     return app
 
@@ -101,14 +93,14 @@ def create_worker_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
 def _bare_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
     # One at a time, which bounds the memory that decoded pictures take.
     picture_checks = ThreadPoolExecutor(1, thread_name_prefix="pictures")
-    entrance = Entrance(settings)
+    middlewares = Middlewares(settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with dispatcher.running():
             yield
         picture_checks.shutdown(wait=False, cancel_futures=True)
-        await entrance.close()
+        await middlewares.close()
 
     # FastAPI's own documentation page loads its scripts from a CDN; this one brings them along.
     app = FastAPIOffline(
@@ -119,12 +111,12 @@ def _bare_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
         redoc_url=None,
         lifespan=lifespan,
         redirect_slashes=False,
-        telemetry=entrance.telemetry,
+        telemetry=middlewares.telemetry,
     )
     app.state.dispatcher = dispatcher
     app.state.settings = settings
     app.state.picture_checks = picture_checks
-    entrance.add_to(app, count_rejection=lambda code: dispatcher.metrics.observe_rejection("", code))
+    middlewares.add_to(app, count_rejection=lambda code: dispatcher.metrics.observe_rejection("", code))
     add_error_handlers(app)
     _document_own_errors_only(app)
     return app

@@ -23,7 +23,7 @@ _KEY_PREFIX = "elastic:rate_limits"
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class RateLimitStatus:
     """Where a caller stands after a call: `remaining` of `limit` are left, one more `reset_s` seconds from now."""
 
     is_allowed: bool
@@ -51,7 +51,7 @@ class RateLimits:
         storage = MemoryStorage() if self._connections is None else _redis_storage(self._connections)
         self._limiter = MovingWindowRateLimiter(storage)
 
-    async def count(self, limit: RateLimitItem, *caller: str) -> Standing:
+    async def count(self, limit: RateLimitItem, *caller: str) -> RateLimitStatus:
         """Count a call of `caller`, unless it is one too many. Raises StoreUnavailable."""
         try:
             is_allowed = await self._limiter.hit(limit, *caller)
@@ -59,7 +59,7 @@ class RateLimits:
         except StorageError as error:
             logger.warning("calls can't be counted, they are answered 503: %s", error)
             raise StoreUnavailable("the store that counts calls can't be reached") from error
-        return Standing(is_allowed, limit.amount, max(0, remaining), max(1, math.ceil(reset_at - time.time())))
+        return RateLimitStatus(is_allowed, limit.amount, max(0, remaining), max(1, math.ceil(reset_at - time.time())))
 
     async def close(self) -> None:
         if self._connections is not None:

@@ -3,17 +3,18 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from models.card import Policy
 from models.elastic.compute import BlockCost
-from models.elastic.plan import SKIP, RowPlan, RowView, Rule
+from models.elastic.plan import SKIP, RowPlan, RowView
 from models.elastic.router import Scorer
+from models.elastic.row import Residual, Row
+from models.elastic.streams import Streams, row_index
 from models.report import BlockReport, Decision, StepDecision
 
 CALL_COSTS_TOKENS = 100
@@ -31,80 +32,6 @@ Estimated for a GPU, where it rules out flash attention: attention is a fifth of
 
 
 @dataclass(frozen=True, slots=True)
-class Streams:
-    """What flows from block to block.
-
-    `hidden_states` is `(batch, image tokens, channels)`, `encoder_hidden_states` `(batch, text tokens, channels)`,
-    `temb` `(batch, channels)`; `image_rotary_emb` holds the position factors shared by all rows, None where there are
-    none. `encoder_hidden_states_mask` `(batch, text tokens)` is true for real text tokens, None where all are. Families
-    that pad texts have the image's and the text's position factors apart, `image_rotary_emb` being the two.
-
-    In families whose blocks look at something that they do not change, `context` `(rows with context, context tokens,
-    context channels)` is that, and the tokens of `encoder_hidden_states` tell routers nothing. `context_rows` are the
-    numbers of those rows, None where all have context. `long_skips` maps the number of a block to what it left for a
-    later one, `(batch, tokens, channels)`.
-    """
-
-    hidden_states: Tensor
-    encoder_hidden_states: Tensor
-    temb: Tensor
-    image_rotary_emb: tuple[Tensor, Tensor] | None = None
-    encoder_hidden_states_mask: Tensor | None = None
-    context: Tensor | None = None
-    context_rows: Tensor | None = None
-    long_skips: Mapping[int, Tensor] = field(default_factory=dict)
-
-    @property
-    def scored(self) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
-        """The streams that routers read, and their masks."""
-        if self.context is not None:
-            return (self.hidden_states,), (None,)
-        return (self.encoder_hidden_states, self.hidden_states), (self.encoder_hidden_states_mask, None)
-
-    def of_rows(self, where: Tensor, chosen: Sequence[int], rows: Sequence["Row"]) -> "Streams":
-        """The streams of the `chosen` of all `rows` alone; what they left for later blocks is not needed.
-
-        `where` are their numbers on the device. Padding that none of them needs is cut off, and with it the mask where
-        all are of one length: it costs time, and attention's fastest kernels.
-        """
-        context, context_rows = self._context_of(chosen, rows)
-        part = replace(
-            self,
-            hidden_states=self.hidden_states[where],
-            encoder_hidden_states=self.encoder_hidden_states[where],
-            temb=self.temb[where],
-            context=context,
-            context_rows=context_rows,
-        )
-        if self.encoder_hidden_states_mask is None:
-            return part
-        assert self.image_rotary_emb is not None
-        known = [length for i in chosen if (length := rows[i].num_text_tokens) is not None]
-        longest = max(known)
-        image_factors, text_factors = self.image_rotary_emb
-        return replace(
-            part,
-            encoder_hidden_states=part.encoder_hidden_states[:, :longest],
-            image_rotary_emb=(image_factors, text_factors[:longest]),
-            encoder_hidden_states_mask=None
-            if min(known) == longest
-            else self.encoder_hidden_states_mask[where, :longest],
-        )
-
-    def _context_of(self, chosen: Sequence[int], rows: Sequence["Row"]) -> tuple[Tensor | None, Tensor | None]:
-        if self.context is None:
-            return None, None
-        having = [i for i, row in enumerate(rows) if row.has_context]
-        places = {i: place for place, i in enumerate(having)}
-        looking = [position for position, i in enumerate(chosen) if i in places]
-        if not looking:
-            return None, None
-        device = self.context.device
-        context = self.context[row_index([places[chosen[position]] for position in looking], device)]
-        return context, None if len(looking) == len(chosen) else row_index(looking, device)
-
-
-@dataclass(frozen=True, slots=True)
 class ElasticBlock:
     """One block of a model: `variants` maps an MLP width to the module that runs it, 1.0 being the original.
 
@@ -118,80 +45,6 @@ class ElasticBlock:
     router: Scorer | None
     enter: Callable[[Streams], Streams] | None = None
     leave: Callable[[Streams], Streams] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Residual:
-    """What a block once added to a row's two streams, `(tokens, channels)` each, and how often that was used again.
-
-    Of the text stream only real tokens: the padding may differ from step to step.
-    """
-
-    hidden_states: Tensor
-    encoder_hidden_states: Tensor
-    num_reuses: int = 0
-
-
-@dataclass(slots=True)
-class Allowance:
-    """Floating-point operations that a request may still spend in this step; infinite unless its budget is a cap."""
-
-    flops: float = float("inf")
-
-
-@dataclass(slots=True)
-class StepJournal:
-    """What one step changes about a row, apart until the step has succeeded, so that a failed step can be repeated.
-
-    `residuals` has None where a stored one is outdated. Under the residual_cache rule `first_residual` is what the
-    first block added to the image stream, and `residual_change` its distance from the row's reference.
-    """
-
-    flops: float = 0.0
-    trace: list[StepDecision] = field(default_factory=list)
-    residuals: dict[str, Residual | None] = field(default_factory=dict)
-    first_residual: Tensor | None = None
-    residual_change: float | None = None
-    computes_rest: bool = False
-
-
-@dataclass(slots=True)
-class Row:
-    """One row of a batch: one guidance branch of one request, with all the state that its elasticity has.
-
-    `residuals` maps block names to stored residuals; `reference` is the first block's residual in the last step that
-    computed the other blocks. `allowance` is shared by the branches of a request. `num_text_tokens` counts the row's
-    real ones (None where texts are never padded). A row without context has zeros for one, to which blocks need not
-    attend. `begin_step` and `end_step` frame a step.
-    """
-
-    rule: Rule
-    policy: Policy
-    branch: str
-    num_steps: int
-    costs: Mapping[str, BlockCost]
-    num_text_tokens: int | None = None
-    has_context: bool = True
-    step: int = 0
-    allowance: Allowance = field(default_factory=Allowance)
-    residuals: dict[str, Residual] = field(default_factory=dict)
-    reference: Tensor | None = None
-    spent_flops: float = 0.0
-    trace: list[StepDecision] = field(default_factory=list)
-    journal: StepJournal = field(default_factory=StepJournal)
-
-    def begin_step(self, step: int, policy: Policy, allowance: Allowance) -> None:
-        self.step, self.policy, self.allowance = step, policy, allowance
-        self.journal = StepJournal()
-
-    def end_step(self) -> None:
-        self.spent_flops += self.journal.flops
-        self.trace += self.journal.trace
-        kept = self.residuals | self.journal.residuals
-        self.residuals = {name: residual for name, residual in kept.items() if residual is not None}
-        if self.journal.computes_rest:
-            self.reference = self.journal.first_residual
-        self.journal = StepJournal()
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,8 +89,12 @@ def run_block(
             rows[i].journal.residuals[block.name] = replace(residual, num_reuses=residual.num_reuses + 1)
     for row, plan in zip(rows, plans, strict=True):
         row.journal.trace.append(StepDecision(row.step, row.branch, block.name, plan.decision, plan.mlp_width))
-    if index == 0 and any(row.rule.needs_residual_change for row in rows):
-        _measure_change(rows, hidden_states - streams.hidden_states)
+    measured = [i for i, plan in enumerate(plans) if plan.measures_change]
+    if measured:
+        added = hidden_states - streams.hidden_states
+        if len(measured) < len(rows):
+            added = added[row_index(measured, added.device)]
+        _measure_change([rows[i] for i in measured], added)
     left = replace(streams, hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states)
     return BlockResult(
         block.leave(left) if block.leave else left,
@@ -277,8 +134,6 @@ def _plan(
             residual_change=row.journal.residual_change,
         )
         plans.append(_settle(row, row.rule.plan(view, row.policy), row.costs[block.name]))
-        if index == 1 and row.rule.needs_residual_change:
-            row.journal.computes_rest = plans[-1].decision is Decision.RUN
     return plans, router_seconds
 
 
@@ -339,6 +194,7 @@ def _keep_residuals(
     for position, i in enumerate(chosen):
         rows[i].journal.residuals[name] = None
         if plans[i].keeps_residual:
+            rows[i].journal.stores_residuals = True
             real = slice(rows[i].num_text_tokens)
             rows[i].journal.residuals[name] = Residual(
                 image[position] - before.hidden_states[position],
@@ -365,20 +221,17 @@ def _padded(text: Tensor, like: Tensor) -> Tensor:
     return F.pad(text, (0, 0, 0, missing)) if missing else text
 
 
-def row_index(rows: Sequence[int], device: torch.device) -> Tensor:
-    """Row numbers on the device. From pinned memory, since an ordinary copy would wait for all that was queued."""
-    return torch.tensor(rows, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-
-
 def _measure_change(rows: Sequence[Row], added: Tensor) -> None:
-    """How far each row's first residual moved since its last computed step. One wait for the device."""
-    measured = [i for i, row in enumerate(rows) if row.rule.needs_residual_change]
-    known = [i for i in measured if rows[i].reference is not None]
+    """How far what a block `added` to each row's image stream moved from the row's reference. One wait for the device.
+
+    `added` is `(rows, tokens, channels)`.
+    """
+    known = [i for i, row in enumerate(rows) if row.reference is not None]
     if known:
         references = torch.stack([r for i in known if (r := rows[i].reference) is not None])
         change = (added[known] - references).abs().mean((1, 2)) / references.abs().mean((1, 2))
         for i, value in zip(known, change.float().tolist(), strict=True):
             rows[i].journal.residual_change = value
-    for i in measured:
+    for row, residual in zip(rows, added, strict=True):
         # A copy, since a view would keep the whole batch in memory as long as the row.
-        rows[i].journal.first_residual = added[i].clone()
+        row.journal.measured_residual = residual.clone()

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.card import CurvePoint, Guidance, ModelCard
+from models.card import Guidance, ModelCard
+from models.curve import CurvePoint
 from models.elastic.compute import BlockCost
-from models.elastic.runner import Row, Streams
+from models.elastic.row import Row
+from models.elastic.streams import Streams
 from models.errors import InvalidRequest
 from models.families.wrapping import Anatomy, elastic_blocks
 from models.mesh.cleanup import CleanMesh

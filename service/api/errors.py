@@ -10,8 +10,9 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from models.errors import InvalidRequest, UnknownModel
-from service.api.middleware import SECURITY_HEADERS
+from service.api.caller import caller_of
 from service.api.responses import ErrorBody, ErrorDetail, header
+from service.api.security_headers import SECURITY_HEADERS
 from service.api.validation import invalid_request
 from service.errors import (
     DeadlineUnreachable,
@@ -115,7 +116,7 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
 async def answer_bug(request: Request, error: Exception) -> JSONResponse:
     """Starlette answers this outside our middleware, and then raises `error` again for the log."""
     response = await answer_error(request, error)
-    response.headers["X-Request-ID"] = request.state.request_id
+    response.headers["X-Request-ID"] = caller_of(request.scope).request_id
     response.headers.update(SECURITY_HEADERS)
     return response
 

@@ -3,19 +3,31 @@
 import re
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
 from models.errors import InvalidRequest
 from models.file_formats import MeshFormat, OutputFormat
-from service.api.access import own_job
-from service.api.dependencies import DispatcherOfApp, SettingsOfApp
+from service.api.access import Access
+from service.api.caller import Caller
+from service.api.dependencies import CallerOfRequest, DispatcherOfApp, SettingsOfApp
 from service.api.errors import error_responses
 from service.api.events import event_stream
 from service.api.job_views import base_url, job_body
 from service.api.responses import EVENT_STREAM, JOB_ID_HEADERS, SHOWN, JobBody, header
+from service.errors import JobNotFound
+from service.jobs.job import Job
+from service.jobs.store import JobStore
+from service.keys import Scope
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+router = APIRouter(
+    prefix="/v1/jobs",
+    tags=["jobs"],
+    dependencies=[Depends(Access(Scope.GENERATE))],
+    responses=error_responses(401, 403),
+)
 
+# Other names may exist in the store; no job has one of them.
+_JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 _EVENT_ID = re.compile(r"[0-9]{1,18}-[0-9]{1,18}", re.ASCII)
 _LAST_EVENT_ID = Header(
     description="The id of the last event that came through.", json_schema_extra={"pattern": f"^{_EVENT_ID.pattern}$"}
@@ -29,8 +41,10 @@ _LAST_EVENT_ID = Header(
     response_model_exclude_unset=True,
     responses={200: SHOWN, **error_responses(404, 503)},
 )
-async def show_job(job_id: str, request: Request, dispatcher: DispatcherOfApp, settings: SettingsOfApp) -> JobBody:
-    return job_body(await own_job(job_id, request, dispatcher.store), base_url(request, settings))
+async def show_job(
+    job_id: str, caller: CallerOfRequest, request: Request, dispatcher: DispatcherOfApp, settings: SettingsOfApp
+) -> JobBody:
+    return job_body(await _own_job(job_id, caller, dispatcher.store), base_url(request, settings))
 
 
 @router.get(
@@ -49,6 +63,7 @@ async def show_job(job_id: str, request: Request, dispatcher: DispatcherOfApp, s
 )
 async def stream_events(
     job_id: str,
+    caller: CallerOfRequest,
     request: Request,
     dispatcher: DispatcherOfApp,
     settings: SettingsOfApp,
@@ -57,7 +72,7 @@ async def stream_events(
     """Any server that shares the job's store has them."""
     if last_event_id is not None and not _EVENT_ID.fullmatch(last_event_id):
         raise InvalidRequest("Last-Event-ID is not the id of an event, such as 1-0", "Last-Event-ID")
-    job = await own_job(job_id, request, dispatcher.store)
+    job = await _own_job(job_id, caller, dispatcher.store)
     return event_stream(job, dispatcher, base_url(request, settings), after=last_event_id or "0-0")
 
 
@@ -80,11 +95,11 @@ async def stream_events(
 )
 async def show_content(
     job_id: str,
-    request: Request,
+    caller: CallerOfRequest,
     dispatcher: DispatcherOfApp,
     index: Annotated[int, Query(ge=0, description="Which picture, if n > 1.")] = 0,
 ) -> Response:
-    await own_job(job_id, request, dispatcher.store)
+    await _own_job(job_id, caller, dispatcher.store)
     outcome = await dispatcher.store.content(job_id)
     if index >= len(outcome.pictures):
         raise InvalidRequest(
@@ -106,7 +121,19 @@ async def show_content(
     response_model_exclude_unset=True,
     responses={200: SHOWN, **error_responses(404, 503)},
 )
-async def cancel_job(job_id: str, request: Request, dispatcher: DispatcherOfApp, settings: SettingsOfApp) -> JobBody:
+async def cancel_job(
+    job_id: str, caller: CallerOfRequest, request: Request, dispatcher: DispatcherOfApp, settings: SettingsOfApp
+) -> JobBody:
     """A queued job never runs, a running one stops at the next denoise step. One that has ended stays as it is."""
-    await own_job(job_id, request, dispatcher.store)
+    await _own_job(job_id, caller, dispatcher.store)
     return job_body(await dispatcher.cancel(job_id), base_url(request, settings))
+
+
+async def _own_job(job_id: str, caller: Caller, store: JobStore) -> Job:
+    """The job, if the caller's key created it or has the scope `admin`. Raises JobNotFound otherwise."""
+    if not _JOB_ID.fullmatch(job_id):
+        raise JobNotFound(f"there is no job '{job_id}'")
+    job = await store.get(job_id)
+    if caller.key is not None and job.owner != caller.key.id and Scope.ADMIN not in caller.key.scopes:
+        raise JobNotFound(f"there is no job '{job_id}'")
+    return job

@@ -7,21 +7,25 @@ import secrets
 from functools import partial
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
 from models.card import MeshCard
 from models.errors import InvalidRequest
 from models.file_formats import MeshFormat
-from service.api.dependencies import DispatcherOfApp, SettingsOfApp
+from service.api.access import Access
+from service.api.answering import answer
+from service.api.dependencies import CallerOfRequest, DispatcherOfApp, SettingsOfApp
 from service.api.errors import error_responses
+from service.api.generation_route import GenerationRoute, HeadersOfGeneration, media_type_of
 from service.api.input_image import checked_picture, decode_base64_picture
-from service.api.parsing import RANDOM_SEEDS, parse_mesh_output, parse_mesh_request
+from service.api.parsing import RANDOM_SEEDS, parse_mesh_body
 from service.api.responses import ACCEPTED, EVENT_STREAM, MADE, MeshResponse
 from service.api.schemas import MeshBody
-from service.api.submission import GenerationHeaders, GenerationRoute, answer, card_of, job_of, media_type_of
+from service.api.submission import card_of, submit
 from service.errors import UnsupportedMediaType
+from service.keys import Scope
 
 _FORM = "multipart/form-data"
 TEXTS = ("model", "output_format", "response_format", "priority")
@@ -41,7 +45,16 @@ class MeshRoute(GenerationRoute):
                 raise UnsupportedMediaType(f"the body is '{media_type}'; send it as application/json or {_FORM}")
 
 
-router = APIRouter(tags=["meshes"], route_class=MeshRoute)
+router = APIRouter(
+    tags=["meshes"],
+    route_class=MeshRoute,
+    dependencies=[
+        Depends(
+            Access(Scope.GENERATE, is_rate_limited=True, max_body_bytes=lambda settings: settings.max_mesh_body_bytes)
+        )
+    ],
+    responses=error_responses(401, 403, 408, 429),
+)
 
 _FORM_SCHEMA = {
     "type": "object",
@@ -78,27 +91,27 @@ _FORM_SCHEMA = {
     openapi_extra={"requestBody": {"content": {_FORM: {"schema": _FORM_SCHEMA}}}},
 )
 async def create_mesh(
-    body: MeshBody, request: Request, dispatcher: DispatcherOfApp, settings: SettingsOfApp, headers: GenerationHeaders
+    body: MeshBody,
+    headers: HeadersOfGeneration,
+    caller: CallerOfRequest,
+    request: Request,
+    dispatcher: DispatcherOfApp,
+    settings: SettingsOfApp,
 ) -> Response:
     """The call waits for the result, unless it asks for a stream or, by `Prefer: respond-async`, for the job.
 
     A client that hangs up while it waits cancels its job, unless it gave an `Idempotency-Key` to come back with.
     """
     dispatcher.check_accepting()
-    card = card_of(body.model, dispatcher, MeshCard)
-    request.state.model = card.id
+    card = card_of(body.model, dispatcher.cards, MeshCard)
+    caller.model = card.id
     file = decode_base64_picture(body.input_image)
     check = partial(checked_picture, file, max_pixels=settings.max_image_pixels)
     picture = await asyncio.get_running_loop().run_in_executor(request.app.state.picture_checks, check)
-    made = parse_mesh_request(
-        body,
-        card,
-        picture,
-        default_budget=settings.default_budget.to_budget(),
-        random_seed=secrets.randbelow(RANDOM_SEEDS),
-    )
-    job = job_of((made,), parse_mesh_output(body), body, card, request, settings)
-    return await answer(job, body, request, dispatcher, settings)
+    seed = secrets.randbelow(RANDOM_SEEDS)
+    order = parse_mesh_body(body, card, picture, default_budget=settings.default_budget, random_seed=seed)
+    job = await submit(order, card, body, headers, request, dispatcher, settings)
+    return await answer(job, body, headers, request, dispatcher, settings)
 
 
 async def _form_as_json(request: Request) -> Request:

@@ -1,14 +1,21 @@
 """What the loaded models are and can do."""
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 
 from models.errors import UnknownModel
+from service.api.access import Access
 from service.api.dependencies import DispatcherOfApp
 from service.api.errors import error_responses
 from service.api.responses import ModelBody, ModelList
 from service.api.views import model_body
+from service.keys import Scope
 
-router = APIRouter(prefix="/v1/models", tags=["models"])
+router = APIRouter(
+    prefix="/v1/models",
+    tags=["models"],
+    dependencies=[Depends(Access(Scope.GENERATE))],
+    responses=error_responses(401, 403),
+)
 
 
 @router.get("", summary="List the models, with their calibration curves", response_model_exclude_unset=True)

@@ -1,10 +1,10 @@
 """For operators: is it alive, is it ready, what does it count."""
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Depends, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from service.api.auth import require
+from service.api.access import Access
 from service.api.dependencies import DispatcherOfApp
 from service.api.errors import error_responses
 from service.api.responses import HealthBody, ReadyBody
@@ -43,7 +43,7 @@ async def check_readiness(dispatcher: DispatcherOfApp) -> ReadyBody | JSONRespon
     summary="Prometheus metrics",
     response_class=Response,
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **error_responses(401, 403)},
-    dependencies=[require(Scope.METRICS)],
+    dependencies=[Depends(Access(Scope.METRICS))],
 )
 async def show_metrics(dispatcher: DispatcherOfApp) -> Response:
     try:

@@ -22,6 +22,7 @@ from models.request import MeshRequest
 from service.errors import IdempotencyKeyReused, JobNotFinished, JobNotFound, StoreUnavailable
 from service.jobs import redis_scripts
 from service.jobs.job import Failure, Job, JobStatus, Outcome, Receipt
+from service.jobs.job_json import dump_job, load_job
 from service.jobs.results import Results
 from service.jobs.store import (
     WEBHOOK_HELD_S,
@@ -45,7 +46,6 @@ PREFIX = "elastic:"
 _CHUNK = 64
 _RECONNECT_S = 0.5
 
-_JOB = TypeAdapter(Job)
 _RECEIPTS = TypeAdapter(tuple[Receipt, ...])
 _FAILURE = TypeAdapter(Failure)
 
@@ -126,7 +126,7 @@ class RedisStore:
         request, picture = job.requests[0], b""
         if isinstance(request, MeshRequest):
             picture = request.input_image
-        fields: list[Any] = ["job", _JOB.dump_json(job.without_pictures())]
+        fields: list[Any] = ["job", dump_job(job.without_pictures())]
         if job.webhook_url is not None:
             fields += ["webhook_url", job.webhook_url]
         name, value = "", ""
@@ -343,7 +343,7 @@ def _job_of(fields: Mapping[bytes, bytes]) -> Job:
         return float(fields[name]) if name in fields else None
 
     return replace(
-        _JOB.validate_json(fields[b"job"]),
+        load_job(fields[b"job"]),
         status=JobStatus(fields[b"status"].decode()),
         started_at=number(b"started_at"),
         ended_at=number(b"ended_at"),

@@ -15,8 +15,8 @@ import trimesh
 from PIL import Image
 
 from elastic_dit_client import ApiError, Client
-from training.prepared_pictures import picture_file
-from training.solids import sample_solid
+from training.solids.images import picture_file
+from training.solids.solids import sample_solid
 
 PROMPT = "a red circle above a blue square"
 

@@ -26,7 +26,7 @@ from examples.demo import (
     save,
     table,
 )
-from models.request import Preset
+from models.curve import Preset
 
 COLOURS = {preset: (40 * i, 255 - 40 * i, 90) for i, preset in enumerate(Preset)}
 

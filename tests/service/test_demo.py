@@ -8,7 +8,7 @@ from fastapi.testclient import TestClient
 from elastic_dit_client import Client
 from examples import demo
 from examples.demo import generate_images, generate_meshes, save, table
-from models.request import Preset
+from models.curve import Preset
 
 
 def test_server_answers_all_that_the_demo_asks(client: TestClient, tmp_path: Path) -> None:

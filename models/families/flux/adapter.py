@@ -7,7 +7,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 
-from models.elastic.runner import Streams
+from models.elastic.streams import Streams
 from models.families.wrapping import Mlp
 
 FluxBlock = FluxTransformerBlock | FluxSingleTransformerBlock

@@ -15,7 +15,7 @@ from torch import Tensor
 from models.card import Guidance
 from models.diffusion.sampling import classifier_free_guidance
 from models.elastic.compute import BlockCost, attention_flops
-from models.elastic.runner import Streams
+from models.elastic.streams import Streams
 from models.errors import InvalidRequest, WeightsError
 from models.families.flux import adapter
 from models.families.image import Branch, PictureFamily
@@ -83,8 +83,8 @@ class FluxFamily(PictureFamily):
 
     def _branches(self, request: ImageRequest) -> Sequence[Branch]:
         branches = [Branch("cond", request.prompt, "prompt")]
-        if request.true_cfg_scale > 1 and request.negative_prompt is not None:
-            branches.append(Branch("uncond", request.negative_prompt, "negative_prompt"))
+        if request.is_guided:
+            branches.append(Branch("uncond", request.negative_prompt or "", "negative_prompt"))
         return branches
 
     def _encode(self, branch: Branch, request: ImageRequest) -> BranchInputs:

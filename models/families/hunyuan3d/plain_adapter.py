@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.elastic.compute import BlockCost, attention_flops
-from models.elastic.runner import Streams
+from models.elastic.streams import Streams
 from models.families.hunyuan3d.plain_dit import HunYuanDiTBlock, HunYuanDiTPlain
 from models.families.wrapping import Mlp
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from models.elastic.compute import BlockCost, attention_flops
-from models.elastic.runner import Streams
+from models.elastic.streams import Streams
 from models.families.hunyuan3d.stream_dit import DoubleStreamBlock, Hunyuan3DDiT, SingleStreamBlock
 from models.families.wrapping import Mlp
 

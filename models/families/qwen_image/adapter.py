@@ -6,7 +6,7 @@ from diffusers import QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from torch import Tensor, nn
 
-from models.elastic.runner import Streams
+from models.elastic.streams import Streams
 from models.families.wrapping import Mlp
 
 

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from models.card import Guidance
 from models.diffusion.sampling import classifier_free_guidance, rescale_to_norm
 from models.elastic.compute import BlockCost, attention_flops
-from models.elastic.runner import Streams
+from models.elastic.streams import Streams
 from models.errors import InvalidRequest
 from models.families.image import Branch, PictureFamily
 from models.families.qwen_image import adapter
@@ -103,7 +103,7 @@ class QwenImageFamily(PictureFamily):
 
     def _branches(self, request: ImageRequest) -> Sequence[Branch]:
         branches = [Branch("cond", request.prompt, "prompt")]
-        if request.guidance_scale > 1:
+        if request.is_guided:
             # The stock pipeline drops guidance, with a warning, where no negative prompt is given.
             branches.append(Branch("uncond", request.negative_prompt or "", "negative_prompt"))
         return branches

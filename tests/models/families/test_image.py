@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.card import EXACT
+from models.curve import EXACT
 from models.families.image import PictureFamily
 from models.request import ImageRequest
 

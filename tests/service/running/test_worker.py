@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from models.curve import Preset
 from models.errors import WeightsError
-from models.request import LatencyBudget, Preset, PresetBudget
+from models.request import LatencyBudget, PresetBudget
 from service.app import build_dispatcher
 from service.errors import Draining
 from service.jobs.job import FailureReason, Job, JobStatus, Priority
@@ -200,11 +201,11 @@ def test_stopping_finishes_running_and_queued_jobs_and_refuses_new_ones(
     outcomes = [service.submit(make_job("a")), service.submit(make_job("b"))]
     service.drain_soon()
     with pytest.raises(Draining) as caught:
-        service.running.dispatcher.check_accepting()
+        service.dispatcher.check_accepting()
     assert caught.value.retry_after_s == 20
     engine.gate.set()
     service.drain()
-    assert not service.running.dispatcher.worker.is_alive
+    assert not service.dispatcher.worker.is_alive
     assert [outcome.result(TIMEOUT_S).job.status for outcome in outcomes] == ["succeeded", "succeeded"]
 
 
@@ -238,11 +239,11 @@ def test_step_that_never_ends_does_not_hold_up_the_end(
 def test_bug_in_the_loop_ends_all_jobs_instead_of_leaving_them_waiting(
     service: Any, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(service.running.dispatcher.worker, "_next_batch", lambda: 1 / 0)
+    monkeypatch.setattr(service.dispatcher.worker, "_next_batch", lambda: 1 / 0)
     assert service.submit(make_job("a")).result(TIMEOUT_S).job.status is JobStatus.FAILED
     service.drain()
     with pytest.raises(Draining):
-        service.running.dispatcher.check_accepting()
+        service.dispatcher.check_accepting()
     assert "the worker stopped" in caplog.text
 
 
@@ -276,4 +277,4 @@ def test_bug_in_the_dispatcher_ends_the_server_instead_of_leaving_jobs_waiting(
     assert service.submit(make_job("a")).result(TIMEOUT_S).job.status is JobStatus.FAILED
     assert "the dispatcher stopped" in caplog.text
     with pytest.raises(Draining):
-        service.running.dispatcher.check_accepting()
+        service.dispatcher.check_accepting()

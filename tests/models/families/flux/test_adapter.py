@@ -6,7 +6,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import nn
 
-from models.elastic.runner import Streams
+from models.elastic.streams import Streams
 from models.families.flux import adapter
 
 
