@@ -144,6 +144,7 @@ async function bodyOf(model) {
   const seed = numberOf("seed") ?? Math.floor(Math.random() * MAX_SEED);
   if (!Number.isSafeInteger(seed)) throw new ApiError("A browser can send only whole seeds up to 2^53 - 1.");
   const shared = {
+    ...otherFields(model.defaults),
     model: model.id,
     seed,
     num_inference_steps: numberOf("num_inference_steps"),
@@ -151,7 +152,6 @@ async function bodyOf(model) {
     stream: true,
     trace: true,
     partial_images: 3,
-    ...otherFields(model.defaults),
   };
   if (model.modality === "image")
     return {

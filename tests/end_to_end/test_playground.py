@@ -227,6 +227,7 @@ def test_default_without_a_field_of_its_own_gets_a_plain_one(server: str, page: 
     with page.expect_request("**/v1/images") as sent:
         generate(page)
     body = sent.value.post_data_json
+    assert body is not None
     assert body["shift"] == 2.5
     assert "sampler" not in body
     expect(page.locator("article .error")).to_contain_text("shift")
