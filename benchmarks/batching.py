@@ -23,7 +23,7 @@ from models.curve import Preset
 from models.engine import Engine
 from models.request import GenerationRequest, PresetBudget
 from models.zoo import load_engine
-from service.scheduling.batching import Candidate, Turns, form_groups
+from service.scheduling.batching import Candidate, FairShare, form_groups
 from service.scheduling.cost import block_seconds
 from training.scenes.prompts import complex_scenes
 
@@ -46,18 +46,20 @@ def one_group(candidates: Sequence[Candidate]) -> list[list[int]]:
 def serve(engine: Engine, requests: Sequence[GenerationRequest], group: Group) -> list[float]:
     """Seconds until each request has taken its last step, in the service's loop with the batcher `group`."""
     card = engine.cards[requests[0].model]
-    states, turns = [engine.start(request) for request in requests], Turns()
+    states, fair_share = [engine.start(request) for request in requests], FairShare()
     costs = [block_seconds(request, card) for request in requests]
-    services, ends = [0.0] * len(states), [0.0] * len(states)
+    virtual_times, ends = [0.0] * len(states), [0.0] * len(states)
     running = list(range(len(states)))
     started = time.perf_counter()
     while running:
-        candidates = [Candidate(states[i].batch_key, services[i], states[i].expected_runs, costs[i]) for i in running]
+        candidates = [
+            Candidate(states[i].batch_key, virtual_times[i], states[i].expected_runs, costs[i]) for i in running
+        ]
         chosen = group(candidates)[0]
         report = engine.step([states[running[place]] for place in chosen])
-        had = turns.after_step([candidates[place] for place in chosen], [1.0] * len(chosen), report.seconds)
-        for place, service in zip(chosen, had, strict=True):
-            services[running[place]] = service
+        had = fair_share.after_step([candidates[place] for place in chosen], [1.0] * len(chosen), report.seconds)
+        for place, virtual_time in zip(chosen, had, strict=True):
+            virtual_times[running[place]] = virtual_time
             if states[running[place]].is_done:
                 ends[running[place]] = time.perf_counter() - started
         running = [i for i in running if not states[i].is_done]

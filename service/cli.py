@@ -15,7 +15,7 @@ from typer.exceptions import TyperException
 from models.errors import GenerationError, InvalidRequest
 from models.file_formats import MeshFormat, OutputFormat
 from service import keys
-from service.api.input_image import checked_picture
+from service.api.input_image import checked_image
 from service.api.parsing import RANDOM_SEEDS
 from service.api.responses import ReceiptBody
 from service.api.schemas import ImageBody, MeshBody
@@ -241,7 +241,7 @@ def _samples(prompts: Path | None, images: Path | None, max_pixels: int) -> list
     checked = []
     for path in sorted(images.iterdir()):
         try:
-            checked.append(checked_picture(path.read_bytes(), max_pixels=max_pixels))
+            checked.append(checked_image(path.read_bytes(), max_pixels=max_pixels))
         except InvalidImage as error:
             raise typer.BadParameter(f"{path}: {error}") from error
     return checked

@@ -13,7 +13,7 @@ from models.errors import InvalidRequest
 from models.mesh.cleanup import CleanMesh
 from models.request import LatencyBudget
 from models.zoo import load_engine
-from service.api.input_image import checked_picture
+from service.api.input_image import checked_image
 from service.api.parsing import parse_image_body, parse_mesh_body
 from service.api.responses import ReceiptBody
 from service.api.schemas import ImageBody, MeshBody
@@ -45,7 +45,7 @@ def generate_mesh(
     directory: Path, body: MeshBody, image: bytes, settings: Settings, *, random_seed: int
 ) -> tuple[bytes, ReceiptBody]:
     """Generate the mesh of `body` from the file `image` and return its file and receipt."""
-    checked = checked_picture(image, max_pixels=settings.max_image_pixels)
+    checked = checked_image(image, max_pixels=settings.max_image_pixels)
 
     def parse(card: ModelCard) -> Order:
         if not isinstance(card, MeshCard):

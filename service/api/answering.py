@@ -6,13 +6,13 @@ import math
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
-from service.api.errors import error_of
+from service.api.errors import raise_if_unsuccessful
 from service.api.events import event_stream
 from service.api.generation_route import GenerationHeaders
 from service.api.job_views import base_url, binary_response, job_body, result_body
 from service.api.schemas import GenerationBody, ResponseFormat
-from service.errors import Draining, JobCancelled
-from service.jobs.job import Job, JobStatus
+from service.errors import Draining
+from service.jobs.job import Job, JobSnapshot
 from service.jobs.store import ended
 from service.running.dispatcher import Dispatcher
 from service.settings import Settings
@@ -43,7 +43,8 @@ async def answer(
     wait_s = headers.wait_s if headers.is_async else None
     ended_job = None if wait_s == 0 else await _ended_or_gone(job, request, dispatcher, wait_s)
     if ended_job is not None:
-        return await _result(ended_job, body, dispatcher, base)
+        raise_if_unsuccessful(ended_job)
+        return await _result(job, body, dispatcher, base)
     if headers.is_async and not await request.is_disconnected():
         return await _accepted(job, dispatcher, base)
     if cancels:
@@ -52,15 +53,10 @@ async def answer(
 
 
 async def _result(job: Job, body: GenerationBody, dispatcher: Dispatcher, base: str) -> Response:
-    """The answer for a job that has ended, or raise the reason why it has no result."""
-    if job.failure is not None:
-        raise error_of(job.failure)
-    if job.status is JobStatus.CANCELLED:
-        raise JobCancelled(f"job {job.id} was cancelled")
-    outcome = await dispatcher.store.content(job.id)
+    finished = await dispatcher.store.content(job.id)
     if body.response_format is ResponseFormat.BINARY:
-        return binary_response(outcome)
-    result = result_body(outcome, body.response_format, base)
+        return binary_response(finished)
+    result = result_body(finished, body.response_format, base)
     return JSONResponse(result.model_dump(mode="json", exclude_unset=True), headers={"X-Job-ID": job.id})
 
 
@@ -75,22 +71,24 @@ async def _accepted(job: Job, dispatcher: Dispatcher, base: str) -> JSONResponse
     return JSONResponse(body.model_dump(mode="json", exclude_unset=True), 202, headers)
 
 
-async def _ended_or_gone(job: Job, request: Request, dispatcher: Dispatcher, wait_s: float | None) -> Job | None:
+async def _ended_or_gone(
+    job: Job, request: Request, dispatcher: Dispatcher, wait_s: float | None
+) -> JobSnapshot | None:
     """The job once it has ended; None if its client disconnects first, or after `wait_s`.
 
     Raises Draining if this server stops first; other servers continue the job.
     """
     waits = [asyncio.ensure_future(wait) for wait in (_disconnected(request), dispatcher.has_drained.wait())]
-    outcome = asyncio.create_task(ended(dispatcher.store, job.id))
+    ending = asyncio.create_task(ended(dispatcher.store, job.id))
     try:
-        await asyncio.wait((outcome, *waits), timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
-        if dispatcher.has_drained.is_set() and not outcome.done():
-            await asyncio.wait((outcome,), timeout=_LAST_ANSWER_S)
-            if not outcome.done():
+        await asyncio.wait((ending, *waits), timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+        if dispatcher.has_drained.is_set() and not ending.done():
+            await asyncio.wait((ending,), timeout=_LAST_ANSWER_S)
+            if not ending.done():
                 raise Draining(f"the server shuts down; job {job.id} goes on at others", retry_after_s=1)
-        return outcome.result() if outcome.done() else None
+        return ending.result() if ending.done() else None
     finally:
-        for task in (outcome, *waits):
+        for task in (ending, *waits):
             task.cancel()
 
 

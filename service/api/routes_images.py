@@ -13,7 +13,7 @@ from service.api.dependencies import CallerOfRequest, DispatcherOfApp, SettingsO
 from service.api.errors import error_responses
 from service.api.generation_route import GenerationRoute, HeadersOfGeneration
 from service.api.parsing import RANDOM_SEEDS, parse_image_body
-from service.api.responses import ACCEPTED, EVENT_STREAM, MADE, ImageResponse
+from service.api.responses import ACCEPTED, EVENT_STREAM, RESULT, ImageResponse
 from service.api.schemas import ImageBody
 from service.api.submission import card_of, submit
 from service.keys import Scope
@@ -29,10 +29,10 @@ DOCUMENTED: dict[str, Any] = {
     "response_model": ImageResponse,
     "responses": {
         200: {
-            **MADE,
-            "description": "The pictures; with response_format binary the one picture's file, `X-Job-ID`, `X-Seed` "
-            "and the receipt as JSON in `X-Receipt`; with stream the job's events, up to "
-            "`image_generation.completed` or `error`.",
+            **RESULT,
+            "description": "The images. With response_format binary: the image file, with the headers `X-Job-ID`, "
+            "`X-Seed` and `X-Receipt`. With stream: the job's events, the last of them `image_generation.completed` "
+            "or `error`.",
             "content": {
                 **{f"image/{name}": {"schema": {"type": "string", "format": "binary"}} for name in OutputFormat},
                 **EVENT_STREAM,
@@ -44,9 +44,12 @@ DOCUMENTED: dict[str, Any] = {
 }
 
 
-@router.post("/v1/images", summary="Make pictures from text", operation_id="create_image", **DOCUMENTED)
+@router.post("/v1/images", summary="Generate images from text", operation_id="create_image", **DOCUMENTED)
 @router.post(
-    "/v1/images/generations", summary="The same, at OpenAI's path", operation_id="generate_image", **DOCUMENTED
+    "/v1/images/generations",
+    summary="Generate images from text, at OpenAI's path",
+    operation_id="generate_image",
+    **DOCUMENTED,
 )
 async def create_image(
     body: ImageBody,
@@ -56,9 +59,9 @@ async def create_image(
     dispatcher: DispatcherOfApp,
     settings: SettingsOfApp,
 ) -> Response:
-    """The call waits for the result, unless it asks for a stream or, by `Prefer: respond-async`, for the job.
+    """The call waits for the result, unless it asks for a stream or, with `Prefer: respond-async`, for the job.
 
-    A client that hangs up while it waits cancels its job, unless it gave an `Idempotency-Key` to come back with.
+    A client that disconnects while it waits cancels its job, unless it gave an `Idempotency-Key` to come back with.
     """
     dispatcher.check_accepting()
     card = card_of(body.model, dispatcher.cards, ImageCard)

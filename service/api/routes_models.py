@@ -1,4 +1,4 @@
-"""What the loaded models are and can do."""
+"""The loaded models, their limits and their calibration curves."""
 
 from fastapi import APIRouter, Depends
 
@@ -23,7 +23,7 @@ async def list_models(dispatcher: DispatcherOfApp) -> ModelList:
     return ModelList(object="list", data=[model_body(card) for card in dispatcher.cards.values()])
 
 
-# Ids are directory names; the path converter lets an id with a slash be not found in our words.
+# No id has a slash, but the path converter lets us answer such an id with our own error.
 @router.get("/{model_id:path}", summary="One model", response_model_exclude_unset=True, responses=error_responses(404))
 async def show_model(model_id: str, dispatcher: DispatcherOfApp) -> ModelBody:
     if model_id not in dispatcher.cards:

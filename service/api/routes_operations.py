@@ -1,4 +1,4 @@
-"""For operators: is it alive, is it ready, what does it count."""
+"""For operators: liveness, readiness and metrics."""
 
 from fastapi import APIRouter, Depends, Response
 from fastapi.responses import JSONResponse
@@ -11,7 +11,7 @@ from service.api.responses import HealthBody, ReadyBody
 from service.errors import Draining, StoreUnavailable
 from service.keys import Scope
 
-# Metrics need a key. The other pages are open: what asks for them, such as a load balancer, has none.
+# Metrics need a key. The probes are open: a load balancer has no key.
 router = APIRouter(tags=["operations"])
 
 
@@ -48,7 +48,7 @@ async def check_readiness(dispatcher: DispatcherOfApp) -> ReadyBody | JSONRespon
 async def show_metrics(dispatcher: DispatcherOfApp) -> Response:
     try:
         waiting = await dispatcher.store.num_waiting()
-    except StoreUnavailable:  # counted by the store itself
+    except StoreUnavailable:  # the store counts its own errors
         waiting = None
     page = dispatcher.metrics.exposition(dispatcher.cards, dispatcher.num_running(), waiting)
     return Response(page, media_type=CONTENT_TYPE_LATEST)

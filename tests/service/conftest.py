@@ -5,6 +5,7 @@
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -29,7 +30,7 @@ from models.report import BlockReport, Decision, GenerationSummary, StepDecision
 from models.request import ImageRequest, LatencyBudget, MeshRequest, QualityBudget
 from models.rules.router import RouterPolicy
 from service.app import build_dispatcher, create_app
-from service.jobs.job import Job, JobStatus, Outcome, Priority
+from service.jobs.job import FinishedJob, Job, JobSnapshot, JobStatus, Priority
 from service.jobs.store import ended
 from service.order import Output
 from service.running.dispatcher import Dispatcher
@@ -264,22 +265,31 @@ class Service:
         self.run(self._running.__aenter__())
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Do something in the loop, and wait for it."""
+        """Run a coroutine in the event loop, and wait for its result."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
 
-    def submit(self, job: Job) -> "Future[Outcome]":
+    def submit(self, job: Job) -> "Future[FinishedJob]":
         """Queue a job; the future is done when it has ended."""
         self.run(self.store.add(job))
-        return asyncio.run_coroutine_threadsafe(self._outcome(job.id), self._loop)
+        return asyncio.run_coroutine_threadsafe(self._finished(job.id), self._loop)
 
-    async def _outcome(self, job_id: str) -> Outcome:
-        job = await ended(self.store, job_id)
-        return await self.store.content(job_id) if job.status is JobStatus.SUCCEEDED else Outcome(job, ())
+    async def _finished(self, job_id: str) -> FinishedJob:
+        snapshot = await ended(self.store, job_id)
+        if snapshot.state.status is JobStatus.SUCCEEDED:
+            return await self.store.content(job_id)
+        return FinishedJob(snapshot.job, snapshot.state, ())
 
-    def job(self, job_id: str) -> Job:
+    def get(self, job_id: str) -> JobSnapshot:
         return self.run(self.store.get(job_id))
 
-    def cancel(self, job_id: str) -> Job:
+    def wait_until_taken(self, *job_ids: str) -> None:
+        """Wait until the worker holds these jobs."""
+        deadline = time.monotonic() + 60
+        while not set(job_ids) <= {claim.job.id for claim in self.dispatcher.worker.held()}:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    def cancel(self, job_id: str) -> JobSnapshot:
         return self.run(self.dispatcher.cancel(job_id))
 
     def drain_soon(self) -> None:

@@ -117,4 +117,4 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
 def test_calibrate_names_the_image_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "notes.txt").write_text("no picture")
     assert main(["calibrate", "--images", str(tmp_path)]) == 2
-    assert "notes.txt: input_image is no picture" in capsys.readouterr().err
+    assert "notes.txt: input_image is not a readable image" in capsys.readouterr().err

@@ -94,7 +94,7 @@ def test_redis_that_is_away_is_an_error_and_a_warning(caplog: pytest.LogCaptureF
 
 @pytest.mark.parametrize("text", ["often", "", "0/minute", "1/second;60/minute", "60"])
 def test_what_is_no_limit_is_no_setting(text: str) -> None:
-    with pytest.raises(ValueError, match="is no rate limit"):
+    with pytest.raises(ValueError, match="is not a rate limit"):
         parse_rate_limit(text)
     with pytest.raises(ValidationError, match="rate_limit"):
         Settings(rate_limit=text)
