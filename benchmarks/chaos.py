@@ -39,8 +39,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.environment import environment
-from benchmarks.processes import ElasticDit, RedisServer
+from benchmarks.processes import RedisServer
 from benchmarks.table import finish
+from examples.server_process import ElasticDit
 from models.card import ImageCard
 from models.engine import Engine
 from models.zoo import load_engine

@@ -39,7 +39,7 @@ def load_engine(
     for directory in directories:
         folder = router_weights / directory.name
         if not folder.is_dir():
-            logger.warning("%s has no router folder %s: it is served at the budget exact alone", directory.name, folder)
+            logger.warning("%s has no router folder %s, so exact is its only budget", directory.name, folder)
         entry, index = _family_of(directory)
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         manifest = read_manifest(folder)

@@ -48,6 +48,20 @@ Model = Annotated[Path, typer.Option(help="A model directory, or a name in check
 Seed = Annotated[int | None, typer.Option(help="Random by default.")]
 Budget = Annotated[str | None, typer.Option(help="A preset, or quality=0.9, or compute_ratio=0.5.")]
 Steps = Annotated[int | None, typer.Option(help="Denoise steps.")]
+NegativePrompt = Annotated[
+    str | None,
+    typer.Option(
+        help="What to keep out of the image. Needs --guidance above 1 (Qwen-Image) or --true-cfg-scale above 1 (FLUX)."
+    ),
+]
+TrueCfgScale = Annotated[
+    float | None,
+    typer.Option(help="FLUX: the scale of true classifier-free guidance. Above 1 it needs --negative-prompt."),
+]
+ImageGuidance = Annotated[
+    float | None,
+    typer.Option(help="Guidance scale. FLUX: distilled. Qwen-Image: true classifier-free guidance, off up to 1."),
+]
 ReceiptFile = Annotated[Path | None, typer.Option(help="Also write the receipt to this file, as JSON.")]
 
 
@@ -101,24 +115,12 @@ def _serve(settings: Settings, create: Callable[[Settings, Dispatcher], FastAPI]
 def generate(
     prompt: Annotated[str, typer.Option(help="The image's description.")],
     model: Model = Path("tiny-flux"),
-    negative_prompt: Annotated[
-        str | None,
-        typer.Option(
-            help="What to keep out of the image. Needs --guidance above 1 (Qwen-Image) or --true-cfg-scale above 1 "
-            "(FLUX)."
-        ),
-    ] = None,
-    true_cfg_scale: Annotated[
-        float | None,
-        typer.Option(help="FLUX: the scale of true classifier-free guidance. Above 1 it needs --negative-prompt."),
-    ] = None,
+    negative_prompt: NegativePrompt = None,
+    true_cfg_scale: TrueCfgScale = None,
     seed: Seed = None,
     budget: Budget = None,
     steps: Steps = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(help="Guidance scale. FLUX: distilled. Qwen-Image: true classifier-free guidance, off up to 1."),
-    ] = None,
+    guidance: ImageGuidance = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT.")] = None,
     out: Annotated[Path, typer.Option(help="The file to write: .png, .webp or .jpeg.")] = Path("image.png"),
     receipt: ReceiptFile = None,

@@ -39,11 +39,11 @@ def find_model(model: Path) -> Path:
 
     Raises BadConfiguration if there is neither.
     """
-    by_name = INSTALLATION / "checkpoints" / model
-    for directory in (model, by_name):
+    places = dict.fromkeys((model, INSTALLATION / "checkpoints" / model))  # one, if `model` is absolute
+    for directory in places:
         if directory.is_dir():
             return directory
-    raise BadConfiguration(f"there is no model directory '{model}' or '{by_name}'")
+    raise BadConfiguration("there is no model directory " + " or ".join(f"'{place}'" for place in places))
 
 
 class Settings(BaseSettings):

@@ -15,7 +15,8 @@ import httpx2
 import pytest
 from PIL import Image
 
-from benchmarks.processes import ElasticDit, RedisServer
+from benchmarks.processes import RedisServer
+from examples.server_process import ElasticDit
 
 pytestmark = pytest.mark.redis
 

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import httpx2
 import pytest
 
-from benchmarks.processes import ElasticDit
+from examples.server_process import ElasticDit
 
 BODY_TIMEOUT_S = 3
 # uvicorn stops reading at 64 KiB that nobody has asked for; the rest fills the buffers of two sockets.

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.chaos import MAX_DIFFERENCE, run
-from benchmarks.processes import ElasticDit, RedisServer
+from benchmarks.processes import RedisServer
+from examples.server_process import ElasticDit
 
 pytestmark = pytest.mark.redis
 

@@ -1,4 +1,4 @@
-"""Clients of both kinds for one test: the async one stands behind calls that wait for it."""
+"""Runs one test with the sync client and with the async one, whose calls are wrapped so that they block."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
@@ -11,7 +11,7 @@ from elastic_dit_client import AsyncClient, Client, StreamEvent
 
 
 class FakeClock:
-    """Sleeping takes no time, and is noted."""
+    """A clock that `sleep` moves at once. `slept` lists the pauses."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -28,8 +28,8 @@ class FakeClock:
         self.sleep(seconds)
 
 
-class Waiting:
-    """An AsyncClient whose calls are waited for, so that one test is for both clients."""
+class Blocking:
+    """An AsyncClient whose calls block until they have ended."""
 
     def __init__(self, client: AsyncClient, runner: asyncio.Runner) -> None:
         self.client, self.runner = client, runner
@@ -68,7 +68,7 @@ def runner() -> Iterator[asyncio.Runner]:
 
 @pytest.fixture(params=["sync", "async"])
 def start(request: pytest.FixtureRequest, clock: FakeClock, runner: asyncio.Runner) -> Iterator[Callable[..., Any]]:
-    """Make a client, of `transport` or of real connections, whose sleep takes no time."""
+    """Makes a client with the fake clock. It uses `transport`, or real connections without one."""
     clients: list[Any] = []
 
     def start(url: str, transport: httpx2.MockTransport | None = None, **options: Any) -> Any:
@@ -79,7 +79,7 @@ def start(request: pytest.FixtureRequest, clock: FakeClock, runner: asyncio.Runn
         http_async = httpx2.AsyncClient(transport=transport)
         client = AsyncClient(url, http=http_async, clock=clock.read, sleep=clock.sleep_async, **options)
         clients.append((client.aclose, http_async.aclose))
-        return Waiting(client, runner)
+        return Blocking(client, runner)
 
     yield start
     for close, close_http in clients:

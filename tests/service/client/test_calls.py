@@ -16,12 +16,12 @@ DATES = {"Date": "Tue, 24 Nov 2026 12:00:00 GMT", "Retry-After": "Tue, 24 Nov 20
 
 @pytest.fixture
 def scripted(start: Callable[..., Any]) -> Callable[..., Any]:
-    """A client of a server that answers as `answer` says."""
+    """Makes a client whose requests are answered by the function `answer`."""
     return lambda answer, **options: start("http://server", httpx2.MockTransport(answer), **options)
 
 
 def answered(job_id: str = "job_1") -> dict[str, Any]:
-    """A result's body."""
+    """The body of a result."""
     file = {"b64_json": base64.b64encode(b"file").decode(), "seed": 3}
     return {"id": job_id, "model": "tiny", "data": [file], "output_format": "png", "receipt": {}, "created": 1}
 
@@ -52,7 +52,7 @@ QUEUED, STEP, DONE = (
 
 
 class Broken(httpx2.SyncByteStream, httpx2.AsyncByteStream):
-    """A body whose connection breaks after some parts."""
+    """A body whose connection breaks after `parts`."""
 
     def __init__(self, *parts: bytes, error: type[httpx2.TransportError] = httpx2.ReadError) -> None:
         self.parts, self.error = parts, error
@@ -75,7 +75,7 @@ def stream_answer(body: Any) -> httpx2.Response:
 
 
 class Script:
-    """Answers one after the other, of which an exception is raised; notes what was asked."""
+    """Returns `answers` one after the other, or raises those that are exceptions. `asked` lists the requests."""
 
     def __init__(self, *answers: httpx2.Response | Exception) -> None:
         self.answers = list(answers)
@@ -94,7 +94,7 @@ class Script:
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_refusal_for_now_is_asked_again_when_it_says(status: int, scripted: Callable[..., Any], clock: Any) -> None:
+def test_refused_call_is_repeated_after_its_retry_after(status: int, scripted: Callable[..., Any], clock: Any) -> None:
     answers = Script(
         refusal(status, "busy", **{"Retry-After": "3"}),
         refusal(status, "busy", **DATES),
@@ -223,7 +223,7 @@ def test_error_of_the_server_is_no_event_of_the_job(scripted: Callable[..., Any]
     assert [event.id for event in scripted(answers).events("job_1")] == ["1-0", "3-0"]
 
 
-def test_server_that_only_breaks_off_is_given_up(scripted: Callable[..., Any], clock: Any) -> None:
+def test_events_that_only_break_are_given_up_after_max_retries(scripted: Callable[..., Any], clock: Any) -> None:
     answers = Script(*(stream_answer(Broken()) for _ in range(9)))
     with pytest.raises(httpx2.ReadError):
         list(scripted(answers).events("job_1"))
@@ -240,7 +240,7 @@ def test_stream_without_an_answer_finds_its_job_by_its_key_and_cancels_it(script
     assert answers.asked[0].content == answers.asked[1].content
 
 
-def test_wait_asks_for_the_status_where_no_events_come_through(scripted: Callable[..., Any], clock: Any) -> None:
+def test_wait_polls_the_status_if_no_events_arrive(scripted: Callable[..., Any], clock: Any) -> None:
     answers = Script(
         *(stream_answer(Broken(error=httpx2.ReadTimeout)) for _ in range(2)),
         httpx2.Response(200, json=job_body("running")),
@@ -251,7 +251,7 @@ def test_wait_asks_for_the_status_where_no_events_come_through(scripted: Callabl
     assert clock.slept == [0.5, 1]
 
 
-def test_wait_ends_in_time_and_leaves_the_job(scripted: Callable[..., Any], clock: Any) -> None:
+def test_wait_times_out_and_leaves_the_job(scripted: Callable[..., Any], clock: Any) -> None:
     timeouts = []
 
     def say_nothing(request: httpx2.Request) -> httpx2.Response:
@@ -273,7 +273,7 @@ def test_submit_that_is_repeated_after_its_job_has_ended_answers_with_the_job(sc
     assert scripted(answers).submit_image("a").status == "succeeded"
 
 
-def test_key_is_sent_and_answers_of_proxies_are_errors_too(scripted: Callable[..., Any]) -> None:
+def test_key_is_sent_and_a_proxys_answer_is_an_error_too(scripted: Callable[..., Any]) -> None:
     answers = Script(httpx2.Response(502, text="<p>Bad gateway</p>"), httpx2.Response(504))
     api = scripted(answers, api_key="secret")
     with pytest.raises(ApiError, match=r"^502: <p>Bad gateway") as caught:
@@ -285,7 +285,7 @@ def test_key_is_sent_and_answers_of_proxies_are_errors_too(scripted: Callable[..
 
 
 @pytest.mark.parametrize("field", ["stream", "response_format"])
-def test_fields_that_the_client_chooses_are_refused(field: str, scripted: Callable[..., Any]) -> None:
+def test_fields_that_the_client_sets_itself_are_refused(field: str, scripted: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=field):
         scripted(Script()).generate_image("a", **{field: True})
 

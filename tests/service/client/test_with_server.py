@@ -8,6 +8,7 @@ from contextlib import closing
 from io import BytesIO
 from pathlib import Path
 from threading import Thread
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from elastic_dit_client import ApiError, AsyncClient, Client, Job, Result
+from examples import async_streams, image_and_mesh
 from service.app import create_app
 from service.settings import Settings
 
@@ -25,9 +27,9 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def server(make_dispatcher: Callable[..., Any], engine: Any) -> Iterator[str]:
-    """The address of the real application behind a real socket, with the engine that draws from seeds."""
+    """The address of the real application behind a real socket, with the engine that draws images from seeds."""
     settings = Settings(max_mesh_body_bytes=200_000, max_image_pixels=1_000_000, grace_s=0)
-    with socket.create_server(("127.0.0.1", 0)) as listening:  # callers can connect from here on
+    with socket.create_server(("127.0.0.1", 0)) as listening:  # clients can connect from here on
         server = uvicorn.Server(uvicorn.Config(create_app(settings, make_dispatcher(settings)), log_config=None))
         thread = Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
@@ -58,7 +60,7 @@ def test_image_is_made_with_its_fields(api: Any) -> None:
     assert [api.content(result.job_id, index) for index in range(2)] == list(result.files)
 
 
-def test_mesh_is_made_of_bytes_or_a_file(api: Any, image: bytes, tmp_path: Path) -> None:
+def test_mesh_is_made_from_bytes_or_a_file(api: Any, image: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(image)
     results = [api.generate_mesh(given, seed=3, output_format="stl") for given in (image, tmp_path / "a.png")]
     assert results[0].files == results[1].files
@@ -66,7 +68,7 @@ def test_mesh_is_made_of_bytes_or_a_file(api: Any, image: bytes, tmp_path: Path)
     assert results[0].output_format == "stl"
 
 
-def test_stream_tells_what_happens_and_ends_in_the_result(api: Any, image: bytes) -> None:
+def test_stream_has_progress_and_previews_and_ends_in_the_result(api: Any, image: bytes) -> None:
     for made, events in (
         ("image", list(api.stream_image("a red circle", seed=3, partial_images=2))),
         ("mesh", list(api.stream_mesh(image, seed=3, partial_images=2))),
@@ -81,7 +83,7 @@ def test_stream_tells_what_happens_and_ends_in_the_result(api: Any, image: bytes
         assert (result.files, result.seeds) == ((events[-1].file,), (3,))
 
 
-def test_submitted_job_is_waited_for(api: Any, image: bytes) -> None:
+def test_wait_returns_the_result_of_a_submitted_job(api: Any, image: bytes) -> None:
     for job in (api.submit_image("a red circle", seed=3, partial_images=1), api.submit_mesh(image, seed=3)):
         assert isinstance(job, Job)
         assert (job.step <= job.num_inference_steps, job.error) == (True, None)
@@ -95,7 +97,7 @@ def test_submitted_job_is_waited_for(api: Any, image: bytes) -> None:
         assert list(api.events(job.id, after=events[-1].id)) == []
 
 
-def test_cancelled_job_ends_whoever_waits(api: Any, engine: Any) -> None:
+def test_waiting_for_a_cancelled_job_raises(api: Any, engine: Any) -> None:
     engine.gate.clear()
     job = api.submit_image("a red circle")
     assert engine.stepping.wait(20)
@@ -190,3 +192,14 @@ def test_every_example_of_the_documentation_runs(
     for example in examples:
         exec(compile(example.replace("http://127.0.0.1:8000", server), "client.md", "exec"), {"__name__": "example"})
     assert {path.suffix for path in tmp_path.iterdir()} >= {".png", ".glb"}
+
+
+@pytest.mark.parametrize(
+    ("example", "files"),
+    [(image_and_mesh, ["image.png", "mesh.glb"]), (async_streams, ["circle.png", "ring.png", "square.png"])],
+    ids=["image_and_mesh", "async_streams"],
+)
+def test_example_scripts_write_their_files(example: ModuleType, files: list[str], server: str, tmp_path: Path) -> None:
+    example.main(["--url", server, "--out", str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
+    assert all(path.stat().st_size for path in tmp_path.iterdir())
