@@ -14,6 +14,7 @@ Exit status 1 if anything of it does not hold.
 """
 
 import argparse
+import math
 import random
 import sys
 import tempfile
@@ -59,6 +60,7 @@ _BUDGETS: Sequence[dict[str, Any]] = (
 _PROMPTS = ("a large red circle in the centre", "a small blue square at the top left", "a green ring, a white cross")
 _NUM_CLIENTS = 8
 _LEASE_S = 3.0
+_LEASES_END_S = 60.0  # many times a lease, for a loaded machine
 _DOWN_S = (0.1, 2.0)
 
 
@@ -150,12 +152,12 @@ class Cluster:
 
 
 @contextmanager
-def killing(cluster: Cluster, seed: int, mean_s: float, kills: Counter[str]) -> Iterator[None]:
-    """Kill a process that is up every `mean_s` seconds on average, and start it again soon."""
+def killing(cluster: Cluster, seed: int, mean_s: float, max_kills: float, kills: Counter[str]) -> Iterator[None]:
+    """Kill a process that is up every `mean_s` seconds on average, at most `max_kills` times; start it again soon."""
     rng, is_over = random.Random(seed), Event()
 
     def kill() -> None:
-        while not is_over.wait(rng.expovariate(1 / mean_s)):
+        while kills.total() < max_kills and not is_over.wait(rng.expovariate(1 / mean_s)):
             kind = rng.choice(["server", "worker", "redis"])
             if kind == "redis":
                 victims: Sequence[Victim] = [cluster.redis]
@@ -181,8 +183,10 @@ def killing(cluster: Cluster, seed: int, mean_s: float, kills: Counter[str]) -> 
         thread.join()
 
 
-def run(num_jobs: int, *, seed: int, mean_s: float, num_servers: int, num_workers: int) -> Outcome:
-    """Send the jobs, kill meanwhile, and look at everything."""
+def run(
+    num_jobs: int, *, seed: int, mean_s: float, num_servers: int, num_workers: int, max_kills: float = math.inf
+) -> Outcome:
+    """Send the jobs, kill processes meanwhile, and check every job. `max_kills` bounds the time on a slow machine."""
     torch.set_num_threads(1)
     asked, outcome = bodies(num_jobs, seed), Outcome()
     engine = load_engine([MODEL], device="cpu", router_weights=Path("router_weights"))
@@ -192,7 +196,7 @@ def run(num_jobs: int, *, seed: int, mean_s: float, num_servers: int, num_worker
         stack.callback(cluster.close)
         cluster.wait_until_ready()
         began = time.monotonic()
-        with killing(cluster, seed, mean_s, outcome.kills), ThreadPoolExecutor(_NUM_CLIENTS) as clients:
+        with killing(cluster, seed, mean_s, max_kills, outcome.kills), ThreadPoolExecutor(_NUM_CLIENTS) as clients:
 
             def submit(number: int) -> str:
                 headers = {"Prefer": "respond-async", "Idempotency-Key": f"chaos-{number}"}
@@ -237,7 +241,7 @@ def _compare(number: int, content: bytes, expected: NDArray[np.uint8], outcome: 
 
 
 def _look_into_redis(client: Any, ids: Sequence[str], outcome: Outcome) -> None:
-    deadline = time.monotonic() + 2 * _LEASE_S
+    deadline = time.monotonic() + _LEASES_END_S
     while client.zcard(f"{PREFIX}leases") and time.monotonic() < deadline:
         time.sleep(0.1)
     for name in ("queue", "leases", "live"):

@@ -1,4 +1,4 @@
-"""Reading recordings, from the folder that PARITY_DIR names or from `data`."""
+"""Recordings of the reference implementation, from the folder that PARITY_DIR names or from `data`."""
 
 import json
 import os
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -32,7 +31,7 @@ def read(name: str) -> Recording:
 
 @pytest.fixture(scope="session")
 def recorded() -> Callable[[str], Recording]:
-    """The recording of a name; a test that asks for one that is not there is skipped."""
+    """Reads a recording by name; skips the test if the recording is missing."""
 
     def recorded(name: str) -> Recording:
         for file in (FOLDER / f"{name}.json", FOLDER / f"{name}.safetensors"):
@@ -41,8 +40,3 @@ def recorded() -> Callable[[str], Recording]:
         return read(name)
 
     return recorded
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
