@@ -29,7 +29,7 @@ Start = Callable[..., ElasticDit]
 @pytest.fixture
 def start(redis_server: RedisServer, tmp_path: Path) -> Iterator[Start]:
     """Start a process on the shared Redis."""
-    started = []
+    started: list[ElasticDit] = []
 
     def begin(command: str, **environment: str) -> ElasticDit:
         environment = {

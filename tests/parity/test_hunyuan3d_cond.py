@@ -1,6 +1,7 @@
 """`hunyuan3d21_cond`, `hunyuan3d20_cond`: how a picture is prepared and what DINOv2 makes of it."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -70,4 +71,4 @@ def test_image_tokens_are_those_recorded(recording: Any, conditioner: SingleImag
     }
     assert made.keys() == recorded.keys()
     for name, tensor in recorded.items():
-        torch.testing.assert_close(made[name], tensor, **NEAR, msg=lambda told, name=name: f"{name}: {told}")
+        torch.testing.assert_close(made[name], tensor, **NEAR, msg=partial("{}: {}".format, name))

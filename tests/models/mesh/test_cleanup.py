@@ -14,6 +14,7 @@ from training.solids import Solid, SolidBatch, sample_solids
 
 def as_mesh(*bodies: trimesh.Trimesh) -> Mesh:
     body = trimesh.util.concatenate([*bodies])
+    assert isinstance(body, trimesh.Trimesh)
     return Mesh(np.asarray(body.vertices, np.float32), np.asarray(body.faces, np.int32))
 
 

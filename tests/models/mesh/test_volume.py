@@ -137,8 +137,7 @@ def test_at_256_a_fifteenth_of_the_points_is_evaluated_and_the_surface_is_the_de
 
 def test_another_level_moves_the_surface() -> None:
     field = clipped(ball((0.0, 0.0, 0.0), 0.5), saturation=1.0)
-    options = {"points_per_call": POINTS_PER_CALL, "device": CPU}
-    fine_grid = decode_coarse_to_fine(field, 128, **options, iso_level=0.2)
+    fine_grid = decode_coarse_to_fine(field, 128, points_per_call=POINTS_PER_CALL, device=CPU, iso_level=0.2)
     radii = np.linalg.norm(extract_surface(fine_grid.numpy(), iso_level=0.2).vertices, axis=1)
     np.testing.assert_allclose(radii, 0.3, atol=0.002)
 
