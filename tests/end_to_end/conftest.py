@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.processes import ElasticDit
+from tests.fixtures.forked_server import ForkedElasticDit
 
 
 @pytest.fixture(scope="session")
@@ -17,12 +18,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def own_server(tmp_path: Path) -> Iterator[Callable[..., ElasticDit]]:
+def own_server(tmp_path: Path) -> Iterator[Callable[..., ForkedElasticDit]]:
     """Start a server for this test alone, with environment variables; it is killed after the test."""
     processes = []
 
-    def start(**environment: str) -> ElasticDit:
-        process = ElasticDit("serve", tmp_path / "log", **environment)
+    def start(**environment: str) -> ForkedElasticDit:
+        process = ForkedElasticDit("serve", tmp_path / "log", **environment)
         processes.append(process)
         process.wait_until_ready()
         return process

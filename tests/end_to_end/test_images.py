@@ -14,11 +14,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.processes import ElasticDit
 from models.file_formats import read_metadata
+from tests.fixtures.forked_server import ForkedElasticDit
 from tests.fixtures.waiting import wait_until
 
-StartServer = Callable[..., ElasticDit]
+StartServer = Callable[..., ForkedElasticDit]
 
 PROMPT: dict[str, Any] = {"prompt": "a red circle above a blue square", "seed": 7}
 TIMEOUT_S = 300

@@ -14,7 +14,8 @@ import httpx2
 import pytest
 from PIL import Image
 
-from benchmarks.processes import ElasticDit, RedisServer
+from benchmarks.processes import RedisServer
+from tests.fixtures.forked_server import ForkedElasticDit
 from tests.fixtures.waiting import wait_until
 
 pytestmark = pytest.mark.redis
@@ -44,7 +45,7 @@ def own_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]
 def client(own_redis: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx2.Client]:
     """A client of a server that keeps its jobs in `own_redis`."""
     environment = {"ELASTIC_REDIS_URL": own_redis.url, "ELASTIC_MODELS": "checkpoints/tiny-flux"}
-    server = ElasticDit("serve", tmp_path_factory.mktemp("server") / "log", **environment)
+    server = ForkedElasticDit("serve", tmp_path_factory.mktemp("server") / "log", **environment)
     with httpx2.Client(base_url=server.wait_until_ready(), timeout=TIMEOUT_S) as client:
         yield client
     server.kill()

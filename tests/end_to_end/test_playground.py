@@ -17,7 +17,7 @@ import trimesh
 from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
 
-from benchmarks.processes import ElasticDit
+from tests.fixtures.forked_server import ForkedElasticDit
 
 ROOT = Path(__file__).parents[2]
 GENERATION_MS = 120_000
@@ -233,7 +233,7 @@ def test_cancelling_stops_the_job(server: str, page: Page) -> None:
     assert num_cancelled() == before + 1
 
 
-def test_a_server_with_keys_asks_for_one(own_server: Callable[..., ElasticDit], page: Page) -> None:
+def test_a_server_with_keys_asks_for_one(own_server: Callable[..., ForkedElasticDit], page: Page) -> None:
     entry = {"id": "test", "sha256": sha256(b"a-key-of-the-test").hexdigest(), "scopes": ["generate"]}
     url = own_server(ELASTIC_API_KEYS=json.dumps([entry]), ELASTIC_MODELS="checkpoints/tiny-flux").url
     page.goto(url)

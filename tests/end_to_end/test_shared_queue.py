@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.chaos import MAX_DIFFERENCE, run
-from benchmarks.processes import ElasticDit, RedisServer
+from benchmarks.processes import RedisServer
+from tests.fixtures.forked_server import ForkedElasticDit
 from tests.fixtures.waiting import wait_until
 
 pytestmark = pytest.mark.redis
@@ -23,22 +24,22 @@ LONG: dict[str, Any] = {**PROMPT, "num_inference_steps": 60, "n": 2, "budget": {
 ASYNC = {"Prefer": "respond-async"}
 TIMEOUT_S = 300
 
-Start = Callable[..., ElasticDit]
+Start = Callable[..., ForkedElasticDit]
 
 
 @pytest.fixture
 def start(redis_server: RedisServer, tmp_path: Path) -> Iterator[Start]:
     """Start a process on the shared Redis."""
-    started: list[ElasticDit] = []
+    started: list[ForkedElasticDit] = []
 
-    def begin(command: str, **environment: str) -> ElasticDit:
+    def begin(command: str, **environment: str) -> ForkedElasticDit:
         environment = {
             "ELASTIC_REDIS_URL": redis_server.url,
             "ELASTIC_MODELS": "checkpoints/tiny-flux",
             "ELASTIC_LEASE_S": "2",
             **environment,
         }
-        started.append(ElasticDit(command, tmp_path / f"{command}{len(started)}.log", **environment))
+        started.append(ForkedElasticDit(command, tmp_path / f"{command}{len(started)}.log", **environment))
         return started[-1]
 
     yield begin
@@ -56,7 +57,7 @@ def wait_for(server: str, job_id: str, status: str) -> dict[str, Any]:
     return current()
 
 
-def is_idle(process: ElasticDit) -> bool:
+def is_idle(process: ForkedElasticDit) -> bool:
     return 'elastic_requests_running{model="tiny-flux"} 0.0' in httpx2.get(f"{process.url}/metrics").text
 
 
