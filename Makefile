@@ -7,10 +7,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.stamp-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check bench train
+.PHONY: help setup demo serve test test-fast check bench train
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## install into .venv; instant when nothing changed
 
@@ -20,8 +20,11 @@ demo: setup ## start a server, draw prompts and make meshes at every budget, wri
 serve: setup ## serve on 127.0.0.1:8000
 	$(BIN)/elastic-dit serve $(ARGS)
 
-test: setup ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: setup ## run all tests, in two processes
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-fast: setup ## run the tests that start no server, browser or Redis
+	$(BIN)/python -m pytest -n 2 -m "not server and not slow" $(ARGS)
 
 check: setup ## formatting, lint, types, import directions
 	$(BIN)/ruff format --check .

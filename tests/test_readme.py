@@ -37,8 +37,8 @@ def paths_of_tree(text: str) -> Iterator[str]:
 
 
 def test_every_make_command_is_a_target() -> None:
-    used = set(re.findall(r"\bmake ([a-z]+)", " ".join([*code_lines(README), *re.findall(r"`([^`\n]+)`", README)])))
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    used = set(re.findall(r"\bmake ([a-z-]+)", " ".join([*code_lines(README), *re.findall(r"`([^`\n]+)`", README)])))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {"demo", "test", "serve"} <= used <= targets
 
 
@@ -46,7 +46,7 @@ def test_help_lists_every_make_target() -> None:
     makefile = (ROOT / "Makefile").read_text()
     phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
     assert phony
-    assert phony[1].split() == re.findall(r"^([a-z]+):.* ## ", makefile, re.MULTILINE)
+    assert phony[1].split() == re.findall(r"^([a-z-]+):.* ## ", makefile, re.MULTILINE)
 
 
 @pytest.mark.parametrize("line", [line for line in code_lines(README + MODELS_PAGE) if "elastic-dit " in line])

@@ -4,7 +4,6 @@ import base64
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from io import BytesIO
@@ -17,6 +16,8 @@ import pytest
 import trimesh
 from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Route, expect, sync_playwright
+
+from tests.fixtures.forked_server import ForkedElasticDit
 
 ROOT = Path(__file__).parents[2]
 GENERATION_MS = 120_000
@@ -260,11 +261,9 @@ def test_cancelling_stops_the_job(server: str, page: Page) -> None:
     assert num_cancelled() == before + 1
 
 
-def test_server_with_keys_asks_for_one(
-    own_server: Callable[..., tuple[subprocess.Popen[str], str]], page: Page
-) -> None:
+def test_server_with_keys_asks_for_one(own_server: Callable[..., ForkedElasticDit], page: Page) -> None:
     entry = {"id": "test", "sha256": sha256(b"a-key-of-the-test").hexdigest(), "scopes": ["generate"]}
-    _, url = own_server(ELASTIC_API_KEYS=json.dumps([entry]), ELASTIC_MODELS="tiny-flux")
+    url = own_server(ELASTIC_API_KEYS=json.dumps([entry]), ELASTIC_MODELS="tiny-flux").url
     page.goto(url)
     expect(page.locator("#notice")).to_contain_text("API key")
     page.get_by_text("More", exact=True).click()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -41,8 +40,3 @@ def recorded() -> Callable[[str], Recording]:
         return read(name)
 
     return recorded
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -64,6 +65,14 @@ def test_sines_and_cosines_are_as_recorded(
             torch.testing.assert_close(features, recording.tensors[f"out/{name}_sincos"], atol=atol, rtol=0)
 
 
+def double_outputs(index: int, output: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    return {f"double.{index}.txt": output[0], f"double.{index}.img": output[1]}
+
+
+def single_output(index: int, output: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    return {f"single.{index}": torch.cat(output, dim=1)}
+
+
 @pytest.mark.usefixtures("recorded_features")
 def test_every_part_of_a_pass_is_as_recorded(
     recording: Any, model: Hunyuan3DDiT, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -80,9 +89,9 @@ def test_every_part_of_a_pass_is_as_recorded(
     keep(model.latent_in, lambda output: {"latent_in": output})
     keep(model.cond_in, lambda output: {"cond_in": output})
     for i, block in enumerate(model.double_blocks):
-        keep(block, lambda output, i=i: {f"double.{i}.txt": output[0], f"double.{i}.img": output[1]})
+        keep(block, partial(double_outputs, i))
     for i, block in enumerate(model.single_blocks):
-        keep(block, lambda output, i=i: {f"single.{i}": torch.cat(output, dim=1)})
+        keep(block, partial(single_output, i))
     computed["final"] = model(*inputs)
     for handle in handles:
         handle.remove()
@@ -91,7 +100,7 @@ def test_every_part_of_a_pass_is_as_recorded(
     assert parts == {f"out/{name}" for name in computed}
     for name, value in computed.items():
         expected = recording.tensors[f"out/{name}"]
-        torch.testing.assert_close(value, expected, **NEAR, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(value, expected, **NEAR, msg=partial("{}: {}".format, name))
 
 
 @pytest.mark.usefixtures("recorded_features")

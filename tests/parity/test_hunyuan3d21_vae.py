@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -73,7 +74,7 @@ def test_every_recorded_intermediate_is_as_recorded(recording: Any, computed: di
     expected = {key.removeprefix("out/"): value for key, value in recording.tensors.items() if key.startswith("out/")}
     assert expected.keys() >= {"post_kl", "transformer.0", "decoded", "query_proj", "geo_attn", "geo_cross_attn"}
     for name in expected.keys() - APART:
-        torch.testing.assert_close(computed[name], expected[name], **NEAR, msg=lambda why, name=name: f"{name}: {why}")
+        torch.testing.assert_close(computed[name], expected[name], **NEAR, msg=partial("{}: {}".format, name))
 
 
 def test_fourier_features_are_as_recorded(recording: Any, vae: ShapeVAE) -> None:

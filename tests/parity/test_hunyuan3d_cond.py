@@ -1,6 +1,7 @@
 """`hunyuan3d21_cond`, `hunyuan3d20_cond`: the preparation of an image, and its DINOv2 tokens."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -70,4 +71,4 @@ def test_image_tokens_are_as_recorded(recording: Any, conditioner: SingleImageEn
     }
     assert computed.keys() == recorded.keys()
     for name, tensor in recorded.items():
-        torch.testing.assert_close(computed[name], tensor, **NEAR, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(computed[name], tensor, **NEAR, msg=partial("{}: {}".format, name))

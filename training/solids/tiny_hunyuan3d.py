@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml  # type: ignore[import-untyped]  # published without types
+import yaml
 from safetensors.torch import save_file
 from torch import nn
 
