@@ -4,9 +4,10 @@ Four measurements in one run of `python -m benchmarks.engine`:
 
 time     the stock diffusers transformer, our loop at `exact`, every preset and compute caps, interleaved round by
          round on the same latents and prompts; a ratio is a round's own, and its median over rounds is reported
-quality  prompt accuracy by the judge, PSNR and SSIM against the exact picture of the same seed, on held-out prompts
+quality  prompt accuracy by the judge, PSNR and SSIM against the `exact` image of the same seed, on held-out prompts;
+         SSIM is `Engine.similarity`, so it compares with the `quality` of calibrated curves and receipts
 effort   compute for one object on a plain background against four on a busy one, at the same settings
-negative where guidance is true: how many pictures have the background that the negative prompt names
+negative where guidance is true: how many images have the background that the negative prompt names
 """
 
 import argparse
@@ -19,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import diffusers.utils.logging
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, QwenImagePipeline
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,10 +35,11 @@ from models.engine import Engine
 from models.report import GenerationSummary
 from models.request import Budget, ImageRequest, Preset, PresetBudget
 from models.zoo import load_engine
-from training.scenes.judge import Judge, Reading, load_judge
+from training.scenes.accuracy import Reading
+from training.scenes.judge import SHIPPED_JUDGE, Judge, load_judge
 from training.scenes.prompts import complex_scenes, evaluation_scenes, simple_scenes
 from training.scenes.scenes import TEXTURES, TONES, Scene
-from training.scenes.similarity import psnr, ssim
+from training.scenes.similarity import psnr
 
 _BATCH_SIZE = 8
 _CAPTIONS: Mapping[str, Callable[[Scene], str]] = {
@@ -116,17 +120,30 @@ def measure_time(
 
 def generate(
     engine: Engine, requests: Sequence[ImageRequest], tick: Callable[[int], object]
-) -> tuple[Tensor, list[GenerationSummary]]:
-    """Pictures `(count, 3, height, width)` in [-1, 1] and what each request got."""
-    pictures, summaries = [], []
+) -> tuple[NDArray[np.uint8], list[GenerationSummary]]:
+    """Images `(count, height, width, 3)` and the summary of each request."""
+    images, summaries = [], []
     for first in range(0, len(requests), _BATCH_SIZE):
         states = [engine.start(request) for request in requests[first : first + _BATCH_SIZE]]
         while not states[0].is_done:
             engine.step(states)
-        pictures += [torch.from_numpy(engine.finish(state)) for state in states]
+        images += [np.asarray(engine.finish(state)) for state in states]
         summaries += [state.summary() for state in states]
         tick(len(states))
-    return torch.stack(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1, summaries
+    return np.stack(images), summaries
+
+
+def _as_tensor(images: NDArray[np.uint8]) -> Tensor:
+    """Images `(count, height, width, 3)` as `(count, 3, height, width)` in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def similarities(
+    engine: Engine, model: str, images: NDArray[np.uint8], exact: NDArray[np.uint8]
+) -> list[tuple[float, float]]:
+    """PSNR in dB and SSIM of each image against the exact one."""
+    in_db = psnr(_as_tensor(images), _as_tensor(exact)).tolist()
+    return [(p, engine.similarity(model, a, b)) for p, a, b in zip(in_db, images, exact, strict=True)]
 
 
 def measure_quality(
@@ -135,31 +152,30 @@ def measure_quality(
     """Rows of name, compute, decisions, prompt accuracy of one-object and of other prompts, PSNR and SSIM."""
     groups = {"single": evaluation_scenes(num_single, 0), "multi": evaluation_scenes(0, num_multi)}
     rows: list[Row] = []
-    exact: dict[str, Tensor] = {}
+    exact: dict[str, NDArray[np.uint8]] = {}
     names = [c for c in names if c.budget]
     with tqdm(total=len(names) * (num_single + num_multi), desc="quality") as bar:
         for contender in names:
             assert contender.budget is not None
             row: Row = {"name": contender.name}
-            everything, likeness = [], []
+            everything: list[GenerationSummary] = []
+            pairs: list[tuple[float, float]] = []
             for group, scenes in groups.items():
-                pictures, summaries = generate(
-                    engine, requests_for(engine, model, scenes, contender.budget), bar.update
-                )
-                exact.setdefault(group, pictures)
-                accuracy = judge.score(scenes, pictures)
+                images, summaries = generate(engine, requests_for(engine, model, scenes, contender.budget), bar.update)
+                exact.setdefault(group, images)
+                accuracy = judge.score(scenes, _as_tensor(images))
                 row[f"{group}_object"], row[f"{group}_scene"] = accuracy.per_object, accuracy.per_scene
                 everything += summaries
-                likeness += list(zip(psnr(pictures, exact[group]), ssim(pictures, exact[group]), strict=True))
-            rows.append({**row, **decisions(everything), **_likeness(likeness)})
+                pairs += similarities(engine, model, images, exact[group])
+            rows.append({**row, **decisions(everything), **_likeness(pairs)})
     return rows
 
 
 def _likeness(pairs: Sequence[tuple[float, float]]) -> Row:
-    typical = statistics.median(float(p) for p, _ in pairs)
+    typical = statistics.median(p for p, _ in pairs)
     return {
         "psnr": typical if math.isfinite(typical) else "identical",
-        "ssim": statistics.mean(float(s) for _, s in pairs),
+        "ssim": statistics.mean(s for _, s in pairs),
     }
 
 
@@ -185,7 +201,7 @@ def measure_effort(engine: Engine, model: str, count: int) -> list[Row]:
 
 
 def measure_negative(engine: Engine, judge: Judge, model: str, count: int) -> list[Row]:
-    """For each background, the share of pictures that have its texture or tone, without and with it as negative prompt.
+    """For each background, the share of images that have its texture or tone, without and with it as negative prompt.
 
     The prompts tell of one object and leave the background open.
     """
@@ -196,7 +212,7 @@ def measure_negative(engine: Engine, judge: Judge, model: str, count: int) -> li
 
         def read(negative_prompt: str | None, requests: Sequence[ImageRequest] = requests) -> list[Reading]:
             asked = [replace(request, negative_prompt=negative_prompt) for request in requests]
-            return judge.read(generate(engine, asked, lambda _: None)[0])
+            return judge.read(_as_tensor(generate(engine, asked, lambda _: None)[0]))
 
         without = read(None)
         for texture, tone in tqdm(list(zip(TEXTURES, (*TONES, TONES[-1]), strict=True)), desc=f"negative at {preset}"):
@@ -217,7 +233,7 @@ def measure_negative(engine: Engine, judge: Judge, model: str, count: int) -> li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("checkpoints/tiny-flux"))
-    parser.add_argument("--judge", type=Path, default=Path("checkpoints/judge"))
+    parser.add_argument("--judge", type=Path, default=SHIPPED_JUDGE)
     parser.add_argument("--router-weights", type=Path, default=Path("router_weights"))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--sides", type=int, nargs="+", default=[128, 256])

@@ -41,9 +41,10 @@ from models.mesh.surface import Mesh
 from models.report import GenerationSummary
 from models.request import Budget, ComputeBudget, MeshRequest, Preset, PresetBudget
 from models.zoo import load_engine
-from training.solids.images import picture_file
+from training.solids.images import image_file
 from training.solids.judge import Shape, surface_likeness, volume_iou
-from training.solids.solids import Solid, sample_solids
+from training.solids.sampling import sample_solids
+from training.solids.solids import Solid
 
 _BATCH_SIZE = 8
 _FIRST_SOLID = 4 * 10**9
@@ -87,7 +88,7 @@ def requests_for(
             guidance_scale=card.default_guidance_scale,
             seed=seed,
             budget=budget,
-            input_image=picture_file(solid, seed),
+            input_image=image_file(solid, seed),
             octree_resolution=octree_resolution or card.default_octree_resolution,
         )
         for seed, solid in enumerate(solids)
@@ -265,7 +266,7 @@ def main() -> None:
             }
             arguments.sheet.parent.mkdir(parents=True, exist_ok=True)
             shown = solids[: arguments.sheet_rows]
-            pictures = [Image.open(BytesIO(picture_file(solid, seed))) for seed, solid in enumerate(shown)]
+            pictures = [Image.open(BytesIO(image_file(solid, seed))) for seed, solid in enumerate(shown)]
             draw_sheet(shown, pictures, cells).save(arguments.sheet)
     finish(result, arguments.json)
 

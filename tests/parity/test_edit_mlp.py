@@ -24,8 +24,8 @@ from models.families.wrapping import elastic_blocks
 from models.report import Decision
 from models.rules import RULES
 from models.weights import MlpActivation
-from training.backbones import QwenImageBackbone
 from training.routers import hard_width, install_masks, prefix_mask
+from training.scenes.backbones import QwenImageBackbone
 
 NEAR: dict[str, Any] = {"atol": 5e-5, "rtol": 1e-4}
 

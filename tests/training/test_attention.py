@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from training import attention
 from training.attention import attend, use_matrix_products
-from training.backbones import build_flux
+from training.scenes.backbones import build_flux
 
 
 @pytest.mark.parametrize(

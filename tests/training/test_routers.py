@@ -15,11 +15,11 @@ from models.families.wrapping import elastic_blocks, mlp_name, permute_neurons
 from models.report import Decision
 from models.rules import RULES
 from models.weights import RouterWeights
-from training.backbones import Backbone, FluxBackbone, Hunyuan3DBackbone, QwenImageBackbone
-from training.base import run_all
-from training.lesson import Lesson
+from training.backbone import Backbone, run_all
+from training.lesson import Condition, Lesson
 from training.routers import Knobs, RouterObjective, elastic_forward, install_masks, neuron_orders
-from training.scenes.text import Text
+from training.scenes.backbones import FluxBackbone, QwenImageBackbone
+from training.solids.backbone import Hunyuan3DBackbone
 
 BATCH = 5
 ANATOMIES = {FluxBackbone: flux, QwenImageBackbone: qwen_image, Hunyuan3DBackbone: hunyuan3d}
@@ -130,12 +130,12 @@ def test_routers_that_leave_nothing_out_are_at_no_distance_from_the_dense_model(
 def test_where_guidance_is_true_each_sample_is_also_seen_without_its_condition(
     backbone: Backbone, lesson: Lesson, routers: RouterStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Text] = []
+    seen: list[Condition] = []
     prologue = backbone.prologue
 
-    def noted(latents: Tensor, timestep: Tensor, guidance: Tensor, text: Text) -> Streams:
-        seen.append(text)
-        return prologue(latents, timestep, guidance, text)
+    def noted(latents: Tensor, timestep: Tensor, guidance: Tensor, condition: Condition) -> Streams:
+        seen.append(condition)
+        return prologue(latents, timestep, guidance, condition)
 
     monkeypatch.setattr(backbone, "prologue", noted)
     losses(RouterObjective(backbone, lesson, routers), Knobs(0.5, 1.0))

@@ -9,10 +9,10 @@ from models.card import MeshCard
 from models.elastic.router import RouterStack
 from models.weights import RouterWeights, load_router_weights, read_manifest, save_router_weights
 from models.zoo import load_engine
+from training.lesson import Condition
 from training.scenes.prompts import calibration_scenes
-from training.scenes.recipe import PictureParts, PictureRecipe
+from training.scenes.recipe import ImageModel, ImageRecipe
 from training.scenes.scenes import Scene
-from training.scenes.text import Text
 from training.scenes.tiny_flux import TinyFlux
 from training.scenes.tiny_qwen_image import TinyQwenImage
 from training.solids.image_encoder import build_conditioner
@@ -30,7 +30,7 @@ class Captions:
     def caption(self, scene: Scene) -> str:
         return scene.long_caption
 
-    def encode(self, prompts: Sequence[str]) -> Text:
+    def encode(self, prompts: Sequence[str]) -> Condition:
         raise NotImplementedError
 
 
@@ -38,13 +38,13 @@ class Captions:
     ("parts", "size"), [(TinyFlux(), (None, None)), (TinyQwenImage(), (128, 128))], ids=["flux", "qwen_image"]
 )
 def test_serving_reads_what_training_says_of_its_routers(
-    parts: PictureParts, size: tuple[int | None, int | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parts: ImageModel, size: tuple[int | None, int | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Qwen-Image's pictures would be of 1024 pixels a side if the manifest named no size."""
+    """Qwen-Image's images would be of 1024 pixels a side if the manifest named no size."""
     # Given a trained checkpoint and routers
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(type(parts), "conditioner", lambda self: Captions())
-    recipe = PictureRecipe(parts)
+    recipe = ImageRecipe(parts)
     checkpoint, folder = Path("checkpoints") / recipe.name, Path("router_weights") / recipe.name
     (checkpoint / "transformer").mkdir(parents=True)
     (checkpoint / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
@@ -84,8 +84,8 @@ def test_an_assembled_shape_model_is_served_with_its_routers(tmp_path: Path, mon
     assert card.license == "Apache-2.0"
     assert (card.default_num_inference_steps, card.default_guidance_scale) == (20, 2.0)
     assert card.default_octree_resolution == 128
-    pictures = sorted((folder / "calibration_pictures").iterdir())
-    assert [picture.name for picture in pictures] == ["00.png", "01.png"]
+    images = sorted((folder / "calibration_pictures").iterdir())
+    assert [image.name for image in images] == ["00.png", "01.png"]
     loaded = recipe.load_backbone(checkpoint).transformer.state_dict()
     for name, tensor in backbone.transformer.state_dict().items():
         torch.testing.assert_close(loaded[name], tensor, rtol=1e-3, atol=1e-4)

@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from models.errors import WeightsError
-from training.scenes.judge import Judge, PromptAccuracy, Reading, load_judge, save_judge, score_readings
+from training.scenes.accuracy import PromptAccuracy, Reading, score_readings
+from training.scenes.judge import SHIPPED_JUDGE, Judge, load_judge, save_judge
 from training.scenes.prompts import evaluation_scenes
 from training.scenes.rendering import render
 from training.scenes.scenes import Scene, SceneObject
-
-FOLDER = Path(__file__).parents[3] / "checkpoints" / "judge"
 
 CIRCLE = SceneObject("circle", "red", "large", "top left")
 RING = SceneObject("ring", "blue", "small", "bottom right")
@@ -42,7 +41,7 @@ def score_of(scene: Scene, found: Sequence[SceneObject], tone: str = "dark", tex
 
 @pytest.fixture(scope="module")
 def judge() -> Judge:
-    return load_judge(FOLDER)
+    return load_judge(SHIPPED_JUDGE)
 
 
 def test_held_out_true_scenes_are_read_right(judge: Judge) -> None:
@@ -55,8 +54,8 @@ def test_held_out_true_scenes_are_read_right(judge: Judge) -> None:
 
 
 def test_reading_does_not_depend_on_the_batch(judge: Judge) -> None:
-    pictures = render(evaluation_scenes(8, 8))
-    assert judge.read(pictures) == [judge.read(picture[None])[0] for picture in pictures]
+    images = render(evaluation_scenes(8, 8))
+    assert judge.read(images) == [judge.read(image[None])[0] for image in images]
 
 
 @pytest.mark.parametrize(
@@ -72,13 +71,13 @@ def test_reading_does_not_depend_on_the_batch(judge: Judge) -> None:
         ((), 0.0),
     ],
 )
-def test_picture_of_something_else_is_judged_wrong(
+def test_image_of_something_else_is_judged_wrong(
     judge: Judge, drawn: tuple[SceneObject, ...], objects_right: float
 ) -> None:
     asked = scene_of(CIRCLE, RING)
     told = (True,) * len(drawn)
-    pictures = render([replace(asked, objects=drawn, told_sizes=told, told_positions=told)])
-    accuracy = judge.score([asked], pictures)
+    images = render([replace(asked, objects=drawn, told_sizes=told, told_positions=told)])
+    accuracy = judge.score([asked], images)
     assert accuracy.per_object == objects_right
     assert accuracy.per_scene == float(objects_right == 1)
     assert accuracy.by_attribute["background"] == 1
@@ -99,7 +98,7 @@ def test_noise_is_not_a_scene(judge: Judge) -> None:
     assert judge.score(scenes, noise).per_scene == 0
 
 
-def test_pictures_of_another_size_are_refused(judge: Judge) -> None:
+def test_images_of_another_size_are_refused(judge: Judge) -> None:
     with pytest.raises(ValueError, match=r"\(1, 3, 64, 64\)"):
         judge.read(torch.zeros(1, 3, 64, 64))
 
@@ -173,7 +172,7 @@ def test_weights_survive_a_round_trip(tmp_path: Path, judge: Judge) -> None:
 
 
 def test_weights_that_do_not_match_their_manifest_are_refused(tmp_path: Path) -> None:
-    shutil.copytree(FOLDER, tmp_path / "judge")
+    shutil.copytree(SHIPPED_JUDGE, tmp_path / "judge")
     manifest = json.loads((tmp_path / "judge" / "manifest.json").read_text())
     (tmp_path / "judge" / "manifest.json").write_text(json.dumps(manifest | {"sha256": "0" * 64}))
     with pytest.raises(WeightsError, match="its manifest says 0000"):
@@ -181,15 +180,15 @@ def test_weights_that_do_not_match_their_manifest_are_refused(tmp_path: Path) ->
 
 
 def test_shipped_judge_is_small_and_says_how_good_it_is() -> None:
-    manifest = json.loads((FOLDER / "manifest.json").read_text())
+    manifest = json.loads((SHIPPED_JUDGE / "manifest.json").read_text())
     assert manifest["license"] == "Apache-2.0"
     assert manifest["accuracy"]["per_object"] >= 0.98
-    assert (FOLDER / "model.safetensors").stat().st_size <= 1_000_000
+    assert (SHIPPED_JUDGE / "model.safetensors").stat().st_size <= 1_000_000
 
 
 def test_loading_a_judge_needs_no_training_stack() -> None:
     heavy = "{'diffusers', 'transformers', 'tokenizers', 'skimage', 'PIL'}"
     code = f"import sys, training.scenes.judge; print(*{heavy} & {{*sys.modules}})"
-    folder = FOLDER.parents[1]
+    folder = Path(__file__).parents[3]
     run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
     assert run.stdout.split() == []

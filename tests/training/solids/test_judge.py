@@ -8,7 +8,8 @@ import trimesh
 from models.mesh.surface import Mesh, extract_surface
 from models.mesh.volume import decode_dense
 from training.solids.judge import occupancy, surface_likeness, surface_samples, volume_iou
-from training.solids.solids import Part, Solid, SolidBatch, sample_solids
+from training.solids.sampling import sample_solids
+from training.solids.solids import Part, Solid, SolidBatch
 
 UPRIGHT = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 BALL = Solid((Part("sphere", (0.8, 0.0, 0.0), UPRIGHT, (0.0, 0.0, 0.0)),), None)

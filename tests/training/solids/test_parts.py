@@ -1,7 +1,8 @@
 import torch
 
 from training.solids.parts import describe
-from training.solids.solids import KINDS, LONGEST_HALF_SIDE, Part, Solid, SolidBatch, sample_solids
+from training.solids.sampling import LONGEST_HALF_SIDE, sample_solids
+from training.solids.solids import KINDS, Part, Solid, SolidBatch
 
 SOLIDS = sample_solids(range(40))
 

@@ -7,18 +7,8 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from training.solids.primitives import PRIMITIVES
-from training.solids.solids import (
-    COMBINATIONS,
-    HELD_OUT,
-    KINDS,
-    LONGEST_HALF_SIDE,
-    Part,
-    Solid,
-    SolidBatch,
-    sample_solid,
-    sample_solids,
-    training_solids,
-)
+from training.solids.sampling import LONGEST_HALF_SIDE, sample_solids, training_solids
+from training.solids.solids import COMBINATIONS, HELD_OUT, KINDS, Part, Solid, SolidBatch
 
 UPRIGHT = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 LYING = ((0.0, 1.0, 0.0), (-1.0, 0.0, 0.0), (0.0, 0.0, 1.0))  # its y axis points along +x
@@ -175,10 +165,11 @@ def test_the_groove_of_a_cut_belongs_to_the_surface_with_normals_into_it() -> No
 
 
 def test_the_same_seed_draws_the_same_solid_whatever_is_drawn_with_it() -> None:
-    assert sample_solids(range(30, 40))[3] == sample_solid(33)
-    assert training_solids(30, 10)[3] == sample_solid(33)
-    assert sample_solid(33) != sample_solid(34)
-    assert sample_solid(33) != sample_solid(33, held_out=True)
+    (solid,) = sample_solids([33])
+    assert sample_solids(range(30, 40))[3] == solid
+    assert training_solids(30, 10)[3] == solid
+    assert sample_solids([34]) != [solid]
+    assert sample_solids([33], held_out=True) != [solid]
 
 
 @pytest.mark.parametrize("held_out", [False, True])

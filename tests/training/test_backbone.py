@@ -4,20 +4,11 @@ import pytest
 import torch
 
 from models.families.hunyuan3d.plain_dit import MixtureOfExperts
-from training.backbones import (
-    CELLS,
-    Backbone,
-    EveryExpert,
-    FluxBackbone,
-    Hunyuan3DBackbone,
-    QwenImageBackbone,
-    build_flux,
-    build_hunyuan3d,
-    build_qwen_image,
-)
-from training.base import run_all
-from training.lesson import Lesson
-from training.scenes.text import MAX_SEQUENCE_LENGTH, QWEN_SEQUENCE_LENGTH, Text
+from training.backbone import Backbone, run_all
+from training.lesson import Condition, Lesson
+from training.scenes.backbones import CELLS, FluxBackbone, QwenImageBackbone, build_flux, build_qwen_image
+from training.scenes.text import MAX_SEQUENCE_LENGTH, QWEN_SEQUENCE_LENGTH
+from training.solids.backbone import EveryExpert, Hunyuan3DBackbone, build_hunyuan3d
 
 
 @pytest.mark.parametrize("family", ["flux", "qwen_image", "hunyuan3d"])
@@ -27,13 +18,13 @@ def test_new_transformer_predicts_nothing_and_its_blocks_change_nothing(family: 
     backbone: Backbone
     if family == "flux":
         backbone = FluxBackbone(build_flux())
-        text = Text(torch.ones(1, MAX_SEQUENCE_LENGTH, 128), torch.ones(1, 128), None)
+        text = Condition(torch.ones(1, MAX_SEQUENCE_LENGTH, 128), torch.ones(1, 128), None)
     elif family == "hunyuan3d":
         backbone = Hunyuan3DBackbone(build_hunyuan3d())
-        text = Text(torch.ones(1, 65, 192), None, None)
+        text = Condition(torch.ones(1, 65, 192), None, None)
     else:
         backbone = QwenImageBackbone(build_qwen_image())
-        text = Text(torch.ones(1, QWEN_SEQUENCE_LENGTH, 128), None, torch.arange(QWEN_SEQUENCE_LENGTH)[None] < 9)
+        text = Condition(torch.ones(1, QWEN_SEQUENCE_LENGTH, 128), None, torch.arange(QWEN_SEQUENCE_LENGTH)[None] < 9)
     channels = 16 if family == "hunyuan3d" else 32
     latents = torch.randn(1, CELLS * CELLS, channels, generator=torch.Generator().manual_seed(1))
     streams = backbone.prologue(latents, torch.tensor([0.2]), torch.ones(1), text)
