@@ -205,7 +205,7 @@ def measure_negative(engine: Engine, judge: Judge, model: str, count: int) -> li
 
     The prompts tell of one object and leave the background open.
     """
-    scenes = [replace(scene, tells_background=False) for scene in evaluation_scenes(count, 0)]
+    scenes = [replace(scene, mentions_background=False) for scene in evaluation_scenes(count, 0)]
     rows: list[Row] = []
     for preset in (Preset.EXACT, Preset.FAST):
         requests = requests_for(engine, model, scenes, PresetBudget(preset))

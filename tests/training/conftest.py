@@ -1,4 +1,4 @@
-"""Tiny transformers of every family with random weights, and what a conditioner gives them."""
+"""Tiny transformers of every family with random weights, and lessons that fit them."""
 
 from collections.abc import Mapping, Sequence
 
@@ -23,7 +23,7 @@ TEXT_CHANNELS = 24
 
 
 class RandomConditioner:
-    """Embeds every prompt at random, the same prompt always the same way, and notes what it was asked."""
+    """Embeds each prompt as random numbers that depend on the prompt alone, and records the prompts."""
 
     encoders: Mapping[str, nn.Module]
 
@@ -96,7 +96,7 @@ def build_hunyuan3d() -> HunYuanDiTPlain:
 
 @pytest.fixture(params=["flux", "qwen_image", "hunyuan3d"])
 def backbone(request: pytest.FixtureRequest) -> Backbone:
-    """Five blocks of 32 channels; tests may change it."""
+    """Five blocks of 32 channels. Each test gets its own, to change freely."""
     torch.manual_seed(0)
     match request.param:
         case "flux":
@@ -121,13 +121,13 @@ def tiny_conditioner() -> SingleImageEncoder:
 
 @pytest.fixture
 def lesson(backbone: Backbone) -> Lesson:
-    """One that fits `backbone`, of 40 random samples of 64 tokens."""
+    """A lesson that fits `backbone`, with 40 random samples of 64 tokens."""
     rng = torch.Generator().manual_seed(3)
     latents = torch.randn(40, 64, 32, generator=rng)
     if isinstance(backbone, Hunyuan3DBackbone):
         images = torch.randint(256, (8, 3, 28, 28), dtype=torch.uint8, generator=rng)
-        ways = torch.randint(8, (40,), generator=rng)
-        return SolidLesson(latents, torch.arange(40) % 8, ways, images, tiny_conditioner())
+        symmetries = torch.randint(8, (40,), generator=rng)
+        return SolidLesson(latents, torch.arange(40) % 8, symmetries, images, tiny_conditioner())
     if isinstance(backbone, FluxBackbone):
         conditioner = RandomConditioner(MAX_SEQUENCE_LENGTH, has_pooled=True)
     else:

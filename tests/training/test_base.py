@@ -5,7 +5,7 @@ from training.backbone import Backbone
 from training.base import BaseObjective, WidthMasks
 from training.lesson import Lesson
 
-# Under autocast: norms keep their weights in float32.
+# Under autocast, norms keep their weights in float32.
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
 
 
@@ -29,7 +29,7 @@ def test_narrow_mlps_are_masked_to_a_prefix(backbone: Backbone) -> None:
 
 @pytest.mark.parametrize("guided", [False, True])
 def test_loss_reaches_the_weights_of_every_block(objective: BaseObjective, backbone: Backbone, guided: bool) -> None:
-    """Within a few steps, since a step may leave blocks out."""
+    """Within a few steps, because a single step may skip blocks."""
     for step in range(4):
         flow, auxiliary = objective([0, 1, 2, 3, 4, 5], torch.Generator().manual_seed(step), guided)
         (flow + auxiliary).backward()

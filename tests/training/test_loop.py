@@ -15,7 +15,7 @@ class Interrupted(Exception):
 def run_line_fit(
     checkpoint: Path, num_steps: int = 12, *, stop_at: int | None = None, save_every: int = 4
 ) -> nn.Linear:
-    """Fit a small line; every step's data follow from the step alone."""
+    """Fit a small line; the data of a step depend on the step alone."""
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)

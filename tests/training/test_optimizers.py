@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from training.backbone import Backbone
-from training.loop import run_loop
+from training.loop import Stateful, run_loop
 from training.optimizers import ScheduledOptimizers, split_optimizers, warm_then_linear
 from training.solids.backbone import Hunyuan3DBackbone
 
@@ -51,7 +51,8 @@ def test_resumed_run_takes_the_rates_and_the_state_of_an_uninterrupted_one(tmp_p
             scheduled.minimise(model(inputs).square().mean(), step)
             return {}
 
-        state = {"model": model, **{f"optimizer.{i}": optimizer for i, optimizer in enumerate(optimizers)}}
+        named = {f"optimizer.{i}": optimizer for i, optimizer in enumerate(optimizers)}
+        state: dict[str, Stateful] = {"model": model, **named}
         run_loop("resumed", num_steps, train_step, state, checkpoint, save_every=3)
         return model
 
@@ -72,7 +73,7 @@ def test_parameters_without_a_gradient_stay_as_they_are() -> None:
     assert not torch.equal(used, before)
 
 
-def test_modulations_are_not_trained_as_matrices(backbone: Backbone) -> None:
+def test_modulations_are_not_trained_by_muon(backbone: Backbone) -> None:
     matrices, others = split_optimizers(backbone.transformer, matrix_lr=0.1, lr=0.01)
     names = {id(parameter): name for name, parameter in backbone.transformer.named_parameters()}
     by_muon = {names[id(p)] for group in matrices.param_groups for p in group["params"]}

@@ -58,15 +58,18 @@ def _judge_scene(scene: Scene, reading: Reading) -> dict[str, list[bool]]:
     """Outcomes by name, under the best match of the caption's objects to found objects."""
     attributes = max(
         ([_attributes(scene, i, found) for i, found in enumerate(match)] for match in _matches(scene, reading.objects)),
-        key=lambda match: (sum(all(told.values()) for told in match), sum(sum(told.values()) for told in match)),
+        key=lambda match: (
+            sum(all(checks.values()) for checks in match),
+            sum(sum(checks.values()) for checks in match),
+        ),
     )
-    objects = [all(told.values()) for told in attributes]
+    objects = [all(checks.values()) for checks in attributes]
     count = len(reading.objects) == len(scene.objects)
     outcomes = {"object": objects, "scene": [all(objects) and count], "count": [count]}
-    for told in attributes:
-        for name, is_right in told.items():
+    for checks in attributes:
+        for name, is_right in checks.items():
             outcomes.setdefault(name, []).append(is_right)
-    if scene.tells_background:
+    if scene.mentions_background:
         tone, texture = reading.tone == scene.tone, reading.texture == scene.texture
         outcomes |= {"tone": [tone], "texture": [texture], "background": [tone and texture]}
     return outcomes
@@ -79,8 +82,8 @@ def _matches(scene: Scene, found: Sequence[SceneObject]) -> Iterator[tuple[Scene
     the other is missing.
     """
     options = [
-        (None, *(other for other in found if not told or other.position == thing.position))
-        for thing, told in zip(scene.objects, scene.told_positions, strict=True)
+        (None, *(other for other in found if not mentions_position or other.position == thing.position))
+        for thing, mentions_position in zip(scene.objects, scene.mentions_positions, strict=True)
     ]
     for match in itertools.product(*options):
         taken = [other.position for other in match if other]
@@ -108,6 +111,6 @@ def _attributes(scene: Scene, index: int, found: SceneObject | None) -> dict[str
         "shape": found is not None and found.shape == thing.shape,
         "colour": found is not None and found.colour == thing.colour,
     }
-    if scene.told_sizes[index]:
+    if scene.mentions_sizes[index]:
         outcome["size"] = found is not None and found.size == thing.size
     return outcome

@@ -202,7 +202,7 @@ def _degrade(images: Tensor, rng: torch.Generator) -> Tensor:
 def measure(judge: Judge, count: int) -> dict[str, float]:
     """Accuracy, as shares, on `count` rendered scenes of held-out combinations with complete captions."""
     scenes = [
-        sample_scene(seed, held_out=True, tells_all=True)
+        sample_scene(seed, held_out=True, mentions_all=True)
         for seed in range(_FIRST_TEST_SCENE, _FIRST_TEST_SCENE + count)
     ]
     readings = [r for i in range(0, count, 64) for r in judge.read(render(scenes[i : i + 64]))]

@@ -45,4 +45,4 @@ def complex_scenes(count: int) -> list[Scene]:
 
 
 def _scene(seed: int, num_objects: int, texture: str | None = None) -> Scene:
-    return sample_scene(seed, held_out=True, num_objects=num_objects, texture=texture, tells_all=True)
+    return sample_scene(seed, held_out=True, num_objects=num_objects, texture=texture, mentions_all=True)

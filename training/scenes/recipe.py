@@ -128,7 +128,7 @@ def draw_samples(backbone: Backbone, conditioner: Conditioner, vae: ImageVae, pa
     Each true scene is on the left of its sample.
     """
     counts = [1] * 16 + [2] * 8 + [3] * 4 + [4] * 4
-    scenes = [sample_scene(10**9 + i, held_out=True, num_objects=n, tells_all=True) for i, n in enumerate(counts)]
+    scenes = [sample_scene(10**9 + i, held_out=True, num_objects=n, mentions_all=True) for i, n in enumerate(counts)]
     condition = conditioner.encode([conditioner.caption(scene) for scene in scenes])
     no_condition = None if distilled else conditioner.encode([""])
     latents = sample(backbone, condition, no_condition, (CELLS * CELLS, 4 * LATENT_CHANNELS), guidance_scale=3.0)

@@ -47,16 +47,16 @@ class SceneObject:
 class Scene:
     """The content of an image. `seed` determines the details no field names: offsets, shades, rotation, texture.
 
-    `relation` is set if the caption places two objects only relative to each other. `told_sizes` and `told_positions`
-    say for each object whether the caption mentions its size and its position.
+    `relation` is set if the caption places two objects only relative to each other. `mentions_sizes` and
+    `mentions_positions` say for each object whether the caption mentions its size and its position.
     """
 
     objects: tuple[SceneObject, ...]
     tone: str
     texture: str
-    told_sizes: tuple[bool, ...]
-    told_positions: tuple[bool, ...]
-    tells_background: bool
+    mentions_sizes: tuple[bool, ...]
+    mentions_positions: tuple[bool, ...]
+    mentions_background: bool
     relation: str | None
     is_terse: bool
     seed: int
@@ -64,7 +64,7 @@ class Scene:
     @property
     def caption(self) -> str:
         phrases = []
-        for thing, size, position in zip(self.objects, self.told_sizes, self.told_positions, strict=True):
+        for thing, size, position in zip(self.objects, self.mentions_sizes, self.mentions_positions, strict=True):
             words = f"{thing.size} {thing.colour} {thing.shape}" if size else f"{thing.colour} {thing.shape}"
             if not self.is_terse:
                 words = f"a {words}"
@@ -73,7 +73,7 @@ class Scene:
                 words += f" {link}{thing.position}"
             phrases.append(words)
         text = f" {self.relation} ".join(phrases) if self.relation else ", ".join(phrases)
-        if not self.tells_background:
+        if not self.mentions_background:
             return text
         return f"{text}, {'' if self.is_terse else 'on a '}{self.texture} {self.tone} background"
 
@@ -82,7 +82,7 @@ class Scene:
         """The facts of the caption in whole sentences, in one of several wordings."""
         rng = random.Random(f"words-{self.seed}")
         things = []
-        for thing, size, position in zip(self.objects, self.told_sizes, self.told_positions, strict=True):
+        for thing, size, position in zip(self.objects, self.mentions_sizes, self.mentions_positions, strict=True):
             words = f"a {thing.size} {thing.colour} {thing.shape}" if size else f"a {thing.colour} {thing.shape}"
             if position:
                 words += f" in the {thing.position}" if thing.position == "centre" else f" at the {thing.position}"
@@ -92,7 +92,7 @@ class Scene:
         else:
             listed = " and ".join([", ".join(things[:-1]), things[-1]] if len(things) > 1 else things)
         text = f"{rng.choice(_OPENINGS)} {listed}."
-        if self.tells_background:
+        if self.mentions_background:
             text += rng.choice(_BACKGROUNDS).format(texture=self.texture, tone=self.tone)
         return text
 
@@ -131,16 +131,16 @@ def sample_scene(
     held_out: bool = False,
     num_objects: int | None = None,
     texture: str | None = None,
-    tells_all: bool = False,
+    mentions_all: bool = False,
 ) -> Scene:
     """Draw the content of scene `seed`.
 
     Half of the scenes have one object, because models learn shapes last. `held_out=True` draws only held-out
-    combinations, `False` only the others. With `tells_all` the caption mentions every attribute.
+    combinations, `False` only the others. With `mentions_all` the caption mentions every attribute.
     """
-    rng = random.Random(f"scene-{seed}-{held_out}-{num_objects}-{texture}-{tells_all}")
+    rng = random.Random(f"scene-{seed}-{held_out}-{num_objects}-{texture}-{mentions_all}")
     count = num_objects or rng.choices((1, 2, 3, 4), weights=(50, 25, 13, 12))[0]
-    relation = rng.choice(RELATIONS) if count == 2 and not tells_all and rng.random() < 0.35 else None
+    relation = rng.choice(RELATIONS) if count == 2 and not mentions_all and rng.random() < 0.35 else None
     if count == 1:
         places: tuple[str, ...] = (rng.choice(POSITIONS),)
     elif relation:
@@ -148,16 +148,16 @@ def sample_scene(
     else:
         places = tuple(rng.sample(_CORNERS, count))
     objects = tuple(_sample_object(rng, place, held_out) for place in places)
-    tells_positions = relation is None and (tells_all or count > 2 or rng.random() < 0.85)
+    mentions_positions = relation is None and (mentions_all or count > 2 or rng.random() < 0.85)
     return Scene(
         objects=objects,
         tone=rng.choice(TONES),
         texture=texture or rng.choices(TEXTURES, weights=(46, 18, 18, 18))[0],
-        told_sizes=tuple(tells_all or rng.random() < 0.85 for _ in objects),
-        told_positions=(tells_positions,) * count,
-        tells_background=tells_all or rng.random() < 0.85,
+        mentions_sizes=tuple(mentions_all or rng.random() < 0.85 for _ in objects),
+        mentions_positions=(mentions_positions,) * count,
+        mentions_background=mentions_all or rng.random() < 0.85,
         relation=relation,
-        is_terse=not tells_all and rng.random() < 0.15,
+        is_terse=not mentions_all and rng.random() < 0.15,
         seed=seed,
     )
 

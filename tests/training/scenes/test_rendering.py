@@ -35,12 +35,22 @@ AREA = {  # of a shape of unit radius
 
 
 def scene_of(*objects: SceneObject, tone: str = "grey", texture: str = "plain", seed: int = 3) -> Scene:
-    told = (True,) * len(objects)
-    return Scene(objects, tone, texture, told, told, tells_background=True, relation=None, is_terse=False, seed=seed)
+    yes = (True,) * len(objects)
+    return Scene(
+        objects,
+        tone,
+        texture,
+        yes,
+        yes,
+        mentions_background=True,
+        relation=None,
+        is_terse=False,
+        seed=seed,
+    )
 
 
 def coverage(scene: Scene) -> Tensor:
-    """Which pixels a scene's one object changes, as a share of the full change. `(128, 128)`."""
+    """The share of each pixel that the scene's one object covers, `(128, 128)`."""
     with_object, background = render([scene, replace(scene, objects=())])
     change: Tensor = (with_object - background).abs().sum(0)
     return change / change.max()
@@ -58,7 +68,7 @@ def test_image_does_not_depend_on_its_batch() -> None:
         torch.testing.assert_close(render([scene])[0], together[i], rtol=0, atol=1e-6)
 
 
-def test_seed_moves_what_the_words_leave_open() -> None:
+def test_seed_changes_details_that_the_caption_leaves_open() -> None:
     scene = sample_scene(1)
     first, second = render([scene, replace(scene, seed=2)])
     assert (first - second).abs().mean() > 0.01
@@ -126,7 +136,7 @@ def test_object_map_agrees_with_the_image() -> None:
             assert (slots[share < 0.05] != slot).all()
 
 
-def test_attribute_targets_name_what_stands_at_each_place() -> None:
+def test_attribute_targets_have_the_object_at_each_position() -> None:
     scene = scene_of(
         SceneObject("cross", "cyan", "large", "top right"),
         SceneObject("ring", "red", "small", "bottom left"),

@@ -23,9 +23,9 @@ LONGEST = Scene(
     objects=tuple(SceneObject("triangle", "purple", "small", place) for place in POSITIONS[:4]),
     tone="light",
     texture="striped",
-    told_sizes=(True,) * 4,
-    told_positions=(True,) * 4,
-    tells_background=True,
+    mentions_sizes=(True,) * 4,
+    mentions_positions=(True,) * 4,
+    mentions_background=True,
     relation=None,
     is_terse=False,
     seed=0,
@@ -65,7 +65,7 @@ def test_each_word_of_a_caption_is_one_t5_token(t5_tokenizer: T5Tokenizer) -> No
         assert t5_tokenizer.decode(ids, skip_special_tokens=True) == caption
 
 
-def test_unknown_words_are_tokenized_too(t5_tokenizer: T5Tokenizer, clip_tokenizer: CLIPTokenizer) -> None:
+def test_unknown_words_are_tokenized(t5_tokenizer: T5Tokenizer, clip_tokenizer: CLIPTokenizer) -> None:
     for tokenizer in (t5_tokenizer, clip_tokenizer):
         assert len(tokenizer("a zebra").input_ids) > 3
 
@@ -89,7 +89,7 @@ def test_longest_caption_fits_t5(t5_tokenizer: T5Tokenizer) -> None:
 
 
 def test_captions_of_one_object_fit_clip(clip_tokenizer: CLIPTokenizer) -> None:
-    captions = [sample_scene(seed, num_objects=1, tells_all=True).caption for seed in range(200)]
+    captions = [sample_scene(seed, num_objects=1, mentions_all=True).caption for seed in range(200)]
     assert max(len(clip_tokenizer(caption).input_ids) for caption in captions) <= clip_tokenizer.model_max_length
 
 
@@ -131,7 +131,7 @@ def test_each_word_is_one_qwen_token(qwen_tokenizer: Qwen2Tokenizer, conditioner
         assert [token.strip("Ġ") for token in tokens] == re.findall(r"\w+|[,.]", prompt)
 
 
-def test_template_begins_with_the_tokens_that_the_pipeline_cuts_off(conditioner: QwenImageConditioner) -> None:
+def test_template_starts_with_the_tokens_that_the_pipeline_cuts_off(conditioner: QwenImageConditioner) -> None:
     beginning = conditioner.template.split("{}")[0]
     assert len(conditioner.tokenizer(beginning).input_ids) == conditioner.start == 34
 
@@ -143,7 +143,7 @@ def test_longest_long_caption_and_the_templates_end_fit_qwen(conditioner: QwenIm
     assert lengths[1] == 34 + 5
 
 
-def test_unknown_words_are_qwen_tokens_too(conditioner: QwenImageConditioner) -> None:
+def test_unknown_words_are_qwen_tokens(conditioner: QwenImageConditioner) -> None:
     tokenizer = conditioner.tokenizer
     for prompt in ODD_PROMPTS:
         assert tokenizer.decode(tokenizer(prompt).input_ids) == prompt

@@ -30,7 +30,7 @@ def test_latents_are_eight_times_smaller(vae: ImageVae, images: Tensor) -> None:
     assert vae.decode(latents).shape == (1, 3, 64, 64)
 
 
-def test_standardised_latents_have_zero_mean_and_unit_variance_and_mean_the_same(vae: ImageVae, images: Tensor) -> None:
+def test_standardised_latents_are_normalised_and_decode_as_before(vae: ImageVae, images: Tensor) -> None:
     before = vae.encode(images)
     expected = vae.decode(before)
     vae.standardise(before)
@@ -74,7 +74,7 @@ def test_single_frame_shortcut_equals_the_original_forward(images: Tensor) -> No
     torch.testing.assert_close(wrapped.decode(latents).clamp(-1, 1), decoded, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_decoded_in_training_is_not_clamped(images: Tensor) -> None:
+def test_decoding_in_training_does_not_clamp(images: Tensor) -> None:
     """A clamped pixel has no gradient."""
     vae = qwen_image_vae()
     vae.module.requires_grad_(False)

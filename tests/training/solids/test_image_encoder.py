@@ -35,7 +35,7 @@ def test_new_encoder_gives_each_patch_a_token_that_knows_its_position() -> None:
 
 def test_losses_reach_the_encoder_and_every_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.solids.images.CHUNK", 12)
-    monkeypatch.setattr("training.solids.surfaces.CHUNK", 64)
+    monkeypatch.setattr("training.solids.surfaces.CHUNK", 64)  # a multiple of 64
     monkeypatch.setattr("training.solids.image_encoder._BATCH_SIZE", 4)
     objective = ConditionerObjective(build_conditioner(), tmp_path, num_solids=12)
     losses = objective(torch.Generator().manual_seed(0))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from trimesh.parent import Geometry
 
 from models.mesh.surface import Mesh, extract_surface
 from models.mesh.volume import decode_dense
@@ -15,7 +16,8 @@ UPRIGHT = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 BALL = Solid((Part("sphere", (0.8, 0.0, 0.0), UPRIGHT, (0.0, 0.0, 0.0)),), None)
 
 
-def as_mesh(body: trimesh.Trimesh) -> Mesh:
+def as_mesh(body: Geometry) -> Mesh:
+    assert isinstance(body, trimesh.Trimesh)
     return Mesh(body.vertices.astype(np.float32), body.faces.astype(np.int32))
 
 
@@ -49,10 +51,9 @@ def test_mesh_of_a_ball_has_the_occupancy_of_the_ball() -> None:
 
 @pytest.mark.parametrize(("axis", "shift"), [(0, 0.5), (1, -0.3), (2, 0.4)])
 def test_iou_of_shifted_boxes_follows_from_their_sides(axis: int, shift: float) -> None:
-    centre = [0.0, 0.0, 0.0]
-    centre[axis] = shift
+    x, y, z = (shift if i == axis else 0.0 for i in range(3))
     shared = 1 - abs(shift)
-    iou = volume_iou(box((1, 1, 1)), box((1, 1, 1), tuple(centre)))
+    iou = volume_iou(box((1, 1, 1)), box((1, 1, 1), (x, y, z)))
     assert iou == pytest.approx(shared / (2 - shared), abs=0.015)
 
 
@@ -90,7 +91,7 @@ def test_volume_is_exact_for_flat_sides_of_large_triangles() -> None:
 
 
 @pytest.mark.parametrize("solid", sample_solids(range(4)) + sample_solids(range(4), held_out=True))
-def test_the_mesh_of_a_solid_agrees_with_it(solid: Solid) -> None:
+def test_mesh_of_a_solid_agrees_with_the_solid(solid: Solid) -> None:
     mesh = meshed(solid)
     assert volume_iou(mesh, solid) > 0.98
     assert surface_likeness(mesh, solid).f_score > 0.995

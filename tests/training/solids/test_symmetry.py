@@ -9,7 +9,8 @@ from training.solids.symmetry import NUM_SYMMETRIES, turn_images, turn_points
 def silhouette(points: torch.Tensor, batch: SolidBatch, side: int) -> torch.Tensor:
     """Whether any point behind each pixel is inside, `(batch, side, side)`."""
     inside = batch.signed_distance(points) > 0
-    return inside.unflatten(1, (side, side, -1)).any(-1)
+    any_inside: torch.Tensor = inside.unflatten(1, (side, side, -1)).any(-1)
+    return any_inside
 
 
 @pytest.mark.parametrize("symmetry", range(NUM_SYMMETRIES))
