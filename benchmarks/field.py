@@ -1,18 +1,19 @@
-"""How much decoding does coarse-to-fine save, and does it find the same surface?
+"""How much time does coarse-to-fine decoding save, and does it find the surface of the dense grid?
 
-`python -m benchmarks.field` decodes held-out solids on a dense grid and coarse to fine, in turn, and extracts both
+`python -m benchmarks.field` decodes held-out solids alternately on a dense grid and coarse to fine, and extracts both
 surfaces.
 
-evaluated  share of the dense grid's points at which coarse-to-fine asked the field
-dense_s    seconds for the dense grid; fine_s for coarse-to-fine, with the search for the points
-time_ratio of the two; low and high are the least and the greatest of all rounds
-surface_s  seconds for the triangles, from the coarse-to-fine grid
-vertices   of the dense grid's mesh
-distance   voxels from a vertex of the dense grid's mesh to the nearest of the other's, the largest
+evaluated  share of the dense grid's points that coarse-to-fine decoding evaluates
+dense_s    seconds for the dense grid
+fine_s     seconds for coarse-to-fine decoding, including the choice of points
+time_ratio fine_s over dense_s: the median over rounds; low and high are the smallest and the largest
+surface_s  seconds to extract the triangles from the coarse-to-fine grid
+vertices   vertices of the dense grid's mesh
+distance   largest distance, in voxels, from a vertex of the dense grid's mesh to the nearest vertex of the other mesh
 
-With `--model`, a checkpoint trained here, fields are those that its autoencoder makes of the solids. Without, they are
-the solids' own distances, clipped as such a field is, and an untrained autoencoder of the same size is run on the same
-points and not listened to, so that a point costs what it costs.
+With `--model`, a checkpoint trained here, its autoencoder decodes the fields from the encoded solids. Without it, fields
+are the solids' own distances, clipped like a decoded field. An untrained autoencoder then runs on the same points, and
+its result is dropped, so that each point has a realistic cost.
 """
 
 import argparse
@@ -37,11 +38,11 @@ from training.solids.solids import Solid, SolidBatch
 from training.solids.surfaces import BAND
 
 _FIRST_SOLID = 3 * 10**9
-"""Far from the solids of training, calibration and other measurements."""
+"""Far from the seeds of training, calibration and other measurements."""
 
 
 class CountedField:
-    """A field that counts the points at which it is asked."""
+    """A field that counts the points it is evaluated at."""
 
     def __init__(self, field: Field) -> None:
         self.field = field
@@ -54,14 +55,14 @@ class CountedField:
 
 @torch.inference_mode()
 def decoded_field(vae: ShapeVAE, solid: Solid, device: torch.device) -> Field:
-    """What the autoencoder makes of a solid."""
+    """The field that the autoencoder decodes from an encoded solid."""
     surface = torch.cat(SolidBatch([solid]).surface_points(NUM_DATA_POINTS, torch.Generator().manual_seed(0)), dim=-1)
     return vae.field(encode(vae, surface.to(device)))
 
 
 @torch.inference_mode()
 def true_field(vae: ShapeVAE, solid: Solid, device: torch.device) -> Field:
-    """The solid's own, at the cost of the autoencoder's. It is evaluated on the CPU."""
+    """The solid's own field, computed on the CPU, at the cost of the autoencoder's field."""
     batch = SolidBatch([solid])
     cost = vae.field(torch.randn(1, vae.num_latents, vae.embed_dim, device=device))
 
@@ -73,17 +74,17 @@ def true_field(vae: ShapeVAE, solid: Solid, device: torch.device) -> Field:
 
 
 def largest_distance(of: Mesh, to: Mesh) -> float:
-    """From the vertices of one mesh to the nearest of another's; no less than to its surface."""
+    """Largest distance from a vertex of one mesh to the nearest vertex of another: a bound on the surface distance."""
     distances, _ = cKDTree(to.vertices).query(of.vertices)
     return float(distances.max())
 
 
 def measure(
-    name: str, asked: Field, octree_resolution: int, points_per_call: int, device: torch.device, num_rounds: int
+    name: str, measured: Field, octree_resolution: int, points_per_call: int, device: torch.device, num_rounds: int
 ) -> Row:
     """The columns above for one solid."""
     dense_s, fine_s = [], []
-    field = CountedField(asked)
+    field = CountedField(measured)
     for _ in tqdm(range(num_rounds), desc=f"{name} at {octree_resolution}"):
         started = time.perf_counter()
         dense = decode_dense(field, octree_resolution, points_per_call=points_per_call, device=device).cpu()
@@ -114,11 +115,11 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="such as checkpoints/tiny-hunyuan3d")
+    parser.add_argument("--model", type=Path, help="a checkpoint, for example checkpoints/tiny-hunyuan3d")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resolutions", type=int, nargs="+", default=[128, 256], metavar="CELLS")
     parser.add_argument("--solids", type=int, default=3)
-    parser.add_argument("--points", type=int, default=2048, help="a call; on a GPU many more are right")
+    parser.add_argument("--points", type=int, default=2048, help="points in each call; a GPU needs many more")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", type=Path, help="also write the result here")
     arguments = parser.parse_args()

@@ -1,21 +1,20 @@
 """How much time does elasticity save for meshes, and what does it cost in quality?
 
-`python -m benchmarks.meshes` shows a model pictures of held-out solids. Two measurements in one run:
+`python -m benchmarks.meshes` gives a model images of held-out solids. Two measurements in one run:
 
 time     a plain loop over the unwrapped denoiser, our loop at `exact`, every preset and compute caps, interleaved round
-         by round on the same picture and noise; a ratio is a round's own, and its median over rounds is reported
-quality  volume IoU and F-score of the meshes against the true solid, and against the exact mesh of the same seed:
-         medians, 0 counting for a shape without surface; seconds from latents to a clean mesh. The solids are of
-         combinations that training holds out; at `exact` and under caps also new ones drawn as those that it shows
+         by round on the same images and noise; a ratio is a round's own, and its median over rounds is reported
+quality  volume IoU and F-score of the meshes against the true solid and against the exact mesh of the same seed, as
+         medians, with 0 for a shape without surface; seconds from latents to a clean mesh. The solids are of held-out
+         combinations; at `exact` and under caps, new solids of the training combinations are measured too
 
-The plain loop samples as published, both guidance rows in one batch, but for steps of no length, which we do not take
-either.
+The plain loop samples as published, with both guidance rows in one batch. Like ours, it leaves out steps of no length.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import pairwise
@@ -48,12 +47,12 @@ from training.solids.solids import Solid
 
 _BATCH_SIZE = 8
 _FIRST_SOLID = 4 * 10**9
-"""Far from the solids of training, calibration and other measurements."""
+"""Far from the seeds of training, calibration and other measurements."""
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
-    """A request's result: no mesh where its field had no surface."""
+class GeneratedMesh:
+    """The result of a request; `mesh` is None if the field had no surface."""
 
     mesh: Mesh | None
     decode_seconds: float
@@ -62,17 +61,28 @@ class Made:
 
 @dataclass(frozen=True, slots=True)
 class Likeness:
+    """Likeness to another shape; `chamfer` is None if one of the two is empty."""
+
     iou: float
     f_score: float
     chamfer: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedMeshes:
+    """One contender's meshes, and the likeness of each to its true solid."""
+
+    name: str
+    meshes: Sequence[GeneratedMesh]
+    true: Sequence[Likeness]
 
 
 def held_out_solids(count: int) -> list[Solid]:
     return sample_solids(range(_FIRST_SOLID, _FIRST_SOLID + count), held_out=True)
 
 
-def solids_of_taught_combinations(count: int) -> list[Solid]:
-    """Solids that training has not seen, drawn as those that it has."""
+def solids_of_training_combinations(count: int) -> list[Solid]:
+    """New solids of the combinations that training uses."""
     return sample_solids(range(_FIRST_SOLID, _FIRST_SOLID + count))
 
 
@@ -97,7 +107,7 @@ def requests_for(
 
 @torch.inference_mode()
 def stock_denoise(checkpoint: Hunyuan3DCheckpoint, requests: Sequence[MeshRequest]) -> tuple[Tensor, Denoising]:
-    """The published loop on the plain denoiser: latents `(batch, tokens, channels)`, timed from encoded pictures on."""
+    """The published loop on the plain denoiser: latents `(batch, tokens, channels)`, timed from the encoded images."""
     request, vae = requests[0], checkpoint.vae
     contexts, noise = [], []
     for each in requests:
@@ -147,8 +157,8 @@ def measure_time(
     return [{"name": row.pop("name"), "batch_size": batch_size, **row} for row in rows]
 
 
-def make(engine: Engine, requests: Sequence[MeshRequest], title: str) -> list[Made]:
-    made = []
+def generate(engine: Engine, requests: Sequence[MeshRequest], title: str) -> list[GeneratedMesh]:
+    generated = []
     for first in tqdm(range(0, len(requests), _BATCH_SIZE), desc=title):
         states = [engine.start(request) for request in requests[first : first + _BATCH_SIZE]]
         while not states[0].is_done:
@@ -162,8 +172,8 @@ def make(engine: Engine, requests: Sequence[MeshRequest], title: str) -> list[Ma
             else:
                 assert isinstance(cleaned, CleanMesh)
                 mesh = cleaned.mesh
-            made.append(Made(mesh, time.perf_counter() - started, state.summary()))
-    return made
+            generated.append(GeneratedMesh(mesh, time.perf_counter() - started, state.summary()))
+    return generated
 
 
 def compare(mesh: Mesh | None, shape: Shape | None) -> Likeness:
@@ -173,48 +183,109 @@ def compare(mesh: Mesh | None, shape: Shape | None) -> Likeness:
     return Likeness(volume_iou(mesh, shape), likeness.f_score, likeness.chamfer)
 
 
-def make_and_judge(
-    engine: Engine, requests: Sequence[MeshRequest], solids: Sequence[Solid], title: str
-) -> tuple[list[Made], list[Likeness]]:
-    made = make(engine, requests, title)
-    return made, [compare(one.mesh, solid) for one, solid in zip(made, solids, strict=True)]
+def generate_and_judge(
+    engine: Engine, requests: Sequence[MeshRequest], solids: Sequence[Solid], name: str
+) -> JudgedMeshes:
+    generated = generate(engine, requests, name)
+    return JudgedMeshes(
+        name, generated, [compare(one.mesh, solid) for one, solid in zip(generated, solids, strict=True)]
+    )
 
 
-def truth_row(name: str, made: Sequence[Made], true: Sequence[Likeness]) -> Row:
-    chamfers = [likeness.chamfer for likeness in true if likeness.chamfer is not None]
+def truth_row(judged: JudgedMeshes) -> Row:
+    chamfers = [likeness.chamfer for likeness in judged.true if likeness.chamfer is not None]
     return {
-        "name": name,
-        "iou_true": statistics.median(likeness.iou for likeness in true),
-        "f_true": statistics.median(likeness.f_score for likeness in true),
+        "name": judged.name,
+        "iou_true": statistics.median(likeness.iou for likeness in judged.true),
+        "f_true": statistics.median(likeness.f_score for likeness in judged.true),
         "chamfer_true": statistics.median(chamfers) if chamfers else None,
-        "empty": sum(one.mesh is None for one in made),
-        "decode_s": statistics.median(one.decode_seconds for one in made),
-        **decisions([one.summary for one in made]),
+        "empty": sum(one.mesh is None for one in judged.meshes),
+        "decode_s": statistics.median(one.decode_seconds for one in judged.meshes),
+        **decisions([one.summary for one in judged.meshes]),
     }
 
 
-def quality_row(name: str, made: Sequence[Made], true: Sequence[Likeness], exact: Sequence[Likeness]) -> Row:
+def quality_row(judged: JudgedMeshes, exact: Sequence[Likeness]) -> Row:
     return {
-        **truth_row(name, made, true),
+        **truth_row(judged),
         "iou_exact": statistics.median(likeness.iou for likeness in exact),
         "f_exact": statistics.median(likeness.f_score for likeness in exact),
     }
 
 
-def main() -> None:
+def measure_quality(
+    engine: Engine, names: Sequence[Contender], model: str, solids: Sequence[Solid], octree_resolution: int | None
+) -> tuple[list[Row], list[JudgedMeshes]]:
+    """Rows of quality against the true solids and against `exact`, and the meshes themselves."""
+    rows: list[Row] = []
+    columns: list[JudgedMeshes] = []
+    for contender in names:
+        if contender.budget:
+            requests = requests_for(engine, model, solids, contender.budget, octree_resolution)
+            judged = generate_and_judge(engine, requests, solids, contender.name)
+            columns.append(judged)
+            exact = columns[0].meshes
+            own = [compare(one.mesh, other.mesh) for one, other in zip(judged.meshes, exact, strict=True)]
+            rows.append(quality_row(judged, own))
+    return rows, columns
+
+
+def measure_quality_of_training_combinations(
+    engine: Engine, names: Sequence[Contender], model: str, solids: Sequence[Solid], octree_resolution: int | None
+) -> list[Row]:
+    """Rows of quality against the true solids, at `exact` and under the compute caps."""
+    return [
+        truth_row(
+            generate_and_judge(
+                engine,
+                requests_for(engine, model, solids, contender.budget, octree_resolution),
+                solids,
+                contender.name,
+            )
+        )
+        for contender in names
+        if contender.budget == PresetBudget(Preset.EXACT) or isinstance(contender.budget, ComputeBudget)
+    ]
+
+
+def write_sheet(
+    path: Path, solids: Sequence[Solid], columns: Sequence[JudgedMeshes], time_ratios: Mapping[str, float]
+) -> None:
+    """Draw the meshes of these solids at every budget."""
+    cells = {
+        _heading(judged.name, time_ratios): [
+            Cell(one.mesh, f"compute {one.summary.compute_ratio:.0%}\nIoU {likeness.iou:.3f}")
+            for one, likeness in zip(judged.meshes, judged.true, strict=True)
+        ][: len(solids)]
+        for judged in columns
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [Image.open(BytesIO(image_file(solid, seed))) for seed, solid in enumerate(solids)]
+    draw_sheet(solids, images, cells).save(path)
+
+
+def _heading(name: str, time_ratios: Mapping[str, float]) -> str:
+    return f"{name}\n{time_ratios[name]:.2f} of the time" if name in time_ratios else name
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("checkpoints/tiny-hunyuan3d"))
     parser.add_argument("--router-weights", type=Path, default=Path("router_weights"))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--solids", type=int, default=48, help="of which quality is measured")
-    parser.add_argument("--octree-resolution", type=int, help="the model's default if not given")
+    parser.add_argument("--solids", type=int, default=48, help="solids to measure quality on")
+    parser.add_argument("--octree-resolution", type=int, help="default: the model's")
     parser.add_argument("--caps", type=float, nargs="*", default=[0.5], help="compute_ratio budgets beside the presets")
     parser.add_argument("--only", choices=("time", "quality"))
-    parser.add_argument("--sheet", type=Path, help="draw the first solids' meshes at every budget, with the quality")
+    parser.add_argument("--sheet", type=Path, help="write a sheet of the first solids' meshes at every budget")
     parser.add_argument("--sheet-rows", type=int, default=6)
     parser.add_argument("--json", type=Path, help="also write the result here")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = _arguments()
     engine = load_engine([arguments.model], device="cpu", router_weights=arguments.router_weights)
     model = arguments.model.name
     names = contenders(engine, model, arguments.caps)
@@ -232,47 +303,18 @@ def main() -> None:
         of_smallest_batch = rows[: len(names)]
         time_ratios = {str(row["name"]): float(row["time_ratio"] or 0) for row in of_smallest_batch}
     if arguments.only in (None, "quality"):
-        solids = held_out_solids(arguments.solids)
-        rows, columns = [], []
-        exact: list[Made] = []
-        for contender in names:
-            if not contender.budget:
-                continue
-            requests = requests_for(engine, model, solids, contender.budget, arguments.octree_resolution)
-            made, true = make_and_judge(engine, requests, solids, contender.name)
-            exact = exact or made  # comes first
-            own = [compare(one.mesh, other.mesh) for one, other in zip(made, exact, strict=True)]
-            rows.append(quality_row(contender.name, made, true, own))
-            columns.append((contender.name, made, true))
+        solids, resolution = held_out_solids(arguments.solids), arguments.octree_resolution
+        rows, columns = measure_quality(engine, names, model, solids, resolution)
         result["quality"] = rows
         result["solids"] = arguments.solids
         show("Quality", rows)
-        taught = solids_of_taught_combinations(arguments.solids)
-        of_taught = []
-        for contender in names:
-            if contender.budget == PresetBudget(Preset.EXACT) or isinstance(contender.budget, ComputeBudget):
-                requests = requests_for(engine, model, taught, contender.budget, arguments.octree_resolution)
-                judged = make_and_judge(engine, requests, taught, f"{contender.name}, combinations of training")
-                of_taught.append(truth_row(contender.name, *judged))
-        result["quality_of_taught_combinations"] = of_taught
-        show("Quality, new solids of the combinations of training", of_taught)
+        taught = solids_of_training_combinations(arguments.solids)
+        rows = measure_quality_of_training_combinations(engine, names, model, taught, resolution)
+        result["quality_of_taught_combinations"] = rows
+        show("Quality, new solids of the combinations of training", rows)
         if arguments.sheet:
-            cells = {
-                _heading(name, time_ratios): [
-                    Cell(one.mesh, f"compute {one.summary.compute_ratio:.0%}\nIoU {likeness.iou:.3f}")
-                    for one, likeness in zip(made, true, strict=True)
-                ][: arguments.sheet_rows]
-                for name, made, true in columns
-            }
-            arguments.sheet.parent.mkdir(parents=True, exist_ok=True)
-            shown = solids[: arguments.sheet_rows]
-            pictures = [Image.open(BytesIO(image_file(solid, seed))) for seed, solid in enumerate(shown)]
-            draw_sheet(shown, pictures, cells).save(arguments.sheet)
+            write_sheet(arguments.sheet, solids[: arguments.sheet_rows], columns, time_ratios)
     finish(result, arguments.json)
-
-
-def _heading(name: str, time_ratios: dict[str, float]) -> str:
-    return f"{name}\n{time_ratios[name]:.2f} of the time" if name in time_ratios else name
 
 
 if __name__ == "__main__":

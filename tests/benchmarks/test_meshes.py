@@ -73,8 +73,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_the_stock_loop_gives_what_the_engine_gives_at_exact(model: Path) -> None:
-    """Else a time over it would say nothing. Two in a batch, as they are timed."""
+def test_stock_loop_gives_the_latents_of_the_engine_at_exact(model: Path) -> None:
+    """Time ratios need equal results. Two requests share a batch, as in the measurement."""
     engine = load_engine([model], device="cpu", router_weights=model.parent / "none")
     requests = meshes.requests_for(engine, model.name, meshes.held_out_solids(2), PresetBudget(Preset.EXACT))
     states = [engine.start(request) for request in requests]
@@ -84,7 +84,7 @@ def test_the_stock_loop_gives_what_the_engine_gives_at_exact(model: Path) -> Non
     torch.testing.assert_close(torch.cat([state.latents for state in states]), latents, atol=1e-4, rtol=1e-4)
 
 
-def test_a_shape_without_surface_counts_as_none_at_all() -> None:
+def test_shape_without_surface_counts_as_no_likeness() -> None:
     likeness = meshes.compare(None, meshes.held_out_solids(1)[0])
     assert (likeness.iou, likeness.f_score) == (0, 0)
 
@@ -113,15 +113,15 @@ def test_meshes_are_timed_and_judged_and_drawn(
     (taught,) = result["quality_of_taught_combinations"]
     assert 0 <= exact["iou_true"] < 1
     assert 0 <= taught["iou_true"] < 1
-    with Image.open(sheet) as picture:
-        assert picture.width > 3 * 192
+    with Image.open(sheet) as image:
+        assert image.width > 3 * 192
 
 
 @pytest.mark.parametrize("of", ["true", "model"])
-def test_coarse_to_fine_is_timed_and_held_against_the_dense_grid(
+def test_coarse_to_fine_is_timed_and_compared_with_the_dense_grid(
     of: str, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At 128, the least at which it saves anything. The random decoder's field may be as rough as it likes."""
+    """At 128, the smallest resolution with a saving. The field of a random decoder may be rough."""
     options = ["--resolutions", "128", "--solids", "1", "--device", "cpu"]
     if of == "model":
         options += ["--model", str(model)]

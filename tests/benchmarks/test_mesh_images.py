@@ -3,7 +3,7 @@ import pytest
 import torch
 import trimesh
 
-from benchmarks.mesh_pictures import draw_mesh
+from benchmarks.mesh_images import draw_mesh
 from models.mesh.surface import Mesh, extract_surface
 from models.mesh.volume import decode_dense
 from training.solids.rendering import render
@@ -18,7 +18,7 @@ def mesh_of(body: trimesh.Trimesh) -> Mesh:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_solids_mesh_is_drawn_where_its_picture_shows_it(seed: int) -> None:
+def test_mesh_of_a_solid_covers_the_solid_in_its_image(seed: int) -> None:
     solid = sample_solids([seed], held_out=True)[0]
     batch = SolidBatch([solid])
     grid = decode_dense(
@@ -29,7 +29,7 @@ def test_a_solids_mesh_is_drawn_where_its_picture_shows_it(seed: int) -> None:
     assert ((drawn < 250).any(axis=2) == is_object).mean() > 0.985
 
 
-def test_up_is_up_right_is_right_and_the_nearer_part_hides_the_other() -> None:
+def test_axes_point_right_and_up_and_nearer_parts_hide_others() -> None:
     near = trimesh.creation.icosphere(radius=0.3).apply_translation((0.4, 0.5, 0.3))
     behind = trimesh.creation.icosphere(radius=0.1).apply_translation((0.4, 0.5, -0.5))
     alone = np.asarray(draw_mesh(mesh_of(near), 64))
@@ -39,7 +39,7 @@ def test_up_is_up_right_is_right_and_the_nearer_part_hides_the_other() -> None:
     np.testing.assert_array_equal(np.asarray(draw_mesh(mesh_of(near + behind), 64)), alone)
 
 
-def test_inner_sides_are_red_and_never_seen_of_a_closed_mesh() -> None:
+def test_inner_sides_are_red_and_invisible_in_closed_meshes() -> None:
     ball = trimesh.creation.icosphere()
     drawn = np.asarray(draw_mesh(mesh_of(ball), 32)).astype(float)
     assert (np.abs(drawn - RED).max(axis=2) > 20).all()

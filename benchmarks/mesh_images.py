@@ -1,6 +1,6 @@
-"""Meshes to pictures, with neither display nor GPU: rays are cast by Embree, each face is shaded flat.
+"""Renders meshes without a display or GPU: Embree casts the rays, faces are shaded flat.
 
-Camera and field of view are those of `training.solids.rendering`, so a mesh lies over the picture it was made from.
+Camera and field of view are those of `training.solids.rendering`, so a mesh covers its solid in the input image.
 """
 
 import numpy as np
@@ -13,15 +13,15 @@ from models.mesh.surface import Mesh
 from training.solids.rendering import CAMERA_DISTANCE, FIELD_OF_VIEW
 
 _SUBPIXELS = 3
-"""A side."""
+"""Along each side of a pixel."""
 
 _CLAY = np.array((0.62, 0.68, 0.76))
 _LIGHT = np.array((-0.45, 0.65, 0.61))
-"""Direction to it: from above, behind the viewer's left shoulder."""
+"""The direction to the light, above and behind the viewer's left shoulder."""
 
 
 def draw_mesh(mesh: Mesh, size: int) -> Image.Image:
-    """`size` pixels a side, RGB, on white."""
+    """Render `mesh` on white as an RGB image of `size` pixels along each side."""
     body = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
     directions = _directions(size * _SUBPIXELS)
     origins = np.broadcast_to((0.0, 0.0, CAMERA_DISTANCE), directions.shape)
@@ -43,7 +43,7 @@ def _directions(size: int) -> NDArray[np.float64]:
 
 
 def _shade(normals: NDArray[np.float64], directions: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Colours `(pixels, 3)`: ambient and diffuse light, and a weak one beside the camera. Inner sides are red."""
+    """Colours `(pixels, 3)`: ambient and diffuse light, and a weak light at the camera. Inner sides are red."""
     facing = -(normals * directions).sum(axis=1)
     strength = 0.25 + 0.3 * facing.clip(min=0) + 0.5 * (normals @ _LIGHT).clip(min=0)
     colours: NDArray[np.float64] = (strength[:, None] * _CLAY * 1.25).clip(0, 1)
