@@ -11,9 +11,9 @@ surface_s  seconds to extract the triangles from the coarse-to-fine grid
 vertices   vertices of the dense grid's mesh
 distance   largest distance, in voxels, from a vertex of the dense grid's mesh to the nearest vertex of the other mesh
 
-With `--model`, a checkpoint trained here, its autoencoder decodes the fields from the encoded solids. Without it, fields
-are the solids' own distances, clipped like a decoded field. An untrained autoencoder then runs on the same points, and
-its result is dropped, so that each point has a realistic cost.
+With `--model`, a checkpoint trained here, its autoencoder decodes the fields from the encoded solids. Without it, the
+fields are the solids' own distances, clipped like a decoded field. An untrained autoencoder then runs on the same
+points, and its result is dropped, so that each point has a realistic cost.
 """
 
 import argparse

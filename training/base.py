@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from training.backbone import Backbone, after_block
 from training.lesson import Condition, Lesson
-from training.loop import run_loop
+from training.loop import Stateful, run_loop
 from training.optimizers import ScheduledOptimizers, split_optimizers, warm_then_linear
 from training.precision import autocast
 
@@ -201,15 +201,12 @@ def train_base(
         average.update()
         return {"flow": flow.item(), "auxiliary": auxiliary.item()}
 
+    state: dict[str, Stateful] = {"objective": _WithoutCompilation(objective), "average": average}
     run_loop(
         "transformer",
         num_steps,
         train_step,
-        {
-            "objective": _WithoutCompilation(objective),
-            "average": average,
-            **{f"optimizer.{number}": optimizer for number, optimizer in enumerate(optimizers)},
-        },
+        state | {f"optimizer.{number}": optimizer for number, optimizer in enumerate(optimizers)},
         run_dir / "base.pt",
         save_every=250,
         look=(lambda step: look(step, step / num_steps)) if rank == 0 else None,

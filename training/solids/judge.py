@@ -21,7 +21,7 @@ NUM_CELLS = 96
 """Cells along each side of the grid of test points: 885,000 points, about a tenth of them inside a solid."""
 
 NUM_SAMPLES = 50_000
-"""Points on each surface. A solid's surface has an area of about 8, so samples are about 0.006 apart."""
+"""Points on each surface. A solid's surface has an area of about 8, so each of its points has a sample within 0.006."""
 
 F_SCORE_DISTANCE = 0.02
 """A hundredth of the side of the cube, as in Tatarchenko et al. 2019, https://arxiv.org/abs/1905.03678."""

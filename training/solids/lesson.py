@@ -48,7 +48,8 @@ class SolidLesson:
         """Normal noise whose tokens are assigned to the nearest tokens of `clean`.
 
         The tokens of a shape have no order, so all assignments are valid. With the nearest ones, flows hardly cross
-        (Klein et al. 2023, "Equivariant flow matching", https://arxiv.org/abs/2306.15030).
+        (Klein et al. 2023, "Equivariant flow matching", https://arxiv.org/abs/2306.15030). As a set, tokens stay
+        normal noise.
         """
         noise = torch.randn(clean.shape, generator=generator)
         distances = torch.cdist(clean, noise).square().numpy()
