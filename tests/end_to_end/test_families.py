@@ -15,7 +15,7 @@ from diffusers import QwenImagePipeline
 from numpy.typing import NDArray
 from PIL import Image
 
-from training.scenes.judge import load_judge
+from training.scenes.judge import SHIPPED_JUDGE, load_judge
 
 ROOT = Path(__file__).parents[2]
 FLUX, QWEN = "tiny-flux", "tiny-qwen-image"
@@ -74,7 +74,7 @@ def test_exact_is_the_stock_pipelines_picture(server: str) -> None:
 @pytest.mark.parametrize("budget", [{"preset": "exact"}, {"preset": "fast"}], ids=["exact", "fast"])
 def test_negative_prompt_keeps_away_what_it_names(server: str, budget: dict[str, str]) -> None:
     """The prompt leaves the background open. Read by the judge that was trained on true pictures."""
-    judge = load_judge(ROOT / "checkpoints" / "judge")
+    judge = load_judge(SHIPPED_JUDGE)
 
     def backgrounds(negative_prompt: str | None) -> Counter[str]:
         answer = post(server, model=QWEN, n=8, budget=budget, negative_prompt=negative_prompt)

@@ -16,9 +16,10 @@ import trimesh
 from PIL import Image
 
 from models.mesh.surface import Mesh
-from training.solids.images import picture_file
+from training.solids.images import image_file
 from training.solids.judge import volume_iou
-from training.solids.solids import Solid, sample_solid
+from training.solids.sampling import sample_solids
+from training.solids.solids import Solid
 
 ROOT = Path(__file__).parents[2]
 MODEL = "tiny-hunyuan3d"
@@ -28,12 +29,12 @@ TIMEOUT_S = 300
 @pytest.fixture(scope="session")
 def solid() -> Solid:
     torch.set_num_threads(1)
-    return sample_solid(4)  # a sphere
+    return sample_solids([4])[0]  # a sphere
 
 
 @pytest.fixture(scope="session")
 def picture(solid: Solid) -> bytes:
-    return picture_file(solid, 1)
+    return image_file(solid, 1)
 
 
 def post(server: str, picture: bytes, **fields: Any) -> httpx2.Response:
