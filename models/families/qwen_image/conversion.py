@@ -1,7 +1,7 @@
-"""Importing Elastic-DiT's checkpoint for Qwen-Image: one set of tensors holds a backbone and its routers.
+"""Imports Elastic-DiT's checkpoint for Qwen-Image, which holds a backbone and its routers as one set of tensors.
 
-All names and shapes are diffusers' but for the routers, `gate_mlps.<block>.*`, of whose modulation a third is computed
-and thrown away (Elastic-DiT at ce39f1d, `diffsynth/models/qwen_image_dit.py`).
+The backbone has diffusers' names and shapes. The routers are `gate_mlps.<block>.*`; the official program computes a
+third of their modulation and throws it away (Elastic-DiT at ce39f1d, `diffsynth/models/qwen_image_dit.py`).
 """
 
 import json
@@ -30,7 +30,7 @@ _BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _MANIFEST = {
     "source": "https://huggingface.co/wjs0725/Elastic-DiT",
     "license": "unknown",  # neither the checkpoint's repository nor the program's says
-    # As the program's infer.py has it.
+    # Those of the official program's infer.py.
     "defaults": {"num_inference_steps": 30, "guidance_scale": 4.0, "height": 1328, "width": 1328},
     "traits": {"mlp_activation": MlpActivation.GELU_SIGMOID, "rescales_guidance": False},
     "published_policies": [asdict(OFFICIAL), asdict(PAPER)],
@@ -38,7 +38,7 @@ _MANIFEST = {
 
 
 class _Head(NamedTuple):
-    """What a file says of a tensor before it is read."""
+    """What is known about a tensor before it is read."""
 
     file: Path
     shape: list[int]
@@ -48,10 +48,10 @@ class _Head(NamedTuple):
 def convert_elastic_dit(source: Path, base: Path, out: Path, routers: Path, max_shard_bytes: int) -> None:
     """Fill `out` with a Qwen-Image pipeline directory and `routers` with its router folder.
 
-    `source` is a safetensors file, an index of shards or the folder of one; `base` an ordinary Qwen-Image directory,
-    from which all but the transformer's weights is taken over. Tensors keep their type, and stay mapped from the
-    source's files while they are written: none has to fit in memory. Raises WeightsError, before anything is written,
-    if names, shapes or types are not those of the base's transformer and its routers.
+    `source` is a safetensors file, an index of shards, or a folder with one of them. `base` is an ordinary Qwen-Image
+    directory, which gives everything but the transformer's weights. Tensors keep their type. They stay mapped from the
+    source's files while they are written, so no file has to fit in memory. Raises WeightsError, before anything is
+    written, if names, shapes or types are not those of the base's transformer and its routers.
     """
     parts = _parts(base)
     config = read_json(base / "transformer" / "config.json")
@@ -69,14 +69,14 @@ def convert_elastic_dit(source: Path, base: Path, out: Path, routers: Path, max_
         except SafetensorError as error:
             raise WeightsError(f"{source} can't be converted: {error}") from error
     _take_over(base, out, [*parts, "transformer/config.json", "model_index.json"])
-    # An index names its shards' hashes, so that to hash it, which takes no time, tells one backbone from another.
+    # An index holds its shards' hashes, so hashing the index, which is quick, identifies the backbone.
     write_manifest(
         routers, out, f"transformer/{weights}", _MANIFEST | {"imported_from": source.name, "base": base.name}
     )
 
 
 def router_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The routers' tensors of an official state dict, without the third of the modulation that never matters."""
+    """The routers' tensors of an official state dict, without the third of the modulation that has no effect."""
     return {
         name: tensor[: len(tensor) // 3 * 2] if ".img_mod." in name else tensor
         for name, tensor in tensors.items()
@@ -85,7 +85,7 @@ def router_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _parts(base: Path) -> list[str]:
-    """The folders of a pipeline directory but for the transformer's."""
+    """The folders of a pipeline directory, without the transformer's."""
     index = read_json(base / "model_index.json")
     if index.get("_class_name") != "QwenImagePipeline":
         raise WeightsError(f"{base} is a {index.get('_class_name')}; Elastic-DiT's checkpoint fits a QwenImagePipeline")
@@ -164,7 +164,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _shards(names: Iterable[str], heads: Mapping[str, _Head], max_shard_bytes: int) -> list[list[str]]:
-    """Names in order, cut where a file would get larger than `max_shard_bytes`."""
+    """Splits names, in order, into files of at most `max_shard_bytes`, or of one tensor."""
     shards: list[list[str]] = [[]]
     size_bytes = 0
     for name in names:
@@ -177,7 +177,7 @@ def _shards(names: Iterable[str], heads: Mapping[str, _Head], max_shard_bytes: i
 
 
 def _write_shards(folder: Path, shards: Sequence[Sequence[str]], heads: Mapping[str, _Head], bar: tqdm) -> str:
-    """Write a model's weights as diffusers does. Returns the name of the one file, or of the index of several."""
+    """Write a model's weights as diffusers does. Returns the name of the only file, or of the index of several."""
     folder.mkdir()
     if len(shards) == 1:
         files = [SAFETENSORS_WEIGHTS_NAME]

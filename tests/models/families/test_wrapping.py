@@ -108,7 +108,8 @@ def test_order_that_is_none_is_refused_by_name(family: Family, blocks: dict[str,
     block = family.blocks[1]
     part = next(iter(family.adapter.mlps(block.variants[1.0])))
     name = mlp_name(block.name, part)
-    with pytest.raises(WeightsError, match=f"neuron_order.{name} is no order of the block's {HIDDEN} hidden neurons"):
+    message = f"neuron_order.{name} is not a permutation of the block's {HIDDEN} hidden neurons"
+    with pytest.raises(WeightsError, match=message):
         permute_neurons(blocks, {name: order}, family.adapter.mlps)
 
 
@@ -116,7 +117,7 @@ def test_order_of_an_unknown_block_is_refused_with_those_there_are(
     family: Family, blocks: dict[str, nn.Module]
 ) -> None:
     with pytest.raises(
-        WeightsError, match=f"neuron_order.block.99 is of no block; there are: {family.blocks[0].name}, "
+        WeightsError, match=f"neuron_order.block.99 names no MLP of the model; there are: {family.blocks[0].name}, "
     ):
         permute_neurons(blocks, {"block.99": torch.arange(HIDDEN)}, family.adapter.mlps)
 

@@ -75,7 +75,9 @@ def test_defaults_are_those_of_the_model_card_where_there_is_no_manifest(tiny_fl
     [CheckpointTraits(mlp_activation=MlpActivation.GELU_SIGMOID), CheckpointTraits(rescales_guidance=False)],
 )
 def test_traits_of_another_family_are_refused(tiny_flux: Path, traits: CheckpointTraits) -> None:
-    with pytest.raises(WeightsError, match="is a FLUX model, of which there are none with CheckpointTraits"):
+    with pytest.raises(
+        WeightsError, match="FLUX models have no special traits, but the manifest names CheckpointTraits"
+    ):
         FluxFamily.load(tiny_flux, "cpu", torch.float32, None, traits, False)
 
 
