@@ -32,6 +32,10 @@ def slab(thickness: float) -> Callable[[Tensor], Tensor]:
     return lambda points: thickness / 2 - (points @ normal).abs()
 
 
+def bumpy_ball(points: Tensor) -> Tensor:
+    return ball((0.2, -0.1, 0.0), 0.5)(points) + 0.1 * torch.sin(9 * points).prod(1)
+
+
 def of(solid: Solid) -> Callable[[Tensor], Tensor]:
     batch = SolidBatch([solid])
     return lambda points: batch.signed_distance(points[None])[0]
@@ -116,11 +120,11 @@ def test_coarse_to_fine_gives_the_dense_grids_surface_of_solids(solid: Solid) ->
     assert_same_surface(fine(field, 128), dense(field, 128))
 
 
-@given(st.integers(1, 200))
-@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 126) | st.integers(127, 200))
+@settings(max_examples=8, deadline=None)
 def test_any_resolution_gives_the_dense_grids_surface(octree_resolution: int) -> None:
-    """Also those that can't be halved: the last cell of a coarser level is smaller then."""
-    field = clipped(of(sample_solids([8], held_out=True)[0]), saturation=2.0)
+    """Two levels begin at 127 cells. Odd numbers cannot be halved: the last cell of the coarser level is smaller."""
+    field = clipped(bumpy_ball, saturation=2.0)
     if octree_resolution < 4:
         assert torch.equal(fine(field, octree_resolution), dense(field, octree_resolution))
     else:
