@@ -62,10 +62,11 @@ def stream_pipeline(
 
 
 class TensorHead(NamedTuple):
-    """What is known about a tensor before it is read: its shape, and the name of its file."""
+    """What is known about a tensor before it is read. `dtype` is safetensors' name of its type, such as `BF16`."""
 
     shape: list[int]
-    file: str
+    file: Path
+    dtype: str
 
 
 def stream_module(cls: type[ModelMixin], directory: Path, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
@@ -118,12 +119,13 @@ def stream_tensors(
 
 
 def read_heads(files: Sequence[Path]) -> dict[str, TensorHead]:
-    """Names, shapes and files of all tensors, from the headers of the files."""
+    """The heads of all tensors, by name."""
     heads = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  # it is no mapping
-                heads[name] = TensorHead(tensors.get_slice(name).get_shape(), file.name)
+                tensor = tensors.get_slice(name)
+                heads[name] = TensorHead(tensor.get_shape(), file, tensor.get_dtype())
     return heads
 
 
@@ -135,9 +137,9 @@ def misfit(expected: Mapping[str, list[int]], found: Mapping[str, TensorHead]) -
     """How names and shapes differ from those expected. Empty if they do not."""
     faults = {
         "missing": sorted(expected.keys() - found.keys()),
-        "surplus": [f"{name} in {head.file}" for name, head in found.items() if name not in expected],
+        "surplus": [f"{name} in {head.file.name}" for name, head in found.items() if name not in expected],
         "misshapen": [
-            f"{name} in {head.file}, {head.shape} for {expected[name]}"
+            f"{name} in {head.file.name}, {head.shape} for {expected[name]}"
             for name, head in found.items()
             if name in expected and head.shape != expected[name]
         ],

@@ -37,7 +37,7 @@ def convert_hunyuan3d(source: Path, base: None, out: Path, routers: Path, max_sh
     config_path, file = _find(source)
     config = read_config(config_path)
     tensors = _tensors(file)
-    heads = {name: TensorHead(list(tensor.shape), file.name) for name, tensor in tensors.items()}
+    heads = {name: TensorHead(list(tensor.shape), file, _TYPES[tensor.dtype]) for name, tensor in tensors.items()}
     build_modules(config, config_path, heads, file)
     is_consistency_model = schedule_of(config, config_path)[1]
     weights = out / f"{file.stem}.safetensors"
