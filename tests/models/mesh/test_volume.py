@@ -148,7 +148,7 @@ def test_another_level_moves_the_surface() -> None:
 
 
 @pytest.mark.parametrize("decode", [dense, fine])
-def test_a_field_that_is_not_finite_is_told(decode: Callable[[Field, int], Tensor]) -> None:
+def test_a_field_that_is_not_finite_is_refused(decode: Callable[[Field, int], Tensor]) -> None:
     def field(points: Tensor) -> Tensor:
         return ball((0.0, 0.0, 0.0), 0.5)(points).masked_fill(points[:, 0] > 0.99, torch.nan)
 
@@ -157,7 +157,7 @@ def test_a_field_that_is_not_finite_is_told(decode: Callable[[Field, int], Tenso
 
 
 @pytest.mark.parametrize("value", [-1.0, 1.0])
-def test_a_field_without_surface_is_told_when_the_surface_is_extracted(value: float) -> None:
+def test_a_field_without_surface_is_refused_when_the_surface_is_extracted(value: float) -> None:
     grid = fine(lambda points: points.new_full((len(points),), value), 128)
     with pytest.raises(EmptySurface, match="never crosses"):
         extract_surface(grid.numpy())

@@ -53,7 +53,7 @@ def test_distilled_guidance_is_that_of_the_stock_pipeline(
     assert not torch.allclose(latents, denoise(engine, ask()).latents, atol=1e-3)
 
 
-def test_card_tells_sizes_defaults_and_guidance(engine: Engine) -> None:
+def test_card_has_sizes_defaults_and_guidance(engine: Engine) -> None:
     card = engine.cards[MODEL]
     assert card.family == "flux"
     assert card.guidance is Guidance.DISTILLED
@@ -108,7 +108,7 @@ def test_second_branch_needs_a_negative_prompt_and_a_scale(
     assert [row.branch for row in family.start(ask(**fields), (EXACT,), EXACT).rows] == branches
 
 
-def test_every_prompt_has_as_many_tokens(family: FluxFamily, ask: Ask) -> None:
+def test_all_prompts_have_the_same_number_of_tokens(family: FluxFamily, ask: Ask) -> None:
     """T5's are padded and never masked, as in the stock pipeline, so they all count."""
     states = [family.start(ask(prompt=prompt), (EXACT,), EXACT) for prompt in ("", "red", "a red circle on the left")]
     assert [state.inputs[0].num_text_tokens for state in states] == [40, 40, 40]

@@ -26,7 +26,7 @@ def published(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def folder(published: Path, tmp_path: Path) -> Path:
-    """One that a test may spoil."""
+    """A copy that a test may spoil."""
     return Path(shutil.copytree(published, tmp_path / "model"))
 
 
@@ -131,7 +131,7 @@ def test_configuration_that_can_not_be_served_is_named(folder: Path, edit: Calla
         load(folder)
 
 
-def test_settings_without_effect_are_passed_over(folder: Path) -> None:
+def test_settings_without_effect_are_ignored(folder: Path) -> None:
     edit_config(folder, lambda c: c["model"]["params"].update(input_size=4096, text_len=1370, theta=10000))
     load(folder)
 

@@ -90,7 +90,7 @@ def test_published_sizes_make_the_published_numbers_of_tensors_and_parameters(
 
 @pytest.mark.parametrize("with_encoder", [True, False])
 @pytest.mark.parametrize("form", [PLAIN, TURBO], ids=["plain", "turbo"])
-def test_form_is_told_by_the_tensors_alone(form: dict[str, Any], with_encoder: bool) -> None:
+def test_sizes_are_determined_by_the_tensors_alone(form: dict[str, Any], with_encoder: bool) -> None:
     tensors = build(**form, with_encoder=with_encoder).state_dict()
     again = build(**geometry_of(tensors))
     assert {name: tensor.shape for name, tensor in again.state_dict().items()} == {

@@ -75,7 +75,7 @@ def converted(source: Path, tiny_qwen_image: Path, tmp_path_factory: pytest.Temp
 
 @pytest.fixture(scope="module")
 def engine(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """Serves the converted model, with small pictures by default."""
+    """Serves the converted model, with small images by default."""
     routers = Path(shutil.copytree(converted / "routers", tmp_path_factory.mktemp("small") / "routers"))
     path = routers / "e-dit" / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -218,7 +218,7 @@ def test_source_may_come_in_shards(
         assert (tmp_path / "e-dit" / "transformer" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_what_the_base_has_is_linked(converted: Path, tiny_qwen_image: Path) -> None:
+def test_files_of_the_base_are_linked(converted: Path, tiny_qwen_image: Path) -> None:
     linked = [file for file in tiny_qwen_image.rglob("*") if file.is_file() and file.suffix != ".safetensors"]
     linked += [tiny_qwen_image / "text_encoder" / "model.safetensors"]
     assert len(linked) > 6
@@ -226,7 +226,7 @@ def test_what_the_base_has_is_linked(converted: Path, tiny_qwen_image: Path) -> 
         assert file.samefile(converted / "e-dit" / file.relative_to(tiny_qwen_image))
 
 
-def test_what_cannot_be_linked_is_copied(
+def test_files_that_cannot_be_linked_are_copied(
     source: Path, tiny_qwen_image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:
