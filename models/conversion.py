@@ -1,4 +1,4 @@
-"""Checkpoints of other layouts become a model directory and its router folder. The families have the converters."""
+"""Imports checkpoints of other layouts as a model directory and its router folder. The converters are the families'."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,23 +12,25 @@ def convert(
 ) -> Path:
     """Import `source`, a checkpoint of a format that a family converts, as the model directory `out`.
 
-    What the checkpoint lacks, in formats that lack something, is taken over from the pipeline directory `base`. Files
-    of weights that can be split have at most `max_shard_bytes`, or one tensor. Returns the router folder,
-    `router_weights/<name of out>`. Writes both folders or, if anything fails, neither. Raises InvalidRequest if one of
-    them is there already, WeightsError if the checkpoint is not what it should be.
+    If the format lacks parts, these come from the model directory `base`. Files of weights that can be split have at
+    most `max_shard_bytes`, or one tensor. Returns the router folder, `router_weights/<name of out>`. Writes both
+    folders or, on failure, neither. Raises InvalidRequest if one of them exists already, WeightsError if the checkpoint
+    is not of this format.
     """
     converters = {converter.format_name: converter for entry in FAMILIES.values() for converter in entry.converters}
     if format_name not in converters:
         raise InvalidRequest(f"there is no format '{format_name}'; try {', '.join(converters)}", "format")
     converter = converters[format_name]
     if converter.needs_base and base is None:
-        raise InvalidRequest(f"format {format_name} needs --base, a model directory with what it lacks", "base")
+        raise InvalidRequest(f"format {format_name} needs --base, a model directory with the parts it lacks", "base")
     if not converter.needs_base and base is not None:
-        raise InvalidRequest(f"format {format_name} takes no --base, but got {base}: it lacks nothing", "base")
+        raise InvalidRequest(
+            f"format {format_name} takes no --base, but got {base}; its checkpoints are complete", "base"
+        )
     routers = router_weights / out.name
     for path in (out, routers):
         if path.exists():
-            raise InvalidRequest(f"{path} is there already, and nothing is overwritten; try another --out", "out")
+            raise InvalidRequest(f"{path} is there already and is not overwritten; try another --out", "out")
         path.parent.mkdir(parents=True, exist_ok=True)
     fill = converter.function.load()
     with (

@@ -1,7 +1,7 @@
-"""Loading model directories straight onto the device, with at most one tensor at a time on the host.
+"""Loads model directories straight onto the device, with at most one tensor at a time on the host.
 
-What diffusers' own `from_pretrained(device_map=...)` leaves open: it reports nothing for missing tensors but a failed
-copy from the meta device, names neither file nor further names, and reads tensors only by whole shards.
+diffusers' own `from_pretrained(device_map=...)` reads whole shards. For a missing tensor it reports only a failed copy
+from the meta device, without naming the file or other missing tensors.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,10 +39,10 @@ def stream_pipeline(
     *,
     offload_text_encoders: bool,
 ) -> DiffusionPipeline:
-    """What `pipeline_class.from_pretrained(directory, dtype=dtype).to(device)` gives, with little host memory.
+    """The result of `pipeline_class.from_pretrained(directory, dtype=dtype).to(device)`, with little host memory.
 
-    Text encoders, which pass through the host's memory, stay there if `offload_text_encoders`: prompts must then be
-    encoded on the device of the encoder and the result moved. Raises WeightsError if parts are missing or do not fit.
+    Text encoders are loaded to the host first, and stay there if `offload_text_encoders`: prompts must then be encoded
+    on the encoder's device and the result moved. Raises WeightsError if parts are missing or do not fit together.
     """
     index = read_json(directory / "model_index.json")
     modules = {}
@@ -62,16 +62,17 @@ def stream_pipeline(
 
 
 class TensorHead(NamedTuple):
-    """What is known of a tensor before it is read: its shape, and the name of its file."""
+    """What is known about a tensor before it is read. `dtype` is safetensors' name of its type, such as `BF16`."""
 
     shape: list[int]
-    file: str
+    file: Path
+    dtype: str
 
 
 def stream_module(cls: type[ModelMixin], directory: Path, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
-    """The module that `cls.from_pretrained(directory, dtype=dtype)` gives, on `device`.
+    """The result of `cls.from_pretrained(directory, dtype=dtype)`, on `device`.
 
-    A bar over bytes shows on terminals. Raises WeightsError if the files are not exactly what the configuration asks.
+    Shows a progress bar on terminals. Raises WeightsError if the tensors are not exactly those of the configuration.
     """
     files = _weight_files(directory)
     try:
@@ -86,7 +87,7 @@ def stream_module(cls: type[ModelMixin], directory: Path, device: str | torch.de
         stream_tensors(module, files, place, str(directory))
     except (OSError, ValueError, SafetensorError) as error:
         raise WeightsError(f"{directory} can't be loaded: {error}") from error
-    # Buffers that are not saved were computed on the host.
+    # Moves buffers that are not saved, which were computed on the host.
     return module.to(device).eval()
 
 
@@ -98,11 +99,11 @@ def stream_tensors(
     *,
     copies: bool = False,
 ) -> None:
-    """Read the tensors of `files` one by one into `module`, each to the device and in the type that `place` says.
+    """Read the tensors of `files` one by one into `module`. `place` gives the device and type for each name.
 
-    Integers stay what they are. On a CPU tensors that need no other type stay mapped from their file, unless `copies`:
-    there they lie at any 8 bytes, and kernels sum in another order than with the aligned memory of `load_state_dict`.
-    A bar over bytes shows on terminals.
+    Integers keep their type. On a CPU, tensors that keep their type stay mapped from their file, unless `copies` is
+    true. In files tensors are aligned to 8 bytes only, and kernels then sum in another order than with the memory of
+    `load_state_dict`. Shows a progress bar on terminals.
     """
     size_bytes = sum(file.stat().st_size for file in files)
     with tqdm(total=size_bytes, desc=description, unit="B", unit_scale=True, disable=None) as bar:
@@ -118,12 +119,13 @@ def stream_tensors(
 
 
 def read_heads(files: Sequence[Path]) -> dict[str, TensorHead]:
-    """Names and shapes of all tensors, which are in the heads of the files."""
+    """The heads of all tensors, by name."""
     heads = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  # it is no mapping
-                heads[name] = TensorHead(tensors.get_slice(name).get_shape(), file.name)
+                tensor = tensors.get_slice(name)
+                heads[name] = TensorHead(tensor.get_shape(), file, tensor.get_dtype())
     return heads
 
 
@@ -132,12 +134,12 @@ def shapes_of(module: nn.Module) -> dict[str, list[int]]:
 
 
 def misfit(expected: Mapping[str, list[int]], found: Mapping[str, TensorHead]) -> str:
-    """In what names and shapes differ from those expected; empty where they do not."""
+    """How names and shapes differ from those expected. Empty if they do not."""
     faults = {
         "missing": sorted(expected.keys() - found.keys()),
-        "surplus": [f"{name} in {head.file}" for name, head in found.items() if name not in expected],
+        "surplus": [f"{name} in {head.file.name}" for name, head in found.items() if name not in expected],
         "misshapen": [
-            f"{name} in {head.file}, {head.shape} for {expected[name]}"
+            f"{name} in {head.file.name}, {head.shape} for {expected[name]}"
             for name, head in found.items()
             if name in expected and head.shape != expected[name]
         ],
@@ -163,7 +165,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _build_empty(cls: type[ModelMixin], directory: Path, dtype: torch.dtype) -> nn.Module:
-    """The module with its parameters on the meta device; what it computes for itself is on the host, and real."""
+    """The module with its parameters on the meta device. Buffers that it computes itself are real, on the host."""
     config = cls.load_config(directory, local_files_only=True)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # as from_pretrained does, for buffers that are not saved

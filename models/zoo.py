@@ -1,4 +1,4 @@
-"""The models that are loaded: finding a directory's family, loading it, and measuring what its card says."""
+"""Loads models: finds a directory's family, loads it, and measures it for its card."""
 
 import logging
 import math
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 def load_engine(
     directories: Sequence[Path], *, device: str, router_weights: Path, offload_text_encoders: bool = False
 ) -> Engine:
-    """Load model directories; a model's id is its directory's name.
+    """Load model directories. A model's id is its directory's name.
 
-    Routers, terms and curve are read from `router_weights/<id>`. On a CPU models run in float32, else in bfloat16.
-    With `offload_text_encoders` prompts are encoded on the CPU, which leaves the device's memory to the transformer.
-    Raises WeightsError if a directory or its router folder is not what it should be.
+    Routers, terms of use and the curve are read from `router_weights/<id>`. On a CPU models run in float32, else in
+    bfloat16. With `offload_text_encoders` prompts are encoded on the CPU, which saves the device's memory for the
+    transformer. Raises WeightsError if a directory or its router folder is missing parts or malformed.
     """
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
@@ -70,7 +70,7 @@ def _family_of(directory: Path) -> tuple[FamilyEntry, Path]:
 
 
 def _card(family: Family, family_name: str, index: Path, folder: Path, manifest: Manifest) -> ModelCard:
-    """`index` is the file that names the model's class."""
+    """The card, with the measured time of a step. `index` is the file that names the model's class."""
     curve = read_curve(folder, family.quality_metric)
     rules = tuple(name for name, rule in RULES.items() if family.routers or not rule.needs_scores)
     if missing := {point.rule for point in curve} - {*rules}:
@@ -98,12 +98,12 @@ def _card(family: Family, family_name: str, index: Path, folder: Path, manifest:
     )
     card = family.card(basics, manifest)
     alone_s, pair_s = (_dense_step_seconds(family, card, batch_size) for batch_size in (1, 2))
-    # A call and its rows take c + r, then c + 2 r.
+    # With c for a call and r for a row, one row takes c + r and two take c + 2 r.
     return replace(card, dense_step_seconds=alone_s, call_share=min(max(2 - pair_s / alone_s, 0.0), 1.0))
 
 
 def _dense_step_seconds(family: Family, card: ModelCard, batch_size: int) -> float:
-    """Time of one dense step at the card's defaults: the fastest of some four, the first of which warms up."""
+    """Seconds of one dense step at the card's defaults: the fastest of at most four, the first of which warms up."""
     request = replace(family.example_request(card), num_inference_steps=4)
     engine = Engine({card.id: family}, {})
     states = [family.start(request, (EXACT,), EXACT) for _ in range(batch_size)]

@@ -12,8 +12,8 @@ def flow_schedule(
 ) -> tuple[Tensor, Tensor]:
     """Noise levels `(steps + 1,)`, descending to 0, and model times `(steps,)` in [0, 1000], float32 on the CPU.
 
-    The schedule of diffusers' FLUX and Qwen-Image pipelines: even levels from 1 to 1 / steps, shifted as the
-    checkpoint's scheduler says, by the number of image tokens where it shifts dynamically.
+    The schedule of diffusers' FLUX and Qwen-Image pipelines: even levels from 1 to 1 / steps, shifted as configured in
+    the checkpoint's scheduler. A dynamic shift depends on the number of image tokens.
     """
     config = scheduler.config
     mu = calculate_shift(
@@ -29,10 +29,10 @@ def flow_schedule(
 
 
 def rising_flow_schedule(num_inference_steps: int, shift: float = 1.0) -> Tensor:
-    """Times `(steps + 1,)` from 0, which is noise, to 1, which is data, float32 on the CPU. They are the model's too.
+    """Times `(steps + 1,)` from 0 (noise) to 1 (data), float32 on the CPU. The model takes these times, too.
 
-    Hunyuan3D's schedule: its path runs against the usual direction. Even times reach 1 at the last step already, which
-    so has no length; the public checkpoints count their steps with it (Hunyuan3D-2.1 at 5e3ec6d, `hy3dshape`).
+    Hunyuan3D's schedule, whose path runs against the usual direction. The even times reach 1 one step early, so the
+    last step has length 0. The public checkpoints count it as a step (Hunyuan3D-2.1 at 5e3ec6d, `hy3dshape`).
     """
     times = np.linspace(0.0, 1.0, num_inference_steps)
     shifted = shift * times / (1 + (shift - 1) * times)
@@ -40,10 +40,10 @@ def rising_flow_schedule(num_inference_steps: int, shift: float = 1.0) -> Tensor
 
 
 def consistency_schedule(num_inference_steps: int, pcm_timesteps: int) -> Tensor:
-    """Times `(steps + 1,)` from 0 to 1 as in `rising_flow_schedule`, out of those that a model was distilled for.
+    """Times `(steps + 1,)` from 0 to 1 as in `rising_flow_schedule`, chosen from the times a model was distilled for.
 
-    Hunyuan3D's turbo checkpoints know `pcm_timesteps` of 1000 times (Wang et al. 2024, "Phased Consistency Models",
-    https://arxiv.org/abs/2405.18407). At most that many steps have a length.
+    Hunyuan3D's turbo checkpoints are distilled for `pcm_timesteps` of 1000 times (Wang et al. 2024, "Phased Consistency
+    Models", https://arxiv.org/abs/2405.18407). At most that many steps have a length above 0.
     """
     known = np.maximum(np.arange(pcm_timesteps) * (1000 // pcm_timesteps) - 1, 0)
     chosen = known[np.arange(num_inference_steps) * pcm_timesteps // num_inference_steps]
@@ -51,7 +51,7 @@ def consistency_schedule(num_inference_steps: int, pcm_timesteps: int) -> Tensor
 
 
 def euler_step(latents: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
-    """One step along the velocity, in float32 whatever the model's type, as FlowMatchEulerDiscreteScheduler does it."""
+    """One step along the velocity, in float32 for every type of model, as in FlowMatchEulerDiscreteScheduler."""
     return (latents.float() + (next_sigma - sigma) * velocity).to(velocity.dtype)
 
 
@@ -63,7 +63,7 @@ def classifier_free_guidance(cond: Tensor, uncond: Tensor, scale: float) -> Tens
 def rescale_to_norm(guided: Tensor, cond: Tensor) -> Tensor:
     """Give every token of a guided velocity `(batch, tokens, channels)` the norm of the conditional prediction.
 
-    As diffusers' Qwen-Image pipeline does after guidance. The official Elastic-DiT program does not.
+    diffusers' Qwen-Image pipeline does this after guidance. The official Elastic-DiT program does not.
     """
     ratio: Tensor = torch.norm(cond, dim=-1, keepdim=True) / torch.norm(guided, dim=-1, keepdim=True)
     return guided * ratio

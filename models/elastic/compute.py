@@ -1,4 +1,4 @@
-"""Counting compute: floating-point operations of blocks, by the sizes that really ran."""
+"""Counts compute: floating-point operations of blocks, by the sizes that really ran."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class BlockCost:
     """One row's floating-point operations in one block, two for each multiply-add.
 
-    `fixed` is everything but the MLP that may be narrowed, which costs `mlp` at full width. `always` is what the row
-    costs at this place even if the block is left out.
+    `mlp` is the cost of the MLP that may be narrowed, at full width. `fixed` is that of the rest of the block. `always`
+    is spent at this place even if the block is left out.
     """
 
     fixed: float
@@ -20,10 +20,10 @@ class BlockCost:
         return self.always + self.fixed + self.mlp
 
     def at_width(self, mlp_width: float) -> float:
-        """Of the block itself, when it runs."""
+        """The cost of the block itself when it runs, without `always`."""
         return self.fixed + self.mlp * mlp_width
 
 
 def attention_flops(num_tokens: int, channels: int, num_keys: int | None = None) -> float:
-    """Scores and weighted sum of attention from `num_tokens` to `num_keys`, or to themselves, all heads together."""
+    """Scores and weighted sums of all heads, from `num_tokens` queries to `num_keys` keys (by default as many)."""
     return 4.0 * num_tokens * (num_tokens if num_keys is None else num_keys) * channels

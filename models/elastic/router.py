@@ -1,8 +1,8 @@
-"""Routers: from what enters a block, and the time embedding, to a depth score and four width scores.
+"""Routers: from a block's input and the time embedding they compute a depth score and four width scores.
 
 The form is the official one (Elastic-DiT at ce39f1d, `diffsynth/models/qwen_image_dit.py`; arXiv 2602.13993 section 3):
-modulated LayerNorm, a linear trunk with ReLU on every token, the mean over tokens, two linear heads. Left out is the
-third part of its modulation, which it computes and throws away.
+modulated LayerNorm, a linear trunk with ReLU on every token, the mean over tokens, two linear heads. The official
+modulation has a third part, which is computed and thrown away; it is left out here.
 """
 
 import math
@@ -19,7 +19,7 @@ from models.elastic.plan import MLP_WIDTHS
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """A router's answer: `logits` `(batch, 5)` are that of depth, then those of width over MLP_WIDTHS."""
+    """`logits` `(batch, 5)`: one for depth, then one for each of MLP_WIDTHS."""
 
     logits: Tensor
 
@@ -33,11 +33,11 @@ class Scores:
 
 
 Scorer = Callable[[Sequence[Tensor], Tensor, Sequence[Tensor | None]], Scores]
-"""Scores a block's input from streams, modulation and masks, as `Router.forward` does."""
+"""Scores a block's input, with the arguments of `Router.forward`: streams, modulation and masks."""
 
 
 class Router(nn.Module):
-    """The router of one block. `channels` is the width of the block, `hidden` that of the trunk (128 officially)."""
+    """The router of one block. `channels` is the block's width, `hidden` the trunk's (officially 128)."""
 
     def __init__(self, channels: int, hidden: int = 128) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Gates begin at 0.7 and widths near full, as officially; the modulation begins as the identity."""
+        """As officially, gates start at 0.7, widths near full, and the modulation as the identity."""
         nn.init.zeros_(self.modulation_layer.weight)
         nn.init.zeros_(self.modulation_layer.bias)
         nn.init.kaiming_uniform_(self.trunk.weight, a=math.sqrt(5))
@@ -77,21 +77,21 @@ class Router(nn.Module):
     def forward(self, streams: Sequence[Tensor], modulation: Tensor, masks: Sequence[Tensor | None]) -> Scores:
         """Score a block's input.
 
-        `streams` are the text and image streams, each `(batch, tokens, channels)`, `masks` tell their real tokens
-        `(batch, tokens)` (None: all are). Padding never counts.
+        `streams` are `(batch, tokens, channels)` each, such as text and image. `masks` `(batch, tokens)` are true for
+        real tokens, None where all are real. Padding never counts.
         """
         mean = _mean_of_trunk(self.trunk.weight, self.trunk.bias, streams, modulation, masks)
         return Scores(torch.cat((self.gate_head(mean), self.width_head(mean)), dim=1))
 
     def fused(self) -> "FusedRouter":
-        """The router for inference. Its heads become views of one layer."""
+        """The router for inference. This router's heads become views of one joint layer."""
         heads = _as_one_layer([self.gate_head, self.width_head])
         return FusedRouter(self.trunk.weight, self.trunk.bias, heads.weight, heads.bias)
 
 
 @dataclass(frozen=True, slots=True)
 class FusedRouter:
-    """A router without modules and with one head: at small sizes a third of its time went into calling them."""
+    """A router without modules and with one joint head. At small sizes a third of its time went into module calls."""
 
     trunk_weight: Tensor
     trunk_bias: Tensor
@@ -108,8 +108,8 @@ def _mean_of_trunk(
 ) -> Tensor:
     """The trunk's mean output over real tokens, `(batch, hidden)`, for the arguments of `Router.forward`.
 
-    Two things are the same up to rounding as the official form and cheaper: the modulation goes into the trunk's
-    weights instead of every token, and the heads, being linear, see the mean rather than being averaged themselves.
+    Cheaper than the official form in two ways, and equal to it up to rounding. The modulation is applied to the trunk's
+    weights instead of to every token. The heads are linear, so they are applied to the mean instead of to every token.
     """
     shift, scale = modulation.chunk(2, dim=1)
     entering = streams[0] if len(streams) == 1 else torch.cat(tuple(streams), dim=1)
@@ -126,13 +126,13 @@ def _masked_mean(hidden: Tensor, streams: Sequence[Tensor], masks: Sequence[Tens
         for stream, mask in zip(streams, masks, strict=True)
     ]
     mask = torch.cat(whole, dim=1)
-    # Counted in float32: bfloat16 can't tell 4396 tokens from 4384.
+    # Counted in float32: bfloat16 cannot distinguish 4396 tokens from 4384.
     count = mask.sum(1, keepdim=True, dtype=torch.float32)
     return ((hidden * mask[..., None]).sum(1, dtype=torch.float32) / count).to(hidden.dtype)
 
 
 class RouterStack(nn.Module):
-    """One router a block, in the order of the blocks."""
+    """One router for each block, in the order of the blocks."""
 
     def __init__(self, num_blocks: int, channels: int, hidden: int = 128) -> None:
         super().__init__()
@@ -143,18 +143,19 @@ class RouterStack(nn.Module):
         return [cast(Router, router) for router in self.gate_mlps]
 
     def fused_modulation(self) -> nn.Linear:
-        """One layer that gives every block's modulation, one after the other, from SiLU of the time embedding.
+        """One layer that computes all blocks' modulations, joined in order, from SiLU of the time embedding.
 
         Modulations depend on the time embedding alone, so a step computes them all at once. The routers' own layers
-        become views of it: at the published size they are 2 GB, which nobody needs twice.
+        become views of this layer: at the published size they take 2 GB, which is then not needed twice.
         """
         return _as_one_layer([router.modulation_layer for router in self.routers])
 
 
 def _as_one_layer(layers: Sequence[nn.Linear]) -> nn.Linear:
-    """One layer that gives the outputs of all one after the other; they become views of it.
+    """One layer whose outputs are those of all `layers`, joined in order. The layers become views of it.
 
-    Its weights lie by input: of those of many outputs a CPU then reads each once, in order, for a few rows.
+    Its weights are stored with the inputs as rows: for few rows of input, a CPU then reads each weight once and in
+    order.
     """
     fused = nn.Linear(layers[0].in_features, sum(layer.out_features for layer in layers), device="meta")
     weight = torch.cat([layer.weight.detach().mT for layer in layers], dim=1).mT

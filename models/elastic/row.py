@@ -1,4 +1,4 @@
-"""One row of a batch, and what a step changes about it."""
+"""One row of a batch, and the changes that a step makes to it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,9 +13,9 @@ from models.report import StepDecision
 
 @dataclass(frozen=True, slots=True)
 class Residual:
-    """What a block once added to a row's two streams, `(tokens, channels)` each, and how often that was used again.
+    """What a block added to a row's two streams, `(tokens, channels)` each, and how often this was re-used since.
 
-    Of the text stream only real tokens: the padding may differ from step to step.
+    The text stream's part has real tokens only, since the padding may differ from step to step.
     """
 
     hidden_states: Tensor
@@ -25,18 +25,18 @@ class Residual:
 
 @dataclass(slots=True)
 class Allowance:
-    """Floating-point operations that a request may still spend in this step; infinite unless its budget is a cap."""
+    """Floating-point operations that a request may still spend in this step. Infinite unless its budget is a cap."""
 
     flops: float = float("inf")
 
 
 @dataclass(slots=True)
 class StepJournal:
-    """What one step changes about a row, apart until the step has succeeded, so that a failed step can be repeated.
+    """The changes that one step makes to a row. They take effect at its end, so a failed step can be repeated.
 
-    `residuals` has None where a stored one is outdated; `stores_residuals` says whether any was stored. Where a plan
-    measures a block's change, `measured_residual` is what that block added to the image stream, and `residual_change`
-    its distance from the row's reference.
+    `residuals` has None where a stored residual is outdated; `stores_residuals` says whether any was stored. Where a
+    plan measures a block's change, `measured_residual` is what that block added to the image stream, and
+    `residual_change` its distance from the row's reference.
     """
 
     flops: float = 0.0

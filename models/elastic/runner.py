@@ -1,4 +1,4 @@
-"""The block runner: executes any plan for the rows of a step, whatever each row's rule and policy are."""
+"""The block runner: plans and executes one block for the rows of a step. Each row has its own rule and policy."""
 
 import math
 import time
@@ -19,16 +19,16 @@ from models.elastic.streams import Streams, row_index
 from models.report import BlockReport, Decision, StepDecision
 
 CALL_COSTS_TOKENS = 100
-"""What a call of a block costs beside its tokens, in tokens' worth of time.
+"""The fixed cost of one call of a block, in units of the time of one token.
 
-On two CPU cores about 0.5 ms of the 0.9 ms that 64 tokens of 192 channels take. For a GPU estimated from sizes: some
-twenty kernels to launch, against about 3 microseconds a token of 3072 channels.
+On two CPU cores it is about 0.5 ms of the 0.9 ms that 64 tokens of 192 channels take. For a GPU it is estimated from
+sizes: some twenty kernels to launch, against about 3 microseconds for a token of 3072 channels.
 """
 
 _MASK_COSTS_SHARE = 0.05
-"""What a mask adds to a call, as a share of its tokens' time.
+"""The extra cost of a masked call, as a share of the time of its tokens.
 
-Estimated for a GPU, where it rules out flash attention: attention is a fifth of the work at 4096 tokens.
+Estimated for a GPU, where a mask rules out flash attention; attention is a fifth of the work at 4096 tokens.
 """
 
 
@@ -102,7 +102,7 @@ def _plan(
     scores: list[list[float]] | None = None
     if modulation is not None and block.router is not None:
         inputs, masks = streams.scored
-        # The one wait for the device in a block: five numbers a row, without which nothing can be left out.
+        # The one wait for the device in a block: plans are made on the host, from five numbers a row.
         scores = block.router(inputs, modulation, masks).logits.tolist()
     router_seconds = time.perf_counter() - started
     plans = []
@@ -182,12 +182,12 @@ def _reuse(name: str, streams: Streams, rows: Sequence[Row], plans: Sequence[Row
 
 
 def _sigmoid(logit: float) -> float:
-    """By way of tanh, since exp overflows under -709."""
+    """Computed by tanh, since exp overflows below -709."""
     return 0.5 * (1 + math.tanh(0.5 * logit))
 
 
 def _settle(row: Row, plan: RowPlan, cost: BlockCost) -> RowPlan:
-    """Account for a plan; one that the request's allowance cannot pay for becomes a skip."""
+    """Account for a plan. A plan that the request's allowance cannot pay for becomes a skip."""
     row.journal.flops += cost.always
     if plan.decision is not Decision.RUN:
         return plan
@@ -208,7 +208,7 @@ def _keep_residuals(
     image: Tensor,
     text: Tensor,
 ) -> None:
-    """Store what the block added for the rows whose plan says that it may be used again, and drop outdated ones."""
+    """Store what the block added, for the rows whose plan keeps it, and drop residuals that are now outdated."""
     for position, i in enumerate(chosen):
         rows[i].journal.residuals[name] = None
         if plans[i].keeps_residual:
@@ -234,7 +234,7 @@ def _add_residuals(
 
 
 def _padded(text: Tensor, like: Tensor) -> Tensor:
-    """Text tokens `(rows, tokens, channels)`, with zeros up to as many tokens as `like` has."""
+    """Text tokens `(rows, tokens, channels)`, padded with zeros to the number of tokens of `like`."""
     missing = like.shape[1] - text.shape[1]
     return F.pad(text, (0, 0, 0, missing)) if missing else text
 

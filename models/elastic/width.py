@@ -1,4 +1,4 @@
-"""Narrow MLPs: blocks whose feed-forward uses a prefix of its hidden neurons, sharing the original's memory."""
+"""Narrow MLPs: blocks whose feed-forward uses a prefix of its hidden neurons and shares the original's memory."""
 
 import copy
 from collections.abc import Mapping
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 def narrowed(block: nn.Module, keep_rows: Mapping[str, int], keep_columns: Mapping[str, int]) -> nn.Module:
-    """A twin of `block` whose linear layers named in the mappings keep only their first output or input features.
+    """A twin of `block` in which some linear layers are cut. The arguments map names of layers to numbers of features.
 
-    Every weight of the twin is the original's tensor or a view into it: nothing is copied, and a change of the original
-    shows in the twin.
+    Layers in `keep_rows` keep their first outputs, layers in `keep_columns` their first inputs. Every weight of the
+    twin is the original's tensor or a view of it. Nothing is copied, and a change of the original shows in the twin.
     """
     shared = {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())}
     twin = copy.deepcopy(block, shared)
@@ -42,11 +42,11 @@ def _view(tensor: Tensor) -> nn.Parameter:
 def permute_hidden_neurons(
     first: nn.Linear, last: nn.Linear, order: Tensor, first_row: int = 0, first_column: int = 0
 ) -> None:
-    """Reorder an MLP's hidden neurons in place, which changes nothing at full width but the order of a sum.
+    """Reorder an MLP's hidden neurons in place. At full width this changes only the order of a sum.
 
-    `order` `(hidden,)` holds old positions, the most important first. The hidden neurons are the outputs of `first`
-    from `first_row` on and enter `last` from column `first_column` on: single-stream blocks have attention's channels
-    before.
+    `order` `(hidden,)` holds old positions, the most important neuron first. The hidden neurons are the outputs of
+    `first` from `first_row` on and the inputs of `last` from `first_column` on. Single-stream blocks have attention's
+    channels before them.
     """
     rows = slice(first_row, first_row + len(order))
     first.weight[rows] = first.weight[rows][order]

@@ -1,4 +1,4 @@
-"""What all families share: elastic blocks around a loaded transformer, and requests in batches of rows."""
+"""What all families share: elastic blocks around a loaded transformer, and requests as rows of a batch."""
 
 import math
 from abc import ABC, abstractmethod
@@ -27,7 +27,7 @@ from models.weights import CheckpointTraits, Manifest, RouterWeights
 
 
 class BranchStart(NamedTuple):
-    """One guidance branch at its start: its name in traces, its inputs, and what each block costs on its row."""
+    """One guidance branch at its start: its name in traces, its inputs, and the cost of each block for its row."""
 
     name: str
     inputs: BranchInputs
@@ -37,8 +37,8 @@ class BranchStart(NamedTuple):
 class Family(ABC):
     """One loaded model.
 
-    `blocks` are the elastic blocks in order; `routers`, if there are any, stand beside the model, whose state dict is
-    untouched. `quality_metric` names what `similarity` measures.
+    `adapter` takes the transformer apart. `blocks` are the elastic blocks in order. `routers`, if there are any, stand
+    beside the model, so its state dict is unchanged. `quality_metric` names the metric of `similarity`.
     """
 
     adapter: Adapter
@@ -62,7 +62,7 @@ class Family(ABC):
         traits: CheckpointTraits,
         offload_text_encoders: bool,
     ) -> Self:
-        """Load a model directory. Raises WeightsError if parts are missing or do not fit."""
+        """Load a model directory. Raises WeightsError if parts are missing or do not fit together."""
 
     @property
     @abstractmethod
@@ -78,11 +78,11 @@ class Family(ABC):
 
     @abstractmethod
     def card(self, basics: ModelCard, manifest: Manifest) -> ModelCard:
-        """The model's card, from what all cards have and what the manifest says of defaults."""
+        """The model's card, from the fields that all cards have and the manifest's defaults."""
 
     @abstractmethod
     def example_request(self, card: ModelCard) -> GenerationRequest:
-        """A request of the card's defaults, as dear as a client's, at the exact budget."""
+        """A request with the card's defaults at the exact budget. It costs as much as a client's."""
 
     @abstractmethod
     def start(
@@ -92,40 +92,40 @@ class Family(ABC):
         point: CurvePoint,
         compute_cap: float | None = None,
     ) -> DenoiseState:
-        """Encode what the request shows or says and draw the noise. Raises InvalidRequest if it can't be read."""
+        """Encode the prompt or the image, and draw the noise. Raises InvalidRequest if the input can't be used."""
 
     @abstractmethod
     def prologue(self, states: Sequence[DenoiseState]) -> Streams:
-        """The streams that enter the first block, one row a guidance branch of each state."""
+        """The streams that enter the first block, one row for each guidance branch of each state."""
 
     @abstractmethod
     def guide(self, request: GenerationRequest, velocities: Tensor) -> Tensor:
-        """One velocity `(1, tokens, channels)` from those of the branches `(branches, tokens, channels)`."""
+        """Guidance: one velocity `(1, tokens, channels)` from the branches' `(branches, tokens, channels)`."""
 
     @abstractmethod
     def decode(self, state: DenoiseState) -> NDArray[np.uint8] | CleanMesh:
-        """Latents to pixels `(height, width, 3)` or to a mesh."""
+        """Decode a done state to pixels `(height, width, 3)` or a mesh."""
 
     @abstractmethod
     def preview(self, request: GenerationRequest, prediction: Tensor) -> NDArray[np.uint8] | CleanMesh:
-        """What a predicted clean sample `(1, tokens, channels)` looks like, cheaply: few pixels or a coarse mesh."""
+        """A cheap preview of a predicted clean sample `(1, tokens, channels)`: few pixels or a coarse mesh."""
 
     @abstractmethod
     def quality_sample(self, state: DenoiseState) -> NDArray[Any]:
-        """What `similarity` compares of a done state."""
+        """The part of a done state's result that `similarity` compares."""
 
     @abstractmethod
     def similarity(self, a: NDArray[Any], b: NDArray[Any]) -> float:
-        """How alike two quality samples are, 1 being the same."""
+        """The similarity of two quality samples by `quality_metric`; 1 means equal."""
 
     def router_modulations(self, streams: Streams) -> tuple[Tensor, ...] | None:
-        """What each block's router takes from the time embedding of this step; None without routers."""
+        """Each block's router modulation, from the time embedding of this step. None without routers."""
         if self._router_modulation is None:
             return None
         return self._router_modulation(F.silu(streams.temb)).chunk(len(self.blocks), dim=1)
 
     def epilogue(self, states: Sequence[DenoiseState], streams: Streams) -> list[Tensor]:
-        """Each state's velocity `(1, tokens, channels)`, guidance applied."""
+        """Each state's velocity `(1, tokens, channels)`, with guidance applied."""
         velocities = self.adapter.epilogue(self.transformer, streams).split([len(state.rows) for state in states])
         return [v if len(v) == 1 else self.guide(state.request, v) for state, v in zip(states, velocities, strict=True)]
 
@@ -142,9 +142,9 @@ class Family(ABC):
         timesteps: Tensor,
         branches: Sequence[BranchStart],
     ) -> DenoiseState:
-        """A state before its first step; states of one `shape` can share steps.
+        """A state before its first step. States of equal `shape` can share steps.
 
-        Raises InvalidRequest if what no plan can leave out costs more than the cap.
+        Raises InvalidRequest if the compute that no plan can leave out exceeds the cap.
         """
         rows = [Row(RULES[point.rule], point.policy, branch.name, len(timesteps), branch.costs) for branch in branches]
         dense_flops = sum(cost.dense for row in rows for cost in row.costs.values())
@@ -170,7 +170,7 @@ class Family(ABC):
         )
 
     def _latents_and_times(self, states: Sequence[DenoiseState]) -> tuple[Tensor, Tensor]:
-        """Latents `(rows, tokens, channels)` and float32 times `(rows,)`, as in `timesteps`, of all branches."""
+        """Latents `(rows, tokens, channels)` and float32 `timesteps` `(rows,)` of all branches."""
         latents = torch.cat([state.latents for state in states for _ in state.rows])
         times = torch.cat([state.timesteps[state.step_index].expand(len(state.rows)) for state in states])
         return latents, times.to(latents.device)

@@ -1,4 +1,4 @@
-"""What the text-to-image families share: prompts, noise, positions and pixels."""
+"""What the text-to-image families share: prompts, noise, position factors and pixels."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from models.weights import Manifest, RouterWeights
 
 
 class Branch(NamedTuple):
-    """One guidance branch: its name in traces, its prompt, and the request's field that this came from."""
+    """One guidance branch: its name in traces, its prompt, and the request's field with that prompt."""
 
     name: str
     prompt: str
@@ -32,7 +32,7 @@ class Branch(NamedTuple):
 
 
 class ImageFamily(Family):
-    """One loaded text-to-image model. What a subclass adds is its pipeline's own code, called piece by piece."""
+    """One loaded text-to-image model. Subclasses call the code of their diffusers pipeline, piece by piece."""
 
     quality_metric: ClassVar[str] = "ssim"
 
@@ -44,12 +44,12 @@ class ImageFamily(Family):
     @property
     @abstractmethod
     def default_side(self) -> int:
-        """Sides in pixels of an image whose size nobody says, as in the stock pipeline."""
+        """The stock pipeline's default height and width in pixels."""
 
     @property
     @abstractmethod
     def max_sequence_length(self) -> int:
-        """Tokens of a prompt that the transformer reads."""
+        """How many tokens of a prompt the transformer reads at most."""
 
     @abstractmethod
     def block_costs(self, height: int, width: int, num_text_tokens: int) -> Mapping[str, BlockCost]:
@@ -65,13 +65,13 @@ class ImageFamily(Family):
 
     @abstractmethod
     def _rotary_factors(self, num_text_tokens: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Position factors as the transformer takes them, for an image whose sides are in tokens."""
+        """Position factors as the transformer takes them. `height` and `width` are in tokens."""
 
     @abstractmethod
     def _encode_images(self, images: Tensor) -> Tensor:
         """Latents `(images, channels, rows, columns)`, scaled for the transformer, without the encoder's noise.
 
-        `images` is `(images, 3, height, width)` in [-1, 1], on the VAE's device and of its type.
+        `images` is `(images, 3, height, width)` in [-1, 1], on the VAE's device and in its type.
         """
 
     @abstractmethod
@@ -79,7 +79,7 @@ class ImageFamily(Family):
 
     @property
     def pixels_per_token(self) -> int:
-        """Sides of an image are multiples of this."""
+        """Heights and widths of images are multiples of this."""
         return int(self.pipeline.vae_scale_factor) * 2
 
     def card(self, basics: ModelCard, manifest: Manifest) -> ImageCard:
@@ -89,7 +89,7 @@ class ImageFamily(Family):
             default_height=height,
             default_width=width,
             sizes=SizeLimits(self.pixels_per_token, 4 * self.pixels_per_token, 2 * max(height, width)),
-            max_prompt_characters=16 * self.max_sequence_length,  # ahead of counting its tokens
+            max_prompt_characters=16 * self.max_sequence_length,  # a quick check before tokens are counted
         )
 
     def example_request(self, card: ModelCard) -> ImageRequest:
@@ -137,9 +137,9 @@ class ImageFamily(Family):
 
     @torch.inference_mode()
     def preview(self, request: GenerationRequest, prediction: Tensor) -> NDArray[np.uint8]:
-        """A pixel for each of the latents, `(rows, columns, 3)`. The first call fits their colours, with the VAE."""
+        """One pixel for each latent pixel, `(rows, columns, 3)`. The first call fits their colours, with the VAE."""
         latents = self._unpacked(prediction, request)
-        # The frame axis of a video VAE, which has one frame, goes.
+        # Drops the frame axis of a video VAE, which has one frame.
         return apply_colour_map(self._colour_map, latents.view(-1, *latents.shape[-2:]))
 
     @cached_property
@@ -152,7 +152,11 @@ class ImageFamily(Family):
         return self.decode(state)
 
     def similarity(self, a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
-        """SSIM of two images (Wang et al. 2004), over their channels, window 7, uniform."""
+        """SSIM (Wang et al. 2004) of two uint8 images, as scikit-image computes it by default.
+
+        Uniform window of 7 x 7 pixels, sample covariance, data range 255; the mean over the three channels and over all
+        pixels but a border of 3.
+        """
         return float(structural_similarity(a, b, channel_axis=2, data_range=255))
 
     def _draw_latents(self, request: ImageRequest) -> Tensor:
@@ -167,12 +171,12 @@ class ImageFamily(Family):
             transformer.device,
             torch.Generator().manual_seed(request.seed),
         )
-        # FLUX's pipeline gives the positions of its tokens too.
+        # FLUX's pipeline also returns the positions of its tokens.
         latents: Tensor = drawn[0] if isinstance(drawn, tuple) else drawn
         return latents
 
     def _unpacked(self, latents: Tensor, request: GenerationRequest) -> Tensor:
-        """Tokens in the VAE's order, still scaled for the transformer: `(1, channels, [1 frame,] rows, columns)`."""
+        """Latents in the VAE's order, still scaled for the transformer: `(1, channels, [1 frame,] rows, columns)`."""
         assert isinstance(request, ImageRequest)
         unpacked: Tensor = self.pipeline._unpack_latents(
             latents, request.height, request.width, self.pipeline.vae_scale_factor
@@ -184,12 +188,12 @@ class ImageFamily(Family):
         assert isinstance(request, ImageRequest)
         key = (num_text_tokens, request.height // self.pixels_per_token, request.width // self.pixels_per_token)
         if key not in self._rotary:
-            if len(self._rotary) == 64:  # image sizes and prompt lengths in use at the same time are few
+            if len(self._rotary) == 64:  # few sizes and prompt lengths are in use at a time
                 self._rotary.clear()
             self._rotary[key] = self._rotary_factors(*key)
         return self._rotary[key]
 
     def _pixels(self, image: Tensor) -> NDArray[np.uint8]:
-        """Decoded `(1, 3, height, width)` in [-1, 1] as the stock pipeline rounds it."""
+        """Pixels of a decoded image `(1, 3, height, width)` in [-1, 1], rounded as in the stock pipeline."""
         pixels: NDArray[Any] = self.pipeline.image_processor.postprocess(image, output_type="np")[0]
         return (pixels * 255).round().astype(np.uint8)

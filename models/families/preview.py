@@ -1,6 +1,6 @@
-"""Small images of latents without a decoder: a linear map from a latent pixel's channels to its mean colour.
+"""Previews of latents without a decoder: a linear map from the channels of a latent pixel to its mean colour.
 
-The map is fitted to a model's own VAE on images drawn here, so any checkpoint has one, and none has to be shipped.
+The map is fitted to a model's own VAE on images drawn here. So it exists for any checkpoint and need not be shipped.
 """
 
 import numpy as np
@@ -12,12 +12,12 @@ from torch.nn import functional as F
 _NUM_IMAGES = 32
 _SHAPES_PER_IMAGE = 6
 _SIDE = 64
-"""In pixels: 2048 equations a colour, for 17 unknowns, where 8 pixels and 16 channels make a latent pixel, as in the
-published VAEs. Of both tiny models, images of twice the side gave previews that were no closer to the results."""
+"""In pixels. Where a latent pixel is 8 pixels wide and has 16 channels, as in the published VAEs, there are 2048
+equations a colour for 17 unknowns. With both tiny models, twice the side gave previews no closer to the results."""
 
 
 def fitting_images() -> Tensor:
-    """`(images, 3, height, width)` in [-1, 1], always the same: gradients under rectangles and soft blobs."""
+    """Fixed images `(images, 3, height, width)` in [-1, 1]: gradients under rectangles and soft blobs."""
     rng = torch.Generator().manual_seed(0)
     axis = torch.linspace(-1, 1, _SIDE)
     points = torch.stack(torch.meshgrid(axis, axis, indexing="ij"))
@@ -28,7 +28,7 @@ def fitting_images() -> Tensor:
     slope = (uniform(2) * points).sum(1, keepdim=True)
     images = uniform(3) + uniform(3) * slope
     for shape in range(_SHAPES_PER_IMAGE):
-        # From the centre in units of the shape's own half sides.
+        # Distance from the centre in units of the shape's half sides.
         offset = (points - uniform(2)) / (0.1 + 0.4 * uniform(2).abs())
         is_rectangle = shape % 2 == 0
         cover = (offset.abs() < 1).all(1, keepdim=True) if is_rectangle else (-offset.square().sum(1, True)).exp()
@@ -37,9 +37,9 @@ def fitting_images() -> Tensor:
 
 
 def fit_colour_map(latents: Tensor, images: Tensor) -> Tensor:
-    """Least squares from `latents`, `(images, channels, rows, columns)`, to the mean colours of their pixels.
+    """A least-squares map from `latents` `(images, channels, rows, columns)` to the mean colours of their pixels.
 
-    The map is `(channels + 1, 3)`, the bias in its last row, in float64 on the CPU; `apply_colour_map` applies it.
+    It is `(channels + 1, 3)` with the bias in the last row, float64 on the CPU. `apply_colour_map` applies it.
     """
     rows, columns = latents.shape[-2:]
     colours = F.adaptive_avg_pool2d(images.double(), (rows, columns)).movedim(1, -1)
@@ -54,5 +54,5 @@ def apply_colour_map(colour_map: Tensor, latents: Tensor) -> NDArray[np.uint8]:
 
 
 def _with_one(latents: Tensor) -> Tensor:
-    """Channels last, and a 1 after them; waits for the device."""
+    """Latents with channels last and a 1 appended. Waits for the device."""
     return F.pad(latents.cpu().double().movedim(-3, -1), (0, 1), value=1)

@@ -1,4 +1,4 @@
-"""Wrapping a transformer's own blocks as elastic ones: narrow twins, routers beside them, neurons in order."""
+"""Wraps a transformer's own blocks as elastic blocks: narrow twins, routers beside them, neurons in order."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -17,8 +17,8 @@ from models.weights import RouterWeights
 class Mlp(NamedTuple):
     """The two layers of an MLP that may be narrowed.
 
-    Its hidden neurons are the outputs of `first` from `row` on, and enter `last` from `column` on: some families keep
-    attention's channels before them.
+    Its hidden neurons are the outputs of `first` from `row` on and the inputs of `last` from `column` on. Some families
+    have attention's channels before them.
     """
 
     first: nn.Linear
@@ -32,9 +32,10 @@ class Mlp(NamedTuple):
 
 
 class Adapter(Protocol):
-    """A family's adapter module: how its transformer comes apart. `prologue` differs from family to family.
+    """A family's adapter module, which takes its transformer apart. It also has a `prologue` with its own arguments.
 
-    `mlps` gives the MLPs of a block that may be narrowed, by name; the name is empty where there is but one.
+    `channels` is the width of the blocks. `mlps` are the MLPs of a block that may be narrowed, by name; the name of a
+    single one is empty. `call_block` returns the text stream, then the image stream; `epilogue` the velocity.
     """
 
     def channels(self, transformer: Any, /) -> int: ...
@@ -46,9 +47,9 @@ class Adapter(Protocol):
 
 @runtime_checkable
 class LongSkipAdapter(Protocol):
-    """What an adapter has besides where blocks leave their state for later ones.
+    """Extra hooks for adapters with long skips, where blocks leave their state for later blocks.
 
-    What happens before and after the block of a number, for every row and whatever its plan; None where nothing does.
+    The hooks run before and after block `index`, for every row, whatever its plan. None: the block has no such hook.
     """
 
     def enter_hook(self, transformer: Any, index: int, /) -> Callable[[Streams], Streams] | None: ...
@@ -58,9 +59,10 @@ class LongSkipAdapter(Protocol):
 def elastic_blocks(
     transformer: Any, adapter: Adapter, router_weights: RouterWeights | None
 ) -> tuple[ElasticBlock, ...]:
-    """The transformer's blocks with their narrow twins and, if there are any, routers.
+    """The transformer's blocks with their narrow twins and, if there are any, their routers.
 
-    Puts hidden neurons in the routers' order, in place. Raises WeightsError if routers or orders do not fit.
+    Puts hidden neurons into the order that comes with the routers, in place. Raises WeightsError if routers or orders
+    do not fit.
     """
     blocks = adapter.blocks(transformer)
     routers: list[Any] = [None] * len(blocks)
@@ -90,7 +92,7 @@ def _check_fit(stack: RouterStack, num_blocks: int, channels: int) -> None:
 
 
 def _narrow(block: nn.Module, mlp_width: float, adapter: Adapter) -> nn.Module:
-    """The block with a prefix of its MLPs' hidden neurons."""
+    """A twin of the block whose MLPs keep a prefix of their hidden neurons."""
     names = {id(module): name for name, module in block.named_modules()}
     keep_rows, keep_columns = {}, {}
     for mlp in adapter.mlps(block).values():
@@ -105,17 +107,19 @@ def permute_neurons(
     orders: Mapping[str, Tensor],
     mlps: Callable[[nn.Module], Mapping[str, Mlp]],
 ) -> None:
-    """Put the hidden neurons of the MLPs that `orders` names in its orders, in place.
+    """Reorder hidden neurons in place. `orders` maps names of MLPs, as of `mlp_name`, to their orders.
 
     Raises WeightsError if an order does not fit.
     """
     named = {mlp_name(block, part): mlp for block, module in blocks.items() for part, mlp in mlps(module).items()}
     for name, order in orders.items():
         if name not in named:
-            raise WeightsError(f"neuron_order.{name} is of no block; there are: {', '.join(named)}")
+            raise WeightsError(f"neuron_order.{name} names no MLP of the model; there are: {', '.join(named)}")
         mlp = named[name]
         if sorted(order.tolist()) != list(range(mlp.num_hidden)):
-            raise WeightsError(f"neuron_order.{name} is no order of the block's {mlp.num_hidden} hidden neurons")
+            raise WeightsError(
+                f"neuron_order.{name} is not a permutation of the block's {mlp.num_hidden} hidden neurons"
+            )
         permute_hidden_neurons(mlp.first, mlp.last, order.to(mlp.first.weight.device), mlp.row, mlp.column)
 
 

@@ -1,4 +1,4 @@
-"""From the triangles of a surface to a mesh worth keeping, and what there is to say about it."""
+"""Cleans up the triangles of a surface and reports on the resulting mesh."""
 
 from dataclasses import dataclass
 
@@ -12,18 +12,18 @@ from models.mesh.surface import Mesh
 from models.report import MeshReport
 
 FLOATER_RATIO = 0.005
-"""Components with fewer faces than this share of the largest one's, rounded down, are removed, as Hunyuan3D's clean-up
-does it with pymeshlab."""
+"""Components with fewer faces than this share of the largest component's, rounded down, are removed. Hunyuan3D's
+clean-up does this with pymeshlab."""
 
 _AGGRESSION = 5
-"""How fast the tolerance for a collapse grows. Slower than fast-simplification's own 7, for fewer folds in the same
-time; at 3 it ends before small targets are reached."""
+"""How fast the tolerance for a collapse grows. fast-simplification's default is 7; 5 gives fewer folds in as much time,
+and 3 ends before small targets are reached."""
 
 _STAGE = 10
-"""A reduction by more is done in several. Rotated boxes of 300,000 faces so reach 1000, not 1554."""
+"""Reductions by a larger factor go in stages: rotated boxes of 300,000 faces then reach 1000 instead of 1554."""
 
 _JITTER = 1e-5
-"""Of the mesh's largest extent; less than 0.01 voxel."""
+"""Share of the mesh's largest extent. This is less than 0.01 voxel."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,11 +35,11 @@ class CleanMesh:
 def clean(mesh: Mesh, target_faces: int | None = None) -> CleanMesh:
     """`mesh` without repeated vertices, degenerate and duplicate faces, and floaters, reduced to `target_faces` faces.
 
-    Degenerate is a face with a repeated vertex: taking it away leaves no hole. Faces agree on what is outside, and the
-    volume is positive. Without `target_faces`, or below it, nothing is reduced. Where faces can no longer be taken
-    without ruining the shape, which on simple solids was seen from 1000 downwards, more than `target_faces` stay; the
-    report has the number.
-    Raises `EmptySurface` where nothing is left.
+    A face with a repeated vertex is degenerate; removing it leaves no hole. Faces of the result are consistently
+    oriented, and its volume is positive. Nothing is reduced without `target_faces`, or if there are no more faces than
+    that. More than `target_faces` remain where fewer would ruin the shape, which was seen on simple solids from 1000
+    downwards; the report has the number.
+    Raises `EmptySurface` if nothing is left.
     """
     body = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
     body.merge_vertices()
@@ -69,14 +69,14 @@ def _require_faces(body: trimesh.Trimesh, source: Mesh) -> None:
 
 
 def _drop_faces_without_volume(body: trimesh.Trimesh) -> None:
-    """Of faces over the same three vertices keep one, or none where they face each other: a fold without thickness.
+    """Of several faces over the same three vertices keep one, or none where they face opposite ways, as in a flat fold.
 
-    To keep one side of a fold would leave an edge with three faces.
+    Keeping one side of a fold would leave an edge with three faces.
     """
     faces = np.sort(body.faces, axis=1)
     has_three_vertices = (np.diff(faces, axis=1) > 0).all(axis=1)
     _, triple = trimesh.grouping.unique_rows(faces)
-    # Turned so that its smallest vertex comes first, a face differs from its reverse in the order of the other two.
+    # With the smallest vertex first, a face and its reverse differ in the order of the other two vertices.
     turned = (body.faces.argmin(axis=1)[:, None] + (1, 2)) % 3
     second, third = np.take_along_axis(body.faces, turned, axis=1).T
     side = np.where(second < third, 1, -1)
@@ -88,7 +88,7 @@ def _drop_faces_without_volume(body: trimesh.Trimesh) -> None:
 
 
 def _component_of_faces(body: trimesh.Trimesh) -> NDArray[np.int64]:
-    """Faces that share a vertex, directly or through others, are of one component; they are numbered from 0."""
+    """The component of each face, numbered from 0. Faces that share a vertex belong to one component."""
     of_vertices = trimesh.graph.connected_component_labels(body.edges_unique, node_count=len(body.vertices))
     of_faces: NDArray[np.int64] = of_vertices[body.faces[:, 0]]
     return of_faces
@@ -104,16 +104,17 @@ def _remove_floaters(body: trimesh.Trimesh) -> int:
 
 
 def _reduced(body: trimesh.Trimesh, target_faces: int) -> trimesh.Trimesh:
-    """Edge collapses by quadric error (Garland and Heckbert 1997), by fast-simplification.
+    """Edge collapses by quadric error (Garland and Heckbert 1997), with fast-simplification.
 
-    The tolerance grows with each of its passes, so on the way to few faces it would cut deep while cheap collapses are
-    left: it goes there in stages. A stage that falls short is the last, for another would go on without any tolerance.
+    The tolerance grows with each of its passes, so a reduction to few faces would make bad collapses while good ones
+    are left. Therefore it is done in stages. A stage that misses its target is the last: another one would have no
+    limit on the tolerance.
     """
     falls_short = False
     while len(body.faces) > target_faces and not falls_short:
         stage_target = max(target_faces, len(body.faces) // _STAGE)
-        # On exact planes the quadrics are singular but for rounding, and the collapsed vertex flies off along the
-        # plane: meshes with flat sides kept more faces than asked for, or lost most of their volume.
+        # On exact planes the quadrics are singular up to rounding, and a collapsed vertex can move far along the plane.
+        # Without noise, meshes with flat sides kept more faces than asked for, or lost most of their volume.
         noise = np.random.default_rng(0).normal(size=body.vertices.shape) * (_JITTER * body.extents.max())
         vertices, faces = fast_simplification.simplify(
             body.vertices + noise, body.faces.astype(np.int32), target_count=stage_target, agg=_AGGRESSION

@@ -1,4 +1,4 @@
-"""From a mesh to the bytes of a file. All formats keep the mesh's frame: y is up, as glTF has it."""
+"""Encodes meshes as files. All formats keep the mesh's axes: y is up, as in glTF."""
 
 from typing import Any
 
@@ -17,9 +17,10 @@ _GENERATOR = "elastic-dit-serve"
 
 
 def encode_mesh(mesh: Mesh, mesh_format: MeshFormat) -> bytes:
-    """The file for `mesh`; the same bytes for the same mesh.
+    """The bytes of the file for `mesh`. Equal meshes give equal bytes.
 
-    GLB, OBJ and PLY carry a normal for each vertex, the mean of its faces' by their angles; STL has one for each face.
+    GLB, OBJ and PLY have a normal for each vertex: the mean of its faces' normals, weighted by angle. STL has one for
+    each face.
     """
     body = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
     data: str | bytes
@@ -39,7 +40,7 @@ def _glb(body: trimesh.Trimesh) -> bytes:
     def name_generator(tree: dict[str, Any]) -> None:
         tree["asset"]["generator"] = _GENERATOR
 
-    # What glTF assumes where no material is given is metal, which is black in viewers without surroundings to reflect.
+    # glTF's default material is metal, which is black in viewers without surroundings to reflect.
     clay = PBRMaterial(metallicFactor=0.0, roughnessFactor=0.8, baseColorFactor=[0.8, 0.8, 0.8, 1.0])
     body.visual = TextureVisuals(material=clay)
     scene = trimesh.Scene()

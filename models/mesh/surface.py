@@ -1,4 +1,4 @@
-"""From a field's values on a grid to the triangles of its surface. No torch: it can run beside the device thread."""
+"""Extracts a field's surface from its values on a grid. No torch: it can run beside the device thread."""
 
 from dataclasses import dataclass
 
@@ -9,15 +9,15 @@ from skimage.measure import marching_cubes
 from models.errors import EmptySurface
 
 BOUNDS = 1.01
-"""Half the side of the cube that grids fill, centred on the origin: where Hunyuan3D's shape VAE was trained."""
+"""Half the side of the cube, centred on the origin, that grids fill. Hunyuan3D's shape VAE was trained in this cube."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mesh:
     """Triangles, counter-clockwise seen from outside.
 
-    `vertices` is `(vertices, 3)` float32 x, y, z with y up, as the models are trained and glTF has it; `faces` is
-    `(faces, 3)` int32, rows of `vertices`.
+    `vertices` `(vertices, 3)` float32 are x, y, z with y up, as in glTF and in the models' training. `faces`
+    `(faces, 3)` int32 are rows of `vertices`.
     """
 
     vertices: NDArray[np.float32]
@@ -25,13 +25,13 @@ class Mesh:
 
 
 def extract_surface(grid_logits: NDArray[np.float32], *, iso_level: float = 0.0, bounds: float = BOUNDS) -> Mesh:
-    """Where the field is `iso_level`, positive being inside: marching cubes (Lewiner et al. 2003, by scikit-image).
+    """The surface where the field is `iso_level`, by marching cubes (Lewiner et al. 2003, scikit-image).
 
-    `grid_logits` is `(points,) * 3`, x first, and reaches from -`bounds` to `bounds`, both included; with R cells a
-    side the point i stands at `i / R * 2 * bounds - bounds`. (Hunyuan3D's own code divides by R + 1, and so shrinks and
-    shifts its meshes.) NaN is a point not evaluated, and cells with such a corner are left out. A solid that the border
-    of the grid cuts off is closed flat there.
-    Raises `EmptySurface` where all points lie on one side.
+    The field is larger inside. `grid_logits` is `(points,) * 3`, x first, from -`bounds` to `bounds`, both included:
+    with R cells a side, point i is at `i / R * 2 * bounds - bounds`. (Hunyuan3D's own code divides by R + 1, which
+    shrinks and shifts its meshes.) NaN marks points that were not evaluated; cells with such a corner are left out. A
+    solid that reaches beyond the grid is closed by a flat face at the grid's border.
+    Raises `EmptySurface` if all points lie on one side.
     """
     lowest, highest = float(np.nanmin(grid_logits)), float(np.nanmax(grid_logits))
     if not lowest <= iso_level < highest:
@@ -41,13 +41,13 @@ def extract_surface(grid_logits: NDArray[np.float32], *, iso_level: float = 0.0,
     num_cells = len(grid_logits) - 1
     is_cut = any((end > iso_level).any() for dim in range(3) for end in np.take(grid_logits, [0, -1], axis=dim))
     if is_cut:
-        # So far outside that the vertices beyond the border are as good as on it.
+        # So low a value that the vertices of the closing face lie on the border up to rounding.
         grid_logits = np.pad(grid_logits, 1, constant_values=iso_level - 1e6 * (highest - iso_level))
     is_known = ~np.isnan(grid_logits)
     positions, faces, _, _ = marching_cubes(
         grid_logits,
         iso_level,
-        # scikit-image's "descent" turns faces for axes in the order z, y, x.
+        # scikit-image's "descent" orients faces for axes in the order z, y, x.
         gradient_direction="ascent",
         mask=None if is_known.all() else _last_corners_of_complete_cells(is_known),
     )
@@ -58,7 +58,7 @@ def extract_surface(grid_logits: NDArray[np.float32], *, iso_level: float = 0.0,
 
 
 def _last_corners_of_complete_cells(is_known: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The form of scikit-image's mask: it looks a cell up by its corner with the largest indices."""
+    """scikit-image's mask: it is read at the corner of each cell with the largest indices."""
     complete = is_known[1:] & is_known[:-1]
     complete = complete[:, 1:] & complete[:, :-1]
     mask = np.zeros_like(is_known)

@@ -1,14 +1,14 @@
-"""From a field to its values on a grid: at every point, or only near the surface.
+"""Evaluates a field on a grid: at every point, or only near the surface.
 
-A field is positive inside and negative outside; away from the surface it may saturate, as a clipped signed distance
-does. Grids are `(octree_resolution + 1,) * 3`: `octree_resolution` counts cells, the first axis is x and the slowest.
-Hunyuan3D's hierarchical volume decoding refines in the same order; which points it refines is decided differently here:
+A field is positive inside and negative outside. Away from the surface it may saturate, as a clipped signed distance
+does. Grids are `(octree_resolution + 1,) * 3`; `octree_resolution` counts cells, and the first axis is x, the slowest.
+Levels go from coarse to fine, as in Hunyuan3D's hierarchical volume decoding. Three things differ from it:
 
-- Values of a coarser level are kept: its points are points of every finer one.
-- A point is refined where the field, at the steepest it changes around that point, could reach the level within a cell,
-  instead of wherever it has not saturated. A wide band of saturation then costs nothing.
-- After each level, cells that the surface is seen to pass are completed, until no more are found. So a part of the
-  surface that is met anywhere is followed to its end.
+- Values of a coarser level are kept, since its points are points of every finer level.
+- A point is refined where the field could reach the iso level within a cell, judged by its steepest change around that
+  point. Hunyuan3D refines wherever the field has not saturated, which is costly where the unsaturated band is wide.
+- After each level, all cells that the surface passes are completed, until no more are found. So the surface is followed
+  to its end from any point where it is met.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,18 +21,18 @@ from models.errors import EmptySurface
 from models.mesh.surface import BOUNDS
 
 MIN_COARSE_CELLS = 64
-"""Cells a side of the coarsest level, at least. Its points are 1.6 % of a grid of 256."""
+"""Least number of cells a side of the coarsest level. Its points are 1.6 % of a grid of 256."""
 
 _REACH = 0.5
-"""A point is refined if its value is no farther from the level than this share of the change to its neighbours, summed
-over the axes. The field of a plane changes by just this much from the point to the farthest corner of its half cells;
-with twice the share random fields lost as many points, all of them in parts that no coarse point was near."""
+"""A point is refined if its distance from the iso level is at most this share of the change to its neighbours, summed
+over the axes. The field of a plane changes by exactly this much from a point to the farthest corner of its half cells.
+With twice the share, random fields lost as many points, all of them in parts that no coarse point was near."""
 
 _PLATEAU = 0.95
-"""Below this share of the median magnitude the field has not saturated. 0.95 is Hunyuan3D's limit for its +-1."""
+"""Below this share of the median magnitude the field counts as unsaturated. Hunyuan3D's limit is 0.95 for its +-1."""
 
 Field = Callable[[Tensor], Tensor]
-"""Points `(points, 3)` float32 in [-bounds, bounds] to logits `(points,)`; points do not see one another."""
+"""Maps points `(points, 3)` float32 in [-bounds, bounds] to logits `(points,)`. Points do not interact."""
 
 
 @torch.inference_mode()
@@ -41,7 +41,7 @@ def decode_dense(
 ) -> Tensor:
     """Logits at every point of the grid, float32.
 
-    Raises `EmptySurface` where the field is not finite; so does `decode_coarse_to_fine`.
+    Raises `EmptySurface` where the field is not finite, as does `decode_coarse_to_fine`.
     """
     return _evaluated(field, _axis(octree_resolution, 1, bounds, device), points_per_call)
 
@@ -56,12 +56,12 @@ def decode_coarse_to_fine(
     bounds: float = BOUNDS,
     iso_level: float = 0.0,
 ) -> Tensor:
-    """The same grid, evaluated only near the surface at `iso_level`; NaN elsewhere.
+    """The grid of `decode_dense`, evaluated only near the surface at `iso_level`; NaN elsewhere.
 
-    Every cell with an evaluated corner on each side of the surface is complete, and so are the cells at the border of
-    the grid where it cuts through the inside. What can be missed is a part, closed in itself, that no point of the
-    coarsest level is near enough to notice: smaller than its cells, and with a field that saturates within half of one.
-    Every point is evaluated where half of the resolution is less than `MIN_COARSE_CELLS`.
+    Every cell with evaluated corners on both sides of the surface is complete. So are the cells at the grid's border
+    where the border cuts the inside. A separate part can be missed if it is smaller than the cells of the coarsest
+    level and its field saturates within half a cell, so that no coarse point shows it.
+    All points are evaluated if half of the resolution is less than `MIN_COARSE_CELLS`.
     """
     stride = 1
     while _num_cells(octree_resolution, 2 * stride) >= MIN_COARSE_CELLS:
@@ -74,7 +74,7 @@ def decode_coarse_to_fine(
         grid_logits = _refined(grid_logits, _num_cells(octree_resolution, stride))
         axis = _axis(octree_resolution, stride, bounds, device)
         wanted = _refined_boxes(is_near, len(axis)) & grid_logits.isnan()
-        # Finding the points waits for the device, once a pass; there are two or three passes a level.
+        # To find the points waits for the device, once a pass. There are two or three passes a level.
         while len(index := wanted.flatten().nonzero().squeeze(1)):
             _evaluate(field, grid_logits, index.split(points_per_call), axis)
             wanted = _corners_of_crossed_cells(grid_logits, iso_level) & grid_logits.isnan()
@@ -87,7 +87,7 @@ def _num_cells(octree_resolution: int, stride: int) -> int:
 
 
 def _axis(octree_resolution: int, stride: int, bounds: float, device: torch.device) -> Tensor:
-    """Coordinates of a level's points: every `stride`-th of the full grid, and the last."""
+    """Coordinates of a level's points along an axis: every `stride`-th of the full grid, and the last."""
     index = (torch.arange(_num_cells(octree_resolution, stride) + 1) * stride).clamp(max=octree_resolution)
     coordinates = index.double() * (2 * bounds / octree_resolution) - bounds
     return coordinates.to(device, torch.float32)
@@ -98,7 +98,7 @@ def _unknown(num_cells: int, device: torch.device) -> Tensor:
 
 
 def _evaluated(field: Field, axis: Tensor, points_per_call: int) -> Tensor:
-    """A level with all its points."""
+    """A level with all points evaluated."""
     grid_logits = _unknown(len(axis) - 1, axis.device)
     total = grid_logits.numel()
     starts = range(0, total, points_per_call)
@@ -108,7 +108,7 @@ def _evaluated(field: Field, axis: Tensor, points_per_call: int) -> Tensor:
 
 
 def _evaluate(field: Field, grid_logits: Tensor, calls: Iterable[Tensor], axis: Tensor) -> None:
-    """Fill in the points that each call names, as rows of the flattened grid."""
+    """Evaluate the points of each call, given as indices of the flattened grid."""
     flat, side = grid_logits.view(-1), len(axis)
     num_bad = torch.zeros((), dtype=torch.int64, device=axis.device)
     for index in calls:
@@ -121,16 +121,16 @@ def _evaluate(field: Field, grid_logits: Tensor, calls: Iterable[Tensor], axis: 
 
 
 def _near_surface(logits: Tensor, plateau: Tensor) -> Tensor:
-    """Points within whose half cell the surface may be, judged by themselves and their six neighbours.
+    """Points within half a cell of which the surface may pass, judged by the point and its six neighbours.
 
-    Either the field could reach 0 there, or has its lowest magnitude there without having saturated: a part between the
-    points, so thin that its field saturates on both sides of it.
+    Either the field could reach 0 there. Or its magnitude has a minimum there and is unsaturated, as where a part lies
+    between points and is so thin that the field saturates on both sides of it.
     """
     size = logits.abs()
     reach = torch.zeros_like(size)
     is_lowest = size < plateau
     for dim in range(3):
-        # Beyond the border everything is outside.
+        # Everything beyond the border is outside.
         beyond = [2 * logits.narrow(dim, end, 1).clamp(min=0) for end in (0, logits.shape[dim] - 1)]
         change = torch.cat([beyond[0], logits.diff(dim=dim).abs(), beyond[1]], dim).nan_to_num(0)
         before, after = (change.narrow(dim, start, logits.shape[dim]) for start in (0, 1))
@@ -142,7 +142,7 @@ def _near_surface(logits: Tensor, plateau: Tensor) -> Tensor:
 
 
 def _refined(coarse: Tensor, num_cells: int) -> Tensor:
-    """The values of a level at their places in the next one."""
+    """A level's values at their places in the next finer level."""
     fine = _unknown(num_cells, coarse.device)
     index = (2 * torch.arange(len(coarse), device=coarse.device)).clamp(max=num_cells)
     fine[index[:, None, None], index[:, None], index] = coarse
@@ -150,7 +150,7 @@ def _refined(coarse: Tensor, num_cells: int) -> Tensor:
 
 
 def _refined_boxes(marked: Tensor, side: int) -> Tensor:
-    """The points of the next level at marked points and beside them."""
+    """The points of the next finer level that are marked points or their neighbours."""
     for dim in range(3):
         between = _either(marked, dim)
         first, last = marked.split([between.shape[dim], 1], dim)
@@ -172,6 +172,6 @@ def _corners_of_crossed_cells(grid_logits: Tensor, iso_level: float) -> Tensor:
 
 
 def _either(mask: Tensor, dim: int) -> Tensor:
-    """Of each two neighbours: from points to the cells between them, or from cells to the points between them."""
+    """Joins neighbours by "or": from points to the cells between them, or from cells to the points between them."""
     num_pairs = mask.shape[dim] - 1
     return mask.narrow(dim, 0, num_pairs) | mask.narrow(dim, 1, num_pairs)

@@ -53,7 +53,7 @@ def test_nothing_is_overwritten(tmp_path: Path, there: str) -> None:
     assert list((tmp_path / there).iterdir()) == []
 
 
-def test_unknown_format_is_told_what_there_is(tmp_path: Path) -> None:
+def test_unknown_format_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="no format 'gguf'; try elastic-dit, hunyuan3d"):
         run("gguf", tmp_path)
 
@@ -73,7 +73,7 @@ def test_unknown_format_is_told_what_there_is(tmp_path: Path) -> None:
         ({}, 1, "model_index.json can't be read"),
     ],
 )
-def test_what_is_wrong_is_one_line(
+def test_errors_are_one_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -117,7 +117,7 @@ def test_converted_model_can_be_calibrated(
     assert main(["convert", "--format", "elastic-dit", *source, "--out", str(tmp_path / "e-dit")]) == 0
     folder = tmp_path / "routers" / "e-dit"
     assert capsys.readouterr() == (f"{tmp_path / 'e-dit'} and {folder} written\n", "")
-    # Of small pictures in few steps
+    # Of small images in few steps
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["defaults"] |= {"num_inference_steps": 2, "height": 32, "width": 32}
     (folder / "manifest.json").write_text(json.dumps(manifest))

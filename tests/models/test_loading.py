@@ -70,9 +70,9 @@ def test_streamed_pipeline_has_bit_for_bit_what_diffusers_loads(
             assert_same(ours.components[name], component)
 
 
-def test_streamed_pipeline_draws_the_same_picture(published: tuple[type[DiffusionPipeline], Path]) -> None:
+def test_streamed_pipeline_draws_the_same_image(published: tuple[type[DiffusionPipeline], Path]) -> None:
     cls, directory = published
-    pictures = []
+    images = []
     for pipeline in (
         stream_pipeline(cls, directory, "cpu", torch.float32, offload_text_encoders=False),
         cls.from_pretrained(directory, dtype=torch.float32, local_files_only=True),
@@ -80,8 +80,8 @@ def test_streamed_pipeline_draws_the_same_picture(published: tuple[type[Diffusio
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
         result = pipeline("a red circle", height=32, width=32, num_inference_steps=1, generator=generator)
-        pictures.append(result.images[0].tobytes())
-    assert pictures[0] == pictures[1]
+        images.append(result.images[0].tobytes())
+    assert images[0] == images[1]
 
 
 def test_shards_give_what_one_file_gives(tiny_flux: Path, tmp_path: Path) -> None:
@@ -204,6 +204,6 @@ def test_host_holds_one_tensor_at_a_time(tiny_flux: Path) -> None:
     assert 0 < memory.peak < 2 * largest  # as it is in the file, and cast to half of that
 
 
-def test_nothing_is_shown_where_no_terminal_is(tiny_flux: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_progress_is_shown_without_a_terminal(tiny_flux: Path, capfd: pytest.CaptureFixture[str]) -> None:
     stream_module(FluxTransformer2DModel, tiny_flux / "transformer", "cpu", torch.float32)
     assert capfd.readouterr() == ("", "")

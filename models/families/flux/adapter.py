@@ -1,4 +1,4 @@
-"""FLUX's transformer, taken apart: what comes before the blocks, the blocks, what comes after them."""
+"""FLUX's transformer, taken apart: prologue, blocks, epilogue."""
 
 from collections.abc import Mapping
 
@@ -25,9 +25,10 @@ def prologue(
 ) -> FluxStreams:
     """Embed packed latents `(batch, tokens, channels)`, `timestep` `(batch,)` in [0, 1], guidance and pooled prompts.
 
-    `context` is the prompts after `context_embedder`, `(batch, text tokens, channels)`: the same at every step.
+    `context` is the prompts after `context_embedder`, `(batch, text tokens, channels)`, which serve all steps.
 
-    The same operations in the same order as `FluxTransformer2DModel.forward` (diffusers 0.42), so bitwise equal.
+    Operations and their order are those of `FluxTransformer2DModel.forward` (diffusers 0.42), so results are bitwise
+    equal.
     """
     hidden_states = transformer.x_embedder(latents)
     timestep = timestep.to(hidden_states.dtype) * 1000
@@ -52,7 +53,7 @@ def channels(transformer: FluxTransformer2DModel) -> int:
 
 
 def call_block(block: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
-    """Run one original block, double or single: both return the text stream, then the image stream."""
+    """Run one original block. Double and single blocks return the text stream, then the image stream."""
     assert isinstance(streams, FluxStreams)
     result: tuple[Tensor, Tensor] = block(
         hidden_states=streams.hidden_states,
@@ -65,7 +66,7 @@ def call_block(block: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
 
 
 def mlps(block: nn.Module) -> Mapping[str, Mlp]:
-    """The MLP that may be narrowed: in a double block, the image stream's."""
+    """The MLP that may be narrowed. In a double block it is the image stream's."""
     if isinstance(block, FluxTransformerBlock):
         first, last = block.ff.net[0].proj, block.ff.net[2]
         assert isinstance(first, nn.Linear)

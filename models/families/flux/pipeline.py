@@ -1,4 +1,4 @@
-"""FLUX.1: loading, prompts, batches of rows, decoding. Everything here is diffusers' own, called piece by piece."""
+"""FLUX.1: loading, prompts, batches of rows, decoding. It calls diffusers' own code, piece by piece."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -40,8 +40,10 @@ class FluxFamily(ImageFamily):
         offload_text_encoders: bool,
     ) -> Self:
         if traits != CheckpointTraits():
-            raise WeightsError(f"{directory} is a FLUX model, of which there are none with {traits}")
-        # It warns of prompts that CLIP cuts by quoting them, and prompts are not for logs.
+            raise WeightsError(
+                f"{directory} is a FLUX model; FLUX models have no special traits, but the manifest names {traits}"
+            )
+        # Its warning about prompts that CLIP cuts quotes them, and prompts must not be logged.
         logging.getLogger(pipeline_flux.__name__).setLevel(logging.ERROR)
         pipeline = stream_pipeline(FluxPipeline, directory, device, dtype, offload_text_encoders=offload_text_encoders)
         if router_weights:
@@ -58,7 +60,7 @@ class FluxFamily(ImageFamily):
 
     @property
     def default_num_inference_steps(self) -> int:
-        """As the model cards of FLUX.1-dev and FLUX.1-schnell have it; so is the guidance."""
+        """As in the model cards of FLUX.1-dev and FLUX.1-schnell, from which the default guidance scale comes too."""
         return 28 if self.guidance is Guidance.DISTILLED else 4
 
     @property
@@ -67,7 +69,7 @@ class FluxFamily(ImageFamily):
 
     @property
     def max_sequence_length(self) -> int:
-        """T5 tokens of a prompt: what the tokenizer says, at most FLUX.1-dev's 512 and FLUX.1-schnell's 256."""
+        """T5 tokens of a prompt: the tokenizer's limit, at most 512 for FLUX.1-dev and 256 for FLUX.1-schnell."""
         limit = 512 if self.guidance is Guidance.DISTILLED else 256
         return min(limit, int(self.pipeline.tokenizer_2.model_max_length))
 
@@ -76,7 +78,7 @@ class FluxFamily(ImageFamily):
         text, channels = num_text_tokens, adapter.channels(self.transformer)
         square, tokens = 2.0 * channels * channels, text + image
         attention = attention_flops(tokens, channels)
-        # Modulation, then attention's four projections, the text stream's MLP; double blocks have each twice.
+        # Modulation, attention's four projections, the text stream's MLP. Double blocks have both streams' own.
         double = BlockCost(fixed=square * (12 + 4 * tokens + 8 * text) + attention, mlp=square * 8 * image)
         single = BlockCost(fixed=square * (3 + 4 * tokens) + attention, mlp=square * 8 * tokens)
         return {block.name: double if block.name.startswith("double") else single for block in self.blocks}
@@ -105,7 +107,7 @@ class FluxFamily(ImageFamily):
         guidance = None
         if self.guidance is Guidance.DISTILLED:
             guidance = torch.full([1], request.guidance_scale, device=transformer.device, dtype=torch.float32)
-        # The embedded prompt is the same at every step, so it is computed once.
+        # The embedded prompt does not change with the step, so it is computed once.
         context = transformer.context_embedder(prompt_embeds.to(transformer.device, transformer.dtype))
         return BranchInputs(context, pooled.to(transformer.device, transformer.dtype), guidance)
 
@@ -116,7 +118,7 @@ class FluxFamily(ImageFamily):
         return adapter.prologue(
             self.transformer,
             latents,
-            times.to(latents.dtype) / 1000,  # rounded as the stock pipeline does it
+            times.to(latents.dtype) / 1000,  # rounded as in the stock pipeline
             torch.cat(guidance) if guidance else None,
             torch.cat([branch.context for branch in inputs]),
             torch.cat([branch.pooled for branch in inputs if branch.pooled is not None]),

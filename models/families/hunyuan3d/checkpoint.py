@@ -23,20 +23,20 @@ from models.loading import TensorHead, misfit, read_heads, shapes_of, stream_ten
 Denoiser = HunYuanDiTPlain | Hunyuan3DDiT
 
 _MODULES: Mapping[str, Mapping[str, type[nn.Module]]] = {
-    # The part's name, which is also the prefix of its tensors, and the classes that it may be of.
+    # By the part's name, which is also the prefix of its tensors: the classes that it may have.
     "model": {"HunYuanDiTPlain": HunYuanDiTPlain, "Hunyuan3DDiT": Hunyuan3DDiT},
     "vae": {"ShapeVAE": ShapeVAE},
     "conditioner": {"SingleImageEncoder": SingleImageEncoder},
 }
 _CONSISTENCY = "ConsistencyFlowMatchEulerDiscreteScheduler"
 _SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", _CONSISTENCY)
-# The second is for several views of one object; the front alone is prepared in the same way.
+# The second takes several views of one object. It prepares a front view alone as the first does.
 _IMAGE_PROCESSORS = ("ImageProcessorV2", "MVImageProcessorV2")
 
 
 @dataclass(frozen=True, slots=True)
 class Hunyuan3DCheckpoint:
-    """What a model directory holds. `schedule` gives the times of a number of steps, from 0 (noise) to 1 (data)."""
+    """A loaded model directory. `schedule` gives the times of a number of steps, from 0 (noise) to 1 (data)."""
 
     denoiser: Denoiser
     vae: ShapeVAE
@@ -47,7 +47,7 @@ class Hunyuan3DCheckpoint:
 
     @property
     def has_guidance_embedding(self) -> bool:
-        """Whether guidance is an input of the denoiser, and so is distilled into it."""
+        """Whether the guidance scale is an input of the denoiser: then guidance is distilled into it."""
         return isinstance(self.denoiser, Hunyuan3DDiT) and self.denoiser.guidance_in is not None
 
 
@@ -62,7 +62,7 @@ def load_checkpoint(
     """
     config_path = find_config(directory)
     if config_path is None:
-        raise WeightsError(f"{directory} has no config.yaml, nor has a folder in it that of a Hunyuan3D denoiser")
+        raise WeightsError(f"{directory} has no config.yaml of a Hunyuan3D denoiser, and no folder with one")
     file = weight_file(config_path.parent)
     config = read_config(config_path)
     image_settings = _image_settings_of(config, config_path)
@@ -96,7 +96,7 @@ def build_modules(
 ) -> nn.ModuleDict:
     """Denoiser, VAE and conditioner on the meta device, named so that their tensors are those of a checkpoint.
 
-    Raises WeightsError if they do not have just the tensors in `heads`, those of `source`.
+    Raises WeightsError if their tensors are not those in `heads`, which are the tensors of the file `source`.
     """
     parts = {name: part_of(config, name, config_path) for name in _MODULES}
     vae_tensors = {
@@ -105,7 +105,7 @@ def build_modules(
         if name.startswith("vae.")
     }
     if not vae_tensors:
-        raise WeightsError(f"{source} has no tensor named vae.…: it is not a whole model's file")
+        raise WeightsError(f"{source} has no tensor named vae.…, so it is not the file of a whole model")
     try:
         parts["vae"] = parts["vae"]._replace(params={**parts["vae"].params, **geometry_of(vae_tensors)})
     except WeightsError as error:
@@ -118,7 +118,7 @@ def build_modules(
 
 
 def _build(name: str, part: Part, config_path: Path) -> nn.Module:
-    """Settings that a class doesn't know are passed over: published files have several without effect."""
+    """Ignores settings that the class does not know: published files have several that have no effect."""
     classes = _MODULES[name]
     if part.class_name not in classes:
         raise WeightsError(f"{config_path}: {name} is of class {part.class_name}; known: {', '.join(classes)}")
@@ -142,7 +142,7 @@ def _image_settings_of(config: Mapping[str, Any], path: Path) -> ImageSettings:
 
 
 def schedule_of(config: Mapping[str, Any], path: Path) -> tuple[Callable[[int], Tensor], bool]:
-    """The times of a number of steps, and whether they are those of a model distilled to consistency."""
+    """The times of a number of steps, and whether the model is a consistency model, distilled to few steps."""
     part = part_of(config, "scheduler", path)
     if part.class_name not in _SCHEDULERS:
         raise WeightsError(f"{path}: scheduler is of class {part.class_name}; known: {', '.join(_SCHEDULERS)}")

@@ -1,7 +1,7 @@
 """Hunyuan3D's image encoder: DINOv2, under the names of the public checkpoints.
 
-Oquab et al. 2023, "DINOv2", https://arxiv.org/abs/2304.07193. The checkpoints name its tensors as transformers 4 did;
-transformers 5 has other names and cuts the gated feed-forward otherwise, so its class does not load them as they are.
+Oquab et al. 2023, "DINOv2", https://arxiv.org/abs/2304.07193. The checkpoints use the tensor names of transformers 4.
+The class of transformers 5 cannot load them: it has other names and splits the gated feed-forward differently.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 
 from models.errors import WeightsError
 
-# What DINOv2 was trained on: ImageNet's red, green and blue in [0, 1].
+# Of ImageNet's red, green and blue in [0, 1], with which DINOv2 was trained.
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
 
@@ -24,8 +24,8 @@ _STD = (0.229, 0.224, 0.225)
 class SingleImageEncoder(nn.Module):
     """A checkpoint's conditioner. `main_image_encoder` is as in its `config.yaml`: `type` and `kwargs`.
 
-    What stands for no image under classifier-free guidance are zeros, which come from no encoder.
-    Raises WeightsError for a type of encoder that is not here.
+    Under classifier-free guidance, zeros stand for no image; no encoder makes them.
+    Raises WeightsError for an unknown type of encoder.
     """
 
     def __init__(self, *, main_image_encoder: Mapping[str, Any]) -> None:
@@ -43,7 +43,7 @@ class SingleImageEncoder(nn.Module):
 
 
 class DinoImageEncoder(nn.Module):
-    """`config` is transformers' Dinov2Config, `image_size` the side in pixels at which DINOv2 sees an image."""
+    """`config` is transformers' Dinov2Config, `image_size` the side in pixels of DINOv2's input."""
 
     def __init__(self, *, config: Mapping[str, Any], image_size: int, use_cls_token: bool) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class DinoImageEncoder(nn.Module):
         return tokens if self._use_cls_token else tokens[:, 1:]
 
     def pixel_values(self, image: Tensor) -> Tensor:
-        """What DINOv2 sees, `(batch, 3, image_size, image_size)`, float32."""
+        """DINOv2's input, `(batch, 3, image_size, image_size)`, float32."""
         pixels = (image.float() + 1) / 2
         pixels = F.interpolate(pixels, (self._side, self._side), mode="bilinear", antialias=True)
         mean, std = (pixels.new_tensor(values)[:, None, None] for values in (_MEAN, _STD))
@@ -64,9 +64,10 @@ class DinoImageEncoder(nn.Module):
 
 
 class DinoImageEncoderMV(DinoImageEncoder):
-    """Images of one object from the front, left, back and right, of which later ones may be left out.
+    """Encodes views of one object, in the order front, left, back, right; later views may be missing.
 
-    `(batch, views, 3, side, side)`, or without the second axis for the front alone. One view's tokens follow another's.
+    Takes `(batch, views, 3, side, side)`, or `(batch, 3, side, side)` for the front alone. The tokens of the views are
+    joined in order.
     """
 
     def forward(self, image: Tensor) -> Tensor:
@@ -89,7 +90,7 @@ class Dinov2Model(nn.Module):
         self.layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """All tokens `(batch, 1 + patches, channels)`, normed, the class token first."""
+        """All tokens `(batch, 1 + patches, channels)`, normalised, the class token first."""
         return self.layernorm(self.encoder(self.embeddings(pixel_values)))
 
 
@@ -99,7 +100,7 @@ class Embeddings(nn.Module):
         self._grid = config.image_size // config.patch_size
         channels, patch = config.hidden_size, config.patch_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, channels))
-        self.mask_token = nn.Parameter(torch.zeros(1, channels))  # a checkpoint has it; only DINOv2's training uses it
+        self.mask_token = nn.Parameter(torch.zeros(1, channels))  # in checkpoints, but used only in DINOv2's training
         self.patch_embeddings = nn.ModuleDict({"projection": nn.Conv2d(config.num_channels, channels, patch, patch)})
         self.position_embeddings = nn.Parameter(torch.zeros(1, self._grid**2 + 1, channels))
 
@@ -109,7 +110,7 @@ class Embeddings(nn.Module):
         return tokens + self._positions(patches.shape[-2:])
 
     def _positions(self, grid: torch.Size) -> Tensor:
-        """Of an image with other numbers of patches than DINOv2 was trained with, between those that it knows."""
+        """Position embeddings, interpolated where the grid of patches differs from that of DINOv2's training."""
         if tuple(grid) == (self._grid, self._grid):
             return self.position_embeddings
         of_class, of_patches = self.position_embeddings.split([1, self._grid**2], dim=1)
@@ -185,7 +186,7 @@ class FeedForward(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """DINOv2-giant's gated feed-forward: two thirds as wide as the plain one, up to the next multiple of 8."""
+    """DINOv2-giant's gated feed-forward. Its width is 2/3 of the plain one's, rounded up to a multiple of 8."""
 
     def __init__(self, config: Dinov2Config) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""From a public `.ckpt`, a pickle of three state dicts, to safetensors in the layout of Hunyuan3D-2's."""
+"""Conversion of a public `.ckpt`, a pickle of three state dicts, to safetensors in the layout of Hunyuan3D-2."""
 
 import json
 import pickle
@@ -29,15 +29,15 @@ _LICENSE = (
 def convert_hunyuan3d(source: Path, base: None, out: Path, routers: Path, max_shard_bytes: int) -> None:
     """Fill `out` with `config.yaml` and `model[.fp16].safetensors`, and `routers` with a manifest that has the terms.
 
-    `source` is the `.ckpt`, which has its `config.yaml` beside it, or the folder of both, or one of such folders.
-    Tensors keep their type; they are read from the mapped file one by one, so that none but the current one is in
-    memory. There is one file of weights, as published, whatever `max_shard_bytes` is. Raises WeightsError, before
-    anything is written, if the tensors are not those that the configuration asks for.
+    `source` is the `.ckpt` with its `config.yaml` beside it, or their folder, or a folder of one such folder. Tensors
+    keep their type. They are read from the mapped file one by one, so that only the current one is in memory. The
+    weights stay one file, as published, whatever `max_shard_bytes` is. Raises WeightsError, before anything is written,
+    if the tensors are not those that the configuration asks for.
     """
     config_path, file = _find(source)
     config = read_config(config_path)
     tensors = _tensors(file)
-    heads = {name: TensorHead(list(tensor.shape), file.name) for name, tensor in tensors.items()}
+    heads = {name: TensorHead(list(tensor.shape), file, _TYPES[tensor.dtype]) for name, tensor in tensors.items()}
     build_modules(config, config_path, heads, file)
     is_consistency_model = schedule_of(config, config_path)[1]
     weights = out / f"{file.stem}.safetensors"
@@ -46,7 +46,7 @@ def convert_hunyuan3d(source: Path, base: None, out: Path, routers: Path, max_sh
     content = {
         "source": "https://huggingface.co/tencent",
         "license": _LICENSE,
-        # The published pipelines' own.
+        # Those of the published pipelines.
         "defaults": {
             "num_inference_steps": 5 if is_consistency_model else 50,
             "guidance_scale": 5.0,
@@ -62,7 +62,7 @@ def _find(source: Path) -> tuple[Path, Path]:
     """The configuration and the pickle."""
     config = find_config(source if source.is_dir() else source.parent)
     if config is None:
-        raise WeightsError(f"{source} has no {CONFIG} beside it: a checkpoint's folder has both")
+        raise WeightsError(f"{source} has no {CONFIG} beside it; a checkpoint's folder has both")
     return config, pickle_file(config.parent) if source.is_dir() else source
 
 
@@ -88,8 +88,8 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 def _write(tensors: Mapping[str, Tensor], path: Path, description: str) -> None:
     """Write safetensors one by one, with a bar over bytes.
 
-    The format's own writer shows no progress, and refuses tensors that are parts of one, as those of fused projections
-    are. https://github.com/huggingface/safetensors#format
+    The format's own writer shows no progress and refuses tensors that share memory, as those of fused projections do.
+    https://github.com/huggingface/safetensors#format
     """
     head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -109,5 +109,5 @@ def _write(tensors: Mapping[str, Tensor], path: Path, description: str) -> None:
 
 
 def _write_tensor(tensor: Tensor, file: BinaryIO) -> None:
-    """Little-endian, as all machines that torch runs on are."""
+    """Writes little-endian bytes: all machines that torch runs on are little-endian."""
     file.write(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -1,4 +1,4 @@
-"""Where a published Hunyuan3D checkpoint keeps what: folders, file names, the classes that its `config.yaml` names."""
+"""The layout of published Hunyuan3D checkpoints: folders, file names, the classes that `config.yaml` names."""
 
 import re
 from collections.abc import Mapping
@@ -18,16 +18,16 @@ _PICKLES = ("model.ckpt", "model.fp16.ckpt")
 
 
 class Part(NamedTuple):
-    """A class, by the last part of its dotted name, and what it is built with."""
+    """A class, by the last part of its dotted name, and its arguments."""
 
     class_name: str
     params: Mapping[str, Any]
 
 
 def find_config(directory: Path) -> Path | None:
-    """The denoiser's `config.yaml`: in `directory`, or in the one folder of a published repository that has one.
+    """The denoiser's `config.yaml`: in `directory`, or in one of its folders, as in a published repository.
 
-    A repository has folders of autoencoders and painters besides. Raises WeightsError where it has several denoisers.
+    A repository also has folders of autoencoders and painters. Raises WeightsError if it has several denoisers.
     """
     if (directory / CONFIG).exists():
         return directory / CONFIG
@@ -51,7 +51,7 @@ def read_config(path: Path) -> Mapping[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise WeightsError(f"{path} can't be read: {error}") from error
     if not isinstance(content, Mapping):
-        raise WeightsError(f"{path} is no mapping of parts to their classes")
+        raise WeightsError(f"{path} is not a mapping of parts to their classes")
     return content
 
 
@@ -65,7 +65,10 @@ def part_of(config: Mapping[str, Any], name: str, path: Path) -> Part:
 
 
 def weight_file(folder: Path) -> Path:
-    """The weights beside a `config.yaml`, the unrounded if there are both. Raises WeightsError if there are none."""
+    """The weights beside a `config.yaml`; of two files, the one that is not rounded.
+
+    Raises WeightsError if there are none.
+    """
     for name in _WEIGHTS:
         if (folder / name).exists():
             return folder / name
@@ -91,7 +94,7 @@ def _is_of_denoiser(path: Path) -> bool:
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # see above
-    """Reads `1e-6` as a number, as YAML 1.2 has it; to PyYAML it is a string."""
+    """Reads `1e-6` as a number, as YAML 1.2 does. PyYAML alone reads a string."""
 
 
 _Loader.add_implicit_resolver(

@@ -1,4 +1,4 @@
-"""Hunyuan3D: from an image to a mesh. Loading, the image's tokens, batches of rows, decoding."""
+"""Hunyuan3D makes meshes from images: loading, image tokens, batches of rows, decoding."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -34,14 +34,14 @@ from models.weights import CheckpointTraits, Manifest, RouterWeights
 
 _NUM_QUALITY_POINTS = 8192
 _POINTS_PER_CALL_CPU = 2048
-"""With more, a call's numbers leave the caches (`ShapeVAE.field`)."""
+"""More points do not fit in a CPU's caches (`ShapeVAE.field`)."""
 _PREVIEW_OCTREE_RESOLUTION = 32
 _OCTREE_STEP = 8
-"""Multiples of 8 can be halved as often as grids of up to 512 cells are, the coarsest having at least 64."""
+"""Grids of up to 512 cells are halved at most three times, since the coarsest has at least 64 cells: 2 ** 3 = 8."""
 
 
 class Hunyuan3DFamily(Family):
-    """Versions 2.1 and 2.0. Guidance is true, with zeros for no image, but in checkpoints distilled to need none."""
+    """Versions 2.1 and 2.0. Guidance is true, with zeros for no image, except in checkpoints that distilled it."""
 
     quality_metric: ClassVar[str] = "volume_iou"
 
@@ -62,7 +62,9 @@ class Hunyuan3DFamily(Family):
         offload_text_encoders: bool,
     ) -> Self:
         if traits != CheckpointTraits():
-            raise WeightsError(f"{directory} is a Hunyuan3D model, of which there are none with {traits}")
+            raise WeightsError(
+                f"{directory} is a Hunyuan3D model; these have no special traits, but the manifest names {traits}"
+            )
         if router_weights:
             router_weights.stack.to(device, dtype)
         checkpoint = load_checkpoint(
@@ -76,7 +78,7 @@ class Hunyuan3DFamily(Family):
 
     @property
     def default_num_inference_steps(self) -> int:
-        """As the published pipelines have it; so is the guidance."""
+        """As in the published pipelines, from which the default guidance scale comes too."""
         return 5 if self.checkpoint.is_consistency_model else 50
 
     @property
@@ -93,7 +95,7 @@ class Hunyuan3DFamily(Family):
         )
 
     def example_request(self, card: ModelCard) -> MeshRequest:
-        """Its image shows a disc."""
+        """The image shows a disc."""
         assert isinstance(card, MeshCard)
         side = np.linspace(-1, 1, 64)
         is_disc = np.hypot(side, side[:, None]) < 0.8
@@ -119,17 +121,17 @@ class Hunyuan3DFamily(Family):
         point: CurvePoint,
         compute_cap: float | None = None,
     ) -> DenoiseState:
-        """Raises InvalidRequest if the image shows no object, or its background can't be removed as asked."""
+        """Raises InvalidRequest if the image shows no object, or if its background can't be removed as asked."""
         assert isinstance(request, MeshRequest)
         vae = self.checkpoint.vae
         with Image.open(BytesIO(request.input_image)) as file:
             image = prepare_image(file, self.checkpoint.image_settings, request.remove_background)
         encoder = next(self.checkpoint.conditioner.parameters())
         context = self.checkpoint.conditioner(image.to(encoder.device)).to(self._parameter)
-        # Latents stay in float32 from step to step, whatever the denoiser's type.
+        # Latents stay in float32 between steps, whatever the denoiser's type.
         noise = torch.randn((1, vae.num_latents, vae.embed_dim), generator=torch.Generator().manual_seed(request.seed))
         sigmas = self.checkpoint.schedule(request.num_inference_steps)
-        # Steps of no length change nothing: the even schedule's last is one, so the model need not be asked.
+        # A step of length 0 changes nothing, so the model need not run. The even schedule's last step is one.
         lengths = sigmas.diff()
         sigmas = torch.cat((sigmas[:-1][lengths > 0], sigmas[-1:]))
         return self._new_state(
@@ -151,7 +153,7 @@ class Hunyuan3DFamily(Family):
             return [BranchStart("cond", BranchInputs(context, guidance=guidance), self.block_costs(num_tokens))]
         branches = [BranchStart("cond", BranchInputs(context), self.block_costs(num_tokens))]
         if request.is_guided:
-            # In 2.1 attention to an empty context is a constant.
+            # In 2.1 attention to zeros is a constant, so the context can be empty.
             has_context = not self._is_plain
             costs = self.block_costs(num_tokens, has_context)
             no_image = context.new_zeros(1, num_tokens if has_context else 0, context.shape[2])
@@ -190,19 +192,19 @@ class Hunyuan3DFamily(Family):
 
     @torch.inference_mode()
     def preview(self, request: GenerationRequest, prediction: Tensor) -> CleanMesh:
-        """A mesh on a coarse grid, all its faces kept. Raises EmptySurface as `decode` does."""
+        """A mesh on a coarse grid, with all its faces. Raises EmptySurface as `decode` does."""
         return clean(self._surface(prediction, _PREVIEW_OCTREE_RESOLUTION))
 
     @torch.inference_mode()
     def quality_sample(self, state: DenoiseState) -> NDArray[np.bool_]:
-        """Whether each of many points, always the same, is inside."""
+        """For each of `_NUM_QUALITY_POINTS` fixed points, whether it is inside."""
         points = self._quality_points.split(self._points_per_call)
         field = self._field(state.latents)
         inside: NDArray[np.bool_] = torch.cat([field(part) > 0 for part in points]).cpu().numpy()
         return inside
 
     def similarity(self, a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
-        """Volume IoU; two shapes without volume are the same."""
+        """Volume IoU, in [0, 1]. Two shapes without volume count as equal."""
         union = int((a | b).sum())
         return int((a & b).sum()) / union if union else 1.0
 
@@ -227,7 +229,7 @@ class Hunyuan3DFamily(Family):
 
     @property
     def _parameter(self) -> Tensor:
-        """Any one, for its device and type."""
+        """Any parameter of the denoiser, for its device and type."""
         return next(self.transformer.parameters())
 
     @property
@@ -236,6 +238,6 @@ class Hunyuan3DFamily(Family):
         if parameter.device.type == "cpu":
             return _POINTS_PER_CALL_CPU
         free, _ = torch.cuda.mem_get_info(parameter.device)
-        # A point takes about ten times the width; a quarter of what is free leaves room for others' steps.
+        # A point takes about ten times the width. Using a quarter of the free memory leaves room for running steps.
         bytes_per_point = 10 * self.checkpoint.vae.post_kl.out_features * parameter.element_size()
         return max(_POINTS_PER_CALL_CPU, free // 4 // bytes_per_point)

@@ -1,7 +1,7 @@
-"""Hunyuan3D-2.1's denoiser, taken apart: what comes before the blocks, the blocks, what comes after them.
+"""Hunyuan3D-2.1's denoiser, taken apart: prologue, blocks, epilogue.
 
-Of the two streams the text stream is here the time token alone. A block that reads what an earlier one left mixes it in
-whatever its plan is, since that entry is no residual: a skipped block leaves out only its three branches.
+The text stream is the time token alone. A block that reads an earlier block's state mixes it in whatever its plan is,
+since that is no residual branch: a skipped block leaves out only its three branches.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +52,7 @@ def call_block(block: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
 
 
 def mlps(block: nn.Module) -> Mapping[str, Mlp]:
-    """The MLPs that may be narrowed: the only one, or every expert, the shared one too."""
+    """The MLPs that may be narrowed: the block's only one, or all experts with the shared one."""
     assert isinstance(block, HunYuanDiTBlock)
     if not block.has_experts:
         return {"": Mlp(_linear(block.mlp, "fc1"), _linear(block.mlp, "fc2"))}
@@ -62,7 +62,7 @@ def mlps(block: nn.Module) -> Mapping[str, Mlp]:
 
 
 def enter_hook(transformer: HunYuanDiTPlain, index: int) -> Callable[[Streams], Streams] | None:
-    """What happens before the block of this number, for every row: mixing in what an earlier one left."""
+    """Before block `index`, for every row: mix in the state that an earlier block left. None where it reads none."""
     source, block = transformer.skip_source(index), _block(transformer, index)
     if source is None:
         return None
@@ -77,7 +77,7 @@ def enter_hook(transformer: HunYuanDiTPlain, index: int) -> Callable[[Streams], 
 
 
 def leave_hook(transformer: HunYuanDiTPlain, index: int) -> Callable[[Streams], Streams] | None:
-    """What happens after the block of this number, for every row: leaving the state for a later one that reads it."""
+    """After block `index`, for every row: leave the state for a later block. None where no block reads it."""
     if index not in {transformer.skip_source(i) for i in range(len(transformer.blocks))}:
         return None
 
@@ -97,7 +97,7 @@ def epilogue(transformer: HunYuanDiTPlain, streams: Streams) -> Tensor:
 def block_costs(
     transformer: HunYuanDiTPlain, num_latents: int, num_image_tokens: int, has_context: bool
 ) -> Mapping[str, BlockCost]:
-    """Floating-point operations of one row in every block; without context no attention to the image."""
+    """Floating-point operations of one row in every block. A row without context has no attention to an image."""
     width, tokens = channels(transformer), num_latents + 1
     square = 2.0 * width * width
     attention = square * 4 * tokens + attention_flops(tokens, width)

@@ -1,11 +1,12 @@
 """Hunyuan3D-2.1's denoiser: a U-ViT with mixtures of experts, under the names of the public checkpoints.
 
-Bao et al. 2023, "All are Worth Words", https://arxiv.org/abs/2209.12152, gives the time token and the long skips; sizes
-and order of operations are those of Tencent-Hunyuan/Hunyuan3D-2.1 at 5e3ec6d, `hy3dshape`. No token has a position.
+The time token and the long skips are from Bao et al. 2023, "All are Worth Words", https://arxiv.org/abs/2209.12152.
+Sizes and order of operations are those of Tencent-Hunyuan/Hunyuan3D-2.1 at 5e3ec6d, `hy3dshape`. Tokens have no
+positions.
 """
 
 from collections import OrderedDict
-from collections.abc import Set
+from collections.abc import Mapping, Set
 
 import torch
 from diffusers.models.attention import FeedForward
@@ -19,7 +20,7 @@ _EPS = 1e-6
 
 
 def time_features(timestep: Tensor, channels: int) -> Tensor:
-    """Sines, then cosines of `timestep` `(batch,)` in [0, 1], unscaled: `(batch, channels)`, float32."""
+    """Sines, then cosines of the unscaled `timestep` `(batch,)` in [0, 1]: `(batch, channels)`, float32."""
     features: Tensor = get_timestep_embedding(timestep, channels, downscale_freq_shift=0)
     return features
 
@@ -27,8 +28,8 @@ def time_features(timestep: Tensor, channels: int) -> Tensor:
 class SelfAttention(nn.Module):
     """Attention of all tokens to all.
 
-    The checkpoints' projections were trained as one that gives every head its query, key and value together. So the
-    outputs of `to_q`, `to_k` and `to_v` one after another, not each of them, are what is cut into heads.
+    The checkpoints' projections were trained as a single one that gives each head its query, key and value together.
+    Therefore the outputs of `to_q`, `to_k` and `to_v` are joined first and then cut into heads.
     """
 
     def __init__(self, channels: int, num_heads: int, qk_norm: str | None, qkv_bias: bool) -> None:
@@ -52,8 +53,8 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of the shape's tokens to the image's.
 
-    Queries are cut into heads as usual. Keys and values were trained as one projection that gives every head its key
-    and value together, so the outputs of `to_k` and `to_v` one after the other are cut.
+    Queries are cut into heads as usual. Keys and values were trained as one projection that gives each head its key and
+    value together. Therefore the outputs of `to_k` and `to_v` are joined first and then cut into heads.
     """
 
     def __init__(self, channels: int, context_dim: int, num_heads: int, qk_norm: str | None, qkv_bias: bool) -> None:
@@ -78,7 +79,7 @@ class CrossAttention(nn.Module):
         return self.out_proj(_attend(self.q_norm(query), self.k_norm(key), value))
 
     def _attend_to_zeros(self) -> Tensor:
-        """Tokens of zeros have all the same value, that of the biases, so whatever their weights are it comes out."""
+        """All context tokens have one value, made of the biases, so any attention weights return that value."""
         if self.to_v.bias is None:
             return self.out_proj.bias
         joint = torch.cat((self.to_k.bias, self.to_v.bias))
@@ -87,10 +88,10 @@ class CrossAttention(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """A shared expert for every token, and the `top_k` that its gate likes best, weighted by their probabilities.
+    """A shared expert for every token, plus the `top_k` experts with the highest gate probabilities, weighted by these.
 
-    The probabilities are taken as they are, not rescaled to sum to 1. No expert has a capacity: a token's result does
-    not depend on which others there are.
+    The probabilities are not rescaled to sum to 1. Experts have no capacity limit, so a token's result does not depend
+    on the other tokens.
     """
 
     def __init__(self, channels: int, num_experts: int, top_k: int) -> None:
@@ -101,7 +102,7 @@ class MixtureOfExperts(nn.Module):
         self.shared_experts = FeedForward(channels, activation_fn="gelu")
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and numbers of the experts of every token, `(..., top_k)` each, the best first."""
+        """Weights and numbers of each token's experts, `(..., top_k)` each, the highest weight first."""
         weights, chosen = self.gate(tokens).softmax(dim=-1).topk(self.top_k, dim=-1)
         return weights, chosen
 
@@ -110,18 +111,18 @@ class MixtureOfExperts(nn.Module):
         weights, chosen = self.route(tokens)
         of_expert, order = chosen.flatten().sort(stable=True)
         numbers = torch.arange(len(self.experts), device=tokens.device)
-        # The one wait for the device: how many tokens every expert gets, without which none can be called on its own.
+        # The one wait for the device: an expert can only be called once the number of its tokens is known.
         counts = (of_expert[:, None] == numbers).sum(dim=0).tolist()
         parts = tokens.index_select(0, order // self.top_k).split(counts)
         grouped = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True) if len(part)])
-        # Back to the tokens' order and then a sum, since adding in place to shared rows has no fixed order on a GPU.
+        # Back to the tokens' order first, then a sum: adding in place to shared rows has no fixed order on a GPU.
         results = torch.empty_like(grouped).index_copy_(0, order, grouped).unflatten(0, (-1, self.top_k))
         routed = (results * weights.to(results.dtype)[..., None]).sum(dim=-2)
         return self.shared_experts(hidden_states) + routed.view_as(hidden_states)
 
 
 class HunYuanDiTBlock(nn.Module):
-    """Three residual branches and, where `reads`, an entry that mixes in the output of an earlier block.
+    """Three residual branches. Where `reads` is true, the block first mixes in the output of an earlier block (`fuse`).
 
     The feed-forward is `mlp`, or `moe` where `num_experts` is not None.
     """
@@ -158,15 +159,15 @@ class HunYuanDiTBlock(nn.Module):
         self.has_experts = num_experts is not None
 
     def fuse(self, hidden_states: Tensor, skip: Tensor) -> Tensor:
-        """The state that a reading block starts from, given the output of its source. It replaces `hidden_states`."""
+        """The state that a reading block starts from, in place of `hidden_states`. `skip` is its source's output."""
         return self.skip_norm(self.skip_linear(torch.cat((skip, hidden_states), dim=-1)))
 
     def forward(self, hidden_states: Tensor, context: Tensor | None, context_rows: Tensor | None = None) -> Tensor:
-        """The residual branches, which in a reading block come after `fuse`.
+        """The residual branches. In a reading block they come after `fuse`.
 
-        `hidden_states` is `(batch, 1 + tokens, channels)`, the time token first; `context` is `(batch, image tokens,
-        context channels)`, or only that of `context_rows`, the other rows having zeros, to which attention costs
-        nothing. None means zeros for all.
+        `hidden_states` is `(batch, 1 + tokens, channels)`, the time token first. `context` is `(batch, image tokens,
+        context channels)`, or the context of `context_rows` alone: then the other rows have zeros, and attention to
+        these costs nothing. None means zeros for all rows.
         """
         hidden_states = hidden_states + self.attn1(self.norm1(hidden_states))
         if context is None or context_rows is None:
@@ -203,7 +204,7 @@ class FinalLayer(nn.Module):
 class HunYuanDiTPlain(nn.Module):
     """The whole model. Arguments are named as in a checkpoint's `config.yaml`.
 
-    Raises WeightsError for settings that no public checkpoint has and that would need other tensors.
+    Raises WeightsError for settings that would need other tensors; no public checkpoint has them.
     """
 
     def __init__(
@@ -227,17 +228,16 @@ class HunYuanDiTPlain(nn.Module):
         guidance_cond_proj_dim: int | None = None,
     ) -> None:
         super().__init__()
-        unsupported = {
-            "with_decoupled_ca": with_decoupled_ca,
-            "use_attention_pooling": use_attention_pooling,
-            "use_pos_emb": use_pos_emb,
-            "guidance_cond_proj_dim": guidance_cond_proj_dim is not None,
-            f"norm_type {norm_type}": norm_type != "layer",
-            f"qk_norm_type {qk_norm_type}": qk_norm_type not in _HEAD_NORMS,
-        }
-        if any(unsupported.values()):
-            names = ", ".join(name for name, is_set in unsupported.items() if is_set)
-            raise WeightsError(f"HunYuanDiTPlain can't be built with: {names}")
+        _refuse(
+            {
+                "with_decoupled_ca": with_decoupled_ca,
+                "use_attention_pooling": use_attention_pooling,
+                "use_pos_emb": use_pos_emb,
+                "guidance_cond_proj_dim": guidance_cond_proj_dim is not None,
+                f"norm_type {norm_type}": norm_type != "layer",
+                f"qk_norm_type {qk_norm_type}": qk_norm_type not in _HEAD_NORMS,
+            }
+        )
         if hidden_size % num_heads:
             raise WeightsError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}")
         self.x_embedder = nn.Linear(in_channels, hidden_size)
@@ -258,7 +258,7 @@ class HunYuanDiTPlain(nn.Module):
         self.final_layer = FinalLayer(hidden_size, in_channels)
 
     def skip_source(self, index: int) -> int | None:
-        """The block whose output the block of this number reads in its `fuse`, None if it reads none."""
+        """The number of the block whose output block `index` reads in its `fuse`, None if it reads none."""
         middle = len(self.blocks) // 2
         return 2 * middle - index if index > middle else None
 
@@ -267,7 +267,7 @@ class HunYuanDiTPlain(nn.Module):
         return self.t_embedder(timestep)
 
     def embed(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        """What enters the first block, `(batch, 1 + tokens, channels)`: the time token, then one token a latent."""
+        """The input of the first block, `(batch, 1 + tokens, channels)`: the time token, then one token a latent."""
         return torch.cat((self.time_token(timestep)[:, None], self.x_embedder(latents)), dim=1)
 
     def forward(
@@ -275,9 +275,9 @@ class HunYuanDiTPlain(nn.Module):
     ) -> Tensor:
         """The velocity from noise to data, of the shape of `latents` `(batch, tokens, latent channels)`.
 
-        `timestep` is `(batch,)` in [0, 1], 0 being noise; `context` `(batch, image tokens, context channels)`, None
-        meaning zeros. Of the blocks in `left_out` only the `fuse` is run: it is no residual, and what comes after it
-        was trained on its normalised result.
+        `timestep` is `(batch,)` in [0, 1], 0 being noise. `context` is `(batch, image tokens, context channels)`, None
+        meaning zeros. Blocks in `left_out` run their `fuse` alone: it is no residual branch, and later layers were
+        trained on its normalised result.
         """
         hidden_states = self.embed(latents, timestep)
         sources = {self.skip_source(i) for i in range(len(self.blocks))}
@@ -294,8 +294,15 @@ class HunYuanDiTPlain(nn.Module):
         return self.final_layer(hidden_states)
 
 
+def _refuse(unsupported: Mapping[str, bool]) -> None:
+    """Raises WeightsError if any of these settings is set."""
+    if any(unsupported.values()):
+        names = ", ".join(name for name, is_set in unsupported.items() if is_set)
+        raise WeightsError(f"HunYuanDiTPlain can't be built with: {names}")
+
+
 class HeadRMSNorm(nn.RMSNorm):
-    """Takes the weight in the type of what it norms: torch's own has no fast kernel for the mixture under autocast."""
+    """Casts its weight to the type of its input: under autocast torch's own norm has no fast kernel for mixed types."""
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.weight is not None
@@ -310,6 +317,6 @@ def _head_norm(channels: int, kind: str | None) -> nn.Module:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention of `(batch, tokens, heads, head channels)`; the result has its heads joined."""
+    """Attention of `(batch, tokens, heads, head channels)`; the result is `(batch, tokens, channels)`."""
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(-2)

@@ -1,7 +1,7 @@
-"""From a client's image to what Hunyuan3D's conditioner reads: the object alone, centred on white.
+"""Prepares a client's image for Hunyuan3D's conditioner: the object alone, centred on white.
 
 Sizes, rounding and OpenCV's filters are those of `ImageProcessorV2` (Tencent-Hunyuan/Hunyuan3D-2.1 at 5e3ec6d,
-`hy3dshape/preprocessors.py`), bit for bit, so that an image gets the tokens that the denoiser was trained on.
+`hy3dshape/preprocessors.py`), bit for bit, so that the denoiser sees images prepared as in its training.
 """
 
 from collections.abc import Callable
@@ -18,36 +18,36 @@ from models.errors import InvalidRequest
 from models.request import BackgroundRemoval
 
 BackgroundRemover = Callable[[np.ndarray], np.ndarray]
-"""From colours `(height, width, 3)` to the object's alpha `(height, width)`, 0 where there is background.
+"""Takes colours `(height, width, 3)`, returns the object's alpha `(height, width)`, which is 0 on the background.
 
-Raises InvalidRequest if it can't find an object.
+Raises InvalidRequest if it finds no object.
 """
 
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
-# CIE76 difference of colours; noise and compression stay below it.
+# CIE76 colour difference. Noise and compression stay below it.
 _VISIBLE = 10.0
-# Of a border that is plain; an object's edge may touch it.
+# Least share of the border that must be plain. An object's edge may touch it.
 _PLAIN_SHARE = 0.99
-# Objects are looked for in images of at most this side, which bounds memory.
+# Objects are searched for in a copy with at most this side, which bounds memory.
 _SEARCH_SIDE = 1024
-# Of that image's pixels; what is smaller is neither an object nor a hole in one.
+# Share of that copy's pixels. Smaller regions count neither as objects nor as holes.
 _SPECK_SHARE = 0.0005
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSettings:
-    """`size` in pixels; `border_ratio` is the share of the longer side that stays free around the object."""
+    """`size` is the side in pixels, `border_ratio` the share of the longer side that stays free around the object."""
 
     size: int = 512
     border_ratio: float = 0.15
 
 
 def remove_plain_background(colours: np.ndarray) -> np.ndarray:
-    """A BackgroundRemover for objects before a plain background: one colour or a smooth gradient, with some noise.
+    """A BackgroundRemover for plain backgrounds: one colour or a smooth gradient, with some noise.
 
-    A quadratic is fitted to the colours along the border, and the object is what differs from it visibly. So an object
-    must not touch the border, its shadow counts as part of it, those of its parts that have the background's colour do
-    not, and its outline is hard. Rooms and landscapes are refused.
+    A quadratic is fitted to the colours along the border. Pixels that visibly differ from it are the object.
+    Limits: the object must not touch the border, its shadow counts as part of it, parts in the background's colour are
+    lost, and the outline is hard. Rooms and landscapes are refused.
     """
     height, width = colours.shape[:2]
     scale = min(1.0, _SEARCH_SIDE / max(height, width))
@@ -55,7 +55,7 @@ def remove_plain_background(colours: np.ndarray) -> np.ndarray:
     small = cv2.medianBlur(cv2.resize(colours, size, interpolation=cv2.INTER_AREA), 5)
     difference = np.linalg.norm(_lab(small / np.float32(255)) - _lab(_background(small)), axis=-1)
     plain = (_border(difference) < _VISIBLE).mean()
-    needed = "try an image with transparency, or remove_background: false, which takes all of it for the object"
+    needed = "try an image with transparency, or remove_background: false, which takes the whole image as the object"
     if plain < _PLAIN_SHARE:
         raise _invalid(f"has a background that can't be removed: {1 - plain:.0%} of its border is not plain; {needed}")
     speck = round(_SPECK_SHARE * difference.size)
@@ -73,8 +73,8 @@ def prepare_image(
 ) -> Tensor:
     """`(1, 3, size, size)` float32 in [-1, 1]: the object, centred on white.
 
-    Where no background is removed, the object is all that isn't fully transparent. Raises InvalidRequest if there is
-    none, or if the image is of a kind that has no certain colours.
+    Where no background is removed, every pixel that is not fully transparent belongs to the object. Raises
+    InvalidRequest if there is no object, or if the image's mode does not define its colours.
     """
     rgba = to_rgba(image)
     if removal is BackgroundRemoval.ALWAYS or (removal is BackgroundRemoval.AUTO and not has_transparency(rgba)):
@@ -86,9 +86,9 @@ def prepare_image(
 
 
 def to_rgba(image: Image.Image) -> np.ndarray:
-    """`(height, width, 4)`, turned as its EXIF tag says; upstream doesn't look at that, and photographs would lie."""
+    """`(height, width, 4)`, turned upright by the EXIF tag. Upstream ignores the tag, and photographs lie on a side."""
     upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16"):  # Pillow would cut off what is brighter than 255 of 65535
+    if upright.mode.startswith("I;16"):  # Pillow would clip at 255 of 65535
         upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
     if upright.mode not in _MODES:
         raise _invalid(f"has pixels of mode {upright.mode}; try RGB or RGBA with 8 bits a channel")
@@ -96,15 +96,15 @@ def to_rgba(image: Image.Image) -> np.ndarray:
 
 
 def has_transparency(rgba: np.ndarray) -> bool:
-    """Whether any pixel is more transparent than not; an alpha channel that is full throughout tells nothing."""
+    """Whether any pixel is more than half transparent. A fully opaque alpha channel says nothing about the object."""
     return bool((rgba[..., 3] < 128).any())
 
 
 def recentre(rgba: np.ndarray, border_ratio: float) -> np.ndarray:
-    """Cut out what isn't fully transparent and put it into the middle of a transparent square, `(side, side, 4)`.
+    """Cut out the pixels that are not fully transparent and centre them on a transparent square, `(side, side, 4)`.
 
-    `side` is the image's longer one. As upstream does it, the last row and column are lost, and colours are scaled as
-    they are, so that those of transparent pixels bleed into the rim. Raises InvalidRequest if nothing is left.
+    `side` is the image's longer side. As upstream, it loses the last row and column, and scales colours without regard
+    to alpha, so that colours of transparent pixels bleed into the rim. Raises InvalidRequest if nothing is left.
     """
     height, width = rgba.shape[:2]
     rows, columns = (np.flatnonzero(rgba[..., 3].any(axis=axis)) for axis in (1, 0))
@@ -126,13 +126,13 @@ def recentre(rgba: np.ndarray, border_ratio: float) -> np.ndarray:
 
 
 def on_white(rgba: np.ndarray) -> np.ndarray:
-    """Colours `(height, width, 3)`, rounded down as upstream."""
+    """Colours `(height, width, 3)` blended onto white, rounded down as upstream."""
     alpha = rgba[..., 3:].astype(np.float32) / 255
     return (rgba[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
 
 
 def _background(colours: np.ndarray) -> np.ndarray:
-    """The quadratic in the place that fits the border's colours best, in [0, 1], everywhere."""
+    """The quadratic in x and y that fits the border's colours best, at every pixel, in [0, 1]."""
     y, x = np.meshgrid(*(np.linspace(-1, 1, length, dtype=np.float32) for length in colours.shape[:2]), indexing="ij")
     terms = np.stack((np.ones_like(x), x, y, x * x, x * y, y * y), axis=-1)
     coefficients = np.linalg.lstsq(_border(terms), _border(colours / np.float32(255)))[0]

@@ -1,7 +1,7 @@
-"""Hunyuan3D's shape VAE: from points on a surface to a set of latents, and from those to a scalar field.
+"""Hunyuan3D's shape VAE: encodes points on a surface as a set of latents, and decodes these to a scalar field.
 
-Rebuilt, with the published names of tensors, after Hunyuan3D-2.1 at 5e3ec6d (`hy3dshape/models/autoencoders`); 2.0's is
-the same network. Latents have no order: permuted ones are decoded to the same, permuted, and to the same field.
+Rebuilt, with the published names of tensors, after Hunyuan3D-2.1 at 5e3ec6d (`hy3dshape/models/autoencoders`). 2.0 uses
+the same network. Latents have no order: permuting them permutes their decoded tokens and leaves the field unchanged.
 """
 
 import math
@@ -15,17 +15,17 @@ from torch.nn import functional as F
 from models.errors import WeightsError
 
 Field = Callable[[Tensor], Tensor]
-"""Logits `(batch, points)` at points `(batch, points, 3)`; of one shape also `(points,)` at `(points, 3)`."""
+"""Maps points `(batch, points, 3)` to logits `(batch, points)`; for one shape also `(points, 3)` to `(points,)`."""
 
-# In all norms but those called `ln_post`, which have torch's 1e-5.
+# In all norms except `ln_post`, which has torch's 1e-5.
 _EPS = 1e-6
 
 
 class ShapeVAE(nn.Module):
-    """The arguments are those of `params` in a public `config.yaml`, with the reference's defaults.
+    """Arguments are the `params` of a public `config.yaml`, with the reference's defaults.
 
-    `with_encoder=False` leaves out `encoder` and `pre_kl`, which most files of 2.0 lack.
-    Latents here are what the denoiser makes divided by `scale_factor`; no method of this class divides or multiplies.
+    `with_encoder=False` leaves out `encoder` and `pre_kl`, which most files of 2.0 lack. Latents here are the
+    denoiser's latents divided by `scale_factor`; callers do the division.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ class ShapeVAE(nn.Module):
         )
 
     def features(self, surface: Tensor) -> Tensor:
-        """What `encode` reads of points on a surface: `(batch, points, features)`, float32.
+        """The features of points on a surface that `encode` takes: `(batch, points, features)`, float32.
 
         `surface` is `(batch, points, 3 + point_feats)`: a place in [-1, 1]^3, then, as published, the outward unit
-        normal and 1 where the point was taken from a sharp edge, else 0.
+        normal and a flag that is 1 for points from a sharp edge, else 0.
         """
         places, attributes = surface.float().split([3, surface.shape[-1] - 3], dim=-1)
         return torch.cat([self._fourier(places), attributes], dim=-1)
@@ -83,25 +83,24 @@ class ShapeVAE(nn.Module):
     def encode(self, query_features: Tensor, data_features: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of latents, each `(batch, queries, embed_dim)`.
 
-        Queries are `num_latents` of the points, spread evenly; data are all of them (20 for each latent, as published).
-        Both `(batch, points, features)`. Raises WeightsError if this VAE has no encoder.
+        Both arguments are `(batch, points, features)`. The data are all points, 20 for each latent as published; the
+        queries are `num_latents` of these points, spread evenly. Raises WeightsError if this VAE has no encoder.
         """
         if self.encoder is None:
-            raise WeightsError("this shape VAE was built without the encoder that makes latents of a surface")
+            raise WeightsError("this shape VAE has no encoder, so it cannot make latents of a surface")
         mean, logvar = self.pre_kl(self.encoder(query_features, data_features)).chunk(2, dim=-1)
         return mean, logvar.clamp(-30.0, 20.0)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """What the field is read from, `(batch, tokens, width)`, of latents `(batch, tokens, embed_dim)`."""
+        """Decode latents `(batch, tokens, embed_dim)` to tokens `(batch, tokens, width)`, of which `field` is read."""
         return self.transformer(self.post_kl(latents.to(self.post_kl.weight.dtype)))
 
     def field(self, latents: Tensor) -> Field:
         """The field of each shape of `latents` `(batch, tokens, embed_dim)`: positive inside, 0 on the surface.
 
-        Points lie in the cube of half side 1.01, float32; logits are float32 too. Points never see one another, so
-        that a caller may ask in chunks: all that depends on the latents alone has been computed here. A call holds
-        about ten times `width` numbers a point, and on a CPU is fastest with one or two thousand points, whose numbers
-        stay in its cache.
+        Points lie in the cube of half side 1.01; points and logits are float32. Points do not interact, so a caller may
+        ask in chunks: everything that depends on the latents alone is computed here, once. A call holds about ten times
+        `width` numbers a point. On a CPU it is fastest with one or two thousand points, which fit in the caches.
         """
         keys, values = self.geo_decoder.keys_and_values(self.decode(latents))
 
@@ -114,17 +113,17 @@ class ShapeVAE(nn.Module):
 
 
 def geometry_of(tensors: Mapping[str, Tensor]) -> dict[str, int | bool]:
-    """Arguments of ShapeVAE that its tensors tell: the encoder's presence and the geometry decoder's form.
+    """The arguments of ShapeVAE that its tensors determine: an encoder or none, the geometry decoder's sizes.
 
-    Turbo VAEs have a geometry decoder that is half as wide, with a smaller MLP, and without norms that others have.
-    Names are those of ShapeVAE's state dict. Raises WeightsError if a tensor needed for it is not there.
+    Turbo VAEs have a geometry decoder of half the width, with a smaller MLP and fewer norms. Names are those of
+    ShapeVAE's state dict. Raises WeightsError if a tensor is missing that this needs.
     """
     try:
         width = tensors["post_kl.weight"].shape[0]
         geo_width = tensors["geo_decoder.output_proj.weight"].shape[1]
         mlp_width = tensors["geo_decoder.cross_attn_decoder.mlp.c_fc.weight"].shape[0]
     except KeyError as error:
-        raise WeightsError(f"these are not a shape VAE's tensors: there is no {error.args[0]}") from error
+        raise WeightsError(f"these are not the tensors of a shape VAE: {error.args[0]} is missing") from error
     return {
         "geo_decoder_mlp_expand_ratio": mlp_width // geo_width,
         "geo_decoder_downsample_ratio": width // geo_width,
@@ -134,10 +133,10 @@ def geometry_of(tensors: Mapping[str, Tensor]) -> dict[str, int | bool]:
 
 
 def fourier_features(points: Tensor, num_freqs: int, include_pi: bool) -> Tensor:
-    """Places `(..., 3)`, their sines and cosines, axis by axis: `(..., 3 + 6 * num_freqs)`, float32.
+    """Places `(..., 3)`, their sines and cosines, axis by axis: `(..., 3 + 6 * num_freqs)`.
 
-    Always float32. Rounded to half precision, a place near the cube's faces would turn the fastest of the published 8
-    frequencies, 128, by 0.06.
+    Always float32. In half precision, rounding a place near the cube's faces would shift the phase at the highest of
+    the published 8 frequencies, 128, by 0.06.
     """
     points = points.float()
     frequencies = torch.exp2(torch.arange(num_freqs, device=points.device, dtype=torch.float32))
@@ -166,7 +165,7 @@ class Encoder(nn.Module):
 
 
 class GeometryDecoder(nn.Module):
-    """Reads the field at points. `keys_and_values` is the part that no point takes part in."""
+    """Reads the field at points. `keys_and_values` is the part that does not depend on the points."""
 
     def __init__(
         self,
@@ -193,7 +192,7 @@ class GeometryDecoder(nn.Module):
     def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Each `(batch, heads, tokens, channels of a head)`, of `context` `(batch, tokens, width)`."""
         keys, values = self.cross_attn_decoder.keys_and_values(self.latents_proj(context))
-        # Every chunk of points reads them again.
+        # Contiguous, since every chunk of points reads them.
         return keys.contiguous(), values.contiguous()
 
     def forward(self, features: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -204,7 +203,7 @@ class GeometryDecoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """No norm follows the last block."""
+    """Blocks of self-attention, without a norm after the last."""
 
     def __init__(self, width: int, heads: int, num_layers: int, qkv_bias: bool, qk_norm: bool) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Hunyuan3D-2.0's denoiser, taken apart: what comes before the blocks, the blocks, what comes after them.
+"""Hunyuan3D-2.0's denoiser, taken apart: prologue, blocks, epilogue.
 
-The image's stream stands where other families have the text's. It is never padded: all images have as many tokens.
+The image's stream takes the place of the text stream. It is never padded: all images have the same number of tokens.
 """
 
 from collections.abc import Mapping
@@ -16,9 +16,9 @@ from models.families.wrapping import Mlp
 def prologue(
     transformer: Hunyuan3DDiT, latents: Tensor, timestep: Tensor, context: Tensor, guidance: Tensor | None = None
 ) -> Streams:
-    """Embed latents `(batch, tokens, channels)`, `timestep` `(batch,)` in [0, 1] and the scale of guidance `(batch,)`.
+    """Embed latents `(batch, tokens, channels)`, `timestep` `(batch,)` in [0, 1] and the guidance scale `(batch,)`.
 
-    `context` are the images' tokens `(batch, image tokens, context channels)`, zeros in unconditional rows.
+    `context` is the images' tokens `(batch, image tokens, context channels)`, zeros in unconditional rows.
     """
     temb = transformer.time_embedding(timestep, guidance)
     return Streams(transformer.latent_in(latents), transformer.cond_in(context), temb)
@@ -37,7 +37,7 @@ def blocks(transformer: Hunyuan3DDiT) -> Mapping[str, nn.Module]:
 
 
 def call_block(block: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
-    """Run one block, double or single: both return the image's stream, then the shape's."""
+    """Run one block. Double and single blocks return the image's stream, then the shape's."""
     result: tuple[Tensor, Tensor] = block(
         hidden_states=streams.hidden_states,
         encoder_hidden_states=streams.encoder_hidden_states,
@@ -47,7 +47,7 @@ def call_block(block: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
 
 
 def mlps(block: nn.Module) -> Mapping[str, Mlp]:
-    """The MLP that may be narrowed: in a double block, the shape stream's."""
+    """The MLP that may be narrowed. In a double block it is the shape stream's."""
     if isinstance(block, DoubleStreamBlock):
         first, last = block.img_mlp[0], block.img_mlp[2]
         assert isinstance(first, nn.Linear)
@@ -67,14 +67,14 @@ def epilogue(transformer: Hunyuan3DDiT, streams: Streams) -> Tensor:
 def block_costs(
     transformer: Hunyuan3DDiT, num_latents: int, num_image_tokens: int, has_context: bool
 ) -> Mapping[str, BlockCost]:
-    """Floating-point operations of one row in every block, which has no shortcut for an empty context."""
+    """Floating-point operations of one row in every block. These blocks have no shortcut for rows without context."""
     assert has_context
     width = channels(transformer)
     square, tokens = 2.0 * width * width, num_latents + num_image_tokens
     attention = square * 4 * tokens + attention_flops(tokens, width)
     costs = {}
     for name, block in blocks(transformer).items():
-        # Two multiplications, there and back, by the width and the MLP's hidden neurons.
+        # Two matrix multiplications of width by hidden neurons, two operations for each multiply-add.
         mlp = 4.0 * width * mlps(block)[""].num_hidden
         if isinstance(block, DoubleStreamBlock):
             costs[name] = BlockCost(fixed=square * 12 + attention + mlp * num_image_tokens, mlp=mlp * num_latents)

@@ -40,7 +40,7 @@ class ScalarEmbedder(nn.Module):
 
 
 class Modulation(nn.Module):
-    """`num_parts` vectors of modulation, `(batch, 1, channels)` each."""
+    """`num_parts` modulation vectors, `(batch, 1, channels)` each."""
 
     def __init__(self, channels: int, num_parts: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class HeadNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(channels))
 
     def forward(self, heads: Tensor) -> Tensor:
-        # Under autocast the scale has another type than the heads, for which torch has no fast kernel.
+        # Under autocast the scale's type differs from the heads', and torch has no fast kernel for mixed types.
         return F.rms_norm(heads, self.scale.shape, self.scale.to(heads.dtype), _EPS)
 
 
@@ -77,7 +77,7 @@ class QKNorm(nn.Module):
 
 
 class StreamAttention(nn.Module):
-    """One stream's share of a double block's attention: what goes into it, and `proj` of what comes out."""
+    """One stream's part of a double block's attention: its query, key and value, and the projection of the result."""
 
     def __init__(self, channels: int, num_heads: int, qkv_bias: bool) -> None:
         super().__init__()
@@ -119,10 +119,10 @@ class DoubleStreamBlock(nn.Module):
 
 
 class SingleStreamBlock(nn.Module):
-    """Attention and MLP side by side, on both streams as one.
+    """Attention and MLP in parallel, on both streams joined.
 
-    `linear1` has the rows of queries, keys and values, then those of the MLP; `linear2` the columns of the attention,
-    then those of the MLP. Both may be cut to fewer hidden neurons of the MLP.
+    The rows of `linear1` are those of queries, keys and values, then those of the MLP. The columns of `linear2` are
+    those of attention, then those of the MLP. Both layers may be cut to fewer hidden neurons of the MLP.
     """
 
     def __init__(self, channels: int, num_heads: int, mlp_channels: int) -> None:
@@ -159,8 +159,8 @@ class FinalLayer(nn.Module):
 class Hunyuan3DDiT(nn.Module):
     """The whole model. Arguments are named as in a checkpoint's `config.yaml`.
 
-    `time_factor` is the longest period of the embedded scalars, whatever its name says: checkpoints were trained so.
-    Raises WeightsError where the heads don't divide the channels.
+    Despite its name, `time_factor` is the longest period of the embedded scalars: the checkpoints were trained so.
+    Raises WeightsError if the number of heads does not divide the channels.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class Hunyuan3DDiT(nn.Module):
     def time_embedding(self, timestep: Tensor, guidance: Tensor | None) -> Tensor:
         """`(batch, channels)` from `timestep` `(batch,)` in [0, 1], 0 being noise.
 
-        `guidance` `(batch,)` is the scale as a user gives it, and must be there where the model embeds it, only there.
+        `guidance` `(batch,)` is the user's scale. It must be given if, and only if, the model embeds it.
         """
         assert (guidance is None) == (self.guidance_in is None)
         temb = self.time_in(timestep)

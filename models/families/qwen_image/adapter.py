@@ -1,4 +1,4 @@
-"""Qwen-Image's transformer, taken apart: what comes before the blocks, the blocks, what comes after them."""
+"""Qwen-Image's transformer, taken apart: prologue, blocks, epilogue."""
 
 from collections.abc import Mapping, Sequence
 
@@ -26,7 +26,8 @@ def prologue(
     true for their real tokens, and `text_lengths` counts these by row; both are None where all tokens are real.
     `rotary_emb` holds the factors of `rotary_embedding`.
 
-    The same operations in the same order as `QwenImageTransformer2DModel.forward` (diffusers 0.42), so bitwise equal.
+    Operations and their order are those of `QwenImageTransformer2DModel.forward` (diffusers 0.42), so results are
+    bitwise equal.
     """
     hidden_states = transformer.img_in(latents)
     temb = transformer.time_text_embed(timestep.to(hidden_states.dtype), hidden_states)
@@ -34,7 +35,7 @@ def prologue(
 
 
 def embed_prompt(transformer: QwenImageTransformer2DModel, prompt_embeds: Tensor) -> Tensor:
-    """The text encoder's output `(batch, text tokens, text channels)` in the transformer's width."""
+    """Projects the text encoder's output `(batch, text tokens, text channels)` to the transformer's width."""
     context: Tensor = transformer.txt_in(transformer.txt_norm(prompt_embeds))
     return context
 
@@ -50,7 +51,7 @@ def channels(transformer: QwenImageTransformer2DModel) -> int:
 
 
 def call_block(block: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
-    """Run one original block, which returns the text stream, then the image stream."""
+    """Run one original block. It returns the text stream, then the image stream."""
     assert isinstance(streams, QwenImageStreams)
     result: tuple[Tensor, Tensor] = block(
         hidden_states=streams.hidden_states,
@@ -65,9 +66,9 @@ def call_block(block: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
 
 
 def mlps(block: nn.Module) -> Mapping[str, Mlp]:
-    """The MLP that may be narrowed.
+    """The MLP that may be narrowed is the image stream's. The text MLP always runs in full.
 
-    The image stream's: the text MLP always runs in full (Elastic-DiT at ce39f1d, `qwen_image_dit.py`).
+    As in Elastic-DiT at ce39f1d, `qwen_image_dit.py`.
     """
     assert isinstance(block, QwenImageTransformerBlock)
     first, last = block.img_mlp.net[0].proj, block.img_mlp.net[2]
@@ -85,7 +86,10 @@ def epilogue(transformer: QwenImageTransformer2DModel, streams: Streams) -> Tens
 def rotary_embedding(
     transformer: QwenImageTransformer2DModel, num_text_tokens: int, height: int, width: int
 ) -> tuple[Tensor, Tensor]:
-    """Complex factors of image tokens `(height * width, head channels / 2)` and text tokens, sides in tokens."""
+    """Complex factors `(tokens, head channels / 2)` of the image tokens, then of the text tokens.
+
+    `height` and `width` are in tokens; there are `height * width` image tokens.
+    """
     image, text = transformer.pos_embed(
         [[(1, height, width)]], max_txt_seq_len=num_text_tokens, device=transformer.device
     )

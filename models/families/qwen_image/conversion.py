@@ -1,7 +1,7 @@
-"""Importing Elastic-DiT's checkpoint for Qwen-Image: one set of tensors holds a backbone and its routers.
+"""Imports Elastic-DiT's checkpoint for Qwen-Image, which holds a backbone and its routers as one set of tensors.
 
-All names and shapes are diffusers' but for the routers, `gate_mlps.<block>.*`, of whose modulation a third is computed
-and thrown away (Elastic-DiT at ce39f1d, `diffsynth/models/qwen_image_dit.py`).
+The backbone has diffusers' names and shapes. The routers are `gate_mlps.<block>.*`; the official program computes a
+third of their modulation and throws it away (Elastic-DiT at ce39f1d, `diffsynth/models/qwen_image_dit.py`).
 """
 
 import json
@@ -9,7 +9,6 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from diffusers import QwenImageTransformer2DModel
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from models.elastic.router import RouterStack
 from models.errors import WeightsError
+from models.loading import TensorHead, misfit, read_heads
 from models.rules import policy_entry
 from models.rules.router import OFFICIAL, PAPER
 from models.weights import MlpActivation, read_json, sha256, write_manifest
@@ -30,53 +30,46 @@ _BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _MANIFEST = {
     "source": "https://huggingface.co/wjs0725/Elastic-DiT",
     "license": "unknown",  # neither the checkpoint's repository nor the program's says
-    # As the program's infer.py has it.
+    # Those of the official program's infer.py.
     "defaults": {"num_inference_steps": 30, "guidance_scale": 4.0, "height": 1328, "width": 1328},
     "traits": {"mlp_activation": MlpActivation.GELU_SIGMOID, "rescales_guidance": False},
     "published_policies": [policy_entry(OFFICIAL), policy_entry(PAPER)],
 }
 
 
-class _Head(NamedTuple):
-    """What a file says of a tensor before it is read."""
-
-    file: Path
-    shape: list[int]
-    size_bytes: int
-
-
 def convert_elastic_dit(source: Path, base: Path, out: Path, routers: Path, max_shard_bytes: int) -> None:
     """Fill `out` with a Qwen-Image pipeline directory and `routers` with its router folder.
 
-    `source` is a safetensors file, an index of shards or the folder of one; `base` an ordinary Qwen-Image directory,
-    from which all but the transformer's weights is taken over. Tensors keep their type, and stay mapped from the
-    source's files while they are written: none has to fit in memory. Raises WeightsError, before anything is written,
-    if names, shapes or types are not those of the base's transformer and its routers.
+    `source` is a safetensors file, an index of shards, or a folder with one of them. `base` is an ordinary Qwen-Image
+    directory, which gives everything but the transformer's weights. Tensors keep their type. They stay mapped from the
+    source's files while they are written, so no file has to fit in memory. Raises WeightsError, before anything is
+    written, if names, shapes or types are not those of the base's transformer and its routers.
     """
     parts = _parts(base)
     config = read_json(base / "transformer" / "config.json")
     heads = _read_heads(source)
     expected = _expected_shapes(config, heads)
-    _check_fit(source, heads, expected)
-    size_bytes = sum(head.size_bytes for head in heads.values())
+    if fault := misfit(expected, heads):
+        raise WeightsError(f"{source} is not an Elastic-DiT checkpoint of the base's transformer: {fault}")
+    size_bytes = sum(_size_bytes(head) for head in heads.values())
     with tqdm(total=size_bytes, desc=str(source), unit="B", unit_scale=True, disable=None) as bar:
         try:
             backbone = [name for name in expected if not name.startswith(_ROUTERS)]
             weights = _write_shards(out / "transformer", _shards(backbone, heads, max_shard_bytes), heads, bar)
             names = [name for name in expected if name.startswith(_ROUTERS)]
             save_file(router_tensors(_read(names, heads)), routers / "router.safetensors")
-            bar.update(sum(heads[name].size_bytes for name in names))
+            bar.update(sum(_size_bytes(heads[name]) for name in names))
         except SafetensorError as error:
             raise WeightsError(f"{source} can't be converted: {error}") from error
     _take_over(base, out, [*parts, "transformer/config.json", "model_index.json"])
-    # An index names its shards' hashes, so that to hash it, which takes no time, tells one backbone from another.
+    # An index holds its shards' hashes, so hashing the index, which is quick, identifies the backbone.
     write_manifest(
         routers, out, f"transformer/{weights}", _MANIFEST | {"imported_from": source.name, "base": base.name}
     )
 
 
 def router_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The routers' tensors of an official state dict, without the third of the modulation that never matters."""
+    """The routers' tensors of an official state dict, without the third of the modulation that has no effect."""
     return {
         name: tensor[: len(tensor) // 3 * 2] if ".img_mod." in name else tensor
         for name, tensor in tensors.items()
@@ -85,7 +78,7 @@ def router_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _parts(base: Path) -> list[str]:
-    """The folders of a pipeline directory but for the transformer's."""
+    """The folders of a pipeline directory, without the transformer's."""
     index = read_json(base / "model_index.json")
     if index.get("_class_name") != "QwenImagePipeline":
         raise WeightsError(f"{base} is a {index.get('_class_name')}; Elastic-DiT's checkpoint fits a QwenImagePipeline")
@@ -95,24 +88,24 @@ def _parts(base: Path) -> list[str]:
     return parts
 
 
-def _read_heads(source: Path) -> dict[str, _Head]:
-    heads: dict[str, _Head] = {}
+def _read_heads(source: Path) -> dict[str, TensorHead]:
+    heads: dict[str, TensorHead] = {}
     for file in _files(source):
         try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  # it is no mapping
-                    tensor = tensors.get_slice(name)
-                    if tensor.get_dtype() not in _BYTES:
-                        raise WeightsError(
-                            f"{name} in {file} is of type {tensor.get_dtype()}; known: {', '.join(_BYTES)}"
-                        )
-                    if name in heads:
-                        raise WeightsError(f"{name} is in {heads[name].file} and in {file}")
-                    shape = tensor.get_shape()
-                    heads[name] = _Head(file, shape, torch.Size(shape).numel() * _BYTES[tensor.get_dtype()])
+            found = read_heads([file])
         except (OSError, SafetensorError) as error:
             raise WeightsError(f"{file} can't be read: {error}") from error
+        for name, head in found.items():
+            if head.dtype not in _BYTES:
+                raise WeightsError(f"{name} in {file} is of type {head.dtype}; known: {', '.join(_BYTES)}")
+            if name in heads:
+                raise WeightsError(f"{name} is in {heads[name].file} and in {file}")
+        heads |= found
     return heads
+
+
+def _size_bytes(head: TensorHead) -> int:
+    return torch.Size(head.shape).numel() * _BYTES[head.dtype]
 
 
 def _files(source: Path) -> list[Path]:
@@ -129,7 +122,7 @@ def _files(source: Path) -> list[Path]:
         raise WeightsError(f"{source} has no proper entry 'weight_map'") from error
 
 
-def _expected_shapes(config: Mapping[str, object], heads: Mapping[str, _Head]) -> dict[str, list[int]]:
+def _expected_shapes(config: Mapping[str, object], heads: Mapping[str, TensorHead]) -> dict[str, list[int]]:
     """All tensors of an official checkpoint, the backbone's first."""
     trunk = heads.get(f"{_ROUTERS}0.out.0.weight")
     hidden = trunk.shape[0] if trunk and trunk.shape else 128
@@ -144,40 +137,21 @@ def _expected_shapes(config: Mapping[str, object], heads: Mapping[str, _Head]) -
     return shapes
 
 
-def _check_fit(source: Path, heads: Mapping[str, _Head], expected: Mapping[str, list[int]]) -> None:
-    faults = {
-        "missing": [name for name in expected if name not in heads],
-        "surplus": [name for name in heads if name not in expected],
-        "misshapen": [
-            f"{name} {heads[name].shape} for {shape}"
-            for name, shape in expected.items()
-            if name in heads and heads[name].shape != shape
-        ],
-    }
-    if any(faults.values()):
-        told = "; ".join(f"{len(names)} {fault}: {_some(names)}" for fault, names in faults.items() if names)
-        raise WeightsError(f"{source} is not an Elastic-DiT checkpoint of the base's transformer: {told}")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-
-
-def _shards(names: Iterable[str], heads: Mapping[str, _Head], max_shard_bytes: int) -> list[list[str]]:
-    """Names in order, cut where a file would get larger than `max_shard_bytes`."""
+def _shards(names: Iterable[str], heads: Mapping[str, TensorHead], max_shard_bytes: int) -> list[list[str]]:
+    """Splits names, in order, into files of at most `max_shard_bytes`, or of one tensor."""
     shards: list[list[str]] = [[]]
     size_bytes = 0
     for name in names:
-        size_bytes += heads[name].size_bytes
+        size_bytes += _size_bytes(heads[name])
         if shards[-1] and size_bytes > max_shard_bytes:
             shards.append([])
-            size_bytes = heads[name].size_bytes
+            size_bytes = _size_bytes(heads[name])
         shards[-1].append(name)
     return shards
 
 
-def _write_shards(folder: Path, shards: Sequence[Sequence[str]], heads: Mapping[str, _Head], bar: tqdm) -> str:
-    """Write a model's weights as diffusers does. Returns the name of the one file, or of the index of several."""
+def _write_shards(folder: Path, shards: Sequence[Sequence[str]], heads: Mapping[str, TensorHead], bar: tqdm) -> str:
+    """Write a model's weights as diffusers does. Returns the name of the only file, or of the index of several."""
     folder.mkdir()
     if len(shards) == 1:
         files = [SAFETENSORS_WEIGHTS_NAME]
@@ -188,12 +162,12 @@ def _write_shards(folder: Path, shards: Sequence[Sequence[str]], heads: Mapping[
     for file, names in zip(files, shards, strict=True):
         save_file(_read(names, heads), folder / file, metadata={"format": "pt"})
         digests[file] = sha256(folder / file)
-        bar.update(sum(heads[name].size_bytes for name in names))
+        bar.update(sum(_size_bytes(heads[name]) for name in names))
     if len(files) == 1:
         return files[0]
     index = {
         "metadata": {
-            "total_size": sum(heads[name].size_bytes for names in shards for name in names),
+            "total_size": sum(_size_bytes(heads[name]) for names in shards for name in names),
             "sha256": digests,
         },
         "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
@@ -202,7 +176,7 @@ def _write_shards(folder: Path, shards: Sequence[Sequence[str]], heads: Mapping[
     return str(SAFE_WEIGHTS_INDEX_NAME)
 
 
-def _read(names: Sequence[str], heads: Mapping[str, _Head]) -> dict[str, Tensor]:
+def _read(names: Sequence[str], heads: Mapping[str, TensorHead]) -> dict[str, Tensor]:
     """Tensors mapped from their files, not copied."""
     tensors: dict[str, Tensor] = {}
     for file in sorted({heads[name].file for name in names}):

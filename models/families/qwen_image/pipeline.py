@@ -1,4 +1,4 @@
-"""Qwen-Image: loading, prompts, batches of rows, decoding. Everything here is diffusers' own, called piece by piece."""
+"""Qwen-Image: loading, prompts, batches of rows, decoding. It calls diffusers' own code, piece by piece."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,13 +26,13 @@ from models.state import BranchInputs, DenoiseState
 from models.weights import CheckpointTraits, MlpActivation, RouterWeights
 
 _MAX_SEQUENCE_LENGTH = 1024
-"""What QwenImagePipeline allows."""
+"""The limit of QwenImagePipeline."""
 
 
 class QwenImageFamily(ImageFamily):
     """Guidance is true: a request with `guidance_scale` above 1 has two rows, the second for its negative prompt.
 
-    Prompts in a batch are padded to the longest and the padding is masked.
+    Prompts in a batch are padded to the longest, and the padding is masked.
     """
 
     adapter: Adapter = adapter
@@ -75,7 +75,7 @@ class QwenImageFamily(ImageFamily):
 
     @property
     def default_num_inference_steps(self) -> int:
-        """QwenImagePipeline's default; so is the guidance."""
+        """QwenImagePipeline's default, as is the default guidance scale."""
         return 50
 
     @property
@@ -84,7 +84,7 @@ class QwenImageFamily(ImageFamily):
 
     @property
     def max_sequence_length(self) -> int:
-        """Tokens of a prompt and the template's end; the template's beginning is not read by the transformer."""
+        """Tokens of a prompt and of the template's end. The transformer does not read the template's beginning."""
         return min(_MAX_SEQUENCE_LENGTH, int(self.pipeline.tokenizer.model_max_length) - self._template_start)
 
     @property
@@ -95,7 +95,7 @@ class QwenImageFamily(ImageFamily):
         image = (height // self.pixels_per_token) * (width // self.pixels_per_token)
         text, channels = num_text_tokens, adapter.channels(self.transformer)
         square, tokens = 2.0 * channels * channels, text + image
-        # Two modulations, then attention's four projections, the text stream's MLP.
+        # Two modulations, attention's four projections, the text stream's MLP.
         cost = BlockCost(
             fixed=square * (12 + 4 * tokens + 8 * text) + attention_flops(tokens, channels), mlp=square * 8 * image
         )
@@ -104,7 +104,7 @@ class QwenImageFamily(ImageFamily):
     def _branches(self, request: ImageRequest) -> Sequence[Branch]:
         branches = [Branch("cond", request.prompt, "prompt")]
         if request.is_guided:
-            # The stock pipeline drops guidance, with a warning, where no negative prompt is given.
+            # Without a negative prompt the stock pipeline drops guidance, with a warning. Here it is empty.
             branches.append(Branch("uncond", request.negative_prompt or "", "negative_prompt"))
         return branches
 
@@ -120,7 +120,7 @@ class QwenImageFamily(ImageFamily):
         prompt_embeds, _ = pipeline.encode_prompt(
             branch.prompt, device=pipeline.text_encoder.device, max_sequence_length=self.max_sequence_length
         )
-        # The embedded prompt is the same at every step, so it is computed once.
+        # The embedded prompt does not change with the step, so it is computed once.
         context = adapter.embed_prompt(transformer, prompt_embeds.to(transformer.device, transformer.dtype))
         return BranchInputs(context)
 
@@ -130,7 +130,7 @@ class QwenImageFamily(ImageFamily):
         context, mask = pad_prompts(contexts)
         lengths = None if mask is None else [prompt.shape[1] for prompt in contexts]
         rotary = self._rotary_embedding(states, context.shape[1])
-        # Rounded as the stock pipeline does it.
+        # Rounded as in the stock pipeline.
         timestep = times.to(latents.dtype) / 1000
         return adapter.prologue(self.transformer, latents, timestep, context, mask, lengths, rotary)
 
@@ -149,7 +149,7 @@ class QwenImageFamily(ImageFamily):
 
     @property
     def _latents_mean_and_inverse_std(self) -> tuple[Tensor, Tensor]:
-        """Of each channel of the VAE's latents, `(1, channels, 1, 1, 1)`."""
+        """Mean and inverse standard deviation of the VAE's latents, by channel, `(1, channels, 1, 1, 1)` each."""
         vae = self.pipeline.vae
         mean, std = (
             torch.tensor(values).view(1, -1, 1, 1, 1).to(vae.device, vae.dtype)
@@ -162,13 +162,16 @@ class QwenImageFamily(ImageFamily):
         vae = self.pipeline.vae
         latents = self._unpacked(state.latents, state.request).to(vae.dtype)
         mean, inverse = self._latents_mean_and_inverse_std
-        # Divided by the inverse, as the stock pipeline does it, for the same bits.
+        # Divided by the inverse, as in the stock pipeline, so that results are bitwise equal.
         image = vae.decode(latents / inverse + mean, return_dict=False)[0][:, :, 0]
         return self._pixels(image)
 
 
 def pad_prompts(contexts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """One batch `(rows, tokens, channels)` of prompts `(1, tokens, channels)`; its mask, None if none is shorter."""
+    """Joins prompts `(1, tokens, channels)` to one batch `(rows, tokens, channels)`, padded to the longest.
+
+    Also returns its mask `(rows, tokens)`, true for real tokens; None where all prompts have one length.
+    """
     lengths = [context.shape[1] for context in contexts]
     if min(lengths) == max(lengths):
         return torch.cat(list(contexts)), None
@@ -178,7 +181,7 @@ def pad_prompts(contexts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
 
 
 def set_activation(transformer: QwenImageTransformer2DModel, activation: MlpActivation) -> None:
-    """Give both MLPs of every block the activation that the checkpoint was trained with; weights and names stay.
+    """Give both MLPs of every block the activation that the checkpoint was trained with. Weights and names stay.
 
     Elastic-DiT's checkpoint needs x * sigmoid(1.702 x) (`qwen_image_dit.py` at ce39f1d), the public one the tanh GELU.
     """

@@ -21,7 +21,7 @@ KEEP = RowPlan(Decision.RUN, keeps_residual=True)
 
 @dataclass
 class Scripted:
-    """Does as it is told, one plan a call, and remembers what it was shown."""
+    """Returns the given plans, one a call, and records the views."""
 
     plans: Sequence[RowPlan]
     needs_scores: bool = False
@@ -122,7 +122,7 @@ def test_block_that_all_skip_costs_nothing_and_copies_nothing(block: ElasticBloc
     assert [row.journal.flops for row in rows] == [0, 0]
 
 
-def test_kept_residual_is_what_the_block_added(block: ElasticBlock) -> None:
+def test_kept_residual_is_the_change_that_the_block_made(block: ElasticBlock) -> None:
     rows = [row_of(SKIP), row_of(KEEP), row_of(RUN_IN_FULL)]
     before = streams_of(3)
     after = run_block(block, 0, before, None, rows).streams
@@ -205,7 +205,7 @@ def test_change_of_the_first_residual_is_relative_to_the_last_computed_step(vari
 
 
 def padded_streams(lengths: Sequence[int], padding: float, seed: int = 0) -> QwenImageStreams:
-    """A row for each number of real text tokens, padded with uneven values up to `padding` to the longest."""
+    """One row for each length, padded to the longest with values of up to `padding`."""
     rng = torch.Generator().manual_seed(seed)
     image, text, temb = (torch.randn(len(lengths), *size, generator=rng) for size in ((5, 4), (max(lengths), 4), (4,)))
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
@@ -222,7 +222,7 @@ def padded_streams(lengths: Sequence[int], padding: float, seed: int = 0) -> Qwe
 
 
 class Masked(nn.Module):
-    """A block that heeds the mask, as attention does: padding moves no real token."""
+    """A block that respects the mask, as attention does: padding does not affect real tokens."""
 
     def forward(self, streams: Streams) -> tuple[Tensor, Tensor]:
         assert isinstance(streams, QwenImageStreams)
@@ -237,7 +237,7 @@ def masked_block() -> ElasticBlock:
 
 
 @pytest.mark.parametrize("num_running", [2, 3], ids=["some rows run", "all rows run"])
-def test_mask_goes_through_a_block_as_it_came(masked_block: ElasticBlock, num_running: int) -> None:
+def test_mask_is_the_same_after_a_block(masked_block: ElasticBlock, num_running: int) -> None:
     before = padded_streams([2, 4, 3], padding=9.0)
     rows = [row_of(RUN_IN_FULL if i < num_running else SKIP) for i in range(3)]
     after = run_block(masked_block, 0, before, None, rows).streams
@@ -261,8 +261,8 @@ def test_kept_residual_holds_real_text_tokens_only(masked_block: ElasticBlock, n
 
 
 @pytest.mark.parametrize("companions", [[], [7], [2], [7, 5]], ids=["none", "longer", "shorter", "two"])
-def test_residual_is_added_right_whatever_the_padding_is_now(masked_block: ElasticBlock, companions: list[int]) -> None:
-    """It was stored between neighbours of 4 and 3 tokens; who leaves and arrives changes the padding."""
+def test_residual_is_added_to_real_tokens_only(masked_block: ElasticBlock, companions: list[int]) -> None:
+    """It is stored among rows of 4 and 3 tokens; later companions change the padding."""
     row = row_of(KEEP, REUSE)
     rows = [row_of(SKIP), row, row_of(SKIP)]
     run_block(masked_block, 0, padded_streams([4, 3, 3], padding=9.0), None, rows)
@@ -280,7 +280,7 @@ def test_residual_is_added_right_whatever_the_padding_is_now(masked_block: Elast
     assert torch.equal(after.encoder_hidden_states[-1], text)
 
 
-def test_what_stands_in_the_padding_decides_nothing(masked_block: ElasticBlock) -> None:
+def test_values_in_the_padding_do_not_affect_decisions(masked_block: ElasticBlock) -> None:
     torch.manual_seed(0)
     router = Router(4, hidden=8)
     for parameter in router.parameters():
@@ -299,7 +299,7 @@ def test_what_stands_in_the_padding_decides_nothing(masked_block: ElasticBlock) 
 
 
 class Recording(Masked):
-    """Notes the shape of every text stream that it is called with."""
+    """Records the shape of the text stream in every call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -340,7 +340,7 @@ def test_rows_share_a_call_while_padding_costs_less(lengths: list[int], calls: l
         torch.testing.assert_close(together.encoder_hidden_states[i, :length], text[0])
 
 
-def test_rows_of_large_pictures_share_no_masked_call() -> None:
+def test_rows_of_large_images_share_no_masked_call() -> None:
     module = Recording()
     before = replace(padded_streams([9, 7, 9], padding=9.0), hidden_states=torch.zeros(3, 2000, 4))
     run_block(ElasticBlock("only", {1.0: module}, call, None), 0, before, None, [row_of(RUN_IN_FULL) for _ in range(3)])
@@ -348,7 +348,7 @@ def test_rows_of_large_pictures_share_no_masked_call() -> None:
 
 
 class Looking(nn.Module):
-    """Adds the mean of the context to rows that have one, 7 to the others; knows how many of both it was called on."""
+    """Adds the mean of the context to rows that have one, 7 to the others, and records how many rows had one."""
 
     def __init__(self) -> None:
         super().__init__()

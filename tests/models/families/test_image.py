@@ -17,7 +17,7 @@ Guided = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="session", params=["flux", "qwen_image"])
 def kind(kind: Any) -> Any:
-    """The families that draw pictures."""
+    """The families that draw images."""
     return kind
 
 
@@ -65,8 +65,8 @@ def test_position_factors_of_other_sizes_and_lengths_are_not_mixed_up(family: Im
     assert len(family._rotary) <= 64
 
 
-def test_similarity_is_one_for_equal_pictures_and_less_for_others(family: ImageFamily) -> None:
+def test_similarity_is_one_for_equal_images_and_less_for_others(family: ImageFamily) -> None:
     rng = np.random.default_rng(0)
-    picture = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    assert family.similarity(picture, picture) == 1
-    assert family.similarity(picture, 255 - picture) < 0.1
+    image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    assert family.similarity(image, image) == 1
+    assert family.similarity(image, 255 - image) < 0.1

@@ -32,7 +32,7 @@ Result = NDArray[np.uint8] | CleanMesh
 ROOT = Path(__file__).parents[3]
 ROUTED = CurvePoint(RouterPolicy(0.3, 0.3, 2, width_bias=0.5), 0.5, 0.5, 0.5)
 
-only_pictures = pytest.mark.parametrize("kind", ["flux", "qwen_image"], indirect=True, scope="session")
+only_images = pytest.mark.parametrize("kind", ["flux", "qwen_image"], indirect=True, scope="session")
 only_meshes = pytest.mark.parametrize("kind", ["hunyuan3d_plain", "hunyuan3d_stream"], indirect=True, scope="session")
 
 
@@ -82,15 +82,15 @@ def test_prediction_is_where_the_guided_velocity_leads(engine: Engine, ask: Ask,
     assert torch.equal(state.prediction, state.latents)
 
 
-@only_pictures
-def test_preview_of_a_picture_has_a_pixel_for_each_of_the_latents(engine: Engine, ask: Ask, denoise: Denoise) -> None:
+@only_images
+def test_preview_of_an_image_has_a_pixel_for_each_of_the_latents(engine: Engine, ask: Ask, denoise: Denoise) -> None:
     preview = engine.preview(denoise(engine, ask(height=64, width=96)))()
     assert isinstance(preview, np.ndarray)
     assert preview.shape == (8, 12, 3)
     assert preview.dtype == np.uint8
 
 
-@only_pictures
+@only_images
 def test_colours_hardly_differ_in_bfloat16(
     kind: Any, directory: Path, engine: Engine, ask: Ask, denoise: Denoise
 ) -> None:
@@ -98,7 +98,7 @@ def test_colours_hardly_differ_in_bfloat16(
     state = denoise(engine, ask())
     assert state.prediction is not None
     expected, preview = engine.preview(state)(), family.preview(state.request, state.prediction.bfloat16())
-    # Untrained decoders make harsh pictures: wrong ones would differ by some 80. How far these do depends on the CPU.
+    # Untrained decoders make harsh images: wrong ones would differ by some 80. How far these do depends on the CPU.
     assert np.abs(preview.astype(float) - expected).mean() < 8
 
 
@@ -118,24 +118,24 @@ def test_preview_without_a_surface_says_so(engine: Engine, ask: Ask) -> None:
 
 
 def test_map_is_fitted_to_the_mean_colours_of_latent_pixels() -> None:
-    pictures = fitting_images()
-    red, green, blue = F.avg_pool2d(pictures, 8).unbind(1)
+    images = fitting_images()
+    red, green, blue = F.avg_pool2d(images, 8).unbind(1)
     latents = torch.stack([2 * red, green - blue, 0.5 - blue, red * green], dim=1)
-    expected = ((F.avg_pool2d(pictures[0], 8).movedim(0, -1) + 1) * 127.5).round()
-    preview = apply_colour_map(fit_colour_map(latents, pictures), latents[0])
+    expected = ((F.avg_pool2d(images[0], 8).movedim(0, -1) + 1) * 127.5).round()
+    preview = apply_colour_map(fit_colour_map(latents, images), latents[0])
     assert np.abs(preview.astype(float) - expected.numpy()).max() <= 1
 
 
-def test_pictures_to_fit_to_are_always_the_same_and_of_all_colours() -> None:
-    pictures = fitting_images()
-    assert torch.equal(pictures, fitting_images())
-    assert pictures.abs().max() == 1
-    octants = (pictures.movedim(1, -1).flatten(0, 2) > 0).int() @ torch.tensor([4, 2, 1], dtype=torch.int32)
+def test_images_to_fit_to_are_always_the_same_and_of_all_colours() -> None:
+    images = fitting_images()
+    assert torch.equal(images, fitting_images())
+    assert images.abs().max() == 1
+    octants = (images.movedim(1, -1).flatten(0, 2) > 0).int() @ torch.tensor([4, 2, 1], dtype=torch.int32)
     assert (octants.bincount() > 0.05 * len(octants)).all()
 
 
 @pytest.mark.parametrize("model", ["tiny-flux", "tiny-qwen-image"])
-def test_previews_of_a_trained_model_look_ever_more_like_its_picture(model: str) -> None:
+def test_previews_of_a_trained_model_look_ever_more_like_its_image(model: str) -> None:
     """Correlations seen after steps 1, 3 and 6: 0.86, 0.95 and 0.98 for FLUX, 0.79, 0.92 and 0.98 for Qwen-Image."""
     engine = shipped_engine(model)
     request = ImageRequest(

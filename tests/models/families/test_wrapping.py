@@ -97,26 +97,25 @@ def test_full_width_is_the_original_block(family: Family) -> None:
 
 @pytest.fixture
 def blocks(stock: Any, family: Family) -> dict[str, nn.Module]:
-    """Blocks that a wrong order must leave as they are."""
+    """Blocks that must stay unchanged when an order is refused."""
     return dict(family.adapter.blocks(stock.transformer))
 
 
 @pytest.mark.parametrize(
     "order", [torch.arange(HIDDEN - 1), torch.zeros(HIDDEN, dtype=torch.int32)], ids=["too short", "with repeats"]
 )
-def test_order_that_is_none_is_refused_by_name(family: Family, blocks: dict[str, nn.Module], order: Tensor) -> None:
+def test_order_that_is_no_permutation_is_refused(family: Family, blocks: dict[str, nn.Module], order: Tensor) -> None:
     block = family.blocks[1]
     part = next(iter(family.adapter.mlps(block.variants[1.0])))
     name = mlp_name(block.name, part)
-    with pytest.raises(WeightsError, match=f"neuron_order.{name} is no order of the block's {HIDDEN} hidden neurons"):
+    message = f"neuron_order.{name} is not a permutation of the block's {HIDDEN} hidden neurons"
+    with pytest.raises(WeightsError, match=message):
         permute_neurons(blocks, {name: order}, family.adapter.mlps)
 
 
-def test_order_of_an_unknown_block_is_refused_with_those_there_are(
-    family: Family, blocks: dict[str, nn.Module]
-) -> None:
+def test_order_of_an_unknown_mlp_is_refused_with_the_known_names(family: Family, blocks: dict[str, nn.Module]) -> None:
     with pytest.raises(
-        WeightsError, match=f"neuron_order.block.99 is of no block; there are: {family.blocks[0].name}, "
+        WeightsError, match=f"neuron_order.block.99 names no MLP of the model; there are: {family.blocks[0].name}, "
     ):
         permute_neurons(blocks, {"block.99": torch.arange(HIDDEN)}, family.adapter.mlps)
 

@@ -100,7 +100,7 @@ def test_floaters_go_and_larger_parts_stay() -> None:
     assert (stays.report.num_faces, stays.report.num_removed_floaters, stays.report.num_components) == (5145, 0, 2)
 
 
-def test_a_hole_is_told() -> None:
+def test_a_hole_is_reported() -> None:
     ball = trimesh.creation.icosphere(subdivisions=2)
     ball.update_faces(np.arange(len(ball.faces)) != 7)
     assert not clean(as_mesh(ball)).report.is_watertight
@@ -129,7 +129,7 @@ def test_the_same_mesh_is_cleaned_the_same_way() -> None:
     np.testing.assert_array_equal(first.mesh.faces, second.mesh.faces)
 
 
-def test_a_mesh_of_which_nothing_is_left_is_told() -> None:
+def test_a_mesh_of_which_nothing_is_left_is_refused() -> None:
     flat = Mesh(np.eye(3, dtype=np.float32), np.array([[0, 1, 1], [2, 2, 0]], np.int32))
     with pytest.raises(EmptySurface, match="no surface is left of 2 faces"):
         clean(flat)

@@ -54,7 +54,7 @@ def test_distilled_guidance_is_that_of_the_stock_pipeline(
     assert not torch.allclose(latents, denoise(engine, ask()).latents, atol=1e-3)
 
 
-def test_card_tells_sizes_defaults_and_guidance(engine: Engine) -> None:
+def test_card_has_sizes_defaults_and_guidance(engine: Engine) -> None:
     card = engine.cards[MODEL]
     assert card.family == "flux"
     assert card.guidance is Guidance.DISTILLED
@@ -76,7 +76,9 @@ def test_defaults_are_those_of_the_model_card_where_there_is_no_manifest(tiny_fl
     [CheckpointTraits(mlp_activation=MlpActivation.GELU_SIGMOID), CheckpointTraits(rescales_guidance=False)],
 )
 def test_traits_of_another_family_are_refused(tiny_flux: Path, traits: CheckpointTraits) -> None:
-    with pytest.raises(WeightsError, match="is a FLUX model, of which there are none with CheckpointTraits"):
+    with pytest.raises(
+        WeightsError, match="FLUX models have no special traits, but the manifest names CheckpointTraits"
+    ):
         FluxFamily.load(tiny_flux, "cpu", torch.float32, None, traits, False)
 
 
@@ -106,7 +108,7 @@ def test_second_branch_needs_a_negative_prompt_and_a_scale(
     assert [row.branch for row in family.start(ask(**fields), (EXACT,), EXACT).rows] == branches
 
 
-def test_every_prompt_has_as_many_tokens(family: FluxFamily, ask: Ask) -> None:
+def test_all_prompts_have_the_same_number_of_tokens(family: FluxFamily, ask: Ask) -> None:
     """T5's are padded and never masked, as in the stock pipeline, so they all count."""
     states = [family.start(ask(prompt=prompt), (EXACT,), EXACT) for prompt in ("", "red", "a red circle on the left")]
     assert [state.inputs[0].num_text_tokens for state in states] == [40, 40, 40]

@@ -128,7 +128,7 @@ def test_skipped_blocks_still_mix_in_what_earlier_ones_left(engine: Engine, stoc
 
 
 @only_plain
-def test_rows_without_a_picture_take_the_shortcut_and_give_the_same(
+def test_rows_without_an_image_take_the_shortcut_and_give_the_same(
     engine: Engine, family: Hunyuan3DFamily, stock: Any, ask: Ask, denoise: Denoise
 ) -> None:
     seen: list[tuple[int, int, list[int]]] = []
@@ -209,7 +209,7 @@ def test_latents_stay_in_float32_where_the_denoiser_is_in_bfloat16(
     assert isinstance(half.finish(state), CleanMesh)
 
 
-def test_picture_that_shows_nothing_is_refused_by_its_field(engine: Engine, ask: Ask) -> None:
+def test_image_that_shows_nothing_is_refused_by_its_field(engine: Engine, ask: Ask) -> None:
     file = BytesIO()
     Image.new("RGBA", (40, 40)).save(file, "PNG")
     with pytest.raises(InvalidRequest, match="fully transparent") as caught:
@@ -217,7 +217,7 @@ def test_picture_that_shows_nothing_is_refused_by_its_field(engine: Engine, ask:
     assert caught.value.param == "input_image"
 
 
-def test_pictures_differ_and_the_same_picture_gives_the_same(engine: Engine, ask: Ask, denoise: Denoise) -> None:
+def test_images_differ_and_the_same_image_gives_the_same(engine: Engine, ask: Ask, denoise: Denoise) -> None:
     one, same, other = (denoise(engine, ask(prompt=prompt)).latents for prompt in ("a", "a", "b"))
     assert torch.equal(one, same)
     assert not torch.allclose(one, other, atol=0.01)

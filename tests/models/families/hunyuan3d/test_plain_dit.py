@@ -36,7 +36,7 @@ def model(rng: torch.Generator) -> HunYuanDiTPlain:
 
 @pytest.fixture
 def inputs(rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Two rows: latents, times and pictures."""
+    """Two rows: latents, times and images."""
     return (
         torch.randn(2, 6, 4, generator=rng),
         torch.rand(2, generator=rng),

@@ -90,7 +90,7 @@ def test_published_sizes_make_the_published_numbers_of_tensors_and_parameters(
 
 @pytest.mark.parametrize("with_encoder", [True, False])
 @pytest.mark.parametrize("form", [PLAIN, TURBO], ids=["plain", "turbo"])
-def test_form_is_told_by_the_tensors_alone(form: dict[str, Any], with_encoder: bool) -> None:
+def test_sizes_are_determined_by_the_tensors_alone(form: dict[str, Any], with_encoder: bool) -> None:
     tensors = build(**form, with_encoder=with_encoder).state_dict()
     again = build(**geometry_of(tensors))
     assert {name: tensor.shape for name, tensor in again.state_dict().items()} == {
@@ -116,7 +116,7 @@ def test_published_epsilons_are_larger_in_the_norms_after_encoder_and_geometry_d
 
 
 def test_tensors_of_something_else_are_refused_by_the_name_that_is_missing() -> None:
-    with pytest.raises(WeightsError, match=r"there is no post_kl\.weight"):
+    with pytest.raises(WeightsError, match=r"post_kl\.weight is missing"):
         geometry_of({"x_embedder.weight": torch.zeros(1)})
 
 
@@ -192,7 +192,7 @@ def test_log_variance_stays_within_its_limits(surface: Tensor) -> None:
 def test_vae_without_encoder_says_so_when_it_should_encode(surface: Tensor) -> None:
     vae = build(with_encoder=False)
     features = vae.features(surface)
-    with pytest.raises(WeightsError, match="without the encoder"):
+    with pytest.raises(WeightsError, match="has no encoder"):
         vae.encode(features[:, :NUM_LATENTS], features)
 
 

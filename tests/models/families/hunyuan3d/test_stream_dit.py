@@ -56,7 +56,7 @@ def model(build: Any) -> Hunyuan3DDiT:
 
 @pytest.fixture
 def inputs(rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Two rows: latents, times and pictures."""
+    """Two rows: latents, times and images."""
     return (
         torch.randn(2, 6, 4, generator=rng),
         torch.rand(2, generator=rng),

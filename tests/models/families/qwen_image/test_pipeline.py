@@ -111,7 +111,7 @@ def test_silent_negative_prompt_is_an_empty_one(
 
 
 def velocity_of(stock: QwenImagePipeline, latents: Tensor, timestep: Tensor, prompt: str) -> Tensor:
-    """What the stock transformer predicts for one prompt and a 64 x 64 picture."""
+    """What the stock transformer predicts for one prompt and a 64 x 64 image."""
     prompt_embeds, _ = stock.encode_prompt(prompt)
     velocity: Tensor = stock.transformer(
         hidden_states=latents,
@@ -179,7 +179,7 @@ def test_residuals_hold_real_text_tokens_only(engine: Engine, ask: Ask) -> None:
 
 
 @pytest.mark.parametrize("turns", [[0], [1], [2], [0, 2], [1, 2, 4], [0, 1, 2, 3, 4, 5]])
-def test_residuals_are_used_again_right_as_companions_come_and_go(
+def test_residuals_are_reused_correctly_as_companions_come_and_go(
     engine: Engine, ask: Ask, denoise: Denoise, turns: list[int]
 ) -> None:
     """With and without a companion the text stream has 40 and 7 tokens; only one of its steps runs any block."""
@@ -193,7 +193,7 @@ def test_residuals_are_used_again_right_as_companions_come_and_go(
 
 
 @torch.inference_mode()
-def test_what_stands_in_the_padding_changes_nothing(family: QwenImageFamily, ask: Ask) -> None:
+def test_values_in_the_padding_change_nothing(family: QwenImageFamily, ask: Ask) -> None:
     """Neither scores nor what blocks do to real tokens."""
     states = [family.start(ask(prompt=prompt), (EXACT,), EXACT) for prompt in ("red", LONGEST)]
     streams = family.prologue(states)
@@ -271,7 +271,7 @@ def test_activation_of_the_public_checkpoint_is_left_as_it_is(stock: QwenImagePi
 # What the card says
 
 
-def test_card_tells_sizes_defaults_and_guidance(engine: Engine) -> None:
+def test_card_has_sizes_defaults_and_guidance(engine: Engine) -> None:
     card = engine.cards[MODEL]
     assert card.family == "qwen_image"
     assert card.guidance is Guidance.TRUE
