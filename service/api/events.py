@@ -20,7 +20,7 @@ from service.jobs.store import Event, EventName, follow
 from service.running.dispatcher import Dispatcher
 
 # Proxies close connections that are silent for about a minute.
-_KEEP_ALIVE_S = 15.0
+KEEP_ALIVE_S = 15.0
 
 # Keeps caches and nginx's buffers from delaying events.
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -70,14 +70,14 @@ async def _lines(
 
 
 async def _until_drained(job: Job, dispatcher: Dispatcher, after: str) -> AsyncIterator[Event | None]:
-    """The job's events, and None after each silence of _KEEP_ALIVE_S. Raises Draining if this server stops first."""
+    """The job's events, and None after each silence of KEEP_ALIVE_S. Raises Draining if this server stops first."""
     events = follow(dispatcher.store, job.id, after)
     drained = asyncio.create_task(dispatcher.has_drained.wait())
     coming: asyncio.Future[Event] | None = None
     try:
         while True:
             coming = coming or asyncio.ensure_future(anext(events))
-            await asyncio.wait((coming, drained), timeout=_KEEP_ALIVE_S, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((coming, drained), timeout=KEEP_ALIVE_S, return_when=asyncio.FIRST_COMPLETED)
             if coming.done():
                 try:
                     event = coming.result()

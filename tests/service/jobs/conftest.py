@@ -42,11 +42,6 @@ class Clock:
         self.now += seconds
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.fixture(params=["memory", "volume", pytest.param("redis", marks=pytest.mark.redis)])
 async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Bench]:
     clock = Clock()
