@@ -102,11 +102,10 @@ async def test_unsuccessful_job_ends_with_its_error(bench: Bench, make_job: Make
     if end == "failed":
         failure = Failure(FailureReason.INVALID_REQUEST, "too many tokens", "prompt")
         await bench.dispatcher.store.end(Ending(claim, JobStatus.FAILED, failure=failure))
-        expected = ("invalid_parameter", "prompt")
     else:
         await bench.dispatcher.store.cancel("a")
-        expected = ("job_cancelled", None)
     event_id, name, data = (await bench.events(claim.job))[-1]
+    expected = {"failed": ("invalid_parameter", "prompt"), "cancelled": ("job_cancelled", None)}[end]
     assert (name, data["error"]["code"], data["error"]["param"]) == ("error", *expected)
     assert event_id is not None
 

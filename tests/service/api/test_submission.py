@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 from starlette.requests import Request
 
 from models.card import ImageCard, MeshCard
@@ -23,7 +24,7 @@ from service.settings import Settings
 pytestmark = pytest.mark.anyio
 
 MakeRequest = Callable[..., ImageRequest]
-SETTINGS = Settings(max_backlog_s=10.0, webhook_hosts=("hooks.example",), webhook_secret="whsec_" + "A" * 32)
+SETTINGS = Settings(max_backlog_s=10.0, webhook_hosts=("hooks.example",), webhook_secret=SecretStr("whsec_" + "A" * 32))
 PLAIN = GenerationHeaders()
 KEYED = GenerationHeaders(idempotency_key="k")
 
