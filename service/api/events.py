@@ -9,9 +9,9 @@ from fastapi.sse import format_sse_event
 from pydantic_core import to_json
 
 from models.errors import GenerationError
-from models.request import ImageRequest
 from service.api.errors import raise_if_unsuccessful, status_and_error
 from service.api.job_views import result_body
+from service.api.products import product_of
 from service.api.responses import ErrorBody
 from service.api.schemas import ResponseFormat
 from service.errors import Draining, ServiceError
@@ -99,12 +99,12 @@ async def _public(
     event: Event, job: Job, dispatcher: Dispatcher, base: str, response_format: ResponseFormat | None
 ) -> tuple[str, Mapping[str, Any]]:
     """The name and the data of an event, as clients see them."""
-    product = "image" if isinstance(job.requests[0], ImageRequest) else "mesh"
+    product = product_of(job.requests[0])
     match event.name:
         case EventName.PREVIEW:
-            return f"{product}_generation.partial_{product}", {"id": job.id, **event.data}
+            return product.preview_event, {"id": job.id, **event.data}
         case EventName.ENDED:
-            return await _end(job, dispatcher, base, response_format, f"{product}_generation.completed")
+            return await _end(job, dispatcher, base, response_format, product.completed_event)
         case _:
             return event.name, {"id": job.id, **event.data}
 
