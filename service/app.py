@@ -4,6 +4,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -113,7 +114,7 @@ def _bare_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
         title="Elastic DiT Serve",
         description="Generates images from text and meshes from images, with diffusion transformers that spend compute "
         "where it is needed.",
-        version="0.1.0",
+        version=version("elastic-dit-serve"),
         redoc_url=None,
         lifespan=lifespan,
         redirect_slashes=False,

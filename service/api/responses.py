@@ -5,8 +5,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from models.card import Guidance
+from models.curve import Preset
 from models.report import Decision
-from models.request import Preset
 from service.jobs.job import JobStatus
 
 
@@ -209,24 +209,13 @@ class LimitsBody(BaseModel):
     batch_size: int
 
 
-class PolicyBody(BaseModel):
-    skip_threshold: float
-    reuse_band: float
-    max_reuses: int
-    reuse_from_step: int
-    width_bias: float
-    residual_threshold: float
-    protected_first: int
-    protected_last: int
-
-
 class CurvePointBody(BaseModel):
     preset: Preset | None
     quality: float
     compute_ratio: float
     expected_seconds: float = Field(description="Denoising time of one request alone, with the model's defaults.")
     rule: str
-    policy: PolicyBody
+    policy: dict[str, float] = Field(description="The settings of the rule; each rule has its own.")
 
 
 class ModelBody(BaseModel):

@@ -10,10 +10,10 @@ from service.api.answering import answer
 from service.api.dependencies import CallerOfRequest, DispatcherOfApp, SettingsOfApp
 from service.api.errors import error_responses
 from service.api.generation_route import GenerationRoute, HeadersOfGeneration
-from service.api.parsing import RANDOM_SEEDS, parse_output, parse_requests
+from service.api.parsing import RANDOM_SEEDS, parse_image_body
 from service.api.products import IMAGE
 from service.api.schemas import ImageBody
-from service.api.submission import card_of, job_of, submit
+from service.api.submission import card_of, submit
 from service.keys import Scope
 
 router = APIRouter(
@@ -46,12 +46,7 @@ async def create_image(
     dispatcher.check_accepting()
     card = card_of(body.model, dispatcher.cards, ImageCard)
     caller.model = card.id
-    requests = parse_requests(
-        body,
-        card,
-        default_budget=settings.default_budget.to_budget(),
-        random_seed=secrets.randbelow(RANDOM_SEEDS),
-    )
-    job = job_of(requests, parse_output(body), body, card, headers, caller, settings)
-    job = await submit(job, body, headers, request, dispatcher, settings)
+    seed = secrets.randbelow(RANDOM_SEEDS)
+    order = parse_image_body(body, card, default_budget=settings.default_budget, random_seed=seed)
+    job = await submit(order, card, body, headers, request, dispatcher, settings)
     return await answer(job, body, headers, request, dispatcher, settings)

@@ -19,10 +19,10 @@ from service.api.dependencies import CallerOfRequest, DispatcherOfApp, SettingsO
 from service.api.errors import error_responses
 from service.api.generation_route import GenerationRoute, HeadersOfGeneration, media_type_of
 from service.api.input_image import checked_image, decode_base64_image
-from service.api.parsing import RANDOM_SEEDS, parse_mesh_output, parse_mesh_request
+from service.api.parsing import RANDOM_SEEDS, parse_mesh_body
 from service.api.products import MESH
 from service.api.schemas import MeshBody
-from service.api.submission import card_of, job_of, submit
+from service.api.submission import card_of, submit
 from service.errors import UnsupportedMediaType
 from service.keys import Scope
 
@@ -91,15 +91,9 @@ async def create_mesh(
     file = decode_base64_image(body.input_image)
     check = partial(checked_image, file, max_pixels=settings.max_image_pixels)
     input_image = await asyncio.get_running_loop().run_in_executor(request.app.state.image_checks, check)
-    mesh_request = parse_mesh_request(
-        body,
-        card,
-        input_image,
-        default_budget=settings.default_budget.to_budget(),
-        random_seed=secrets.randbelow(RANDOM_SEEDS),
-    )
-    job = job_of((mesh_request,), parse_mesh_output(body), body, card, headers, caller, settings)
-    job = await submit(job, body, headers, request, dispatcher, settings)
+    seed = secrets.randbelow(RANDOM_SEEDS)
+    order = parse_mesh_body(body, card, input_image, default_budget=settings.default_budget, random_seed=seed)
+    job = await submit(order, card, body, headers, request, dispatcher, settings)
     return await answer(job, body, headers, request, dispatcher, settings)
 
 

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from models.file_formats import MeshFormat, OutputFormat
-from models.mesh.limits import MIN_TARGET_FACES
+from models.request import MIN_TARGET_FACES
 from service.budget import BudgetBody, Number
 from service.jobs.job import Priority
 

@@ -1,30 +1,24 @@
-"""From a valid request to a job in the store: build the job, admit it, record it."""
+"""From an order to a job in the store: admit the order, make the job, record it."""
 
 import hashlib
 import re
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TypeVar
 
 from fastapi import Request
 
-from models.budget import resolve
 from models.card import ModelCard
 from models.errors import InvalidRequest, UnknownModel
-from models.request import ImageRequest, LatencyBudget, MeshRequest, QualityBudget
 from service.api.caller import Caller, caller_of
 from service.api.generation_route import GenerationHeaders
-from service.api.parsing import quality_of
 from service.api.schemas import GenerationBody, ResponseFormat
-from service.jobs.job import Job, Output, Priority
+from service.jobs.job import Job, Priority
 from service.jobs.store import Idempotency
+from service.order import Order
 from service.running.dispatcher import Dispatcher
-from service.scheduling.admission import admit
-from service.scheduling.cost import predicted_seconds
-from service.scheduling.deadline import check_reachable
-from service.scheduling.load import lowered_quality
+from service.scheduling.admission import Admission, Backlog, admit
 from service.settings import Settings
 from service.webhooks import check_webhook_url
 
@@ -50,16 +44,39 @@ def card_of(model: str | None, loaded: Mapping[str, ModelCard], card_type: type[
     raise UnknownModel(f"there is no model '{model}'; loaded: {', '.join(loaded)}")
 
 
-def job_of(
-    requests: tuple[ImageRequest | MeshRequest, ...],
-    output: Output,
-    body: GenerationBody,
+async def submit(
+    order: Order,
     card: ModelCard,
+    body: GenerationBody,
     headers: GenerationHeaders,
-    caller: Caller,
+    request: Request,
+    dispatcher: Dispatcher,
     settings: Settings,
 ) -> Job:
-    """The job that `body` asks for. Raises InvalidRequest for ways of answering that exclude each other."""
+    """Make a job of `order` and record it, or return the job that an earlier call with its idempotency key created.
+
+    Raises InvalidRequest for ways of answering that exclude each other and for a malformed key, IdempotencyKeyReused,
+    Overloaded and DeadlineUnreachable if the order is not admitted, StoreUnavailable.
+    """
+    _check_answering(body, headers, settings)
+    caller = caller_of(request.scope)
+    idempotency = _idempotency(body, headers, caller, request.url.path)
+    recorded = None if idempotency is None else await dispatcher.store.find(idempotency)
+    if recorded is None:
+        created_at = time.time()
+        backlog = Backlog(
+            seconds=await dispatcher.store.backlog_s(),
+            max_seconds=settings.max_backlog_s,
+            finish_s=dispatcher.worker.finish_seconds(card.id),
+        )
+        job = _job_of(admit(order, card, backlog), body, caller, created_at)
+        recorded = await dispatcher.store.add(job, idempotency)
+    caller.job_id = recorded.id
+    return recorded
+
+
+def _check_answering(body: GenerationBody, headers: GenerationHeaders, settings: Settings) -> None:
+    """Raise InvalidRequest for ways of answering that exclude each other."""
     num_previews = body.partial_images or 0
     if body.stream and headers.is_async:
         raise InvalidRequest("stream and Prefer: respond-async exclude one another; choose one", "stream")
@@ -71,66 +88,26 @@ def job_of(
         )
     if body.webhook_url is not None:
         check_webhook_url(body.webhook_url, settings.webhook_hosts)
+
+
+def _job_of(admission: Admission, body: GenerationBody, caller: Caller, created_at: float) -> Job:
+    order = admission.order
     return Job(
         id=f"job_{uuid.uuid4().hex}",
-        model=card.id,
-        requests=requests,
-        output=output,
+        model=order.requests[0].model,
+        requests=order.requests,
+        output=order.output,
         priority=body.priority or Priority.NORMAL,
-        quality_requested=quality_of(requests[0].budget, card),
-        predicted_seconds=sum(predicted_seconds(request, card) for request in requests),
+        quality_requested=order.quality_requested,
+        predicted_seconds=admission.predicted_seconds,
         request_id=caller.request_id,
-        created_at=time.time(),
+        created_at=created_at,
         owner=caller.owner,
-        num_previews=num_previews,
+        deadline_at=None if admission.latency_s is None else created_at + admission.latency_s,
+        is_degraded=admission.is_degraded,
+        num_previews=body.partial_images or 0,
         webhook_url=body.webhook_url,
     )
-
-
-async def submit(
-    job: Job,
-    body: GenerationBody,
-    headers: GenerationHeaders,
-    request: Request,
-    dispatcher: Dispatcher,
-    settings: Settings,
-) -> Job:
-    """Record `job` in the store, or return the job that an earlier call with its idempotency key created.
-
-    Raises InvalidRequest and IdempotencyKeyReused for the key, Overloaded and DeadlineUnreachable if the job is not
-    admitted, StoreUnavailable.
-    """
-    caller = caller_of(request.scope)
-    idempotency = _idempotency(body, headers, caller, request.url.path)
-    recorded = None if idempotency is None else await dispatcher.store.find(idempotency)
-    if recorded is None:
-        backlog_s = await dispatcher.store.backlog_s()
-        job = _with_promises(job, body, dispatcher, settings, backlog_s)
-        admit(job.predicted_seconds, backlog_s=backlog_s, max_backlog_s=settings.max_backlog_s)
-        recorded = await dispatcher.store.add(job, idempotency)
-    caller.job_id = recorded.id
-    return recorded
-
-
-def _with_promises(job: Job, body: GenerationBody, dispatcher: Dispatcher, settings: Settings, backlog_s: float) -> Job:
-    """The job with its deadline, or with the quality that the load leaves it. Raises DeadlineUnreachable."""
-    card, request = dispatcher.cards[job.model], job.requests[0]
-    if isinstance(request.budget, LatencyBudget):
-        finish_s = dispatcher.worker.finish_seconds(job.model)
-        check_reachable(request, card, num_results=len(job.requests), backlog_s=backlog_s, finish_s=finish_s)
-        return replace(job, deadline_at=job.created_at + request.budget.latency_s)
-    default_budget = settings.default_budget
-    asked = body.budget or (default_budget if request.budget == default_budget.to_budget() else None)
-    if asked is None or asked.min_quality is None:
-        return job
-    wanted = resolve(request.budget, card.curve).quality
-    quality = lowered_quality(wanted, asked.min_quality, backlog_s=backlog_s, max_backlog_s=settings.max_backlog_s)
-    lowered = QualityBudget(quality)
-    if resolve(lowered, card.curve).quality >= wanted:
-        return job
-    requests = tuple(replace(request, budget=lowered) for request in job.requests)
-    seconds = sum(predicted_seconds(request, card) for request in requests)
-    return replace(job, requests=requests, predicted_seconds=seconds, is_degraded=True)
 
 
 def _idempotency(body: GenerationBody, headers: GenerationHeaders, caller: Caller, path: str) -> Idempotency | None:

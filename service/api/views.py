@@ -5,7 +5,8 @@ from dataclasses import asdict
 from itertools import groupby
 from statistics import fmean
 
-from models.card import CurvePoint, ImageCard, MeshCard, ModelCard
+from models.card import ImageCard, MeshCard, ModelCard
+from models.curve import CurvePoint
 from models.report import StepDecision
 from service.api.responses import (
     BlocksBody,
@@ -16,7 +17,6 @@ from service.api.responses import (
     MeshReportBody,
     ModelBody,
     OctreeResolutionsBody,
-    PolicyBody,
     ReceiptBody,
     SecondsBody,
     SizesBody,
@@ -115,7 +115,7 @@ def _curve_point_body(point: CurvePoint, card: ModelCard) -> CurvePointBody:
         compute_ratio=point.compute_ratio,
         expected_seconds=card.dense_step_seconds * card.default_num_inference_steps * point.relative_seconds,
         rule=point.rule,
-        policy=PolicyBody(**asdict(point.policy)),
+        policy=asdict(point.policy),
     )
 
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Self
 
-from models.file_formats import MeshFormat, OutputFormat
 from models.report import GenerationSummary, MeshReport
 from models.request import ImageRequest, MeshRequest
+from service.order import Output
 
 
 class JobStatus(StrEnum):
@@ -65,15 +65,6 @@ class Failure:
     def worker_lost(cls, job_id: str, attempts: int) -> Self:
         tried = f"all {attempts} workers that tried it died" if attempts > 1 else "its worker died"
         return cls(FailureReason.WORKER_LOST, f"job {job_id} failed: {tried}")
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """How a job's results are encoded. `compression_quality`, 0 to 100, applies to WebP and JPEG only."""
-
-    format: OutputFormat | MeshFormat = OutputFormat.PNG
-    compression_quality: int | None = None
-    has_metadata: bool = True
 
 
 @dataclass(frozen=True, slots=True)

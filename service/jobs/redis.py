@@ -22,6 +22,7 @@ from models.request import MeshRequest
 from service.errors import IdempotencyKeyReused, JobNotFinished, JobNotFound, StoreUnavailable
 from service.jobs import redis_scripts
 from service.jobs.job import Failure, FinishedJob, Job, JobSnapshot, JobState, JobStatus, Receipt
+from service.jobs.job_json import dump_job, load_job
 from service.jobs.results import Results
 from service.jobs.store import (
     WEBHOOK_HELD_S,
@@ -45,7 +46,6 @@ PREFIX = "elastic:"
 _CHUNK = 64
 _RECONNECT_S = 0.5
 
-_JOB = TypeAdapter(Job)
 _RECEIPTS = TypeAdapter(tuple[Receipt, ...])
 _FAILURE = TypeAdapter(Failure)
 
@@ -128,7 +128,7 @@ class RedisStore:
     async def add(self, job: Job, idempotency: Idempotency | None = None) -> Job:
         request = job.requests[0]
         input_image = request.input_image if isinstance(request, MeshRequest) else b""
-        fields: list[Any] = ["job", _JOB.dump_json(job.without_input_images())]
+        fields: list[Any] = ["job", dump_job(job.without_input_images())]
         if job.webhook_url is not None:
             fields += ["webhook_url", job.webhook_url]
         name, value = "", ""
@@ -156,7 +156,7 @@ class RedisStore:
             fields = await self._redis.hgetall(self._key(f"job:{job_id}"))
         if b"job" not in fields:
             raise JobNotFound(f"there is no job '{job_id}'")
-        return JobSnapshot(_JOB.validate_json(fields[b"job"]), _state_of(fields))
+        return JobSnapshot(load_job(fields[b"job"]), _state_of(fields))
 
     async def content(self, job_id: str) -> FinishedJob:
         snapshot = await self.get(job_id)

@@ -17,7 +17,7 @@ from models.request import (
     PresetBudget,
     QualityBudget,
 )
-from service.jobs.job import Output
+from service.order import Output
 
 
 def encode_output(result: NDArray[np.uint8] | CleanMesh, request: GenerationRequest, output: Output) -> bytes:

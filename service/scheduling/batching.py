@@ -104,10 +104,9 @@ class FairShare:
 
 
 def shape_of(request: GenerationRequest) -> str:
-    """Requests of equal shape can share steps: what can be told of a `batch_key` before the request is started."""
+    """Requests of equal shape can share steps: a request's `batch_key` before it is started."""
     match request:
         case ImageRequest():
-            guided = " guided" if request.true_cfg_scale > 1 else ""
-            return f"{request.model} {request.width}x{request.height}{guided}"
+            return f"{request.model} {request.width}x{request.height}"
         case _:
             return request.model

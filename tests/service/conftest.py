@@ -21,15 +21,18 @@ from fastapi.testclient import TestClient
 from numpy.typing import NDArray
 
 from models.budget import resolve
-from models.card import EXACT, CurvePoint, Guidance, ImageCard, MeshCard, ModelCard, Policy, SizeLimits
+from models.card import Guidance, ImageCard, MeshCard, ModelCard, SizeLimits
+from models.curve import EXACT, CurvePoint, Preset
 from models.errors import EmptySurface, InvalidRequest
 from models.mesh.cleanup import CleanMesh, clean
 from models.mesh.surface import Mesh
 from models.report import BlockReport, Decision, GenerationSummary, StepDecision, StepReport
-from models.request import ImageRequest, LatencyBudget, MeshRequest, Preset, QualityBudget
+from models.request import ImageRequest, LatencyBudget, MeshRequest, QualityBudget
+from models.rules.router import RouterPolicy
 from service.app import build_dispatcher, create_app
-from service.jobs.job import FinishedJob, Job, JobSnapshot, JobStatus, Output, Priority
+from service.jobs.job import FinishedJob, Job, JobSnapshot, JobStatus, Priority
 from service.jobs.store import ended
+from service.order import Output
 from service.running.dispatcher import Dispatcher
 from service.settings import Settings
 
@@ -40,10 +43,10 @@ T = TypeVar("T")
 
 CURVE = (
     EXACT,
-    CurvePoint("router", Policy(skip_threshold=0.2), 0.8, 0.82, 0.97, Preset.HIGH),
-    CurvePoint("router", Policy(skip_threshold=0.4), 0.6, 0.64, 0.9, Preset.BALANCED),
-    CurvePoint("router", Policy(skip_threshold=0.5), 0.5, 0.55, 0.8, Preset.FAST),
-    CurvePoint("router", Policy(skip_threshold=0.7), 0.4, 0.46, 0.6, Preset.DRAFT),
+    CurvePoint(RouterPolicy(skip_threshold=0.2), 0.8, 0.82, 0.97, Preset.HIGH),
+    CurvePoint(RouterPolicy(skip_threshold=0.4), 0.6, 0.64, 0.9, Preset.BALANCED),
+    CurvePoint(RouterPolicy(skip_threshold=0.5), 0.5, 0.55, 0.8, Preset.FAST),
+    CurvePoint(RouterPolicy(skip_threshold=0.7), 0.4, 0.46, 0.6, Preset.DRAFT),
 )
 
 DRAWN_CARD = ImageCard(
@@ -103,7 +106,7 @@ class DrawnState:
 
     @property
     def point(self) -> CurvePoint:
-        return self.moves[-1] if self.moves else resolve(self.request.budget, CURVE)
+        return self.moves[-1] if self.moves else self.request.point
 
     def move_to(self, point: CurvePoint) -> None:
         self.moves.append(point)
@@ -367,7 +370,7 @@ def client(start_client: Callable[..., TestClient], settings: Settings) -> TestC
 
 @pytest.fixture
 def make_request() -> Callable[..., ImageRequest]:
-    def make(**fields: Any) -> ImageRequest:
+    def make(*, card: ImageCard = DRAWN_CARD, **fields: Any) -> ImageRequest:
         defaults: dict[str, Any] = {
             "model": "drawn",
             "prompt": "a red circle",
@@ -378,7 +381,9 @@ def make_request() -> Callable[..., ImageRequest]:
             "seed": 0,
             "budget": QualityBudget(0.9),
         }
-        return ImageRequest(**{**defaults, **fields})
+        asked = {**defaults, **fields}
+        is_guided = card.is_guided(asked["guidance_scale"], asked.get("true_cfg_scale", 1.0))
+        return ImageRequest(**{"point": resolve(asked["budget"], CURVE), "is_guided": is_guided, **asked})
 
     return make
 

@@ -5,8 +5,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from models.card import ImageCard
+from models.curve import Preset
 from models.report import BlockReport, GenerationSummary, StepReport
-from models.request import ComputeBudget, LatencyBudget, Preset, PresetBudget, QualityBudget
+from models.request import ComputeBudget, LatencyBudget, PresetBudget, QualityBudget
 from service.jobs.job import Job, JobSnapshot, JobState, JobStatus, Receipt, StageSeconds
 from service.metrics import Metrics
 

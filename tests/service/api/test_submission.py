@@ -1,7 +1,6 @@
-"""From valid requests to jobs in a store, without HTTP."""
+"""From orders to jobs in a store, without HTTP."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,20 +9,21 @@ from starlette.requests import Request
 
 from models.card import ImageCard, MeshCard
 from models.errors import InvalidRequest, UnknownModel
-from models.request import ImageRequest, LatencyBudget, QualityBudget
-from service.api.caller import Caller, set_caller
+from models.request import QualityBudget
+from service.api.caller import Caller, caller_of, set_caller
 from service.api.generation_route import GenerationHeaders
-from service.api.schemas import ImageBody, ResponseFormat
-from service.api.submission import card_of, job_of, submit
+from service.api.parsing import parse_image_body
+from service.api.schemas import ImageBody
+from service.api.submission import card_of, submit
 from service.errors import DeadlineUnreachable, IdempotencyKeyReused, Overloaded
-from service.jobs.job import Job, Output, Priority
+from service.jobs.job import Job, Priority
 from service.keys import ApiKey, Scope
 from service.running.dispatcher import Dispatcher
 from service.settings import Settings
 
 pytestmark = pytest.mark.anyio
 
-MakeRequest = Callable[..., ImageRequest]
+SubmitImage = Callable[..., Awaitable[Job]]
 SETTINGS = Settings(max_backlog_s=10.0, webhook_hosts=("hooks.example",), webhook_secret=SecretStr("whsec_" + "A" * 32))
 PLAIN = GenerationHeaders()
 KEYED = GenerationHeaders(idempotency_key="k")
@@ -44,8 +44,17 @@ def call(path: str = "/v1/images", owner: str = "maker") -> Request:
     return Request(scope)
 
 
-def body(**fields: Any) -> ImageBody:
-    return ImageBody(prompt="a red circle", **fields)
+@pytest.fixture
+def submit_image(dispatcher: Dispatcher) -> SubmitImage:
+    """Submit the order of an image body with these fields."""
+
+    async def submit_image(request: Request | None = None, *, headers: GenerationHeaders = PLAIN, **fields: Any) -> Job:
+        body = ImageBody.model_validate({"prompt": "a red circle", **fields})
+        card = card_of(body.model, dispatcher.cards, ImageCard)
+        order = parse_image_body(body, card, default_budget=SETTINGS.default_budget, random_seed=0)
+        return await submit(order, card, body, headers, request or call(), dispatcher, SETTINGS)
+
+    return submit_image
 
 
 def test_model_without_a_name_is_the_first_of_its_kind(dispatcher: Dispatcher) -> None:
@@ -63,102 +72,91 @@ def test_model_of_another_kind_and_unknown_models_are_refused(dispatcher: Dispat
         card_of(None, {"drawn": dispatcher.cards["drawn"]}, MeshCard)
 
 
-def test_job_holds_what_was_asked_and_who_asked(drawn_card: ImageCard, make_request: MakeRequest) -> None:
-    requests = (make_request(seed=1), make_request(seed=2))
-    asked = body(priority="high", partial_images=2, stream=True, webhook_url="https://hooks.example/x")
-    caller = Caller("request-1", ApiKey("maker", frozenset({Scope.GENERATE})))
-    job = job_of(requests, Output(), asked, drawn_card, PLAIN, caller, SETTINGS)
-    assert (job.model, job.requests, job.output) == ("drawn", requests, Output())
-    assert (job.priority, job.num_previews, job.webhook_url) == (Priority.HIGH, 2, "https://hooks.example/x")
-    assert (job.owner, job.request_id, job.quality_requested) == ("maker", "request-1", 0.9)
+async def test_job_holds_the_order_and_its_caller(dispatcher: Dispatcher, submit_image: SubmitImage) -> None:
+    request = call()
+    fields = {"n": 2, "seed": 5, "priority": "high", "webhook_url": "https://hooks.example/x"}
+    job = await submit_image(request, budget={"quality": 0.9}, partial_images=2, stream=True, **fields)
+    assert [asked.seed for asked in job.requests] == [5, 6]
+    assert (job.model, job.priority, job.num_previews) == ("drawn", Priority.HIGH, 2)
+    assert (job.owner, job.request_id, job.webhook_url) == ("maker", "request-1", "https://hooks.example/x")
     # Two images of four steps, each 0.5 s dense, at the curve point of quality 0.9.
+    assert job.quality_requested == 0.9
     assert job.predicted_seconds == pytest.approx(2 * 4 * 0.5 * 0.64)
-    other = job_of(requests, Output(), asked, drawn_card, PLAIN, caller, SETTINGS)
-    assert other.id != job.id
+    # And it is in the queue, and named in the log.
+    assert (await dispatcher.store.get(job.id)).job == job
+    assert caller_of(request.scope).job_id == job.id
+    assert (await submit_image(call())).id != job.id
 
 
 @pytest.mark.parametrize(
     ("fields", "is_async", "param"),
     [
         ({"stream": True}, True, "stream"),
-        ({"stream": True, "response_format": ResponseFormat.BINARY}, False, "response_format"),
+        ({"stream": True, "response_format": "binary"}, False, "response_format"),
         ({"partial_images": 1}, False, "partial_images"),
         ({"webhook_url": "https://elsewhere.example/"}, False, "webhook_url"),
     ],
 )
-def test_ways_of_answering_that_exclude_each_other_are_refused(
-    fields: dict[str, Any], is_async: bool, param: str, drawn_card: ImageCard, make_request: MakeRequest
+async def test_ways_of_answering_that_exclude_each_other_are_refused(
+    fields: dict[str, Any], is_async: bool, param: str, dispatcher: Dispatcher, submit_image: SubmitImage
 ) -> None:
-    headers = GenerationHeaders(is_async=is_async)
     with pytest.raises(InvalidRequest) as caught:
-        job_of((make_request(),), Output(), body(**fields), drawn_card, headers, Caller("r"), SETTINGS)
+        await submit_image(headers=GenerationHeaders(is_async=is_async), **fields)
     assert caught.value.param == param
-
-
-async def test_submitted_job_is_queued_and_named_for_the_log(
-    dispatcher: Dispatcher, make_job: Callable[..., Job]
-) -> None:
-    request = call()
-    job = await submit(make_job("a"), body(), PLAIN, request, dispatcher, SETTINGS)
-    assert (await dispatcher.store.get("a")).job == job == make_job("a")
-    assert request.state.caller.job_id == "a"
+    assert await dispatcher.store.live_jobs() == []
 
 
 async def test_key_returns_its_job_and_is_bound_to_owner_path_and_body(
-    dispatcher: Dispatcher, make_job: Callable[..., Job]
+    dispatcher: Dispatcher, submit_image: SubmitImage
 ) -> None:
-    async def submit_as(job_id: str, request: Request, seed: int = 0) -> str:
-        return (await submit(make_job(job_id), body(seed=seed), KEYED, request, dispatcher, SETTINGS)).id
-
-    assert await submit_as("first", call()) == "first"
+    first = await submit_image(headers=KEYED)
     again = call()
-    assert await submit_as("second", again) == "first"
-    assert again.state.caller.job_id == "first"
-    assert await submit_as("third", call(owner="other")) == "third"
-    for request, seed in ((call(path="/v1/meshes"), 0), (call(), 1)):
+    assert await submit_image(again, headers=KEYED) == first
+    assert caller_of(again.scope).job_id == first.id
+    other = await submit_image(call(owner="other"), headers=KEYED)
+    assert other.id != first.id
+    for request, fields in ((call(path="/v1/images/generations"), {}), (call(), {"seed": 1})):
         with pytest.raises(IdempotencyKeyReused, match="'k'"):
-            await submit_as("fourth", request, seed)
-    assert {live.job.id for live in await dispatcher.store.live_jobs()} == {"first", "third"}
+            await submit_image(request, headers=KEYED, **fields)
+    assert {live.job.id for live in await dispatcher.store.live_jobs()} == {first.id, other.id}
 
 
 @pytest.mark.parametrize("key", ["", "x" * 256, "ä", "a\n"])
-async def test_key_that_no_store_could_hold_is_refused(
-    key: str, dispatcher: Dispatcher, make_job: Callable[..., Job]
-) -> None:
-    headers = GenerationHeaders(idempotency_key=key)
+async def test_key_that_no_store_could_hold_is_refused(key: str, submit_image: SubmitImage) -> None:
     with pytest.raises(InvalidRequest, match="1 to 255"):
-        await submit(make_job("a"), body(), headers, call(), dispatcher, SETTINGS)
+        await submit_image(headers=GenerationHeaders(idempotency_key=key))
 
 
-async def test_overloaded_server_records_nothing(dispatcher: Dispatcher, make_job: Callable[..., Job]) -> None:
-    for name in "abcde":  # 2 s each, up to the limit of 10 s
-        await submit(make_job(name), body(), KEYED if name == "a" else PLAIN, call(), dispatcher, SETTINGS)
+async def test_overloaded_server_records_nothing(dispatcher: Dispatcher, submit_image: SubmitImage) -> None:
+    exact = {"budget": {"quality": 1.0}}
+    first = await submit_image(headers=KEYED, **exact)
+    for _ in range(4):  # 2 s each, up to the limit of 10 s
+        await submit_image(**exact)
     request = call()
     with pytest.raises(Overloaded, match=r"10\.0 s of work") as caught:
-        await submit(make_job("f"), body(), PLAIN, request, dispatcher, SETTINGS)
+        await submit_image(request, **exact)
     assert caught.value.retry_after_s == 2
-    assert request.state.caller.job_id is None
+    assert caller_of(request.scope).job_id is None
     assert len(await dispatcher.store.live_jobs()) == 5
     # And a key still finds the job that it created.
-    assert (await submit(make_job("g"), body(), KEYED, call(), dispatcher, SETTINGS)).id == "a"
+    assert (await submit_image(headers=KEYED, **exact)).id == first.id
 
 
-async def test_latency_budget_becomes_a_deadline_or_is_refused(
-    dispatcher: Dispatcher, make_job: Callable[..., Job]
-) -> None:
-    job = replace(make_job("a", budget=LatencyBudget(30.0)), created_at=100.0)
-    assert (await submit(job, body(), PLAIN, call(), dispatcher, SETTINGS)).deadline_at == 130.0
+async def test_latency_budget_becomes_a_deadline_or_is_refused(submit_image: SubmitImage) -> None:
+    job = await submit_image(budget={"latency_ms": 30_000})
+    assert job.deadline_at == pytest.approx(job.created_at + 30)
     with pytest.raises(DeadlineUnreachable, match="latency_ms 100 can't be met"):
-        await submit(make_job("b", budget=LatencyBudget(0.1)), body(), PLAIN, call(), dispatcher, SETTINGS)
+        await submit_image(budget={"latency_ms": 100})
 
 
-async def test_load_lowers_quality_down_to_min_quality(dispatcher: Dispatcher, make_job: Callable[..., Job]) -> None:
-    asked = body(budget={"quality": 1.0, "min_quality": 0.8})
-    exact = make_job("idle", budget=QualityBudget(1.0))
-    assert await submit(exact, asked, PLAIN, call(), dispatcher, SETTINGS) == exact
-    for name in "abc":
-        await submit(make_job(name), body(), PLAIN, call(), dispatcher, SETTINGS)  # 8 s of work in all
-    lowered = await submit(replace(exact, id="busy"), asked, PLAIN, call(), dispatcher, SETTINGS)
-    assert lowered.is_degraded
-    assert lowered.requests[0].budget == QualityBudget(0.8)
-    assert lowered.predicted_seconds == pytest.approx(4 * 0.5 * 0.55)
+async def test_load_lowers_quality_down_to_min_quality(submit_image: SubmitImage) -> None:
+    asked = {"budget": {"quality": 1.0, "min_quality": 0.8}}
+    idle = await submit_image(**asked)
+    assert (idle.is_degraded, idle.predicted_seconds) == (False, 2.0)
+    for _ in range(3):
+        await submit_image(budget={"quality": 1.0})  # 8 s of work in all
+    busy = await submit_image(**asked)
+    assert busy.is_degraded
+    assert busy.requests[0].budget == QualityBudget(0.8)
+    assert busy.quality_requested == 1.0
+    assert busy.predicted_seconds == pytest.approx(4 * 0.5 * 0.55)

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 
+from models.curve import EXACT
 from models.request import ComputeBudget, MeshRequest
 from service.jobs.job import IllegalTransition, Job, JobSnapshot, JobState, JobStatus, Priority
 
@@ -58,6 +59,8 @@ def test_without_input_images_changes_only_mesh_requests(make_job: Callable[...,
         guidance_scale=1.5,
         seed=0,
         budget=ComputeBudget(0.5),
+        point=EXACT,
+        is_guided=True,
         input_image=b"png",
         octree_resolution=32,
     )

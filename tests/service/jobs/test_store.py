@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from models.curve import CurvePoint
 from models.report import Decision, GenerationSummary, MeshReport, StepDecision
 from models.request import ComputeBudget, MeshRequest
+from models.rules.router import RouterPolicy
 from service.errors import IdempotencyKeyReused, JobNotFinished, JobNotFound, ResultExpired
 from service.jobs.job import (
     Failure,
@@ -44,6 +46,8 @@ MESH = MeshRequest(
     guidance_scale=1.5,
     seed=2**63 - 1,
     budget=ComputeBudget(0.5),
+    point=CurvePoint(RouterPolicy(0.3, 0.4, 2, width_bias=-1.5), 0.5, 0.6, 0.7),
+    is_guided=True,
     input_image=bytes(range(256)),
     octree_resolution=32,
 )

@@ -14,9 +14,10 @@ from PIL import Image
 from models.errors import EmptySurface, GenerationError, InvalidRequest
 from models.file_formats import OutputFormat
 from models.report import GenerationSummary
-from service.jobs.job import FailureReason, Job, JobStatus, Output
+from service.jobs.job import FailureReason, Job, JobStatus
 from service.jobs.store import Claim, Ending, Preview
 from service.metrics import Metrics
+from service.order import Output
 from service.running.publisher import Denoised, PendingPreview, Publisher, Report
 
 MakeJob = Callable[..., Job]

@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from models.curve import Preset
 from models.errors import WeightsError
-from models.request import LatencyBudget, Preset, PresetBudget
+from models.request import LatencyBudget, PresetBudget
 from service.app import build_dispatcher
 from service.jobs.job import FailureReason, Job, JobStatus, Priority
 from service.settings import Settings

@@ -133,7 +133,9 @@ def test_who_comes_later_starts_where_the_last_leader_is() -> None:
     assert fair_share.at_start == pytest.approx(3 * NUM_BLOCKS)
 
 
-def test_shape_is_model_size_and_guidance(make_request: Callable[..., ImageRequest]) -> None:
-    assert shape_of(make_request(seed=1)) == shape_of(make_request(seed=2, prompt="other", num_inference_steps=9))
-    for different in ({"width": 128}, {"model": "guided"}, {"true_cfg_scale": 2.0}):
+def test_shape_is_model_and_size(make_request: Callable[..., ImageRequest]) -> None:
+    assert shape_of(make_request(seed=1)) == shape_of(
+        make_request(seed=2, prompt="other", num_inference_steps=9, true_cfg_scale=2.0)
+    )
+    for different in ({"width": 128}, {"model": "guided"}):
         assert shape_of(make_request(**different)) != shape_of(make_request())
