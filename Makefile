@@ -36,13 +36,13 @@ bench: setup ## time dense, exact and every preset, with their quality: ARGS="--
 	$(BIN)/python -m benchmarks.engine $(ARGS)
 
 train: setup ## train the small models again, resuming where they stopped
-	$(BIN)/python -m training.tiny_flux $(ARGS)
-	$(BIN)/python -m training.tiny_qwen_image $(ARGS)
-	$(BIN)/python -m training.tiny_hunyuan3d $(ARGS)
+	$(BIN)/python -m training.scenes.tiny_flux $(ARGS)
+	$(BIN)/python -m training.scenes.tiny_qwen_image $(ARGS)
+	$(BIN)/python -m training.solids.tiny_hunyuan3d $(ARGS)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or newer, or name one: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "$(PYTHON) is Python %d.%d, 3.11 or newer is needed; name one: make PYTHON=python3.12" % sys.version_info[:2])'
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt $(PIP_ARGS) -e '.[test,dev]'
+	$(BIN)/python -m pip install -c constraints.txt $(PIP_ARGS) -e ./client -e '.[test,dev]'
 	@touch $@

@@ -1,48 +1,26 @@
-"""Checkpoints of other layouts become a model directory and its router folder. Converters are imported when used."""
+"""Checkpoints of other layouts become a model directory and its router folder. The families have the converters."""
 
-import importlib
-from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
 
 from models.errors import InvalidRequest
-
-
-class Converter(NamedTuple):
-    """A function that fills two empty folders: `(source, base, directory, router_folder, max_shard_bytes)`.
-
-    `needs_base` says whether its checkpoints lack parts that a pipeline directory must give; else `base` is None.
-    """
-
-    module: str
-    function: str
-    needs_base: bool
-
-    def load(self) -> Any:
-        return getattr(importlib.import_module(self.module), self.function)
-
-
-CONVERTERS: Mapping[str, Converter] = {
-    "elastic-dit": Converter("models.families.qwen_image.conversion", "convert_elastic_dit", needs_base=True),
-    "hunyuan3d": Converter("models.families.hunyuan3d.conversion", "convert_hunyuan3d", needs_base=False),
-}
-"""By format."""
+from models.families import FAMILIES
 
 
 def convert(
     format_name: str, source: Path, base: Path | None, out: Path, *, router_weights: Path, max_shard_bytes: int
 ) -> Path:
-    """Import `source`, a checkpoint of a format in CONVERTERS, as the model directory `out`.
+    """Import `source`, a checkpoint of a format that a family converts, as the model directory `out`.
 
     What the checkpoint lacks, in formats that lack something, is taken over from the pipeline directory `base`. Files
     of weights that can be split have at most `max_shard_bytes`, or one tensor. Returns the router folder,
     `router_weights/<name of out>`. Writes both folders or, if anything fails, neither. Raises InvalidRequest if one of
     them is there already, WeightsError if the checkpoint is not what it should be.
     """
-    if format_name not in CONVERTERS:
-        raise InvalidRequest(f"there is no format '{format_name}'; try {', '.join(CONVERTERS)}", "format")
-    converter = CONVERTERS[format_name]
+    converters = {converter.format_name: converter for entry in FAMILIES.values() for converter in entry.converters}
+    if format_name not in converters:
+        raise InvalidRequest(f"there is no format '{format_name}'; try {', '.join(converters)}", "format")
+    converter = converters[format_name]
     if converter.needs_base and base is None:
         raise InvalidRequest(f"format {format_name} needs --base, a model directory with what it lacks", "base")
     if not converter.needs_base and base is not None:
@@ -52,7 +30,7 @@ def convert(
         if path.exists():
             raise InvalidRequest(f"{path} is there already, and nothing is overwritten; try another --out", "out")
         path.parent.mkdir(parents=True, exist_ok=True)
-    fill = converter.load()
+    fill = converter.function.load()
     with (
         TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as beside_out,
         TemporaryDirectory(dir=routers.parent, prefix=f".{out.name}-") as beside_routers,

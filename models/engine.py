@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.budget import resolve
-from models.card import CurvePoint, ModelCard
+from models.card import ModelCard
+from models.curve import CurvePoint
 from models.diffusion.sampling import euler_step
 from models.elastic.runner import run_block
 from models.errors import UnknownModel
 from models.families.family import Family
-from models.families.image import PictureFamily
+from models.families.image import ImageFamily
 from models.mesh.cleanup import CleanMesh
 from models.report import StepReport
 from models.request import ComputeBudget, GenerationRequest
@@ -33,7 +33,9 @@ class Engine:
         self._families = families
 
     def start(self, request: GenerationRequest, point: CurvePoint | None = None) -> DenoiseState:
-        """Encode the prompt and draw the noise; `point` overrides the budget, for calibration and benchmarks.
+        """Encode the prompt or image and draw the noise.
+
+        `point` replaces the request's, and with it a cap on compute, for calibration and benchmarks.
 
         Raises UnknownModel, and InvalidRequest for a prompt or a budget that this model can't serve.
         """
@@ -42,7 +44,7 @@ class Engine:
         if point:
             return family.start(request, curve, point)
         cap = request.budget.compute_ratio if isinstance(request.budget, ComputeBudget) else None
-        return family.start(request, curve, resolve(request.budget, curve), cap)
+        return family.start(request, curve, request.point, cap)
 
     @torch.inference_mode()
     def step(self, states: Sequence[DenoiseState]) -> StepReport:
@@ -106,19 +108,19 @@ class Engine:
             "total": total,
         }
 
-    def sketch(self, state: DenoiseState) -> NDArray[Any]:
+    def quality_sample(self, state: DenoiseState) -> NDArray[Any]:
         """What `similarity` compares of a done state."""
         assert state.is_done
-        return self._family(state.request.model).sketch(state)
+        return self._family(state.request.model).quality_sample(state)
 
     def similarity(self, model: str, a: NDArray[Any], b: NDArray[Any]) -> float:
-        """How alike two sketches of `model` are, by its card's quality metric."""
+        """How alike two quality samples of `model` are, by its card's quality metric."""
         return self._family(model).similarity(a, b)
 
     def max_sequence_length(self, model: str) -> int:
         """Prompt tokens that an image model reads: what the stock pipeline must be given for equal results."""
         family = self._family(model)
-        assert isinstance(family, PictureFamily)
+        assert isinstance(family, ImageFamily)
         return family.max_sequence_length
 
     def _family(self, model: str) -> Family:

@@ -19,7 +19,16 @@ from torch import nn
 from tqdm import tqdm
 
 from models.errors import WeightsError
+from models.families.entry import NamedClass
 from models.weights import read_json
+
+
+def pipeline_class(directory: Path) -> NamedClass | None:
+    """The class of a diffusers pipeline's directory; None if it has no `model_index.json`. Raises WeightsError if that
+    can't be read.
+    """
+    index = directory / "model_index.json"
+    return NamedClass(index, str(read_json(index).get("_class_name"))) if index.exists() else None
 
 
 def stream_pipeline(

@@ -10,13 +10,15 @@ import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 
-from models.card import EXACT, ModelCard
+from models.card import ModelCard
+from models.curve import EXACT
 from models.engine import Engine
 from models.errors import WeightsError
-from models.families import FAMILIES, FamilyEntry
+from models.families import FAMILIES
+from models.families.entry import FamilyEntry, NamedClass
 from models.families.family import Family
-from models.families.hunyuan3d.layout import find_config, part_of, read_config
-from models.weights import Manifest, load_router_weights, read_curve, read_json, read_manifest
+from models.rules import RULES
+from models.weights import Manifest, load_router_weights, read_curve, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +38,12 @@ def load_engine(
     cards: dict[str, ModelCard] = {}
     for directory in directories:
         folder = router_weights / directory.name
+        if not folder.is_dir():
+            logger.warning("%s has no router folder %s, so exact is its only budget", directory.name, folder)
         entry, index = _family_of(directory)
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         manifest = read_manifest(folder)
-        family: Family = entry.load_class().load(
+        family: Family = entry.family.load().load(
             directory, device, dtype, load_router_weights(folder, directory), manifest.traits, offload_text_encoders
         )
         families[directory.name] = family
@@ -49,25 +53,26 @@ def load_engine(
 
 
 def _family_of(directory: Path) -> tuple[FamilyEntry, Path]:
-    """The family of a model directory, and the file that names it. Raises WeightsError if there is none."""
-    if (index := directory / "model_index.json").exists():
-        name = str(read_json(index).get("_class_name"))
-    elif config := find_config(directory):
-        index, name = config, part_of(read_config(config), "model", config).class_name
-    else:
-        raise WeightsError(
-            f"{directory} is no model directory: it has neither the model_index.json of a diffusers pipeline nor the "
-            "config.yaml of Hunyuan3D"
-        )
-    if name not in FAMILIES:
-        raise WeightsError(f"{index} names the class {name}; served are: {', '.join(FAMILIES)}")
-    return FAMILIES[name], index
+    """The family of a model directory, and the file that names its class. Raises WeightsError if there is none."""
+    entries = FAMILIES.values()
+    layouts = list(dict.fromkeys(entry.layout for entry in entries))
+    for layout in layouts:
+        found: NamedClass | None = layout.named_class.load()(directory)
+        if found is None:
+            continue
+        for entry in entries:
+            if entry.layout == layout and found.class_name in entry.class_names:
+                return entry, found.file
+        served = ", ".join(name for entry in entries for name in entry.class_names)
+        raise WeightsError(f"{found.file} names the class {found.class_name}; served are: {served}")
+    marks = " nor ".join(layout.mark for layout in layouts)
+    raise WeightsError(f"{directory} is no model directory: it has neither {marks}")
 
 
 def _card(family: Family, family_name: str, index: Path, folder: Path, manifest: Manifest) -> ModelCard:
     """`index` is the file that names the model's class."""
     curve = read_curve(folder, family.quality_metric)
-    rules = ("dense", *(["router"] if family.routers else []), "residual_cache")
+    rules = tuple(name for name, rule in RULES.items() if family.routers or not rule.needs_scores)
     if missing := {point.rule for point in curve} - {*rules}:
         raise WeightsError(
             f"{folder}: the calibration is of rule {', '.join(missing)}; the model has {', '.join(rules)}"

@@ -11,13 +11,13 @@ import torch
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
 from torch import Tensor, nn
 
-from models.elastic.runner import Streams
+from models.elastic.streams import Streams
 from models.families.flux import adapter as flux
 from models.families.hunyuan3d import plain_adapter
 from models.families.hunyuan3d.plain_dit import HunYuanDiTPlain, MixtureOfExperts
 from models.families.qwen_image import adapter as qwen_image
 from models.families.wrapping import Mlp
-from training.text import MAX_SEQUENCE_LENGTH, QWEN_SEQUENCE_LENGTH, Text
+from training.scenes.text import MAX_SEQUENCE_LENGTH, QWEN_SEQUENCE_LENGTH, Text
 
 CELLS = 8
 """Image tokens a side of the pictures that are trained on."""
@@ -112,7 +112,8 @@ class QwenImageBackbone(_WithoutLongSkips):
 
     def prologue(self, latents: Tensor, timestep: Tensor, guidance: Tensor, text: Text) -> Streams:
         context = qwen_image.embed_prompt(self.transformer, text.embeds)
-        return qwen_image.prologue(self.transformer, latents, timestep, context, text.mask, self._rotary)
+        lengths = None if text.mask is None else text.mask.sum(1).tolist()
+        return qwen_image.prologue(self.transformer, latents, timestep, context, text.mask, lengths, self._rotary)
 
     def call_block(self, block: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
         return qwen_image.call_block(block, streams)
@@ -138,8 +139,8 @@ class Hunyuan3DBackbone:
                 assert isinstance(block.moe, MixtureOfExperts)
                 block.moe = EveryExpert(block.moe)
         places = range(len(self.blocks))
-        self._entrances = [plain_adapter.entrance(transformer, i) for i in places]
-        self._departures = [plain_adapter.departure(transformer, i) for i in places]
+        self._enter_hooks = [plain_adapter.enter_hook(transformer, i) for i in places]
+        self._leave_hooks = [plain_adapter.leave_hook(transformer, i) for i in places]
 
     def prologue(self, latents: Tensor, timestep: Tensor, guidance: Tensor, text: Text) -> Streams:
         return plain_adapter.prologue(self.transformer, latents, 1 - timestep, text.embeds)
@@ -148,12 +149,12 @@ class Hunyuan3DBackbone:
         return plain_adapter.call_block(block, streams)
 
     def enter(self, index: int, streams: Streams) -> Streams:
-        entrance = self._entrances[index]
-        return entrance(streams) if entrance else streams
+        enter = self._enter_hooks[index]
+        return enter(streams) if enter else streams
 
     def leave(self, index: int, streams: Streams) -> Streams:
-        departure = self._departures[index]
-        return departure(streams) if departure else streams
+        leave = self._leave_hooks[index]
+        return leave(streams) if leave else streams
 
     def mlps(self, block: nn.Module) -> Mapping[str, Mlp]:
         return plain_adapter.mlps(block)

@@ -20,13 +20,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.elastic.runner import Streams
+from models.elastic.streams import Streams
 from training.backbones import Backbone
 from training.lesson import Lesson
 from training.loop import run_loop, warm_then_linear
 from training.muon import Muon
 from training.precision import autocast
-from training.text import Text
+from training.scenes.text import Text
 
 BATCH_SIZE = 40  # a process
 DISTILLATION_SHARE = 0.2

@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.card import CurvePoint, Guidance, ModelCard
+from models.card import Guidance, ModelCard
+from models.curve import CurvePoint
 from models.elastic.compute import BlockCost
-from models.elastic.runner import Row, Streams
+from models.elastic.row import Row
+from models.elastic.streams import Streams
 from models.errors import InvalidRequest
-from models.families.wrapping import Anatomy, elastic_blocks
+from models.families.wrapping import Adapter, elastic_blocks
 from models.mesh.cleanup import CleanMesh
 from models.request import GenerationRequest
 from models.rules import RULES
@@ -25,17 +27,11 @@ from models.weights import CheckpointTraits, Manifest, RouterWeights
 
 
 class BranchStart(NamedTuple):
-    """One guidance branch at its start: its name in traces, its inputs, and what each block costs on its row.
-
-    `num_text_tokens` are real ones, None where texts are never padded. `has_context` is false where the blocks need not
-    look at the context, because it is empty and they have a shortcut for that.
-    """
+    """One guidance branch at its start: its name in traces, its inputs, and what each block costs on its row."""
 
     name: str
     inputs: BranchInputs
     costs: Mapping[str, BlockCost]
-    num_text_tokens: int | None = None
-    has_context: bool = True
 
 
 class Family(ABC):
@@ -45,14 +41,14 @@ class Family(ABC):
     untouched. `quality_metric` names what `similarity` measures.
     """
 
-    anatomy: Anatomy
+    adapter: Adapter
     quality_metric: ClassVar[str]
 
     def __init__(self, model_id: str, transformer: Any, router_weights: RouterWeights | None) -> None:
         self.model_id = model_id
         self.transformer = transformer
         self.routers = router_weights.stack if router_weights else None
-        self.blocks = elastic_blocks(transformer, self.anatomy, router_weights)
+        self.blocks = elastic_blocks(transformer, self.adapter, router_weights)
         self._router_modulation: nn.Linear | None = router_weights.stack.fused_modulation() if router_weights else None
 
     @classmethod
@@ -115,12 +111,12 @@ class Family(ABC):
         """What a predicted clean sample `(1, tokens, channels)` looks like, cheaply: few pixels or a coarse mesh."""
 
     @abstractmethod
-    def sketch(self, state: DenoiseState) -> NDArray[Any]:
+    def quality_sample(self, state: DenoiseState) -> NDArray[Any]:
         """What `similarity` compares of a done state."""
 
     @abstractmethod
     def similarity(self, a: NDArray[Any], b: NDArray[Any]) -> float:
-        """How alike two sketches are, 1 being the same."""
+        """How alike two quality samples are, 1 being the same."""
 
     def router_modulations(self, streams: Streams) -> tuple[Tensor, ...] | None:
         """What each block's router takes from the time embedding of this step; None without routers."""
@@ -130,7 +126,7 @@ class Family(ABC):
 
     def epilogue(self, states: Sequence[DenoiseState], streams: Streams) -> list[Tensor]:
         """Each state's velocity `(1, tokens, channels)`, guidance applied."""
-        velocities = self.anatomy.epilogue(self.transformer, streams).split([len(state.rows) for state in states])
+        velocities = self.adapter.epilogue(self.transformer, streams).split([len(state.rows) for state in states])
         return [v if len(v) == 1 else self.guide(state.request, v) for state, v in zip(states, velocities, strict=True)]
 
     def _new_state(
@@ -150,18 +146,7 @@ class Family(ABC):
 
         Raises InvalidRequest if what no plan can leave out costs more than the cap.
         """
-        rows = [
-            Row(
-                RULES[point.rule],
-                point.policy,
-                branch.name,
-                len(timesteps),
-                branch.costs,
-                branch.num_text_tokens,
-                branch.has_context,
-            )
-            for branch in branches
-        ]
+        rows = [Row(RULES[point.rule], point.policy, branch.name, len(timesteps), branch.costs) for branch in branches]
         dense_flops = sum(cost.dense for row in rows for cost in row.costs.values())
         unavoidable = sum(cost.always for row in rows for cost in row.costs.values()) / dense_flops
         if compute_cap is not None and compute_cap < unavoidable:

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from models.card import CurvePoint, ImageCard, ModelCard, SizeLimits, basics_of
+from models.card import ImageCard, ModelCard, SizeLimits, basics_of
+from models.curve import EXACT, CurvePoint, Preset
 from models.diffusion.sampling import flow_schedule
 from models.elastic.compute import BlockCost
 from models.families.family import BranchStart, Family
-from models.families.preview import apply_colour_map, fit_colour_map, fitting_pictures
-from models.request import GenerationRequest, ImageRequest, Preset, PresetBudget
+from models.families.preview import apply_colour_map, fit_colour_map, fitting_images
+from models.request import GenerationRequest, ImageRequest, PresetBudget
 from models.state import BranchInputs, DenoiseState
 from models.weights import Manifest, RouterWeights
 
@@ -30,7 +31,7 @@ class Branch(NamedTuple):
     param: str
 
 
-class PictureFamily(Family):
+class ImageFamily(Family):
     """One loaded text-to-image model. What a subclass adds is its pipeline's own code, called piece by piece."""
 
     quality_metric: ClassVar[str] = "ssim"
@@ -43,7 +44,7 @@ class PictureFamily(Family):
     @property
     @abstractmethod
     def default_side(self) -> int:
-        """Sides in pixels of a picture whose size nobody says, as in the stock pipeline."""
+        """Sides in pixels of an image whose size nobody says, as in the stock pipeline."""
 
     @property
     @abstractmethod
@@ -52,7 +53,7 @@ class PictureFamily(Family):
 
     @abstractmethod
     def block_costs(self, height: int, width: int, num_text_tokens: int) -> Mapping[str, BlockCost]:
-        """Floating-point operations of one row in every block, for a picture of `height` x `width` pixels."""
+        """Floating-point operations of one row in every block, for an image of `height` x `width` pixels."""
 
     @abstractmethod
     def _branches(self, request: ImageRequest) -> Sequence[Branch]:
@@ -64,13 +65,13 @@ class PictureFamily(Family):
 
     @abstractmethod
     def _rotary_factors(self, num_text_tokens: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Position factors as the transformer takes them, for a picture whose sides are in tokens."""
+        """Position factors as the transformer takes them, for an image whose sides are in tokens."""
 
     @abstractmethod
-    def _encode_pictures(self, pictures: Tensor) -> Tensor:
-        """Latents `(pictures, channels, rows, columns)`, scaled for the transformer, without the encoder's noise.
+    def _encode_images(self, images: Tensor) -> Tensor:
+        """Latents `(images, channels, rows, columns)`, scaled for the transformer, without the encoder's noise.
 
-        `pictures` is `(pictures, 3, height, width)` in [-1, 1], on the VAE's device and of its type.
+        `images` is `(images, 3, height, width)` in [-1, 1], on the VAE's device and of its type.
         """
 
     @abstractmethod
@@ -78,7 +79,7 @@ class PictureFamily(Family):
 
     @property
     def pixels_per_token(self) -> int:
-        """Sides of a picture are multiples of this."""
+        """Sides of an image are multiples of this."""
         return int(self.pipeline.vae_scale_factor) * 2
 
     def card(self, basics: ModelCard, manifest: Manifest) -> ImageCard:
@@ -102,6 +103,8 @@ class PictureFamily(Family):
             guidance_scale=card.default_guidance_scale,
             seed=0,
             budget=PresetBudget(Preset.EXACT),
+            point=EXACT,
+            is_guided=card.is_guided(card.default_guidance_scale),
         )
 
     @torch.inference_mode()
@@ -127,12 +130,7 @@ class PictureFamily(Family):
             sigmas=sigmas,
             timesteps=timesteps,
             branches=[
-                BranchStart(
-                    branch.name,
-                    part,
-                    self.block_costs(request.height, request.width, part.num_text_tokens),
-                    part.num_text_tokens,
-                )
+                BranchStart(branch.name, part, self.block_costs(request.height, request.width, part.num_text_tokens))
                 for branch, part in zip(branches, inputs, strict=True)
             ],
         )
@@ -146,15 +144,15 @@ class PictureFamily(Family):
 
     @cached_property
     def _colour_map(self) -> Tensor:
-        pictures, vae = fitting_pictures(), self.pipeline.vae
-        latents = self._encode_pictures(pictures.to(vae.device, vae.dtype))
-        return fit_colour_map(latents, pictures)
+        images, vae = fitting_images(), self.pipeline.vae
+        latents = self._encode_images(images.to(vae.device, vae.dtype))
+        return fit_colour_map(latents, images)
 
-    def sketch(self, state: DenoiseState) -> NDArray[np.uint8]:
+    def quality_sample(self, state: DenoiseState) -> NDArray[np.uint8]:
         return self.decode(state)
 
     def similarity(self, a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
-        """SSIM of two pictures (Wang et al. 2004), over their channels, window 7, uniform."""
+        """SSIM of two images (Wang et al. 2004), over their channels, window 7, uniform."""
         return float(structural_similarity(a, b, channel_axis=2, data_range=255))
 
     def _draw_latents(self, request: ImageRequest) -> Tensor:
@@ -186,12 +184,12 @@ class PictureFamily(Family):
         assert isinstance(request, ImageRequest)
         key = (num_text_tokens, request.height // self.pixels_per_token, request.width // self.pixels_per_token)
         if key not in self._rotary:
-            if len(self._rotary) == 64:  # picture sizes and prompt lengths in use at the same time are few
+            if len(self._rotary) == 64:  # image sizes and prompt lengths in use at the same time are few
                 self._rotary.clear()
             self._rotary[key] = self._rotary_factors(*key)
         return self._rotary[key]
 
-    def _pixels(self, picture: Tensor) -> NDArray[np.uint8]:
+    def _pixels(self, image: Tensor) -> NDArray[np.uint8]:
         """Decoded `(1, 3, height, width)` in [-1, 1] as the stock pipeline rounds it."""
-        pixels: NDArray[Any] = self.pipeline.image_processor.postprocess(picture, output_type="np")[0]
+        pixels: NDArray[Any] = self.pipeline.image_processor.postprocess(image, output_type="np")[0]
         return (pixels * 255).round().astype(np.uint8)

@@ -5,8 +5,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from models.elastic.router import MLP_WIDTHS, RouterStack
-from models.elastic.runner import ElasticBlock, Streams
+from models.elastic.plan import MLP_WIDTHS
+from models.elastic.router import RouterStack
+from models.elastic.runner import ElasticBlock
+from models.elastic.streams import Streams
 from models.elastic.width import narrowed, permute_hidden_neurons
 from models.errors import WeightsError
 from models.weights import RouterWeights
@@ -29,7 +31,7 @@ class Mlp(NamedTuple):
         return self.first.out_features - self.row
 
 
-class Anatomy(Protocol):
+class Adapter(Protocol):
     """A family's adapter module: how its transformer comes apart. `prologue` differs from family to family.
 
     `mlps` gives the MLPs of a block that may be narrowed, by name; the name is empty where there is but one.
@@ -43,37 +45,37 @@ class Anatomy(Protocol):
 
 
 @runtime_checkable
-class LongSkipAnatomy(Protocol):
+class LongSkipAdapter(Protocol):
     """What an adapter has besides where blocks leave their state for later ones.
 
     What happens before and after the block of a number, for every row and whatever its plan; None where nothing does.
     """
 
-    def entrance(self, transformer: Any, index: int, /) -> Callable[[Streams], Streams] | None: ...
-    def departure(self, transformer: Any, index: int, /) -> Callable[[Streams], Streams] | None: ...
+    def enter_hook(self, transformer: Any, index: int, /) -> Callable[[Streams], Streams] | None: ...
+    def leave_hook(self, transformer: Any, index: int, /) -> Callable[[Streams], Streams] | None: ...
 
 
 def elastic_blocks(
-    transformer: Any, anatomy: Anatomy, router_weights: RouterWeights | None
+    transformer: Any, adapter: Adapter, router_weights: RouterWeights | None
 ) -> tuple[ElasticBlock, ...]:
     """The transformer's blocks with their narrow twins and, if there are any, routers.
 
     Puts hidden neurons in the routers' order, in place. Raises WeightsError if routers or orders do not fit.
     """
-    blocks = anatomy.blocks(transformer)
+    blocks = adapter.blocks(transformer)
     routers: list[Any] = [None] * len(blocks)
     if router_weights:
-        _check_fit(router_weights.stack, len(blocks), anatomy.channels(transformer))
-        permute_neurons(blocks, router_weights.neuron_orders, anatomy.mlps)
+        _check_fit(router_weights.stack, len(blocks), adapter.channels(transformer))
+        permute_neurons(blocks, router_weights.neuron_orders, adapter.mlps)
         routers = [router.fused() for router in router_weights.stack.routers]
     return tuple(
         ElasticBlock(
             name,
-            {width: block if width == 1 else _narrow(block, width, anatomy) for width in MLP_WIDTHS},
-            anatomy.call_block,
+            {width: block if width == 1 else _narrow(block, width, adapter) for width in MLP_WIDTHS},
+            adapter.call_block,
             router,
-            anatomy.entrance(transformer, index) if isinstance(anatomy, LongSkipAnatomy) else None,
-            anatomy.departure(transformer, index) if isinstance(anatomy, LongSkipAnatomy) else None,
+            adapter.enter_hook(transformer, index) if isinstance(adapter, LongSkipAdapter) else None,
+            adapter.leave_hook(transformer, index) if isinstance(adapter, LongSkipAdapter) else None,
         )
         for index, ((name, block), router) in enumerate(zip(blocks.items(), routers, strict=True))
     )
@@ -87,11 +89,11 @@ def _check_fit(stack: RouterStack, num_blocks: int, channels: int) -> None:
         )
 
 
-def _narrow(block: nn.Module, mlp_width: float, anatomy: Anatomy) -> nn.Module:
+def _narrow(block: nn.Module, mlp_width: float, adapter: Adapter) -> nn.Module:
     """The block with a prefix of its MLPs' hidden neurons."""
     names = {id(module): name for name, module in block.named_modules()}
     keep_rows, keep_columns = {}, {}
-    for mlp in anatomy.mlps(block).values():
+    for mlp in adapter.mlps(block).values():
         kept = int(mlp.num_hidden * mlp_width)
         keep_rows[names[id(mlp.first)]] = mlp.row + kept
         keep_columns[names[id(mlp.last)]] = mlp.column + kept

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.processes import ElasticDit
+from examples.server_process import ElasticDit
 from tests.fixtures.forked_server import ForkedElasticDit
 
 

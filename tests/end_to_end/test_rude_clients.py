@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import httpx2
 import pytest
 
-from benchmarks.processes import ElasticDit
+from examples.server_process import ElasticDit
 from tests.fixtures.waiting import wait_until
 
 BODY_TIMEOUT_S = 3

@@ -1,14 +1,17 @@
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models import conversion
-from models.conversion import CONVERTERS, Converter, convert
+from models.conversion import convert
 from models.elastic.router import RouterStack
 from models.errors import InvalidRequest, WeightsError
+from models.families import FAMILIES
+from models.families.entry import DIFFUSERS, Converter, FamilyEntry, Reference
 from models.rules.router import OFFICIAL
 from models.weights import read_curve
 from service.cli import main
@@ -23,8 +26,13 @@ def half_finished(source: Path, base: Path, out: Path, routers: Path, max_shard_
 
 @pytest.fixture(autouse=True)
 def _broken_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversion, "half_finished", half_finished, raising=False)
-    monkeypatch.setitem(CONVERTERS, "broken", Converter("models.conversion", "half_finished", needs_base=True))
+    """Another family, whose converter fails."""
+    module = ModuleType("broken_family")
+    vars(module)["half_finished"] = half_finished
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    converter = Converter("broken", Reference(module.__name__, "half_finished"), needs_base=True)
+    entry = FamilyEntry("broken", Reference(module.__name__, "BrokenFamily"), DIFFUSERS, (), (converter,))
+    monkeypatch.setitem(FAMILIES, "broken", entry)
 
 
 def run(format_name: str, root: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Recordings of the reference implementation, from the folder that PARITY_DIR names or from `data`."""
+"""Reads recordings from the folder that PARITY_DIR names, or else from `data`."""
 
 import json
 import os
@@ -15,7 +15,7 @@ FOLDER = Path(os.environ.get("PARITY_DIR") or Path(__file__).parent / "data")
 
 
 class Recording(NamedTuple):
-    """`settings` is the .json, `tensors` are inputs and outputs, `weights` have their official names."""
+    """`settings` is the .json file, `tensors` are inputs and outputs, `weights` are under their official names."""
 
     settings: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -31,7 +31,7 @@ def read(name: str) -> Recording:
 
 @pytest.fixture(scope="session")
 def recorded() -> Callable[[str], Recording]:
-    """Reads a recording by name; skips the test if the recording is missing."""
+    """Reads the recording of a name. Skips the test if its files are missing."""
 
     def recorded(name: str) -> Recording:
         for file in (FOLDER / f"{name}.json", FOLDER / f"{name}.safetensors"):

@@ -1,4 +1,4 @@
-"""`hunyuan3d21_dit`: Hunyuan3D-2.1's denoiser, each of its parts, with blocks left out, in a guided sampling run."""
+"""`hunyuan3d21_dit`: Hunyuan3D-2.1's denoiser: each part, passes without some blocks, and a guided sampling run."""
 
 import inspect
 from collections.abc import Callable
@@ -78,14 +78,14 @@ def test_every_part_of_a_pass_is_as_recorded(recording: Any, computed: dict[str,
         torch.testing.assert_close(value, expected, **NEAR, msg=partial("{}: {}".format, name))
 
 
-def test_pass_with_blocks_left_out_but_for_their_fuse_is_as_recorded(
+def test_pass_without_some_blocks_but_with_their_fuse_is_as_recorded(
     recording: Any, model: HunYuanDiTPlain, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     velocity = model(*inputs, left_out=set(recording.settings["skip_blocks"]))
     torch.testing.assert_close(velocity, recording.tensors["out/skip_keep_fuse/final"], **NEAR)
 
 
-def test_pass_with_blocks_left_out_with_their_fuse_is_as_recorded(
+def test_pass_without_some_blocks_and_their_fuse_is_as_recorded(
     recording: Any, model: HunYuanDiTPlain, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     latents, timestep, context = inputs

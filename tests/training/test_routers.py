@@ -4,25 +4,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.card import Policy
 from models.elastic.compute import BlockCost
 from models.elastic.router import RouterStack
-from models.elastic.runner import Row, Streams, run_block
+from models.elastic.row import Row
+from models.elastic.runner import run_block
+from models.elastic.streams import Streams
 from models.families.flux import adapter as flux
 from models.families.hunyuan3d import plain_adapter as hunyuan3d
 from models.families.qwen_image import adapter as qwen_image
 from models.families.wrapping import elastic_blocks, mlp_name, permute_neurons
 from models.report import Decision
 from models.rules import RULES
+from models.rules.router import RouterPolicy
 from models.weights import RouterWeights
 from training.backbones import Backbone, FluxBackbone, Hunyuan3DBackbone, QwenImageBackbone
 from training.base import run_all
 from training.lesson import Lesson
 from training.routers import Knobs, RouterObjective, elastic_forward, install_masks, neuron_orders
-from training.text import Text
+from training.scenes.text import Text
 
 BATCH = 5
-ANATOMIES = {FluxBackbone: flux, QwenImageBackbone: qwen_image, Hunyuan3DBackbone: hunyuan3d}
+ADAPTERS = {FluxBackbone: flux, QwenImageBackbone: qwen_image, Hunyuan3DBackbone: hunyuan3d}
 
 # Under autocast: norms keep their weights in float32.
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
@@ -51,12 +53,10 @@ def test_training_forward_gives_what_serving_gives(
     backbone: Backbone, routers: RouterStack, streams: Streams, knobs: Knobs
 ) -> None:
     # Given what serving does under the same settings
-    policy = Policy(skip_threshold=knobs.skip_threshold, width_bias=knobs.width_bias)
-    blocks = elastic_blocks(backbone.transformer, ANATOMIES[type(backbone)], RouterWeights(routers, {}))
+    policy = RouterPolicy(skip_threshold=knobs.skip_threshold, width_bias=knobs.width_bias)
+    blocks = elastic_blocks(backbone.transformer, ADAPTERS[type(backbone)], RouterWeights(routers, {}))
     costs = dict.fromkeys(backbone.blocks, BlockCost(1.0, 1.0))
-    mask = streams.encoder_hidden_states_mask
-    lengths = [None] * BATCH if mask is None else mask.sum(1).tolist()
-    rows = [Row(RULES["router"], policy, "cond", 1, costs, length) for length in lengths]
+    rows = [Row(RULES["router"], policy, "cond", 1, costs) for _ in range(BATCH)]
     served = streams
     with torch.no_grad():
         for i, (block, router) in enumerate(zip(blocks, routers.routers, strict=True)):

@@ -7,7 +7,8 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 
-from models.elastic.runner import Streams
+from models.elastic.streams import Streams
+from models.families.flux.streams import FluxStreams
 from models.families.wrapping import Mlp
 
 FluxBlock = FluxTransformerBlock | FluxSingleTransformerBlock
@@ -21,7 +22,7 @@ def prologue(
     context: Tensor,
     pooled_prompt_embeds: Tensor,
     image_rotary_emb: tuple[Tensor, Tensor],
-) -> Streams:
+) -> FluxStreams:
     """Embed packed latents `(batch, tokens, channels)`, `timestep` `(batch,)` in [0, 1], guidance and pooled prompts.
 
     `context` is the prompts after `context_embedder`, `(batch, text tokens, channels)`: the same at every step.
@@ -35,7 +36,7 @@ def prologue(
     else:
         guidance = guidance.to(hidden_states.dtype) * 1000
         temb = transformer.time_text_embed(timestep, guidance, pooled_prompt_embeds)
-    return Streams(hidden_states, context, temb, image_rotary_emb)
+    return FluxStreams(hidden_states, context, temb, image_rotary_emb)
 
 
 def blocks(transformer: FluxTransformer2DModel) -> Mapping[str, FluxBlock]:
@@ -52,6 +53,7 @@ def channels(transformer: FluxTransformer2DModel) -> int:
 
 def call_block(block: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
     """Run one original block, double or single: both return the text stream, then the image stream."""
+    assert isinstance(streams, FluxStreams)
     result: tuple[Tensor, Tensor] = block(
         hidden_states=streams.hidden_states,
         encoder_hidden_states=streams.encoder_hidden_states,

@@ -15,19 +15,19 @@ from torch import Tensor
 from models.card import Guidance
 from models.diffusion.sampling import classifier_free_guidance
 from models.elastic.compute import BlockCost, attention_flops
-from models.elastic.runner import Streams
 from models.errors import InvalidRequest, WeightsError
 from models.families.flux import adapter
-from models.families.image import Branch, PictureFamily
-from models.families.wrapping import Anatomy
+from models.families.flux.streams import FluxStreams
+from models.families.image import Branch, ImageFamily
+from models.families.wrapping import Adapter
 from models.loading import stream_pipeline
 from models.request import GenerationRequest, ImageRequest
 from models.state import BranchInputs, DenoiseState
 from models.weights import CheckpointTraits, RouterWeights
 
 
-class FluxFamily(PictureFamily):
-    anatomy: Anatomy = adapter
+class FluxFamily(ImageFamily):
+    adapter: Adapter = adapter
 
     @classmethod
     def load(
@@ -83,8 +83,8 @@ class FluxFamily(PictureFamily):
 
     def _branches(self, request: ImageRequest) -> Sequence[Branch]:
         branches = [Branch("cond", request.prompt, "prompt")]
-        if request.true_cfg_scale > 1 and request.negative_prompt is not None:
-            branches.append(Branch("uncond", request.negative_prompt, "negative_prompt"))
+        if request.is_guided:
+            branches.append(Branch("uncond", request.negative_prompt or "", "negative_prompt"))
         return branches
 
     def _encode(self, branch: Branch, request: ImageRequest) -> BranchInputs:
@@ -109,7 +109,7 @@ class FluxFamily(PictureFamily):
         context = transformer.context_embedder(prompt_embeds.to(transformer.device, transformer.dtype))
         return BranchInputs(context, pooled.to(transformer.device, transformer.dtype), guidance)
 
-    def prologue(self, states: Sequence[DenoiseState]) -> Streams:
+    def prologue(self, states: Sequence[DenoiseState]) -> FluxStreams:
         latents, times = self._latents_and_times(states)
         inputs = [branch for state in states for branch in state.inputs]
         guidance = [branch.guidance for branch in inputs if branch.guidance is not None]
@@ -130,9 +130,9 @@ class FluxFamily(PictureFamily):
         assert isinstance(request, ImageRequest)
         return classifier_free_guidance(velocities[:1], velocities[1:], request.true_cfg_scale)
 
-    def _encode_pictures(self, pictures: Tensor) -> Tensor:
+    def _encode_images(self, images: Tensor) -> Tensor:
         vae = self.pipeline.vae
-        latents = vae.encode(pictures).latent_dist.mode()
+        latents = vae.encode(images).latent_dist.mode()
         return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
     @torch.inference_mode()
@@ -140,5 +140,5 @@ class FluxFamily(PictureFamily):
         vae = self.pipeline.vae
         latents = self._unpacked(state.latents, state.request)
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-        picture = vae.decode(latents, return_dict=False)[0]
-        return self._pixels(picture)
+        image = vae.decode(latents, return_dict=False)[0]
+        return self._pixels(image)

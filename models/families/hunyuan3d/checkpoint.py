@@ -15,7 +15,7 @@ from models.errors import WeightsError
 from models.families.hunyuan3d.conditioner import SingleImageEncoder
 from models.families.hunyuan3d.layout import Part, find_config, part_of, read_config, weight_file
 from models.families.hunyuan3d.plain_dit import HunYuanDiTPlain
-from models.families.hunyuan3d.preparation import PictureSettings
+from models.families.hunyuan3d.preparation import ImageSettings
 from models.families.hunyuan3d.shape_vae import ShapeVAE, geometry_of
 from models.families.hunyuan3d.stream_dit import Hunyuan3DDiT
 from models.loading import TensorHead, misfit, read_heads, shapes_of, stream_tensors
@@ -31,7 +31,7 @@ _MODULES: Mapping[str, Mapping[str, type[nn.Module]]] = {
 _CONSISTENCY = "ConsistencyFlowMatchEulerDiscreteScheduler"
 _SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", _CONSISTENCY)
 # The second is for several views of one object; the front alone is prepared in the same way.
-_PICTURE_PROCESSORS = ("ImageProcessorV2", "MVImageProcessorV2")
+_IMAGE_PROCESSORS = ("ImageProcessorV2", "MVImageProcessorV2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Hunyuan3DCheckpoint:
     denoiser: Denoiser
     vae: ShapeVAE
     conditioner: SingleImageEncoder
-    picture: PictureSettings
+    image_settings: ImageSettings
     schedule: Callable[[int], Tensor]
     is_consistency_model: bool
 
@@ -65,7 +65,8 @@ def load_checkpoint(
         raise WeightsError(f"{directory} has no config.yaml, nor has a folder in it that of a Hunyuan3D denoiser")
     file = weight_file(config_path.parent)
     config = read_config(config_path)
-    picture, (schedule, is_consistency_model) = _picture_of(config, config_path), schedule_of(config, config_path)
+    image_settings = _image_settings_of(config, config_path)
+    schedule, is_consistency_model = schedule_of(config, config_path)
     try:
         heads = read_heads([file])
         modules = build_modules(config, config_path, heads, file)
@@ -84,7 +85,7 @@ def load_checkpoint(
         denoiser=cast(Denoiser, modules["model"]),
         vae=cast(ShapeVAE, modules["vae"]),
         conditioner=cast(SingleImageEncoder, modules["conditioner"]),
-        picture=picture,
+        image_settings=image_settings,
         schedule=schedule,
         is_consistency_model=is_consistency_model,
     )
@@ -131,13 +132,13 @@ def _build(name: str, part: Part, config_path: Path) -> nn.Module:
         raise WeightsError(f"{config_path}: {name} can't be built of its params: {error!r}") from error
 
 
-def _picture_of(config: Mapping[str, Any], path: Path) -> PictureSettings:
+def _image_settings_of(config: Mapping[str, Any], path: Path) -> ImageSettings:
     part = part_of(config, "image_processor", path)
-    if part.class_name not in _PICTURE_PROCESSORS:
-        known = ", ".join(_PICTURE_PROCESSORS)
+    if part.class_name not in _IMAGE_PROCESSORS:
+        known = ", ".join(_IMAGE_PROCESSORS)
         raise WeightsError(f"{path}: image_processor is of class {part.class_name}; known: {known}")
-    known_settings = PictureSettings.__dataclass_fields__
-    return PictureSettings(**{key: value for key, value in part.params.items() if key in known_settings})
+    known_settings = ImageSettings.__dataclass_fields__
+    return ImageSettings(**{key: value for key, value in part.params.items() if key in known_settings})
 
 
 def schedule_of(config: Mapping[str, Any], path: Path) -> tuple[Callable[[int], Tensor], bool]:

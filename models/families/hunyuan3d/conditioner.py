@@ -1,4 +1,4 @@
-"""Hunyuan3D's picture encoder: DINOv2, under the names of the public checkpoints.
+"""Hunyuan3D's image encoder: DINOv2, under the names of the public checkpoints.
 
 Oquab et al. 2023, "DINOv2", https://arxiv.org/abs/2304.07193. The checkpoints name its tensors as transformers 4 did;
 transformers 5 has other names and cuts the gated feed-forward otherwise, so its class does not load them as they are.
@@ -24,7 +24,7 @@ _STD = (0.229, 0.224, 0.225)
 class SingleImageEncoder(nn.Module):
     """A checkpoint's conditioner. `main_image_encoder` is as in its `config.yaml`: `type` and `kwargs`.
 
-    What stands for no picture under classifier-free guidance are zeros, which come from no encoder.
+    What stands for no image under classifier-free guidance are zeros, which come from no encoder.
     Raises WeightsError for a type of encoder that is not here.
     """
 
@@ -37,13 +37,13 @@ class SingleImageEncoder(nn.Module):
             config=kwargs["config"], image_size=kwargs["image_size"], use_cls_token=kwargs.get("use_cls_token", True)
         )
 
-    def forward(self, picture: Tensor) -> Tensor:
-        """Image tokens `(batch, tokens, channels)` of a square `picture` `(batch, 3, side, side)` in [-1, 1]."""
-        return self.main_image_encoder(picture)
+    def forward(self, image: Tensor) -> Tensor:
+        """Image tokens `(batch, tokens, channels)` of a square `image` `(batch, 3, side, side)` in [-1, 1]."""
+        return self.main_image_encoder(image)
 
 
 class DinoImageEncoder(nn.Module):
-    """`config` is transformers' Dinov2Config, `image_size` the side in pixels at which DINOv2 sees a picture."""
+    """`config` is transformers' Dinov2Config, `image_size` the side in pixels at which DINOv2 sees an image."""
 
     def __init__(self, *, config: Mapping[str, Any], image_size: int, use_cls_token: bool) -> None:
         super().__init__()
@@ -51,26 +51,26 @@ class DinoImageEncoder(nn.Module):
         self._use_cls_token = use_cls_token
         self.model = Dinov2Model(Dinov2Config(**config))
 
-    def forward(self, picture: Tensor) -> Tensor:
-        tokens = self.model(self.pixel_values(picture))
+    def forward(self, image: Tensor) -> Tensor:
+        tokens = self.model(self.pixel_values(image))
         return tokens if self._use_cls_token else tokens[:, 1:]
 
-    def pixel_values(self, picture: Tensor) -> Tensor:
+    def pixel_values(self, image: Tensor) -> Tensor:
         """What DINOv2 sees, `(batch, 3, image_size, image_size)`, float32."""
-        pixels = (picture.float() + 1) / 2
+        pixels = (image.float() + 1) / 2
         pixels = F.interpolate(pixels, (self._side, self._side), mode="bilinear", antialias=True)
         mean, std = (pixels.new_tensor(values)[:, None, None] for values in (_MEAN, _STD))
         return (pixels - mean) / std
 
 
 class DinoImageEncoderMV(DinoImageEncoder):
-    """Pictures of one object from the front, left, back and right, of which later ones may be left out.
+    """Images of one object from the front, left, back and right, of which later ones may be left out.
 
     `(batch, views, 3, side, side)`, or without the second axis for the front alone. One view's tokens follow another's.
     """
 
-    def forward(self, picture: Tensor) -> Tensor:
-        views = picture if picture.ndim == 5 else picture[:, None]
+    def forward(self, image: Tensor) -> Tensor:
+        views = image if image.ndim == 5 else image[:, None]
         tokens = super().forward(views.flatten(0, 1)).unflatten(0, views.shape[:2])
         directions = get_timestep_embedding(
             torch.arange(views.shape[1], device=tokens.device), tokens.shape[-1], downscale_freq_shift=0
@@ -109,7 +109,7 @@ class Embeddings(nn.Module):
         return tokens + self._positions(patches.shape[-2:])
 
     def _positions(self, grid: torch.Size) -> Tensor:
-        """Of a picture with other numbers of patches than DINOv2 was trained with, between those that it knows."""
+        """Of an image with other numbers of patches than DINOv2 was trained with, between those that it knows."""
         if tuple(grid) == (self._grid, self._grid):
             return self.position_embeddings
         of_class, of_patches = self.position_embeddings.split([1, self._grid**2], dim=1)

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from models.errors import WeightsError
+from models.families.entry import NamedClass
+from models.families.hunyuan3d import ENTRY
 
 CONFIG = "config.yaml"
-DENOISERS = ("HunYuanDiTPlain", "Hunyuan3DDiT")
 
 _WEIGHTS = ("model.safetensors", "model.fp16.safetensors")
 _PICKLES = ("model.ckpt", "model.fp16.ckpt")
@@ -35,6 +36,12 @@ def find_config(directory: Path) -> Path | None:
         names = ", ".join(path.parent.name for path in configs)
         raise WeightsError(f"{directory} has several models: {names}; name the folder of one")
     return configs[0] if configs else None
+
+
+def denoiser_class(directory: Path) -> NamedClass | None:
+    """The denoiser's class; None if the directory has no `config.yaml`. Raises WeightsError as `find_config` does."""
+    config = find_config(directory)
+    return NamedClass(config, part_of(read_config(config), "model", config).class_name) if config else None
 
 
 def read_config(path: Path) -> Mapping[str, Any]:
@@ -80,7 +87,7 @@ def pickle_file(folder: Path) -> Path:
 
 def _is_of_denoiser(path: Path) -> bool:
     model = read_config(path).get("model")
-    return isinstance(model, Mapping) and str(model.get("target")).rpartition(".")[2] in DENOISERS
+    return isinstance(model, Mapping) and str(model.get("target")).rpartition(".")[2] in ENTRY.class_names
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # see above

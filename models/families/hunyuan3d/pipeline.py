@@ -1,11 +1,10 @@
-"""Hunyuan3D: from a picture to a mesh. Loading, the picture's tokens, batches of rows, decoding."""
+"""Hunyuan3D: from an image to a mesh. Loading, the image's tokens, batches of rows, decoding."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -13,26 +12,27 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from models.card import CurvePoint, Guidance, MeshCard, ModelCard, basics_of
+from models.card import Guidance, MeshCard, ModelCard, basics_of
+from models.curve import EXACT, CurvePoint, Preset
 from models.diffusion.sampling import classifier_free_guidance
 from models.elastic.compute import BlockCost
-from models.elastic.runner import Streams, row_index
+from models.elastic.streams import Streams
 from models.errors import WeightsError
 from models.families.family import BranchStart, Family
 from models.families.hunyuan3d import plain_adapter, stream_adapter
 from models.families.hunyuan3d.checkpoint import Hunyuan3DCheckpoint, load_checkpoint
 from models.families.hunyuan3d.plain_dit import HunYuanDiTPlain
-from models.families.hunyuan3d.preparation import prepare_picture
+from models.families.hunyuan3d.preparation import prepare_image
 from models.families.hunyuan3d.shape_vae import Field
-from models.families.wrapping import Anatomy
+from models.families.wrapping import Adapter
 from models.mesh.cleanup import CleanMesh, clean
 from models.mesh.surface import BOUNDS, Mesh, extract_surface
 from models.mesh.volume import decode_coarse_to_fine
-from models.request import GenerationRequest, MeshRequest, Preset, PresetBudget
+from models.request import GenerationRequest, MeshRequest, PresetBudget
 from models.state import BranchInputs, DenoiseState
 from models.weights import CheckpointTraits, Manifest, RouterWeights
 
-_NUM_SKETCH_POINTS = 8192
+_NUM_QUALITY_POINTS = 8192
 _POINTS_PER_CALL_CPU = 2048
 """With more, a call's numbers leave the caches (`ShapeVAE.field`)."""
 _PREVIEW_OCTREE_RESOLUTION = 32
@@ -41,15 +41,14 @@ _OCTREE_STEP = 8
 
 
 class Hunyuan3DFamily(Family):
-    """Versions 2.1 and 2.0. Guidance is true, with zeros for no picture, but in checkpoints distilled to need none."""
+    """Versions 2.1 and 2.0. Guidance is true, with zeros for no image, but in checkpoints distilled to need none."""
 
     quality_metric: ClassVar[str] = "volume_iou"
 
     def __init__(self, model_id: str, checkpoint: Hunyuan3DCheckpoint, router_weights: RouterWeights | None) -> None:
         self.checkpoint = checkpoint
         self._is_plain = isinstance(checkpoint.denoiser, HunYuanDiTPlain)
-        self._adapter: Any = plain_adapter if self._is_plain else stream_adapter
-        self.anatomy: Anatomy = self._adapter
+        self.adapter: Adapter = plain_adapter if self._is_plain else stream_adapter
         super().__init__(model_id, checkpoint.denoiser, router_weights)
 
     @classmethod
@@ -94,7 +93,7 @@ class Hunyuan3DFamily(Family):
         )
 
     def example_request(self, card: ModelCard) -> MeshRequest:
-        """Its picture shows a disc."""
+        """Its image shows a disc."""
         assert isinstance(card, MeshCard)
         side = np.linspace(-1, 1, 64)
         is_disc = np.hypot(side, side[:, None]) < 0.8
@@ -106,6 +105,8 @@ class Hunyuan3DFamily(Family):
             guidance_scale=card.default_guidance_scale,
             seed=0,
             budget=PresetBudget(Preset.EXACT),
+            point=EXACT,
+            is_guided=card.is_guided(card.default_guidance_scale),
             input_image=file.getvalue(),
             octree_resolution=card.default_octree_resolution,
         )
@@ -118,13 +119,13 @@ class Hunyuan3DFamily(Family):
         point: CurvePoint,
         compute_cap: float | None = None,
     ) -> DenoiseState:
-        """Raises InvalidRequest if the picture shows no object, or its background can't be removed as asked."""
+        """Raises InvalidRequest if the image shows no object, or its background can't be removed as asked."""
         assert isinstance(request, MeshRequest)
         vae = self.checkpoint.vae
         with Image.open(BytesIO(request.input_image)) as file:
-            picture = prepare_picture(file, self.checkpoint.picture, request.remove_background)
+            image = prepare_image(file, self.checkpoint.image_settings, request.remove_background)
         encoder = next(self.checkpoint.conditioner.parameters())
-        context = self.checkpoint.conditioner(picture.to(encoder.device)).to(self._parameter)
+        context = self.checkpoint.conditioner(image.to(encoder.device)).to(self._parameter)
         # Latents stay in float32 from step to step, whatever the denoiser's type.
         noise = torch.randn((1, vae.num_latents, vae.embed_dim), generator=torch.Generator().manual_seed(request.seed))
         sigmas = self.checkpoint.schedule(request.num_inference_steps)
@@ -149,40 +150,33 @@ class Hunyuan3DFamily(Family):
             guidance = torch.full((1,), request.guidance_scale, device=context.device)
             return [BranchStart("cond", BranchInputs(context, guidance=guidance), self.block_costs(num_tokens))]
         branches = [BranchStart("cond", BranchInputs(context), self.block_costs(num_tokens))]
-        # At a scale of 1 what stands for no picture cancels out; below, unlike elsewhere, it does not.
-        if request.guidance_scale != 1:
+        if request.is_guided:
             # In 2.1 attention to an empty context is a constant.
             has_context = not self._is_plain
             costs = self.block_costs(num_tokens, has_context)
-            branches.append(
-                BranchStart("uncond", BranchInputs(torch.zeros_like(context)), costs, has_context=has_context)
-            )
+            no_image = context.new_zeros(1, num_tokens if has_context else 0, context.shape[2])
+            branches.append(BranchStart("uncond", BranchInputs(no_image), costs))
         return branches
 
     def block_costs(self, num_image_tokens: int, has_context: bool = True) -> Mapping[str, BlockCost]:
         """Floating-point operations of one row in every block."""
-        costs: Mapping[str, BlockCost] = self._adapter.block_costs(
-            self.transformer, self.checkpoint.vae.num_latents, num_image_tokens, has_context
-        )
-        return costs
+        adapter = plain_adapter if self._is_plain else stream_adapter
+        num_latents = self.checkpoint.vae.num_latents
+        return adapter.block_costs(self.transformer, num_latents, num_image_tokens, has_context)
 
     def prologue(self, states: Sequence[DenoiseState]) -> Streams:
         latents, times = self._latents_and_times(states)
         inputs = [branch for state in states for branch in state.inputs]
-        rows = [row for state in states for row in state.rows]
-        looking = [i for i, row in enumerate(rows) if row.has_context]
-        context = torch.cat([inputs[i].context for i in looking])
+        latents = latents.to(self._parameter.dtype)
+        having = [i for i, branch in enumerate(inputs) if branch.context.shape[1]]
+        context = torch.cat([inputs[i].context for i in having])
+        if self._is_plain:
+            rows = None if len(having) == len(inputs) else having
+            return plain_adapter.prologue(self.transformer, latents, times, context, rows)
         guidance = [branch.guidance for branch in inputs if branch.guidance is not None]
-        streams: Streams = self._adapter.prologue(
-            self.transformer,
-            latents.to(self._parameter.dtype),
-            times,
-            context,
-            *([torch.cat(guidance)] if guidance else []),
+        return stream_adapter.prologue(
+            self.transformer, latents, times, context, torch.cat(guidance) if guidance else None
         )
-        if len(looking) < len(rows):
-            streams = replace(streams, context_rows=row_index(looking, context.device))
-        return streams
 
     def guide(self, request: GenerationRequest, velocities: Tensor) -> Tensor:
         return classifier_free_guidance(velocities[:1], velocities[1:], request.guidance_scale)
@@ -200,9 +194,9 @@ class Hunyuan3DFamily(Family):
         return clean(self._surface(prediction, _PREVIEW_OCTREE_RESOLUTION))
 
     @torch.inference_mode()
-    def sketch(self, state: DenoiseState) -> NDArray[np.bool_]:
+    def quality_sample(self, state: DenoiseState) -> NDArray[np.bool_]:
         """Whether each of many points, always the same, is inside."""
-        points = self._sketch_points.split(self._points_per_call)
+        points = self._quality_points.split(self._points_per_call)
         field = self._field(state.latents)
         inside: NDArray[np.bool_] = torch.cat([field(part) > 0 for part in points]).cpu().numpy()
         return inside
@@ -226,9 +220,9 @@ class Hunyuan3DFamily(Family):
         return vae.field(latents / vae.scale_factor)
 
     @cached_property
-    def _sketch_points(self) -> Tensor:
+    def _quality_points(self) -> Tensor:
         rng = torch.Generator().manual_seed(0)
-        points = (2 * torch.rand(_NUM_SKETCH_POINTS, 3, generator=rng) - 1) * BOUNDS
+        points = (2 * torch.rand(_NUM_QUALITY_POINTS, 3, generator=rng) - 1) * BOUNDS
         return points.to(self._parameter.device)
 
     @property

@@ -4,25 +4,34 @@ Of the two streams the text stream is here the time token alone. A block that re
 whatever its plan is, since that entry is no residual: a skipped block leaves out only its three branches.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from models.elastic.compute import BlockCost, attention_flops
-from models.elastic.runner import Streams
+from models.elastic.streams import Streams, row_index
 from models.families.hunyuan3d.plain_dit import HunYuanDiTBlock, HunYuanDiTPlain
+from models.families.hunyuan3d.streams import PlainStreams
 from models.families.wrapping import Mlp
 
 
-def prologue(transformer: HunYuanDiTPlain, latents: Tensor, timestep: Tensor, context: Tensor) -> Streams:
+def prologue(
+    transformer: HunYuanDiTPlain,
+    latents: Tensor,
+    timestep: Tensor,
+    context: Tensor,
+    context_rows: Sequence[int] | None = None,
+) -> PlainStreams:
     """Embed latents `(batch, tokens, channels)` and `timestep` `(batch,)` in [0, 1].
 
-    `context` are the pictures' tokens `(rows with a picture, image tokens, context channels)`.
+    `context` is the images' tokens, `(rows with an image, image tokens, context channels)`, and `context_rows` the
+    numbers of these rows, None where every row has an image.
     """
     temb = transformer.time_token(timestep)
-    return Streams(transformer.x_embedder(latents), temb[:, None], temb, context=context)
+    index = None if context_rows is None else row_index(context_rows, context.device)
+    return PlainStreams(transformer.x_embedder(latents), temb[:, None], temb, context, context_rows, index)
 
 
 def channels(transformer: HunYuanDiTPlain) -> int:
@@ -37,7 +46,8 @@ def blocks(transformer: HunYuanDiTPlain) -> Mapping[str, nn.Module]:
 
 def call_block(block: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
     """Run one block's branches: the time token, then the shape's tokens."""
-    inputs = {"hidden_states": _joined(streams), "context": streams.context, "context_rows": streams.context_rows}
+    assert isinstance(streams, PlainStreams)
+    inputs = {"hidden_states": _joined(streams), "context": streams.context, "context_rows": streams.context_index}
     return _apart(block(**inputs))
 
 
@@ -51,13 +61,14 @@ def mlps(block: nn.Module) -> Mapping[str, Mlp]:
     return {name: Mlp(_linear(expert, "net.0.proj"), _linear(expert, "net.2")) for name, expert in experts.items()}
 
 
-def entrance(transformer: HunYuanDiTPlain, index: int) -> Callable[[Streams], Streams] | None:
+def enter_hook(transformer: HunYuanDiTPlain, index: int) -> Callable[[Streams], Streams] | None:
     """What happens before the block of this number, for every row: mixing in what an earlier one left."""
     source, block = transformer.skip_source(index), _block(transformer, index)
     if source is None:
         return None
 
     def enter(streams: Streams) -> Streams:
+        assert isinstance(streams, PlainStreams)
         left = dict(streams.long_skips)
         time_token, hidden_states = _apart(block.fuse(_joined(streams), left.pop(source)))
         return replace(streams, hidden_states=hidden_states, encoder_hidden_states=time_token, long_skips=left)
@@ -65,12 +76,13 @@ def entrance(transformer: HunYuanDiTPlain, index: int) -> Callable[[Streams], St
     return enter
 
 
-def departure(transformer: HunYuanDiTPlain, index: int) -> Callable[[Streams], Streams] | None:
+def leave_hook(transformer: HunYuanDiTPlain, index: int) -> Callable[[Streams], Streams] | None:
     """What happens after the block of this number, for every row: leaving the state for a later one that reads it."""
     if index not in {transformer.skip_source(i) for i in range(len(transformer.blocks))}:
         return None
 
     def leave(streams: Streams) -> Streams:
+        assert isinstance(streams, PlainStreams)
         return replace(streams, long_skips={**streams.long_skips, index: _joined(streams)})
 
     return leave
@@ -85,7 +97,7 @@ def epilogue(transformer: HunYuanDiTPlain, streams: Streams) -> Tensor:
 def block_costs(
     transformer: HunYuanDiTPlain, num_latents: int, num_image_tokens: int, has_context: bool
 ) -> Mapping[str, BlockCost]:
-    """Floating-point operations of one row in every block; without context no attention to the picture."""
+    """Floating-point operations of one row in every block; without context no attention to the image."""
     width, tokens = channels(transformer), num_latents + 1
     square = 2.0 * width * width
     attention = square * 4 * tokens + attention_flops(tokens, width)

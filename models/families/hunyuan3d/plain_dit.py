@@ -50,7 +50,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of the shape's tokens to the picture's.
+    """Attention of the shape's tokens to the image's.
 
     Queries are cut into heads as usual. Keys and values were trained as one projection that gives every head its key
     and value together, so the outputs of `to_k` and `to_v` one after the other are cut.

@@ -1,7 +1,7 @@
-"""From a client's picture to what Hunyuan3D's conditioner reads: the object alone, centred on white.
+"""From a client's image to what Hunyuan3D's conditioner reads: the object alone, centred on white.
 
 Sizes, rounding and OpenCV's filters are those of `ImageProcessorV2` (Tencent-Hunyuan/Hunyuan3D-2.1 at 5e3ec6d,
-`hy3dshape/preprocessors.py`), bit for bit, so that a picture gets the tokens that the denoiser was trained on.
+`hy3dshape/preprocessors.py`), bit for bit, so that an image gets the tokens that the denoiser was trained on.
 """
 
 from collections.abc import Callable
@@ -28,14 +28,14 @@ _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCb
 _VISIBLE = 10.0
 # Of a border that is plain; an object's edge may touch it.
 _PLAIN_SHARE = 0.99
-# Objects are looked for in pictures of at most this side, which bounds memory.
+# Objects are looked for in images of at most this side, which bounds memory.
 _SEARCH_SIDE = 1024
-# Of that picture's pixels; what is smaller is neither an object nor a hole in one.
+# Of that image's pixels; what is smaller is neither an object nor a hole in one.
 _SPECK_SHARE = 0.0005
 
 
 @dataclass(frozen=True, slots=True)
-class PictureSettings:
+class ImageSettings:
     """`size` in pixels; `border_ratio` is the share of the longer side that stays free around the object."""
 
     size: int = 512
@@ -55,7 +55,7 @@ def remove_plain_background(colours: np.ndarray) -> np.ndarray:
     small = cv2.medianBlur(cv2.resize(colours, size, interpolation=cv2.INTER_AREA), 5)
     difference = np.linalg.norm(_lab(small / np.float32(255)) - _lab(_background(small)), axis=-1)
     plain = (_border(difference) < _VISIBLE).mean()
-    needed = "try a picture with transparency, or remove_background: false, which takes all of it for the object"
+    needed = "try an image with transparency, or remove_background: false, which takes all of it for the object"
     if plain < _PLAIN_SHARE:
         raise _invalid(f"has a background that can't be removed: {1 - plain:.0%} of its border is not plain; {needed}")
     speck = round(_SPECK_SHARE * difference.size)
@@ -65,18 +65,18 @@ def remove_plain_background(colours: np.ndarray) -> np.ndarray:
     return cv2.resize(mask.astype(np.uint8) * 255, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
-def prepare_picture(
-    picture: Image.Image,
-    settings: PictureSettings,
+def prepare_image(
+    image: Image.Image,
+    settings: ImageSettings,
     removal: BackgroundRemoval,
     remover: BackgroundRemover = remove_plain_background,
 ) -> Tensor:
     """`(1, 3, size, size)` float32 in [-1, 1]: the object, centred on white.
 
     Where no background is removed, the object is all that isn't fully transparent. Raises InvalidRequest if there is
-    none, or if the picture is of a kind that has no certain colours.
+    none, or if the image is of a kind that has no certain colours.
     """
-    rgba = to_rgba(picture)
+    rgba = to_rgba(image)
     if removal is BackgroundRemoval.ALWAYS or (removal is BackgroundRemoval.AUTO and not has_transparency(rgba)):
         colours = on_white(rgba)
         rgba = np.dstack((colours, remover(colours)))
@@ -85,9 +85,9 @@ def prepare_picture(
     return torch.from_numpy(resized.astype(np.float32) / 255 * 2 - 1).permute(2, 0, 1)[None].contiguous()
 
 
-def to_rgba(picture: Image.Image) -> np.ndarray:
+def to_rgba(image: Image.Image) -> np.ndarray:
     """`(height, width, 4)`, turned as its EXIF tag says; upstream doesn't look at that, and photographs would lie."""
-    upright = ImageOps.exif_transpose(picture)
+    upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith("I;16"):  # Pillow would cut off what is brighter than 255 of 65535
         upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
     if upright.mode not in _MODES:
@@ -103,7 +103,7 @@ def has_transparency(rgba: np.ndarray) -> bool:
 def recentre(rgba: np.ndarray, border_ratio: float) -> np.ndarray:
     """Cut out what isn't fully transparent and put it into the middle of a transparent square, `(side, side, 4)`.
 
-    `side` is the picture's longer one. As upstream does it, the last row and column are lost, and colours are scaled as
+    `side` is the image's longer one. As upstream does it, the last row and column are lost, and colours are scaled as
     they are, so that those of transparent pixels bleed into the rim. Raises InvalidRequest if nothing is left.
     """
     height, width = rgba.shape[:2]

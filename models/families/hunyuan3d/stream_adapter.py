@@ -1,6 +1,6 @@
 """Hunyuan3D-2.0's denoiser, taken apart: what comes before the blocks, the blocks, what comes after them.
 
-The picture's stream stands where other families have the text's. It is never padded: all pictures have as many tokens.
+The image's stream stands where other families have the text's. It is never padded: all images have as many tokens.
 """
 
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from models.elastic.compute import BlockCost, attention_flops
-from models.elastic.runner import Streams
+from models.elastic.streams import Streams
 from models.families.hunyuan3d.stream_dit import DoubleStreamBlock, Hunyuan3DDiT, SingleStreamBlock
 from models.families.wrapping import Mlp
 
@@ -18,7 +18,7 @@ def prologue(
 ) -> Streams:
     """Embed latents `(batch, tokens, channels)`, `timestep` `(batch,)` in [0, 1] and the scale of guidance `(batch,)`.
 
-    `context` are the pictures' tokens `(batch, image tokens, context channels)`, zeros in unconditional rows.
+    `context` are the images' tokens `(batch, image tokens, context channels)`, zeros in unconditional rows.
     """
     temb = transformer.time_embedding(timestep, guidance)
     return Streams(transformer.latent_in(latents), transformer.cond_in(context), temb)
@@ -37,7 +37,7 @@ def blocks(transformer: Hunyuan3DDiT) -> Mapping[str, nn.Module]:
 
 
 def call_block(block: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
-    """Run one block, double or single: both return the picture's stream, then the shape's."""
+    """Run one block, double or single: both return the image's stream, then the shape's."""
     result: tuple[Tensor, Tensor] = block(
         hidden_states=streams.hidden_states,
         encoder_hidden_states=streams.encoder_hidden_states,

@@ -1,7 +1,7 @@
 """Hunyuan3D-2.0's denoiser: FLUX's double and single stream blocks, under the names of the public checkpoints.
 
 Sizes and order of operations are those of Tencent-Hunyuan/Hunyuan3D-2 at 9bcf302, `hy3dgen/shapegen`. No token has a
-position, so there are no rotary embeddings. In tensor names `img` is the shape's stream and `txt` the picture's; here
+position, so there are no rotary embeddings. In tensor names `img` is the shape's stream and `txt` the image's; here
 they are `hidden_states` and `encoder_hidden_states`.
 """
 
@@ -100,7 +100,7 @@ class DoubleStreamBlock(nn.Module):
         self.txt_mlp = _mlp(channels, mlp_channels)
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the picture's stream, then the shape's."""
+        """Returns the image's stream, then the shape's."""
         shift1, scale1, gate1, *feed_forward = self.img_mod(temb)
         txt_shift1, txt_scale1, txt_gate1, *txt_feed_forward = self.txt_mod(temb)
         img_qkv = self.img_attn(_modulated(hidden_states, shift1, scale1))
@@ -133,7 +133,7 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(channels // num_heads)
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the picture's stream, then the shape's."""
+        """Returns the image's stream, then the shape's."""
         joint = torch.cat((encoder_hidden_states, hidden_states), dim=1)
         shift, scale, gate = self.modulation(temb)
         qkv_channels = 3 * joint.shape[-1]

@@ -1,12 +1,13 @@
 """Qwen-Image's transformer, taken apart: what comes before the blocks, the blocks, what comes after them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from diffusers import QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from torch import Tensor, nn
 
-from models.elastic.runner import Streams
+from models.elastic.streams import Streams
+from models.families.qwen_image.streams import QwenImageStreams
 from models.families.wrapping import Mlp
 
 
@@ -16,18 +17,20 @@ def prologue(
     timestep: Tensor,
     context: Tensor,
     mask: Tensor | None,
-    image_rotary_emb: tuple[Tensor, Tensor],
-) -> Streams:
+    text_lengths: Sequence[int] | None,
+    rotary_emb: tuple[Tensor, Tensor],
+) -> QwenImageStreams:
     """Embed packed latents `(batch, tokens, channels)` and `timestep` `(batch,)` in [0, 1].
 
-    `context` is the prompts after `embed_prompt`, `(batch, text tokens, channels)`, and `mask` their real tokens,
-    `(batch, text tokens)`, None where all are.
+    `context` is the prompts after `embed_prompt`, `(batch, text tokens, channels)`. `mask` `(batch, text tokens)` is
+    true for their real tokens, and `text_lengths` counts these by row; both are None where all tokens are real.
+    `rotary_emb` holds the factors of `rotary_embedding`.
 
     The same operations in the same order as `QwenImageTransformer2DModel.forward` (diffusers 0.42), so bitwise equal.
     """
     hidden_states = transformer.img_in(latents)
     temb = transformer.time_text_embed(timestep.to(hidden_states.dtype), hidden_states)
-    return Streams(hidden_states, context, temb, image_rotary_emb, mask)
+    return QwenImageStreams(hidden_states, context, temb, *rotary_emb, mask, text_lengths)
 
 
 def embed_prompt(transformer: QwenImageTransformer2DModel, prompt_embeds: Tensor) -> Tensor:
@@ -48,12 +51,13 @@ def channels(transformer: QwenImageTransformer2DModel) -> int:
 
 def call_block(block: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
     """Run one original block, which returns the text stream, then the image stream."""
+    assert isinstance(streams, QwenImageStreams)
     result: tuple[Tensor, Tensor] = block(
         hidden_states=streams.hidden_states,
         encoder_hidden_states=streams.encoder_hidden_states,
         encoder_hidden_states_mask=streams.encoder_hidden_states_mask,
         temb=streams.temb,
-        image_rotary_emb=streams.image_rotary_emb,
+        image_rotary_emb=(streams.image_rotary_emb, streams.text_rotary_emb),
         joint_attention_kwargs=None,
         modulate_index=None,
     )

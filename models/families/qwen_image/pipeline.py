@@ -15,11 +15,11 @@ from torch.nn.utils.rnn import pad_sequence
 from models.card import Guidance
 from models.diffusion.sampling import classifier_free_guidance, rescale_to_norm
 from models.elastic.compute import BlockCost, attention_flops
-from models.elastic.runner import Streams
 from models.errors import InvalidRequest
-from models.families.image import Branch, PictureFamily
+from models.families.image import Branch, ImageFamily
 from models.families.qwen_image import adapter
-from models.families.wrapping import Anatomy
+from models.families.qwen_image.streams import QwenImageStreams
+from models.families.wrapping import Adapter
 from models.loading import stream_pipeline
 from models.request import GenerationRequest, ImageRequest
 from models.state import BranchInputs, DenoiseState
@@ -29,13 +29,13 @@ _MAX_SEQUENCE_LENGTH = 1024
 """What QwenImagePipeline allows."""
 
 
-class QwenImageFamily(PictureFamily):
+class QwenImageFamily(ImageFamily):
     """Guidance is true: a request with `guidance_scale` above 1 has two rows, the second for its negative prompt.
 
     Prompts in a batch are padded to the longest and the padding is masked.
     """
 
-    anatomy: Anatomy = adapter
+    adapter: Adapter = adapter
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class QwenImageFamily(PictureFamily):
 
     def _branches(self, request: ImageRequest) -> Sequence[Branch]:
         branches = [Branch("cond", request.prompt, "prompt")]
-        if request.guidance_scale > 1:
+        if request.is_guided:
             # The stock pipeline drops guidance, with a warning, where no negative prompt is given.
             branches.append(Branch("uncond", request.negative_prompt or "", "negative_prompt"))
         return branches
@@ -124,13 +124,15 @@ class QwenImageFamily(PictureFamily):
         context = adapter.embed_prompt(transformer, prompt_embeds.to(transformer.device, transformer.dtype))
         return BranchInputs(context)
 
-    def prologue(self, states: Sequence[DenoiseState]) -> Streams:
+    def prologue(self, states: Sequence[DenoiseState]) -> QwenImageStreams:
         latents, times = self._latents_and_times(states)
-        context, mask = pad_prompts([branch.context for state in states for branch in state.inputs])
+        contexts = [branch.context for state in states for branch in state.inputs]
+        context, mask = pad_prompts(contexts)
+        lengths = None if mask is None else [prompt.shape[1] for prompt in contexts]
         rotary = self._rotary_embedding(states, context.shape[1])
         # Rounded as the stock pipeline does it.
         timestep = times.to(latents.dtype) / 1000
-        return adapter.prologue(self.transformer, latents, timestep, context, mask, rotary)
+        return adapter.prologue(self.transformer, latents, timestep, context, mask, lengths, rotary)
 
     def _rotary_factors(self, num_text_tokens: int, height: int, width: int) -> tuple[Tensor, Tensor]:
         return adapter.rotary_embedding(self.transformer, num_text_tokens, height, width)
@@ -140,9 +142,9 @@ class QwenImageFamily(PictureFamily):
         guided = classifier_free_guidance(cond, uncond, request.guidance_scale)
         return rescale_to_norm(guided, cond) if self._rescales_guidance else guided
 
-    def _encode_pictures(self, pictures: Tensor) -> Tensor:
+    def _encode_images(self, images: Tensor) -> Tensor:
         mean, inverse = self._latents_mean_and_inverse_std
-        latents = self.pipeline.vae.encode(pictures[:, :, None]).latent_dist.mode()
+        latents = self.pipeline.vae.encode(images[:, :, None]).latent_dist.mode()
         return ((latents - mean) * inverse)[:, :, 0]
 
     @property
@@ -161,8 +163,8 @@ class QwenImageFamily(PictureFamily):
         latents = self._unpacked(state.latents, state.request).to(vae.dtype)
         mean, inverse = self._latents_mean_and_inverse_std
         # Divided by the inverse, as the stock pipeline does it, for the same bits.
-        picture = vae.decode(latents / inverse + mean, return_dict=False)[0][:, :, 0]
-        return self._pixels(picture)
+        image = vae.decode(latents / inverse + mean, return_dict=False)[0][:, :, 0]
+        return self._pixels(image)
 
 
 def pad_prompts(contexts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -5,11 +5,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.card import Policy
 from models.elastic.compute import BlockCost
-from models.elastic.plan import REUSE, RUN_IN_FULL, SKIP, RowPlan, RowView
+from models.elastic.plan import REUSE, RUN_IN_FULL, SKIP, Policy, RowPlan, RowView
 from models.elastic.router import Router
-from models.elastic.runner import Allowance, ElasticBlock, Residual, Row, Streams, run_block
+from models.elastic.row import Allowance, Residual, Row
+from models.elastic.runner import ElasticBlock, run_block
+from models.elastic.streams import Streams
+from models.families.hunyuan3d.streams import PlainStreams
+from models.families.qwen_image.streams import QwenImageStreams
 from models.report import Decision
 
 COST = BlockCost(fixed=10, mlp=20)
@@ -21,9 +24,7 @@ class Scripted:
     """Does as it is told, one plan a call, and remembers what it was shown."""
 
     plans: Sequence[RowPlan]
-    name: str = "scripted"
     needs_scores: bool = False
-    needs_residual_change: bool = False
     seen: list[RowView] = field(default_factory=list)
 
     def plan(self, row: RowView, policy: Policy) -> RowPlan:
@@ -42,7 +43,7 @@ class Mixing(nn.Module):
     def forward(self, streams: Streams) -> tuple[Tensor, Tensor]:
         self.batch_sizes.append(len(streams.hidden_states))
         image, text = streams.hidden_states, streams.encoder_hidden_states
-        shift = streams.temb[:, None] + streams.image_rotary_emb[0].sum()
+        shift = streams.temb[:, None]
         return text + self.scale * image.mean(1, keepdim=True), image * self.scale + shift + text.sum(1, keepdim=True)
 
 
@@ -64,7 +65,7 @@ def block(variants: dict[float, Mixing]) -> ElasticBlock:
 def streams_of(num_rows: int, seed: int = 0) -> Streams:
     rng = torch.Generator().manual_seed(seed)
     image, text = torch.randn(num_rows, 5, 4, generator=rng), torch.randn(num_rows, 3, 4, generator=rng)
-    return Streams(image, text, torch.randn(num_rows, 4, generator=rng), (torch.ones(2), torch.zeros(2)))
+    return Streams(image, text, torch.randn(num_rows, 4, generator=rng))
 
 
 def row_of(*plans: RowPlan, flops: float = float("inf")) -> Row:
@@ -86,9 +87,7 @@ def test_each_row_gets_what_its_plan_says(block: ElasticBlock, variants: dict[fl
     result = run_block(block, 0, before, None, rows)
     for i, row in enumerate(rows):
         one = slice(i, i + 1)
-        alone = Streams(
-            before.hidden_states[one], before.encoder_hidden_states[one], before.temb[one], (torch.ones(2),) * 2
-        )
+        alone = Streams(before.hidden_states[one], before.encoder_hidden_states[one], before.temb[one])
         text, image = alone.encoder_hidden_states, alone.hidden_states
         match i:
             case 1 | 4:
@@ -188,7 +187,8 @@ def test_step_that_does_not_end_changes_nothing_about_the_row(block: ElasticBloc
 def test_change_of_the_first_residual_is_relative_to_the_last_computed_step(variants: dict[float, Mixing]) -> None:
     """Step 1 re-uses, so steps 1 and 2 are both compared with step 0."""
     first, second = (ElasticBlock(name, variants, call, None) for name in ("first", "second"))
-    rule = Scripted([RUN_IN_FULL, KEEP, RUN_IN_FULL, REUSE, RUN_IN_FULL, KEEP], needs_residual_change=True)
+    measured = RowPlan(Decision.RUN, measures_change=True)
+    rule = Scripted([measured, KEEP, measured, REUSE, measured, KEEP])
     row = Row(rule, Policy(), "cond", 9, {"first": COST, "second": COST})
     added = []
     for step in range(3):
@@ -204,17 +204,20 @@ def test_change_of_the_first_residual_is_relative_to_the_last_computed_step(vari
     assert changes == pytest.approx(expected)
 
 
-def padded_streams(lengths: Sequence[int], padding: float, seed: int = 0) -> Streams:
+def padded_streams(lengths: Sequence[int], padding: float, seed: int = 0) -> QwenImageStreams:
     """A row for each number of real text tokens, padded with uneven values up to `padding` to the longest."""
     rng = torch.Generator().manual_seed(seed)
     image, text, temb = (torch.randn(len(lengths), *size, generator=rng) for size in ((5, 4), (max(lengths), 4), (4,)))
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return Streams(
+    is_padded = min(lengths) < max(lengths)
+    return QwenImageStreams(
         image,
         torch.where(mask[..., None], text, padding * torch.tensor([1.0, -1.0, 0.5, 0.25])),
         temb,
-        (torch.ones(5), torch.arange(max(lengths))),
-        mask,
+        torch.ones(5),
+        torch.arange(max(lengths)),
+        mask if is_padded else None,
+        lengths if is_padded else None,
     )
 
 
@@ -222,15 +225,10 @@ class Masked(nn.Module):
     """A block that heeds the mask, as attention does: padding moves no real token."""
 
     def forward(self, streams: Streams) -> tuple[Tensor, Tensor]:
+        assert isinstance(streams, QwenImageStreams)
         text, mask = streams.encoder_hidden_states, streams.encoder_hidden_states_mask
         total = (text if mask is None else text * mask[..., None]).sum(1, keepdim=True)
         return text * 2 + total + streams.temb[:, None], streams.hidden_states + total
-
-
-def padded_row(num_text_tokens: int, *plans: RowPlan) -> Row:
-    row = row_of(*plans)
-    row.num_text_tokens = num_text_tokens
-    return row
 
 
 @pytest.fixture
@@ -238,40 +236,12 @@ def masked_block() -> ElasticBlock:
     return ElasticBlock("only", {1.0: Masked()}, call, None)
 
 
-def test_streams_of_rows_keep_what_belongs_to_each_row() -> None:
-    streams = padded_streams([2, 4, 3], padding=9.0)
-    assert streams.encoder_hidden_states_mask is not None
-    where = torch.tensor([2, 0])
-    part = streams.of_rows(where, [2, 0], [padded_row(2), padded_row(4), padded_row(3)])
-    assert part.encoder_hidden_states_mask is not None
-    assert part.encoder_hidden_states_mask.sum(1).tolist() == [3, 2]
-    for name in ("hidden_states", "temb"):
-        assert torch.equal(getattr(part, name), getattr(streams, name)[where])
-    assert torch.equal(part.encoder_hidden_states, streams.encoder_hidden_states[where, :3])
-    assert part.image_rotary_emb is not None
-    assert streams.image_rotary_emb is not None
-    image_factors, text_factors = part.image_rotary_emb
-    assert torch.equal(image_factors, streams.image_rotary_emb[0])
-    assert torch.equal(text_factors, streams.image_rotary_emb[1][:3])
-
-
-def test_rows_of_one_length_lose_their_padding_and_their_mask() -> None:
-    streams = padded_streams([2, 4, 2], padding=9.0)
-    part = streams.of_rows(torch.tensor([0, 2]), [0, 2], [padded_row(2), padded_row(4), padded_row(2)])
-    assert part.encoder_hidden_states_mask is None
-    assert part.encoder_hidden_states.shape == (2, 2, 4)
-
-
-def test_streams_without_a_mask_have_none_for_their_rows_either() -> None:
-    part = streams_of(3).of_rows(torch.tensor([1]), [1], [row_of()] * 3)
-    assert part.encoder_hidden_states_mask is None
-
-
 @pytest.mark.parametrize("num_running", [2, 3], ids=["some rows run", "all rows run"])
 def test_mask_goes_through_a_block_as_it_came(masked_block: ElasticBlock, num_running: int) -> None:
     before = padded_streams([2, 4, 3], padding=9.0)
-    rows = [padded_row(n, RUN_IN_FULL if i < num_running else SKIP) for i, n in enumerate([2, 4, 3])]
+    rows = [row_of(RUN_IN_FULL if i < num_running else SKIP) for i in range(3)]
     after = run_block(masked_block, 0, before, None, rows).streams
+    assert isinstance(after, QwenImageStreams)
     assert after.encoder_hidden_states_mask is before.encoder_hidden_states_mask
     assert not torch.equal(after.hidden_states, before.hidden_states)
 
@@ -279,7 +249,7 @@ def test_mask_goes_through_a_block_as_it_came(masked_block: ElasticBlock, num_ru
 @pytest.mark.parametrize("num_keeping", [1, 3], ids=["some rows run", "all rows run"])
 def test_kept_residual_holds_real_text_tokens_only(masked_block: ElasticBlock, num_keeping: int) -> None:
     lengths = [2, 4, 3]
-    rows = [padded_row(n, KEEP if i < num_keeping else SKIP) for i, n in enumerate(lengths)]
+    rows = [row_of(KEEP if i < num_keeping else SKIP) for i in range(3)]
     before = padded_streams(lengths, padding=9.0)
     after = run_block(masked_block, 0, before, None, rows).streams
     for i, (row, length) in enumerate(zip(rows[:num_keeping], lengths, strict=False)):
@@ -293,12 +263,12 @@ def test_kept_residual_holds_real_text_tokens_only(masked_block: ElasticBlock, n
 @pytest.mark.parametrize("companions", [[], [7], [2], [7, 5]], ids=["none", "longer", "shorter", "two"])
 def test_residual_is_added_right_whatever_the_padding_is_now(masked_block: ElasticBlock, companions: list[int]) -> None:
     """It was stored between neighbours of 4 and 3 tokens; who leaves and arrives changes the padding."""
-    row = padded_row(3, KEEP, REUSE)
-    rows = [padded_row(4, SKIP), row, padded_row(3, SKIP)]
+    row = row_of(KEEP, REUSE)
+    rows = [row_of(SKIP), row, row_of(SKIP)]
     run_block(masked_block, 0, padded_streams([4, 3, 3], padding=9.0), None, rows)
     row.end_step()
     residual = row.residuals["only"]
-    others = [padded_row(length, REUSE) for length in companions]
+    others = [row_of(REUSE) for _ in companions]
     for other, length in zip(others, companions, strict=True):
         other.residuals["only"] = Residual(torch.ones(5, 4), torch.ones(length, 4))
     row.begin_step(1, Policy(), Allowance())
@@ -318,7 +288,7 @@ def test_what_stands_in_the_padding_decides_nothing(masked_block: ElasticBlock) 
     block = replace(masked_block, router=router.requires_grad_(False))
     seen = []
     for padding in (0.0, 9.0, -1e4):
-        rows = [padded_row(length, RUN_IN_FULL) for length in (2, 6)]
+        rows = [row_of(RUN_IN_FULL) for _ in range(2)]
         streams = padded_streams([2, 6], padding)
         run_block(block, 0, streams, router.modulation(streams.temb), rows)
         seen.append([(row.rule.seen[0].depth_prob, row.rule.seen[0].width_logits) for row in rows])  # type: ignore[attr-defined]  # Scripted
@@ -354,7 +324,7 @@ def test_rows_share_a_call_while_padding_costs_less(lengths: list[int], calls: l
     module = Recording()
     block = ElasticBlock("only", {1.0: module}, call, None)
     before = padded_streams(lengths, padding=9.0)
-    together = run_block(block, 0, before, None, [padded_row(length, RUN_IN_FULL) for length in lengths]).streams
+    together = run_block(block, 0, before, None, [row_of(RUN_IN_FULL) for _ in lengths]).streams
     assert module.shapes == calls
     for i, length in enumerate(lengths):
         alone = replace(
@@ -363,6 +333,7 @@ def test_rows_share_a_call_while_padding_costs_less(lengths: list[int], calls: l
             encoder_hidden_states=before.encoder_hidden_states[i : i + 1, :length],
             temb=before.temb[i : i + 1],
             encoder_hidden_states_mask=None,
+            text_lengths=None,
         )
         text, image = Masked()(alone)
         torch.testing.assert_close(together.hidden_states[i], image[0])
@@ -372,13 +343,7 @@ def test_rows_share_a_call_while_padding_costs_less(lengths: list[int], calls: l
 def test_rows_of_large_pictures_share_no_masked_call() -> None:
     module = Recording()
     before = replace(padded_streams([9, 7, 9], padding=9.0), hidden_states=torch.zeros(3, 2000, 4))
-    run_block(
-        ElasticBlock("only", {1.0: module}, call, None),
-        0,
-        before,
-        None,
-        [padded_row(length, RUN_IN_FULL) for length in (9, 7, 9)],
-    )
+    run_block(ElasticBlock("only", {1.0: module}, call, None), 0, before, None, [row_of(RUN_IN_FULL) for _ in range(3)])
     assert module.shapes == [(2, 9), (1, 7)]
 
 
@@ -390,12 +355,25 @@ class Looking(nn.Module):
         self.calls: list[tuple[int, int]] = []
 
     def forward(self, streams: Streams) -> tuple[Tensor, Tensor]:
-        context, rows = streams.context, streams.context_rows
+        assert isinstance(streams, PlainStreams)
+        context, rows = streams.context, streams.context_index
         self.calls.append((len(streams.temb), 0 if context is None else len(context)))
         added = torch.full((len(streams.temb),), 7.0)
         if context is not None:
             added[slice(None) if rows is None else rows] = context.mean((1, 2))
         return streams.encoder_hidden_states, streams.hidden_states + added[:, None, None]
+
+
+def with_context(num_rows: int, context: Tensor, context_rows: Sequence[int]) -> PlainStreams:
+    plain = streams_of(num_rows)
+    return PlainStreams(
+        plain.hidden_states,
+        plain.encoder_hidden_states,
+        plain.temb,
+        context,
+        context_rows,
+        torch.tensor(context_rows),
+    )
 
 
 @pytest.mark.parametrize(
@@ -405,9 +383,8 @@ def test_rows_without_context_run_beside_those_with_one(running: list[int], num_
     looking = Looking()
     block = ElasticBlock("only", {1.0: looking}, lambda module, streams: module(streams), None)
     rows = [row_of(RUN_IN_FULL if i in running else SKIP) for i in range(4)]
-    rows[1].has_context = rows[2].has_context = False
     context = torch.tensor([1.0, 4.0])[:, None, None].expand(2, 3, 2)
-    before = replace(streams_of(4), context=context, context_rows=torch.tensor([0, 3]))
+    before = with_context(4, context, [0, 3])
     after = run_block(block, 0, before, None, rows).streams
     assert looking.calls == [(len(running), num_looking)]
     added = (after.hidden_states - before.hidden_states)[:, 0, 0]
@@ -415,22 +392,40 @@ def test_rows_without_context_run_beside_those_with_one(running: list[int], num_
     torch.testing.assert_close(added, torch.tensor(expected))
 
 
-def test_entrance_and_departure_are_for_every_row_and_always_counted() -> None:
-    """As of a long skip: whoever skips the block still takes and leaves what the model hands on."""
+@dataclass(frozen=True, slots=True)
+class Handed(Streams):
+    """Streams with something that one block leaves and a later one takes."""
+
+    left: Tensor
+
+
+def test_hooks_around_a_block_run_for_every_row_and_are_always_counted() -> None:
+    """A row that skips a block still takes part in the model's long skips."""
+
+    def enter(streams: Streams) -> Streams:
+        assert isinstance(streams, Handed)
+        return replace(streams, hidden_states=streams.hidden_states + streams.left)
+
+    def leave(streams: Streams) -> Streams:
+        assert isinstance(streams, Handed)
+        return replace(streams, left=streams.hidden_states)
+
     block = ElasticBlock(
         "only",
         {1.0: nn.Identity()},
         lambda module, streams: (streams.encoder_hidden_states, streams.hidden_states * 10),
         None,
-        enter=lambda streams: replace(streams, hidden_states=streams.hidden_states + streams.long_skips[0]),
-        leave=lambda streams: replace(streams, long_skips={1: streams.hidden_states}),
+        enter,
+        leave,
     )
     rows = [row_of(SKIP), row_of(RUN_IN_FULL)]
     for row in rows:
         row.costs = {"only": replace(COST, always=5.0)}
-    before = replace(streams_of(2), long_skips={0: torch.ones(2, 1, 1)})
+    plain = streams_of(2)
+    before = Handed(plain.hidden_states, plain.encoder_hidden_states, plain.temb, torch.ones(2, 1, 1))
     after = run_block(block, 0, before, None, rows).streams
+    assert isinstance(after, Handed)
     torch.testing.assert_close(after.hidden_states[0], before.hidden_states[0] + 1)
     torch.testing.assert_close(after.hidden_states[1], (before.hidden_states[1] + 1) * 10)
-    assert torch.equal(after.long_skips[1], after.hidden_states)
+    assert torch.equal(after.left, after.hidden_states)
     assert [row.journal.flops for row in rows] == [5.0, 5.0 + COST.at_width(1.0)]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from models.card import EXACT
-from models.families.image import PictureFamily
+from models.curve import EXACT
+from models.families.image import ImageFamily
 from models.request import ImageRequest
 
 Ask = Callable[..., ImageRequest]
@@ -21,7 +21,7 @@ def kind(kind: Any) -> Any:
     return kind
 
 
-def test_noise_depends_on_the_seed_alone(family: PictureFamily, ask: Ask, guided: Guided) -> None:
+def test_noise_depends_on_the_seed_alone(family: ImageFamily, ask: Ask, guided: Guided) -> None:
     first, other_prompt, other_seed = (
         family.start(request, (EXACT,), EXACT).latents
         for request in (ask(), ask(prompt="a blue square", num_inference_steps=7, **guided()), ask(seed=1))
@@ -30,7 +30,7 @@ def test_noise_depends_on_the_seed_alone(family: PictureFamily, ask: Ask, guided
     assert not torch.equal(first, other_seed)
 
 
-def test_requests_of_one_size_share_a_batch(family: PictureFamily, ask: Ask, guided: Guided) -> None:
+def test_requests_of_one_size_share_a_batch(family: ImageFamily, ask: Ask, guided: Guided) -> None:
     keys = [
         family.start(request, (EXACT,), EXACT).batch_key
         for request in (ask(), ask(num_inference_steps=9, prompt="red", **guided()), ask(width=80), ask(height=80))
@@ -39,7 +39,7 @@ def test_requests_of_one_size_share_a_batch(family: PictureFamily, ask: Ask, gui
     assert len(set(keys)) == 3
 
 
-def test_each_branch_is_a_row_with_inputs_of_its_own(family: PictureFamily, ask: Ask, guided: Guided) -> None:
+def test_each_branch_is_a_row_with_inputs_of_its_own(family: ImageFamily, ask: Ask, guided: Guided) -> None:
     for fields, branches in (({}, ["cond"]), (guided("red"), ["cond", "uncond"])):
         state = family.start(ask(**fields), (EXACT,), EXACT)
         assert [row.branch for row in state.rows] == branches
@@ -47,25 +47,25 @@ def test_each_branch_is_a_row_with_inputs_of_its_own(family: PictureFamily, ask:
         assert len({part.context.sum().item() for part in state.inputs}) == len(branches)
 
 
-def test_dense_compute_is_the_sum_over_branches_and_blocks(family: PictureFamily, ask: Ask, guided: Guided) -> None:
+def test_dense_compute_is_the_sum_over_branches_and_blocks(family: ImageFamily, ask: Ask, guided: Guided) -> None:
     state = family.start(ask(width=96, prompt="red", **guided("a green triangle")), (EXACT,), EXACT)
     costs = [family.block_costs(64, 96, inputs.num_text_tokens) for inputs in state.inputs]
     assert state.dense_flops == sum(cost.dense for branch in costs for cost in branch.values())
 
 
-def test_position_factors_of_other_sizes_and_lengths_are_not_mixed_up(family: PictureFamily, ask: Ask) -> None:
+def test_position_factors_of_other_sizes_and_lengths_are_not_mixed_up(family: ImageFamily, ask: Ask) -> None:
     sizes = ((64, 64), (64, 96), (96, 64))
     started = [family.start(ask(height=height, width=width), (EXACT,), EXACT) for height, width in sizes]
     keys = [(length, *size, state) for length in range(5, 15) for size, state in zip(sizes, started, strict=True)]
     for _ in range(3):  # more than are kept
         for length, height, width, state in keys:
             ours = family._rotary_embedding([state], length)
-            expected = family.anatomy.rotary_embedding(family.transformer, length, height // 16, width // 16)
+            expected = family.adapter.rotary_embedding(family.transformer, length, height // 16, width // 16)
             assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
     assert len(family._rotary) <= 64
 
 
-def test_similarity_is_one_for_equal_pictures_and_less_for_others(family: PictureFamily) -> None:
+def test_similarity_is_one_for_equal_pictures_and_less_for_others(family: ImageFamily) -> None:
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
     assert family.similarity(picture, picture) == 1

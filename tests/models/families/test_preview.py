@@ -12,13 +12,14 @@ import trimesh
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from models.card import CurvePoint, Policy
+from models.curve import EXACT, CurvePoint, Preset
 from models.engine import Engine
 from models.errors import EmptySurface
-from models.families.preview import apply_colour_map, fit_colour_map, fitting_pictures
+from models.families.preview import apply_colour_map, fit_colour_map, fitting_images
 from models.mesh.cleanup import CleanMesh
 from models.mesh.surface import BOUNDS
-from models.request import GenerationRequest, ImageRequest, MeshRequest, Preset, PresetBudget
+from models.request import GenerationRequest, ImageRequest, MeshRequest, PresetBudget
+from models.rules.router import RouterPolicy
 from models.state import DenoiseState
 from models.weights import CheckpointTraits
 from models.zoo import load_engine
@@ -29,7 +30,7 @@ Denoise = Callable[..., DenoiseState]
 Result = NDArray[np.uint8] | CleanMesh
 
 ROOT = Path(__file__).parents[3]
-ROUTED = CurvePoint("router", Policy(0.3, 0.3, 2, width_bias=0.5), 0.5, 0.5, 0.5)
+ROUTED = CurvePoint(RouterPolicy(0.3, 0.3, 2, width_bias=0.5), 0.5, 0.5, 0.5)
 
 only_pictures = pytest.mark.parametrize("kind", ["flux", "qwen_image"], indirect=True, scope="session")
 only_meshes = pytest.mark.parametrize("kind", ["hunyuan3d_plain", "hunyuan3d_stream"], indirect=True, scope="session")
@@ -117,7 +118,7 @@ def test_preview_without_a_surface_says_so(engine: Engine, ask: Ask) -> None:
 
 
 def test_map_is_fitted_to_the_mean_colours_of_latent_pixels() -> None:
-    pictures = fitting_pictures()
+    pictures = fitting_images()
     red, green, blue = F.avg_pool2d(pictures, 8).unbind(1)
     latents = torch.stack([2 * red, green - blue, 0.5 - blue, red * green], dim=1)
     expected = ((F.avg_pool2d(pictures[0], 8).movedim(0, -1) + 1) * 127.5).round()
@@ -126,8 +127,8 @@ def test_map_is_fitted_to_the_mean_colours_of_latent_pixels() -> None:
 
 
 def test_pictures_to_fit_to_are_always_the_same_and_of_all_colours() -> None:
-    pictures = fitting_pictures()
-    assert torch.equal(pictures, fitting_pictures())
+    pictures = fitting_images()
+    assert torch.equal(pictures, fitting_images())
     assert pictures.abs().max() == 1
     octants = (pictures.movedim(1, -1).flatten(0, 2) > 0).int() @ torch.tensor([4, 2, 1], dtype=torch.int32)
     assert (octants.bincount() > 0.05 * len(octants)).all()
@@ -147,6 +148,8 @@ def test_previews_of_a_trained_model_look_ever_more_like_its_picture(model: str)
         guidance_scale=3.0,
         seed=7,
         budget=PresetBudget(Preset.EXACT),
+        point=EXACT,
+        is_guided=model == "tiny-qwen-image",
     )
     state = engine.start(request)
     previews = []
@@ -170,6 +173,8 @@ def test_last_preview_of_a_trained_model_has_the_form_of_its_mesh() -> None:
         guidance_scale=2.0,
         seed=7,
         budget=PresetBudget(Preset.EXACT),
+        point=EXACT,
+        is_guided=True,
         input_image=(ROOT / "docs/images/solid.png").read_bytes(),
         octree_resolution=64,
     )

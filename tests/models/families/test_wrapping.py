@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.elastic.router import MLP_WIDTHS
-from models.elastic.runner import Streams
+from models.elastic.plan import MLP_WIDTHS
+from models.elastic.streams import Streams
 from models.errors import WeightsError
 from models.families.family import Family
 from models.families.wrapping import elastic_blocks, mlp_name, permute_neurons
@@ -51,14 +51,14 @@ def test_narrow_block_multiplies_narrow_matrices(
     family: Family, streams_of: StreamsOf, index: int, width: float
 ) -> None:
     block = family.blocks[index]
-    originals, sizes = family.anatomy.mlps(block.variants[1.0]), []
-    for name, (first, last, row, column) in family.anatomy.mlps(block.variants[width]).items():
+    originals, sizes = family.adapter.mlps(block.variants[1.0]), []
+    for name, (first, last, row, column) in family.adapter.mlps(block.variants[width]).items():
         assert (row, column) == originals[name][2:]
         assert first.weight.shape == (row + HIDDEN * width, CHANNELS)
         assert last.weight.shape == (CHANNELS, column + HIDDEN * width)
         last.register_forward_pre_hook(lambda module, args, column=column: sizes.append(args[0].shape[-1] - column))
     block.call(block.variants[width], streams_of(family))
-    for mlp in family.anatomy.mlps(block.variants[width]).values():
+    for mlp in family.adapter.mlps(block.variants[width]).values():
         mlp.last._forward_pre_hooks.clear()
     assert set(sizes) == {HIDDEN * width}
 
@@ -71,7 +71,7 @@ def test_narrow_block_equals_the_block_with_its_other_neurons_masked(
 ) -> None:
     block, streams = family.blocks[index], streams_of(family, 2)
     handles = []
-    for mlp in family.anatomy.mlps(block.variants[1.0]).values():
+    for mlp in family.adapter.mlps(block.variants[1.0]).values():
         mask = (torch.arange(mlp.column + HIDDEN) < mlp.column + HIDDEN * width).float()
         handles.append(mlp.last.register_forward_pre_hook(lambda module, args, mask=mask: (args[0] * mask,)))
     masked = block.call(block.variants[1.0], streams)
@@ -89,7 +89,7 @@ def test_widths_share_the_memory_of_the_checkpoint(family: Family) -> None:
 
 
 def test_full_width_is_the_original_block(family: Family) -> None:
-    blocks = family.anatomy.blocks(family.transformer)
+    blocks = family.adapter.blocks(family.transformer)
     assert [block.name for block in family.blocks] == list(blocks)
     for block in family.blocks:
         assert block.variants[1.0] is blocks[block.name]
@@ -98,7 +98,7 @@ def test_full_width_is_the_original_block(family: Family) -> None:
 @pytest.fixture
 def blocks(stock: Any, family: Family) -> dict[str, nn.Module]:
     """Blocks that a wrong order must leave as they are."""
-    return dict(family.anatomy.blocks(stock.transformer))
+    return dict(family.adapter.blocks(stock.transformer))
 
 
 @pytest.mark.parametrize(
@@ -106,10 +106,10 @@ def blocks(stock: Any, family: Family) -> dict[str, nn.Module]:
 )
 def test_order_that_is_none_is_refused_by_name(family: Family, blocks: dict[str, nn.Module], order: Tensor) -> None:
     block = family.blocks[1]
-    part = next(iter(family.anatomy.mlps(block.variants[1.0])))
+    part = next(iter(family.adapter.mlps(block.variants[1.0])))
     name = mlp_name(block.name, part)
     with pytest.raises(WeightsError, match=f"neuron_order.{name} is no order of the block's {HIDDEN} hidden neurons"):
-        permute_neurons(blocks, {name: order}, family.anatomy.mlps)
+        permute_neurons(blocks, {name: order}, family.adapter.mlps)
 
 
 def test_order_of_an_unknown_block_is_refused_with_those_there_are(
@@ -118,7 +118,7 @@ def test_order_of_an_unknown_block_is_refused_with_those_there_are(
     with pytest.raises(
         WeightsError, match=f"neuron_order.block.99 is of no block; there are: {family.blocks[0].name}, "
     ):
-        permute_neurons(blocks, {"block.99": torch.arange(HIDDEN)}, family.anatomy.mlps)
+        permute_neurons(blocks, {"block.99": torch.arange(HIDDEN)}, family.adapter.mlps)
 
 
 @first_and_last
@@ -129,9 +129,9 @@ def test_permuted_neurons_change_only_the_order_of_a_sum(
     permuted = load_router_weights(permuted_router_weights / family.model_id, directory)
     assert permuted is not None
     transformer = kind.load_stock(directory).transformer
-    block = elastic_blocks(transformer, family.anatomy, RouterWeights(permuted.stack, permuted.neuron_orders))[index]
-    streams, same = streams_of(family, 2), family.anatomy.mlps(family.blocks[index].variants[1.0])
-    for name, mlp in family.anatomy.mlps(block.variants[1.0]).items():
+    block = elastic_blocks(transformer, family.adapter, RouterWeights(permuted.stack, permuted.neuron_orders))[index]
+    streams, same = streams_of(family, 2), family.adapter.mlps(family.blocks[index].variants[1.0])
+    for name, mlp in family.adapter.mlps(block.variants[1.0]).items():
         order = permuted.neuron_orders[mlp_name(block.name, name)]
         ours, theirs = mlp.first.weight[mlp.row :], same[name].first.weight[mlp.row :]
         assert torch.equal(ours, theirs[order])

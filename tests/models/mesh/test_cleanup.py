@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from models.errors import EmptySurface
 from models.mesh.cleanup import CleanMesh, clean
-from models.mesh.limits import MIN_TARGET_FACES
 from models.mesh.surface import Mesh, extract_surface
-from training.solids import Solid, SolidBatch, sample_solids
+from models.request import MIN_TARGET_FACES
+from training.solids.solids import Solid, SolidBatch, sample_solids
 
 
 def as_mesh(*bodies: trimesh.Trimesh) -> Mesh:

@@ -9,7 +9,7 @@ from torch import Tensor
 from models.errors import EmptySurface
 from models.mesh.surface import BOUNDS, extract_surface
 from models.mesh.volume import Field, decode_coarse_to_fine, decode_dense
-from training.solids import Solid, SolidBatch, sample_solids
+from training.solids.solids import Solid, SolidBatch, sample_solids
 
 CPU = torch.device("cpu")
 POINTS_PER_CALL = 2**16

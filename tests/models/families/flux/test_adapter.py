@@ -1,4 +1,5 @@
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,7 +7,6 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import nn
 
-from models.elastic.runner import Streams
 from models.families.flux import adapter
 
 
@@ -55,7 +55,7 @@ def test_all_pieces_together_equal_the_forward_bit_for_bit(guidance_embeds: bool
     )
     for block in adapter.blocks(transformer).values():
         text, image = adapter.call_block(block, streams)
-        streams = Streams(image, text, streams.temb, streams.image_rotary_emb)
+        streams = replace(streams, hidden_states=image, encoder_hidden_states=text)
     assert torch.equal(adapter.epilogue(transformer, streams), expected)
 
 

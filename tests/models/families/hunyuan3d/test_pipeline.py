@@ -16,7 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models.card import EXACT, CurvePoint, Guidance, MeshCard, Policy
+from models.card import Guidance, MeshCard
+from models.curve import EXACT, CurvePoint
 from models.engine import Engine
 from models.errors import InvalidRequest
 from models.families.hunyuan3d.pipeline import Hunyuan3DFamily
@@ -24,6 +25,7 @@ from models.mesh.cleanup import CleanMesh, clean
 from models.mesh.surface import extract_surface
 from models.mesh.volume import MIN_COARSE_CELLS, decode_dense
 from models.request import MeshRequest
+from models.rules.router import RouterPolicy
 from models.state import DenoiseState
 from models.weights import CheckpointTraits
 from models.zoo import load_engine
@@ -31,7 +33,7 @@ from models.zoo import load_engine
 Ask = Callable[..., MeshRequest]
 Denoise = Callable[..., DenoiseState]
 
-ALL_SKIPPED = CurvePoint("router", Policy(skip_threshold=1.1), 0.0, 0.0, 0.0)
+ALL_SKIPPED = CurvePoint(RouterPolicy(skip_threshold=1.1), 0.0, 0.0, 0.0)
 
 
 @pytest.fixture(scope="session", params=["hunyuan3d_plain", "hunyuan3d_stream"])
@@ -148,7 +150,7 @@ def test_rows_without_a_picture_take_the_shortcut_and_give_the_same(
 
 @only_plain
 def test_companions_do_not_matter_where_some_rows_take_the_shortcut(engine: Engine, ask: Ask, denoise: Denoise) -> None:
-    routed = CurvePoint("router", Policy(0.3, 0.3, 2, width_bias=0.5), 0.5, 0.5, 0.5)
+    routed = CurvePoint(RouterPolicy(0.3, 0.3, 2, width_bias=0.5), 0.5, 0.5, 0.5)
     requests = [
         (ask(seed=i, guidance_scale=scale), point)
         for i, scale, point in zip(count(), (1.0, 5.0, 3.0, 2.0), (routed, routed, EXACT, routed), strict=False)
@@ -186,7 +188,7 @@ def test_reduced_mesh_has_no_more_faces_than_asked_for(engine: Engine, ask: Ask,
 def test_similarity_is_the_share_of_the_volume_that_two_shapes_have_in_common(
     engine: Engine, model: str, ask: Ask, denoise: Denoise
 ) -> None:
-    a, b = (engine.sketch(denoise(engine, ask(seed=seed))) for seed in (0, 1))
+    a, b = (engine.quality_sample(denoise(engine, ask(seed=seed))) for seed in (0, 1))
     assert a.dtype == bool
     assert 0 < a.mean() < 1
     assert engine.similarity(model, a, a) == 1

@@ -49,6 +49,7 @@ def test_all_pieces_together_equal_the_forward_bit_for_bit(
         timestep,
         adapter.embed_prompt(transformer, prompt_embeds),
         mask,
+        None if mask is None else lengths,
         adapter.rotary_embedding(transformer, TEXT, HEIGHT, WIDTH),
     )
     for block in adapter.blocks(transformer).values():

@@ -1,0 +1,82 @@
+"""One row of a batch, and what a step changes about it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from models.elastic.compute import BlockCost
+from models.elastic.plan import Policy, Rule
+from models.report import StepDecision
+
+
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """What a block once added to a row's two streams, `(tokens, channels)` each, and how often that was used again.
+
+    Of the text stream only real tokens: the padding may differ from step to step.
+    """
+
+    hidden_states: Tensor
+    encoder_hidden_states: Tensor
+    num_reuses: int = 0
+
+
+@dataclass(slots=True)
+class Allowance:
+    """Floating-point operations that a request may still spend in this step; infinite unless its budget is a cap."""
+
+    flops: float = float("inf")
+
+
+@dataclass(slots=True)
+class StepJournal:
+    """What one step changes about a row, apart until the step has succeeded, so that a failed step can be repeated.
+
+    `residuals` has None where a stored one is outdated; `stores_residuals` says whether any was stored. Where a plan
+    measures a block's change, `measured_residual` is what that block added to the image stream, and `residual_change`
+    its distance from the row's reference.
+    """
+
+    flops: float = 0.0
+    trace: list[StepDecision] = field(default_factory=list)
+    residuals: dict[str, Residual | None] = field(default_factory=dict)
+    stores_residuals: bool = False
+    measured_residual: Tensor | None = None
+    residual_change: float | None = None
+
+
+@dataclass(slots=True)
+class Row:
+    """One row of a batch: one guidance branch of one request, with all the state of its elasticity.
+
+    `residuals` maps block names to stored residuals; `reference` is the measured block's residual in the last step that
+    stored residuals. All branches of a request share one `allowance`. `begin_step` and `end_step` frame a step.
+    """
+
+    rule: Rule[Any]
+    policy: Policy
+    branch: str
+    num_steps: int
+    costs: Mapping[str, BlockCost]
+    step: int = 0
+    allowance: Allowance = field(default_factory=Allowance)
+    residuals: dict[str, Residual] = field(default_factory=dict)
+    reference: Tensor | None = None
+    spent_flops: float = 0.0
+    trace: list[StepDecision] = field(default_factory=list)
+    journal: StepJournal = field(default_factory=StepJournal)
+
+    def begin_step(self, step: int, policy: Policy, allowance: Allowance) -> None:
+        self.step, self.policy, self.allowance = step, policy, allowance
+        self.journal = StepJournal()
+
+    def end_step(self) -> None:
+        self.spent_flops += self.journal.flops
+        self.trace += self.journal.trace
+        kept = self.residuals | self.journal.residuals
+        self.residuals = {name: residual for name, residual in kept.items() if residual is not None}
+        if self.journal.stores_residuals:
+            self.reference = self.journal.measured_residual
+        self.journal = StepJournal()

@@ -1,0 +1,84 @@
+"""A family in diffusers' layout is one folder, here `toy_family`, and one line in the table of families."""
+
+import json
+from collections.abc import Callable
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from models.curve import Preset
+from models.diffusion.sampling import classifier_free_guidance, euler_step
+from models.engine import Engine
+from models.errors import WeightsError
+from models.families import FAMILIES
+from models.request import ImageRequest, PresetBudget
+from models.state import DenoiseState
+from models.zoo import load_engine
+
+Denoise = Callable[..., DenoiseState]
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The new family's model, before its line is in the table."""
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    return import_module("toy_family.transformer")
+
+
+@pytest.fixture
+def directory(toy: Any, tmp_path: Path) -> Path:
+    directory = tmp_path / "tiny-toy"
+    torch.manual_seed(0)
+    toy.ToyTransformer().save_pretrained(directory / "transformer")
+    (directory / "model_index.json").write_text(json.dumps({"_class_name": "ToyPipeline"}))
+    return directory
+
+
+@pytest.fixture
+def toy_engine(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    monkeypatch.setitem(FAMILIES, "toy", import_module("toy_family").ENTRY)  # type: ignore[arg-type]  # it is a dict
+    return load_engine([directory], device="cpu", router_weights=tmp_path / "router_weights")
+
+
+def test_directory_of_a_family_that_is_not_in_the_table_is_refused(directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="names the class ToyPipeline; served are: FluxPipeline"):
+        load_engine([directory], device="cpu", router_weights=tmp_path)
+
+
+def test_one_line_of_the_table_serves_a_new_family_exactly(
+    toy: Any, directory: Path, toy_engine: Engine, denoise: Denoise
+) -> None:
+    # Given a request for the new model, as its card describes it
+    card = toy_engine.cards["tiny-toy"]
+    assert (card.family, card.blocks) == ("toy", ("block.00", "block.01", "block.02"))
+    request = ImageRequest(
+        model=card.id,
+        prompt="a red circle",
+        negative_prompt="blue",
+        height=24,
+        width=32,
+        num_inference_steps=3,
+        guidance_scale=2.0,
+        seed=5,
+        budget=PresetBudget(Preset.EXACT),
+    )
+    # When the engine serves it
+    state = denoise(toy_engine, request)
+    # Then the result is that of the plain model, bit for bit
+    transformer = toy.ToyTransformer.from_pretrained(directory / "transformer").requires_grad_(False)
+    letters_of = import_module("toy_family.pipeline").letters_of
+    letters = torch.cat([letters_of(prompt) for prompt in ("a red circle", "blue")])
+    latents = torch.randn(1, 12, 3, generator=torch.Generator().manual_seed(5))
+    for sigma, next_sigma in pairwise(torch.linspace(1, 0, 4)):
+        cond, uncond = transformer(latents.repeat(2, 1, 1), sigma.repeat(2), letters).split(1)
+        latents = euler_step(latents, classifier_free_guidance(cond, uncond, 2.0), sigma, next_sigma)
+    assert torch.equal(state.latents, latents)
+    image = toy_engine.finish(state)
+    assert isinstance(image, np.ndarray)
+    assert image.shape == (24, 32, 3)
+    assert len(np.unique(image)) > 10

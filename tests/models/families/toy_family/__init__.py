@@ -1,0 +1,10 @@
+"""A family of its own, as small as one can be: what the table of families needs to know about it."""
+
+from models.families.entry import DIFFUSERS, FamilyEntry, Reference
+
+ENTRY = FamilyEntry(
+    name="toy",
+    family=Reference("toy_family.pipeline", "ToyFamily"),
+    layout=DIFFUSERS,
+    class_names=("ToyPipeline",),
+)
