@@ -121,6 +121,7 @@ def test_hostile_pictures_leave_the_server_as_it_was(
     assert abs(opened(post(server, picture)).volume - before) < 1e-3 * before
 
 
+@pytest.mark.slow
 def test_command_line_makes_a_mesh_and_a_receipt(picture: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(picture)
     out, receipt = tmp_path / "a.stl", tmp_path / "a.json"
