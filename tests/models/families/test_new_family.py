@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.curve import Preset
+from models.curve import EXACT, Preset
 from models.diffusion.sampling import classifier_free_guidance, euler_step
 from models.engine import Engine
 from models.errors import WeightsError
@@ -66,6 +66,8 @@ def test_one_line_of_the_table_serves_a_new_family_exactly(
         guidance_scale=2.0,
         seed=5,
         budget=PresetBudget(Preset.EXACT),
+        point=EXACT,
+        is_guided=card.is_guided(2.0),
     )
     # When the engine serves it
     state = denoise(toy_engine, request)
