@@ -1,6 +1,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,10 +91,12 @@ def test_shape_without_a_surface_has_similarity_zero() -> None:
     assert (similarity.iou, similarity.f_score) == (0, 0)
 
 
-def run(module: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+def run(
+    module: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> dict[str, Any]:
     monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
     module.main()  # type: ignore[attr-defined]
-    result: dict = json.loads(capsys.readouterr().out.splitlines()[-1])
+    result: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
     return result
 
 

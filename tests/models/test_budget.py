@@ -88,9 +88,12 @@ def test_everything_asked_for_is_exact(budget: Budget) -> None:
 
 
 def test_between_two_points_thresholds_are_mixed() -> None:
-    upper, lower = (replace(point, policy=replace(point.policy, max_reuses=3)) for point in (HIGH, FAST))
+    upper = replace(HIGH, policy=RouterPolicy(skip_threshold=0.2, max_reuses=3))
+    lower = replace(FAST, policy=RouterPolicy(skip_threshold=0.6, max_reuses=3))
     answer = resolve(ComputeBudget(0.6), (EXACT, upper, lower))
-    assert answer.policy == RouterPolicy(skip_threshold=pytest.approx(0.4), max_reuses=3)
+    assert isinstance(answer.policy, RouterPolicy)
+    assert answer.policy.skip_threshold == pytest.approx(0.4)
+    assert answer.policy.max_reuses == 3
     assert answer.quality == pytest.approx(0.88)
     assert answer.relative_seconds == pytest.approx(0.7)
     assert answer.preset is None

@@ -1,6 +1,5 @@
 """A new rule is its file and one line of the table: all else follows."""
 
-import importlib
 from pathlib import Path
 
 import pytest
@@ -11,16 +10,15 @@ from models.rules import RULES
 from models.zoo import load_engine
 from service.app import build_dispatcher, create_app
 from service.settings import Settings
+from tests.end_to_end.new_rule.every_other import EveryOtherRule
 
 MODEL = Path(__file__).parents[3] / "checkpoints/tiny-flux"
 
 
 @pytest.fixture
 def router_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder without routers, the rule's file being importable and its line in the table."""
-    monkeypatch.syspath_prepend(Path(__file__).parent)
-    every_other = importlib.import_module("every_other")
-    monkeypatch.setitem(RULES, "every_other", every_other.EveryOtherRule())
+    """A folder without routers; the rule has its line in the table."""
+    monkeypatch.setitem(RULES, "every_other", EveryOtherRule())
     return tmp_path
 
 

@@ -41,6 +41,8 @@ def assert_same(a: Result, b: Result) -> None:
         assert np.array_equal(a.mesh.vertices, b.mesh.vertices)
         assert np.array_equal(a.mesh.faces, b.mesh.faces)
     else:
+        assert isinstance(a, np.ndarray)
+        assert isinstance(b, np.ndarray)
         assert np.array_equal(a, b)
 
 
@@ -79,6 +81,7 @@ def test_prediction_is_where_the_guided_velocity_leads(engine: Engine, ask: Ask,
         velocity = (state.latents - before) / (next_sigma - sigma)
         assert state.prediction is not None
         torch.testing.assert_close(state.prediction, before + (state.sigmas[-1] - sigma) * velocity)
+    assert state.prediction is not None
     assert torch.equal(state.prediction, state.latents)
 
 
@@ -104,7 +107,9 @@ def test_colours_hardly_differ_in_bfloat16(
 
 @only_meshes
 def test_last_preview_of_a_mesh_is_the_result_on_a_coarse_grid(engine: Engine, ask: Ask, denoise: Denoise) -> None:
-    state = denoise(engine, replace(ask(), octree_resolution=32))
+    request = ask()
+    assert isinstance(request, MeshRequest)
+    state = denoise(engine, replace(request, octree_resolution=32))
     assert_same(engine.preview(state)(), engine.finish(state))
 
 
@@ -155,7 +160,7 @@ def test_previews_of_a_trained_model_look_ever_more_like_its_image(model: str) -
     previews = []
     while not state.is_done:
         engine.step([state])
-        previews.append(engine.preview(state)())
+        previews.append(np.asarray(engine.preview(state)()))
     pixels = engine.finish(state)
     assert isinstance(pixels, np.ndarray)
     downsampled = pixels.reshape(16, 8, 16, 8, 3).mean((1, 3))

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -27,10 +28,10 @@ def test_deadline_that_even_the_lowest_quality_misses_is_refused(
     make_request: MakeRequest,
     drawn_card: ImageCard,
 ) -> None:
-    work = {"backlog_s": backlog_s, "finish_s": finish_s, "num_results": num_results}
+    check = partial(check_reachable, backlog_s=backlog_s, finish_s=finish_s, num_results=num_results)
     with pytest.raises(DeadlineUnreachable, match="predicted to take"):
-        check_reachable(make_request(budget=LatencyBudget(latency_s)), drawn_card, **work)
-    check_reachable(make_request(budget=LatencyBudget(latency_s + 0.1)), drawn_card, **work)
+        check(make_request(budget=LatencyBudget(latency_s)), drawn_card)
+    check(make_request(budget=LatencyBudget(latency_s + 0.1)), drawn_card)
 
 
 def test_floor_counts_when_a_deadline_is_judged(make_request: MakeRequest, drawn_card: ImageCard) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from models.card import Guidance, SizeLimits
+from models.card import Guidance, ImageCard, SizeLimits
 from models.curve import EXACT
 from models.engine import Engine
 from models.errors import InvalidRequest, WeightsError
@@ -58,6 +58,7 @@ def test_card_has_sizes_defaults_and_guidance(engine: Engine) -> None:
     card = engine.cards[MODEL]
     assert card.family == "flux"
     assert card.guidance is Guidance.DISTILLED
+    assert isinstance(card, ImageCard)
     assert (card.default_height, card.default_width) == (64, 64)
     assert card.sizes == SizeLimits(multiple_of=16, minimum=64, maximum=128)
     assert card.max_prompt_characters == 16 * 40
@@ -68,6 +69,7 @@ def test_defaults_are_those_of_the_model_card_where_there_is_no_manifest(tiny_fl
     card = load_engine([tiny_flux], device="cpu", router_weights=tmp_path).cards[MODEL]
     assert card.license == "unknown"
     assert (card.default_num_inference_steps, card.default_guidance_scale) == (28, 3.5)
+    assert isinstance(card, ImageCard)
     assert (card.default_height, card.default_width) == (64, 64)
 
 

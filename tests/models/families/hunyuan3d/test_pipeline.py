@@ -115,7 +115,7 @@ def test_guidance_that_is_distilled_into_the_denoiser_is_an_input_of_it(
         velocity = denoiser(noise, times, context, torch.tensor([scale]))
         assert torch.equal(state.latents, noise + velocity)
         results.append(state.latents)
-    assert not torch.allclose(*results, atol=0.01)
+    assert not torch.allclose(results[0], results[1], atol=0.01)
 
 
 @only_plain

@@ -11,7 +11,7 @@ from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 
 import models.zoo
-from models.card import Guidance, SizeLimits
+from models.card import Guidance, ImageCard, SizeLimits
 from models.curve import EXACT, CurvePoint
 from models.engine import Engine
 from models.errors import InvalidRequest
@@ -275,6 +275,7 @@ def test_card_has_sizes_defaults_and_guidance(engine: Engine) -> None:
     card = engine.cards[MODEL]
     assert card.family == "qwen_image"
     assert card.guidance is Guidance.TRUE
+    assert isinstance(card, ImageCard)
     assert (card.default_height, card.default_width) == (64, 80)
     assert card.sizes == SizeLimits(multiple_of=16, minimum=64, maximum=160)
     assert card.max_prompt_characters == 16 * 40
@@ -288,6 +289,7 @@ def test_defaults_are_those_of_the_stock_pipeline_where_there_is_no_manifest(
     monkeypatch.setattr(models.zoo, "_dense_step_seconds", lambda *_: 1.0)
     card = load_engine([directory], device="cpu", router_weights=tmp_path).cards[MODEL]
     assert card.license == "unknown"
+    assert isinstance(card, ImageCard)
     assert (card.default_height, card.default_width) == (1024, 1024)
     assert card.sizes == SizeLimits(multiple_of=16, minimum=64, maximum=2048)
     assert (card.default_num_inference_steps, card.default_guidance_scale) == (50, 4.0)

@@ -20,8 +20,8 @@ from models.loading import stream_module
 from models.request import GenerationRequest, ImageRequest, PresetBudget
 from models.state import BranchInputs, DenoiseState
 from models.weights import CheckpointTraits, Manifest, RouterWeights
-from toy_family import adapter
-from toy_family.transformer import NUM_LETTERS, ToyTransformer
+from tests.models.families.toy_family import adapter
+from tests.models.families.toy_family.transformer import NUM_LETTERS, ToyTransformer
 
 PROMPT_LENGTH = 8
 PIXELS = 8
