@@ -1,6 +1,6 @@
 """A small engine with the real engine's contract, and the service around it.
 
-`DrawnEngine` draws a picture from its seed with numpy, so that the service is tested without torch. Prompts steer it:
+`DrawnEngine` draws a image from its seed with numpy, so that the service is tested without torch. Prompts steer it:
 "refuse" fails to start as the client's fault, "break at start", "break at step" and "break at finish" fail as ours.
 """
 
@@ -396,7 +396,7 @@ def summary(make_request: Callable[..., ImageRequest]) -> GenerationSummary:
 
 @pytest.fixture
 def make_job(make_request: Callable[..., ImageRequest]) -> Callable[..., Job]:
-    """A job of one picture, or of as many as there are `seeds`; other fields are its requests'."""
+    """A job of one image, or of as many as there are `seeds`; other fields are its requests'."""
 
     def make(job_id: str, *, seeds: Sequence[int] = (0,), priority: Priority = Priority.NORMAL, **fields: Any) -> Job:
         requests = tuple(make_request(seed=seed, **fields) for seed in seeds)

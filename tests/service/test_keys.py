@@ -66,12 +66,12 @@ def test_missing_and_wrong_keys_are_refused(header: str | None) -> None:
             keys.identify(given)
 
 
-def test_without_keys_everybody_is_let_in() -> None:
+def test_without_keys_everybody_may_call() -> None:
     assert load_keys(None, None).identify(None) is None
     assert load_keys(None, None).identify("Bearer none") is None
 
 
-def test_admin_may_do_everything_and_others_what_they_are_for() -> None:
+def test_admin_may_do_everything_and_other_keys_only_their_scopes() -> None:
     assert all(ApiKey("a", frozenset({Scope.ADMIN})).allows(scope) for scope in Scope)
     reader = ApiKey("a", frozenset({Scope.METRICS}))
     assert [scope for scope in Scope if reader.allows(scope)] == [Scope.METRICS]
@@ -120,7 +120,7 @@ def test_file_without_keys_does_not_open_the_server(name: str, text: str, messag
         load_keys(tmp_path / name, None)
 
 
-def test_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+def test_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load_keys(tmp_path / "keys.toml", None)
 
@@ -137,8 +137,6 @@ def test_command_prints_a_key_once_and_its_entry(capsys: pytest.CaptureFixture[s
     ("arguments", "message"),
     [(["--scope", "generate"], "Missing option '--id'"), (["--id", "a b"], "id"), (["--id", "a", "--scope", "x"], "x")],
 )
-def test_command_refuses_what_makes_no_key(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_refuses_invalid_keys(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["new-key", *arguments]) == 2
     assert message in capsys.readouterr().err

@@ -32,7 +32,7 @@ def test_random_requests_are_answered_as_documented(app: FastAPI) -> None:
     assert {status for _, status in findings.answers} >= {200, 401, 422}
 
 
-def test_what_links_lead_to_is_answered_as_documented(app: FastAPI) -> None:
+def test_linked_operations_are_answered_as_documented(app: FastAPI) -> None:
     findings = examine(app, seed=0, cases_per_operation=1, sequences=20, phases=("stateful",))
     assert not faults(findings)
     assert findings.cases["stateful"] > 20
@@ -81,7 +81,7 @@ def test_links_name_operations_and_parameters_that_exist(client: TestClient) -> 
 
 
 @pytest.mark.parametrize("path", ["/v1/images", "/v1/images/generations", "/v1/meshes"])
-def test_what_is_made_links_to_its_job(path: str, client: TestClient) -> None:
+def test_generation_answers_link_to_their_job(path: str, client: TestClient) -> None:
     responses = client.get("/openapi.json").json()["paths"][path]["post"]["responses"]
     for status in ("200", "202"):
         assert set(responses[status]["links"]) == {"show_job", "stream_events", "show_content", "cancel_job"}

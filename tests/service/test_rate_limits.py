@@ -72,7 +72,7 @@ def test_burst_is_counted_whole(redis_server: str) -> None:
     assert sum(standing.is_allowed for standing in asyncio.run(burst())) == 150
 
 
-def test_redis_that_is_away_is_an_error_and_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_unreachable_redis_is_an_error_and_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # nobody listens
         url = f"redis://:s3cret@127.0.0.1:{taken.getsockname()[1]}/0"
@@ -93,7 +93,7 @@ def test_redis_that_is_away_is_an_error_and_a_warning(caplog: pytest.LogCaptureF
 
 
 @pytest.mark.parametrize("text", ["often", "", "0/minute", "1/second;60/minute", "60"])
-def test_what_is_no_limit_is_no_setting(text: str) -> None:
+def test_invalid_rate_limits_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is not a rate limit"):
         parse_rate_limit(text)
     with pytest.raises(ValidationError, match="rate_limit"):

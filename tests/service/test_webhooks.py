@@ -65,7 +65,7 @@ def describe(snapshot: JobSnapshot) -> dict[str, str]:
     return {"id": snapshot.job.id, "status": snapshot.state.status}
 
 
-def test_call_is_signed_by_the_standard(listener: Listener, ended_job: JobSnapshot) -> None:
+def test_call_is_signed_as_the_standard_says(listener: Listener, ended_job: JobSnapshot) -> None:
     webhooks = Webhooks(SECRET, describe, clock=lambda: 1234.5)
     assert asyncio.run(webhooks.deliver(ended_job))
     ((headers, body),) = listener.calls
@@ -86,7 +86,7 @@ def test_anything_but_success_is_a_failure_and_redirects_lead_nowhere(
     assert len(listener.calls) == 1
 
 
-def test_nobody_there_is_a_failure(ended_job: JobSnapshot) -> None:
+def test_unreachable_webhook_is_a_failure(ended_job: JobSnapshot) -> None:
     job = replace(ended_job.job, webhook_url="http://127.0.0.1:1/hook")
     assert not asyncio.run(Webhooks(SECRET, describe).deliver(replace(ended_job, job=job)))
 
@@ -112,13 +112,13 @@ def test_weak_secret_is_refused(secret: str) -> None:
         "",
     ],
 )
-def test_only_allowed_hosts_are_told(url: str) -> None:
+def test_only_allowed_hosts_are_called(url: str) -> None:
     check_webhook_url("https://hooks.example/a?b=c", ["hooks.example"])
     with pytest.raises(InvalidRequest, match="webhook_url"):
         check_webhook_url(url, ["hooks.example"])
 
 
-def test_job_tells_its_end_again_until_somebody_listens(
+def test_webhook_is_called_again_until_it_succeeds(
     start_client: Callable[..., TestClient], listener: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.running.dispatcher.POLL_S", 0.02)

@@ -117,7 +117,7 @@ def test_failed_job_ends_its_stream_with_the_error(client: TestClient) -> None:
     assert events[-1][2]["error"]["code"] == "generation_failed"
 
 
-def test_stream_resumes_after_the_last_event_that_came_through(client: TestClient) -> None:
+def test_stream_resumes_after_the_last_event_that_arrived(client: TestClient) -> None:
     job_id = client.post("/v1/images", json=PROMPT, headers=ASYNC).json()["id"]
     path = f"/v1/jobs/{job_id}/events"
     events = events_of(client.get(path))
@@ -133,7 +133,7 @@ def test_stream_and_async_exclude_one_another(client: TestClient) -> None:
     assert (response.status_code, response.json()["error"]["param"]) == (422, "stream")
 
 
-def test_cancelled_job_ends_for_everybody_who_waits(client: TestClient, engine: Any, steps_are_held: None) -> None:
+def test_cancelled_job_ends_for_all_waiting_calls(client: TestClient, engine: Any, steps_are_held: None) -> None:
     with ThreadPoolExecutor(2) as pool:
         headers = {"Idempotency-Key": "k"}
         waiting = pool.submit(client.post, "/v1/images", json=PROMPT, headers=headers)
@@ -218,7 +218,7 @@ def test_drained_server_ends_streams(start_client: Callable[..., Any], engine: A
         assert events_of(watching.result(20))[-1][2]["error"]["code"] == "draining"
 
 
-def test_call_that_comes_again_finds_its_job_however_busy_the_server(
+def test_repeated_call_finds_its_job_on_an_overloaded_server(
     start_client: Callable[..., TestClient], engine: Any, steps_are_held: None
 ) -> None:
     client = start_client(Settings(max_backlog_s=3))
@@ -230,7 +230,7 @@ def test_call_that_comes_again_finds_its_job_however_busy_the_server(
     assert (again.status_code, again.json()["id"]) == (202, first.json()["id"])
 
 
-def test_call_that_comes_again_asynchronously_is_told_of_the_job_though_it_has_ended(client: TestClient) -> None:
+def test_repeated_asynchronous_call_is_answered_with_the_ended_job(client: TestClient) -> None:
     headers = {"Idempotency-Key": "k"}
     done = client.post("/v1/images", json=PROMPT, headers=headers).json()
     again = client.post("/v1/images", json=PROMPT, headers={**headers, **ASYNC})

@@ -53,7 +53,7 @@ def bearer(secret: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {secret}"}
 
 
-def test_key_lets_in_to_what_it_is_for(guarded: TestClient, keys: Keys) -> None:
+def test_key_allows_the_calls_of_its_scope(guarded: TestClient, keys: Keys) -> None:
     for secret, key_id in ((keys.maker, "maker"), (keys.admin, "admin")):
         assert guarded.post(PATH, json=PROMPT, headers=bearer(secret)).status_code == 200
         assert guarded.get("/v1/jobs/a", headers=bearer(secret)).json() == {"id": "a", "key": key_id}
@@ -74,7 +74,9 @@ def test_key_without_the_scope_is_forbidden(guarded: TestClient, keys: Keys) -> 
 
 
 @pytest.mark.parametrize("headers", [{}, bearer("elastic_wrong"), {"Authorization": "Basic YTpi"}])
-def test_no_key_and_wrong_keys_are_told_so(headers: dict[str, str], guarded: TestClient, rejections: list[str]) -> None:
+def test_missing_and_wrong_keys_are_answered_401(
+    headers: dict[str, str], guarded: TestClient, rejections: list[str]
+) -> None:
     for method, path in (("POST", PATH), ("GET", "/v1/jobs/a"), ("GET", "/metrics")):
         response = guarded.request(method, path, json=PROMPT, headers=headers)
         assert response.status_code == 401
@@ -90,13 +92,13 @@ def test_probes_and_pages_need_no_key(guarded: TestClient) -> None:
         assert guarded.get(path, headers=bearer("elastic_wrong")).status_code == 200
 
 
-def test_what_makes_nothing_is_no_door(guarded: TestClient, rejections: list[str]) -> None:
+def test_calls_that_generate_nothing_are_not_counted(guarded: TestClient, rejections: list[str]) -> None:
     for _ in range(3):  # one more than the limit
         assert guarded.post("/healthz").status_code == 405
     assert not rejections
 
 
-def test_body_of_a_stranger_is_not_looked_at(guarded: TestClient) -> None:
+def test_body_without_a_valid_key_is_not_read(guarded: TestClient) -> None:
     response = guarded.post(PATH, content=b"{", headers={"Content-Type": "application/json"})
     assert response.status_code == 401  # not 400
     assert response.headers["connection"] == "close"
@@ -119,7 +121,9 @@ def test_openapi_says_where_a_key_is_needed(guarded: TestClient) -> None:
     assert "security" not in operations["/healthz"]
 
 
-def test_calls_over_the_limit_wait(guarded: TestClient, keys: Keys, rejections: list[str]) -> None:
+def test_calls_over_the_limit_are_answered_429_with_a_wait(
+    guarded: TestClient, keys: Keys, rejections: list[str]
+) -> None:
     # When a key calls once more than it may
     answers = [guarded.post(PATH, json=PROMPT, headers=bearer(keys.maker)) for _ in range(3)]
     # Then each answer says what is left, and the last when to come back
@@ -148,7 +152,7 @@ def test_open_server_limits_addresses(build_small_app: Callable[[Settings], Fast
         assert [client.post(PATH, json=PROMPT).status_code for client in (first, first, second)] == [200, 429, 200]
 
 
-def test_store_that_is_away_is_said_to_be(build_small_app: Callable[[Settings], FastAPI]) -> None:
+def test_unreachable_store_is_answered_503(build_small_app: Callable[[Settings], FastAPI]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # nobody listens
         settings = Settings(rate_limit="1/minute", redis_url=f"redis://127.0.0.1:{taken.getsockname()[1]}/0")

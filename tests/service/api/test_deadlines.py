@@ -39,7 +39,7 @@ def test_tight_deadline_begins_cheap_and_never_goes_below_the_floor(client: Test
     assert moves[-1].quality == 1.0
 
 
-def test_missed_deadline_is_told(client: TestClient, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missed_deadline_is_reported(client: TestClient, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     step = engine.step
 
     def slow_step(states: Any) -> Any:
@@ -60,7 +60,7 @@ def test_unreachable_deadline_is_refused_with_the_prediction(client: TestClient)
     assert "920 ms" in error["message"]  # four steps of 0.5 s at 0.46
 
 
-def test_work_that_comes_before_counts(client: TestClient, engine: Any) -> None:
+def test_deadline_counts_the_work_before_it(client: TestClient, engine: Any) -> None:
     engine.gate.clear()
     client.post("/v1/images", json={**PROMPT, "budget": {"preset": "exact"}}, headers=ASYNC)  # 2 s
     response = client.post("/v1/images", json={**PROMPT, "budget": {"latency_ms": 2000}})

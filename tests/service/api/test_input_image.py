@@ -18,34 +18,34 @@ MAX_PIXELS = 4_000_000
 
 
 def opened(data: bytes) -> Image.Image:
-    """The picture that comes out, which must be a plain PNG."""
-    picture = Image.open(BytesIO(checked_image(data, max_pixels=MAX_PIXELS)))
-    picture.load()
-    assert picture.format == "PNG"
-    assert picture.mode in ("RGB", "RGBA")
-    assert not picture.getexif()
-    return picture
+    """The image that comes out, which must be a plain PNG."""
+    image = Image.open(BytesIO(checked_image(data, max_pixels=MAX_PIXELS)))
+    image.load()
+    assert image.format == "PNG"
+    assert image.mode in ("RGB", "RGBA")
+    assert not image.getexif()
+    return image
 
 
-def saved(picture: Image.Image, file_format: str = "PNG", **options: object) -> bytes:
+def saved(image: Image.Image, file_format: str = "PNG", **options: object) -> bytes:
     file = BytesIO()
-    picture.save(file, file_format, **options)
+    image.save(file, file_format, **options)
     return file.getvalue()
 
 
-def test_hostile_pictures_are_refused_or_become_plain_ones(hostile_pictures: dict[str, bytes]) -> None:
+def test_hostile_images_are_refused_or_become_plain(hostile_pictures: dict[str, bytes]) -> None:
     assert len(hostile_pictures) > 200
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     kept = 0
     for name, data in hostile_pictures.items():
         try:
-            picture = opened(data)
+            image = opened(data)
         except InvalidImage:
             continue
         kept += 1
-        assert max(picture.size) <= KEPT_SIDE, name
+        assert max(image.size) <= KEPT_SIDE, name
     assert 20 < kept < len(hostile_pictures) - 60
-    # In KiB: a picture of the largest size takes 16 MB a copy.
+    # In KiB: a image of the largest size takes 16 MB a copy.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000
 
 
@@ -82,7 +82,7 @@ def test_refusals_say_what_is_wrong(hostile_pictures: dict[str, bytes], name: st
     "name",
     ["text bomb", "profile bomb", "exif bomb", "index bomb", "exif that can't be written", "phone's two pictures"],
 )
-def test_what_is_no_pixel_is_not_even_read(hostile_pictures: dict[str, bytes], name: str) -> None:
+def test_data_that_describes_no_pixels_is_not_read(hostile_pictures: dict[str, bytes], name: str) -> None:
     assert opened(hostile_pictures[name]).size in ((32, 32), (48, 64), (64, 48))
 
 
@@ -90,7 +90,7 @@ def test_what_is_no_pixel_is_not_even_read(hostile_pictures: dict[str, bytes], n
     ("file_format", "options"),
     [("PNG", {"compress_level": 1}), ("JPEG", {"exif": True}), ("WEBP", {"quality": 1, "method": 0})],
 )
-def test_largest_picture_takes_a_few_times_its_pixels(file_format: str, options: dict[str, Any]) -> None:
+def test_largest_image_takes_a_few_times_its_pixels(file_format: str, options: dict[str, Any]) -> None:
     """In a process of its own: the peak of this one may be higher already."""
     if "exif" in options:
         options["exif"] = Image.Exif()
@@ -125,8 +125,8 @@ def test_photographs_are_turned_upright(orientation: int) -> None:
         stored = stored.transpose(step)
     exif = Image.Exif()
     exif[0x112] = orientation
-    picture = opened(saved(stored, exif=exif))
-    assert np.array_equal(np.asarray(picture), quarters)
+    image = opened(saved(stored, exif=exif))
+    assert np.array_equal(np.asarray(image), quarters)
 
 
 @pytest.mark.parametrize(
@@ -147,9 +147,9 @@ def test_transparency_of_a_palette_is_kept() -> None:
     palette = Image.new("P", (16, 16), 1)
     palette.putpalette([0, 0, 0, 200, 10, 20])
     palette.putpixel((2, 2), 0)
-    picture = opened(saved(palette, transparency=0))
-    assert picture.getpixel((2, 2))[3] == 0  # type: ignore[index]  # RGBA
-    assert picture.getpixel((5, 5)) == (200, 10, 20, 255)
+    image = opened(saved(palette, transparency=0))
+    assert image.getpixel((2, 2))[3] == 0  # type: ignore[index]  # RGBA
+    assert image.getpixel((5, 5)) == (200, 10, 20, 255)
 
 
 @pytest.mark.parametrize(
@@ -174,16 +174,16 @@ def test_transparent_colour_is_found_at_every_depth(
     file = b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     )
-    picture = opened(file)
-    assert [picture.getpixel((x, 3)) for x in (0, 1)] == expected
+    image = opened(file)
+    assert [image.getpixel((x, 3)) for x in (0, 1)] == expected
 
 
-def test_inks_become_colours() -> None:
+def test_cmyk_becomes_rgb() -> None:
     red = opened(saved(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100))
     assert np.abs(np.asarray(red, dtype=int) - (255, 0, 0)).max() <= 4
 
 
-def test_large_pictures_are_made_smaller_in_proportion() -> None:
+def test_large_images_are_scaled_down_in_proportion() -> None:
     assert opened(saved(Image.new("RGB", (4096, 512)))).size == (2048, 256)
     assert opened(saved(Image.new("RGB", (2000, 1000)))).size == (2000, 1000)
 
@@ -195,15 +195,15 @@ def test_nothing_but_pixels_passes_on(hostile_pictures: dict[str, bytes]) -> Non
 
 
 def test_base64_and_data_urls_are_read() -> None:
-    text = base64.b64encode(b"picture").decode()
-    assert decode_base64_image(text) == b"picture"
-    assert decode_base64_image(f"data:image/png;base64,{text}") == b"picture"
-    assert decode_base64_image(f"{text[:4]}\n{text[4:]}\n") == b"picture"
+    text = base64.b64encode(b"image").decode()
+    assert decode_base64_image(text) == b"image"
+    assert decode_base64_image(f"data:image/png;base64,{text}") == b"image"
+    assert decode_base64_image(f"{text[:4]}\n{text[4:]}\n") == b"image"
 
 
 @pytest.mark.parametrize(
     "text", ["data:image/png,raw", "data:", "https://example.org/a.png", "not base64!", "abc", "é", "", "   "]
 )
-def test_what_is_no_base64_is_refused_by_its_field(text: str) -> None:
+def test_invalid_base64_is_refused_by_its_field(text: str) -> None:
     with pytest.raises(InvalidImage, match="input_image"):
         decode_base64_image(text)

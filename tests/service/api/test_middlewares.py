@@ -62,13 +62,13 @@ def collector() -> Iterator[Collector]:
         thread.join(20)
 
 
-def test_other_origins_are_shut_out_by_default(build_small_app: Callable[[Settings], FastAPI]) -> None:
+def test_other_origins_are_refused_by_default(build_small_app: Callable[[Settings], FastAPI]) -> None:
     with TestClient(build_small_app(Settings())) as client:
         assert client.options(PATH, headers=ORIGIN | PREFLIGHT).status_code == 405
         assert "access-control-allow-origin" not in client.get("/healthz", headers=ORIGIN).headers
 
 
-def test_origins_that_are_named_may_call(build_small_app: Callable[[Settings], FastAPI]) -> None:
+def test_allowed_origins_may_call(build_small_app: Callable[[Settings], FastAPI]) -> None:
     _, entry = new_key("a", [Scope.GENERATE])
     settings = Settings(cors_origins=(ORIGIN["Origin"],), api_keys=f"[{entry.model_dump_json()}]")
     with TestClient(build_small_app(settings)) as client:
@@ -91,7 +91,7 @@ def test_origins_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("prompt", ["s3cret cat", "break"])
-def test_prompts_and_keys_are_in_no_line(
+def test_prompts_and_keys_are_not_logged(
     prompt: str, build_small_app: Callable[[Settings], FastAPI], caplog: pytest.LogCaptureFixture
 ) -> None:
     # Given a server that logs all it can

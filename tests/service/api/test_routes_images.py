@@ -20,16 +20,16 @@ PROMPT = {"prompt": "a red circle"}
 
 
 @pytest.mark.parametrize("path", ["/v1/images", "/v1/images/generations"])
-def test_picture_comes_with_a_receipt(path: str, client: TestClient) -> None:
+def test_image_comes_with_a_receipt(path: str, client: TestClient) -> None:
     response = client.post(path, json={**PROMPT, "seed": 3, "size": "96x64", "budget": {"preset": "fast"}})
     assert response.status_code == 200
     body = response.json()
     assert set(body) == {"created", "id", "model", "data", "size", "output_format", "receipt"}
     assert response.headers["x-job-id"] == body["id"]
     assert (body["model"], body["size"], body["output_format"]) == ("drawn", "96x64", "png")
-    (picture,) = body["data"]
-    assert set(picture) == {"b64_json", "seed"}
-    data = base64.b64decode(picture["b64_json"])
+    (image,) = body["data"]
+    assert set(image) == {"b64_json", "seed"}
+    data = base64.b64decode(image["b64_json"])
     with Image.open(BytesIO(data)) as image:
         assert (image.format, image.size) == ("PNG", (96, 64))
     assert read_metadata(data) == {
@@ -58,11 +58,11 @@ def test_picture_comes_with_a_receipt(path: str, client: TestClient) -> None:
     }
 
 
-def test_several_pictures_have_receipts_of_their_own(client: TestClient) -> None:
+def test_several_images_have_receipts_of_their_own(client: TestClient) -> None:
     body = client.post("/v1/images", json={**PROMPT, "n": 3, "seed": 10, "trace": True}).json()
-    assert [picture["seed"] for picture in body["data"]] == [10, 11, 12]
-    assert len({picture["b64_json"] for picture in body["data"]}) == 3
-    assert all(len(picture["receipt"]["decisions"]) == 4 for picture in body["data"])
+    assert [image["seed"] for image in body["data"]] == [10, 11, 12]
+    assert len({image["b64_json"] for image in body["data"]}) == 3
+    assert all(len(image["receipt"]["decisions"]) == 4 for image in body["data"])
     assert "decisions" not in body["receipt"]
     assert body["receipt"]["blocks"]["run"] == 24
     assert body["receipt"]["batch_size_mean"] == 3
@@ -76,7 +76,7 @@ def test_trace_lists_every_decision(client: TestClient) -> None:
     assert receipt["decisions"] == [step, step]
 
 
-def test_random_seed_is_returned_and_gives_the_same_picture_again(client: TestClient) -> None:
+def test_random_seed_is_returned_and_repeats_the_image(client: TestClient) -> None:
     first = client.post("/v1/images", json=PROMPT).json()["data"][0]
     assert client.post("/v1/images", json={**PROMPT, "seed": first["seed"]}).json()["data"][0] == first
     assert client.post("/v1/images", json=PROMPT).json()["data"][0]["seed"] != first["seed"]
@@ -103,15 +103,15 @@ def test_metadata_can_be_left_out(output_format: str, client: TestClient) -> Non
     assert read_metadata(client.post("/v1/images", json=body).content) == {}
 
 
-def test_urls_lead_to_the_pictures(client: TestClient) -> None:
+def test_urls_lead_to_the_images(client: TestClient) -> None:
     body = client.post("/v1/images", json={**PROMPT, "n": 2, "response_format": "url", "output_format": "webp"}).json()
-    files = [client.get(picture["url"]) for picture in body["data"]]
+    files = [client.get(image["url"]) for image in body["data"]]
     assert [file.headers["content-type"] for file in files] == ["image/webp"] * 2
     assert files[0].content != files[1].content
     assert body["data"][1]["url"] == f"http://testserver/v1/jobs/{body['id']}/content?index=1"
 
 
-def test_public_url_leads_links(start_client: Callable[..., TestClient]) -> None:
+def test_links_begin_with_the_public_url(start_client: Callable[..., TestClient]) -> None:
     client = start_client(Settings(public_url="https://pictures.example/"))
     body = client.post("/v1/images", json={**PROMPT, "response_format": "url"}).json()
     assert body["data"][0]["url"] == f"https://pictures.example/v1/jobs/{body['id']}/content?index=0"
@@ -128,7 +128,7 @@ def test_public_url_leads_links(start_client: Callable[..., TestClient]) -> None
         {"quality": "hd"},
     ],
 )
-def test_harmless_fields_are_taken(fields: dict[str, Any], client: TestClient) -> None:
+def test_harmless_fields_are_accepted(fields: dict[str, Any], client: TestClient) -> None:
     assert client.post("/v1/images", json={**PROMPT, **fields}).status_code == 200
 
 
@@ -204,7 +204,7 @@ def test_invalid_parameter_is_named(fields: dict[str, Any], param: str, client: 
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b'{"prompt": "\xe9"}', b"[" * 100_000, b"9" * 5000])
-def test_body_that_is_no_json(content: bytes, start_client: Callable[..., TestClient]) -> None:
+def test_body_that_is_not_json(content: bytes, start_client: Callable[..., TestClient]) -> None:
     client = start_client(Settings())
     response = client.post("/v1/images", content=content, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
@@ -212,7 +212,7 @@ def test_body_that_is_no_json(content: bytes, start_client: Callable[..., TestCl
 
 
 @pytest.mark.parametrize("content", [b"[]", b'"text"', b"null", b"3"])
-def test_body_that_is_no_object(content: bytes, client: TestClient) -> None:
+def test_body_that_is_not_an_object(content: bytes, client: TestClient) -> None:
     response = client.post("/v1/images", content=content, headers={"Content-Type": "application/json"})
     assert response.status_code in (400, 422)
     assert response.json()["error"]["code"] in ("invalid_parameter", "invalid_json")
@@ -279,7 +279,7 @@ def test_draining_server_refuses(client: Any) -> None:
     assert response.headers["retry-after"] == "20"
 
 
-def test_job_that_the_grace_does_not_suffice_for_is_answered_draining(
+def test_job_unfinished_after_the_grace_period_is_answered_draining(
     engine: Any, make_dispatcher: Callable[[Settings], Dispatcher]
 ) -> None:
     settings = Settings(grace_s=0)
@@ -303,7 +303,7 @@ def test_job_that_the_grace_does_not_suffice_for_is_answered_draining(
 
 
 @pytest.mark.parametrize("streams", [False, True])
-def test_client_that_hangs_up_cancels_its_job(
+def test_client_that_disconnects_cancels_its_job(
     streams: bool, engine: Any, make_dispatcher: Callable[[Settings], Dispatcher], settings: Settings
 ) -> None:
     status = asyncio.run(_hang_up_while_stepping(engine, make_dispatcher(settings), settings, streams=streams))
@@ -311,7 +311,7 @@ def test_client_that_hangs_up_cancels_its_job(
     assert len(engine.batches) == 1
 
 
-def test_client_that_hangs_up_but_gave_a_key_finds_its_job_again(
+def test_client_that_disconnects_but_gave_a_key_finds_its_job_again(
     engine: Any, make_dispatcher: Callable[[Settings], Dispatcher], settings: Settings
 ) -> None:
     status = asyncio.run(_hang_up_while_stepping(engine, make_dispatcher(settings), settings, key="k"))
@@ -337,7 +337,7 @@ async def _hang_up_while_stepping(
         return (await ended(dispatcher.store, live.job.id)).state.status
 
 
-def test_bug_of_ours_is_answered_in_our_shape(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bug_is_answered_500_in_our_format(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client.app.state.dispatcher.store, "backlog_s", lambda: 1 / 0)
     response = client.post("/v1/images", json=PROMPT)
     assert response.status_code == 500

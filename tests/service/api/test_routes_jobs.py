@@ -46,14 +46,14 @@ def test_unknown_job_is_not_found(path: str, client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("index", ["2", "-1", "x", "1e3"])
-def test_index_must_be_of_a_picture(index: str, client: TestClient) -> None:
+def test_index_must_be_that_of_an_image(index: str, client: TestClient) -> None:
     job_id = client.post("/v1/images", json={"prompt": "a", "n": 2}).json()["id"]
     response = client.get(f"/v1/jobs/{job_id}/content?index={index}")
     assert response.status_code == 422
     assert response.json()["error"]["param"] == "index"
 
 
-def test_result_that_is_no_longer_kept_is_gone(start_client: Callable[..., TestClient], settings: Settings) -> None:
+def test_deleted_result_is_answered_410(start_client: Callable[..., TestClient], settings: Settings) -> None:
     client = start_client(settings.model_copy(update={"max_result_bytes": 10}))
     job_id = client.post("/v1/images", json={"prompt": "a"}).json()["id"]
     assert client.get(f"/v1/jobs/{job_id}/content").status_code == 200

@@ -17,16 +17,16 @@ from models.file_formats import MeshFormat
 
 
 @pytest.fixture(scope="module")
-def picture() -> bytes:
+def image() -> bytes:
     file = BytesIO()
     Image.new("RGB", (32, 24), (200, 10, 20)).save(file, "PNG")
     return file.getvalue()
 
 
 @pytest.fixture
-def make(client: TestClient, picture: bytes) -> Callable[..., Response]:
+def make(client: TestClient, image: bytes) -> Callable[..., Response]:
     def make(**fields: Any) -> Response:
-        body = {"input_image": base64.b64encode(picture).decode(), "seed": 5, **fields}
+        body = {"input_image": base64.b64encode(image).decode(), "seed": 5, **fields}
         return client.post("/v1/meshes", json=body)
 
     return make
@@ -87,7 +87,7 @@ def test_faces_are_reduced_as_asked(make: Callable[..., Response]) -> None:
     assert make(target_faces=400).json()["receipt"]["mesh"]["num_faces"] <= 400
 
 
-def test_form_is_another_way_to_write_the_body(client: TestClient, picture: bytes) -> None:
+def test_form_is_another_way_to_write_the_body(client: TestClient, image: bytes) -> None:
     fields = {
         "seed": "9",
         "budget": '{"preset": "fast"}',
@@ -96,7 +96,7 @@ def test_form_is_another_way_to_write_the_body(client: TestClient, picture: byte
         "response_format": "binary",
         "model": "ball",
     }
-    response = client.post("/v1/meshes", data=fields, files={"input_image": ("a.bin", picture)})
+    response = client.post("/v1/meshes", data=fields, files={"input_image": ("a.bin", image)})
     assert response.status_code == 200
     assert response.headers["X-Seed"] == "9"
     assert json.loads(response.headers["X-Receipt"])["compute_ratio"] == 0.5
@@ -136,7 +136,9 @@ def test_valid_resolutions_are_suggested(make: Callable[..., Response]) -> None:
     assert "try 64" in error_of(make(octree_resolution=900))["message"]
 
 
-def test_models_of_the_other_kind_say_who_can(make: Callable[..., Response], client: TestClient) -> None:
+def test_model_of_another_kind_is_refused_with_the_right_models(
+    make: Callable[..., Response], client: TestClient
+) -> None:
     assert "ball" in error_of(make(model="drawn"))["message"]
     response = client.post("/v1/images", json={"prompt": "a", "model": "ball"})
     assert response.status_code == 422
@@ -153,7 +155,7 @@ def test_models_of_the_other_kind_say_who_can(make: Callable[..., Response], cli
         ([("input_image", ("a", b"x")), ("budget", (None, "[" * 9000))], "budget"),
         ([("input_image", ("a", b"x")), ("seed", (None, "one"))], "seed"),
     ],
-    ids=["no picture", "picture as text", "twice", "file for a number", "deep JSON", "no number"],
+    ids=["no image", "image as text", "twice", "file for a number", "deep JSON", "no number"],
 )
 def test_bad_forms_are_refused_by_the_part(client: TestClient, parts: list[Any], param: str) -> None:
     response = client.post("/v1/meshes", files=parts)
@@ -161,7 +163,7 @@ def test_bad_forms_are_refused_by_the_part(client: TestClient, parts: list[Any],
     assert error_of(response)["param"] == param
 
 
-def test_broken_forms_are_refused(client: TestClient, picture: bytes) -> None:
+def test_broken_forms_are_refused(client: TestClient, image: bytes) -> None:
     for content_type, body in [
         ("multipart/form-data", b"x"),
         ("multipart/form-data; boundary=a", b"junk"),
@@ -188,7 +190,7 @@ def test_empty_surface_fails_with_its_reason(make: Callable[..., Response]) -> N
     assert make().status_code == 200
 
 
-def test_hostile_pictures_get_a_4xx_with_their_field_or_a_mesh(
+def test_hostile_images_are_answered_4xx_with_their_field_or_a_mesh(
     client: TestClient, hostile_pictures: dict[str, bytes]
 ) -> None:
     statuses = []
@@ -216,7 +218,7 @@ def decoding_is_held(engine: Any) -> Iterator[None]:
 def test_a_mesh_is_decoded_while_others_take_steps(
     engine: Any, client: TestClient, make: Callable[..., Response], decoding_is_held: None
 ) -> None:
-    """And while a picture of another model is made from beginning to end but for its own decoding."""
+    """And while a image of another model is made from beginning to end but for its own decoding."""
     answers: list[Response] = []
     first = Thread(target=lambda: answers.append(make(seed=1)))
     first.start()
@@ -250,5 +252,5 @@ def test_background_removal_is_passed_on(make: Callable[..., Response], engine: 
     for value in ("auto", True, False, None):
         assert make(remove_background=value).status_code == 200
     assert [request.remove_background for request in seen] == ["auto", "always", "never", "auto"]
-    picture = Image.open(BytesIO(seen[0].input_image))
-    assert np.array_equal(np.unique(np.asarray(picture)), [10, 20, 200])
+    image = Image.open(BytesIO(seen[0].input_image))
+    assert np.array_equal(np.unique(np.asarray(image)), [10, 20, 200])

@@ -24,7 +24,7 @@ def test_unknown_model_is_not_found(client: TestClient) -> None:
         assert f"'{model}'; loaded: drawn, guided" in response.json()["error"]["message"]
 
 
-def test_a_mesh_model_tells_its_resolutions_and_nothing_of_pictures(client: TestClient) -> None:
+def test_mesh_model_shows_its_resolutions_and_no_fields_of_images(client: TestClient) -> None:
     model = client.get("/v1/models/ball").json()
     assert (model["modality"], model["quality_metric"]) == ("mesh", "volume_iou")
     assert model["octree_resolutions"] == {"multiple_of": 8, "minimum": 16, "maximum": 64}

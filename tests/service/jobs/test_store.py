@@ -117,11 +117,11 @@ async def test_two_never_claim_the_same_job(bench: Any, make_job: MakeJob) -> No
 
 async def test_succeeded_job_has_its_artifacts_and_receipts(bench: Any, make_job: MakeJob) -> None:
     await bench.store.add(make_job("a"))
-    ending = Ending(await claim(bench), JobStatus.SUCCEEDED, receipts=(RECEIPT,), artifacts=(b"picture",))
+    ending = Ending(await claim(bench), JobStatus.SUCCEEDED, receipts=(RECEIPT,), artifacts=(b"image",))
     done = await bench.store.end(ending)
     assert done.state.status is JobStatus.SUCCEEDED
     finished = await bench.store.content("a")
-    assert finished.artifacts == (b"picture",)
+    assert finished.artifacts == (b"image",)
     assert finished.state.receipts == (RECEIPT,)
     assert await bench.store.live_jobs() == []
 
@@ -141,7 +141,7 @@ async def test_first_end_decides(bench: Any, make_job: MakeJob) -> None:
         await bench.store.content("a")
 
 
-async def test_cancelled_job_leaves_the_queue_and_its_worker_hears_of_it(bench: Any, make_job: MakeJob) -> None:
+async def test_cancelled_job_leaves_the_queue_and_is_announced(bench: Any, make_job: MakeJob) -> None:
     for name in ("a", "b"):
         await bench.store.add(make_job(name))
     claimed = await claim(bench)
@@ -169,9 +169,9 @@ async def test_unknown_job_is_not_found(call: str, bench: Any) -> None:
         await getattr(bench.store, call)(*arguments)
 
 
-async def test_record_outlives_content_and_goes_too(bench: Any, make_job: MakeJob) -> None:
+async def test_record_is_deleted_after_its_content(bench: Any, make_job: MakeJob) -> None:
     await bench.store.add(make_job("a"), Idempotency("o", "k", "f"))
-    await bench.store.end(Ending(await claim(bench), JobStatus.SUCCEEDED, artifacts=(b"picture",)))
+    await bench.store.end(Ending(await claim(bench), JobStatus.SUCCEEDED, artifacts=(b"image",)))
     await bench.elapse(0.6)
     with pytest.raises(ResultExpired):
         await bench.store.content("a")
@@ -214,7 +214,7 @@ async def test_renewed_lease_holds(bench: Any, make_job: MakeJob) -> None:
     assert await bench.store.end(Ending(claimed, JobStatus.SUCCEEDED, artifacts=(b"x",))) is not None
 
 
-async def test_released_job_takes_its_old_place_and_no_blame(bench: Any, make_job: MakeJob) -> None:
+async def test_released_job_returns_to_its_place_without_an_attempt(bench: Any, make_job: MakeJob) -> None:
     for number, name in enumerate(("a", "b")):
         await bench.store.add(replace(make_job(name), created_at=float(number)))
     for _ in range(4):
@@ -248,7 +248,7 @@ async def test_same_key_makes_one_job_however_many_ask_at_once(bench: Any, make_
     assert len(await bench.store.live_jobs()) == 3
 
 
-async def test_events_tell_the_story_and_can_be_resumed(bench: Any, make_job: MakeJob) -> None:
+async def test_events_are_in_order_and_can_be_resumed(bench: Any, make_job: MakeJob) -> None:
     await bench.store.add(make_job("a", seeds=(0, 1)))
     claimed = await claim(bench)
     await bench.store.record(Progress(claimed, 3, 0.25, 1.5))
@@ -311,7 +311,9 @@ async def test_webhook_is_due_when_its_job_has_ended_and_given_to_one(bench: Any
     assert await bench.store.take_webhook() is None
 
 
-async def test_events_are_forgotten_before_the_record_but_the_end_is_still_told(bench: Any, make_job: MakeJob) -> None:
+async def test_events_are_deleted_before_the_record_but_the_end_is_still_an_event(
+    bench: Any, make_job: MakeJob
+) -> None:
     await bench.store.add(make_job("a"))
     claimed = await claim(bench)
     await bench.store.add_preview(Preview(claimed, 0, 0, b"small"))

@@ -19,7 +19,7 @@ MakeJob = Callable[..., Job]
 TIMEOUT_S = 20
 
 
-def test_job_is_made_with_one_receipt_for_each_picture(service: Any, make_job: MakeJob) -> None:
+def test_job_succeeds_with_one_receipt_for_each_image(service: Any, make_job: MakeJob) -> None:
     finished = service.submit(make_job("a", seeds=(5, 6, 7))).result(TIMEOUT_S)
     assert finished.state.status is JobStatus.SUCCEEDED
     assert len(set(finished.artifacts)) == len(finished.state.receipts) == 3
@@ -39,7 +39,7 @@ def test_requests_of_one_shape_share_steps_as_they_come(service: Any, engine: An
     assert [sorted(batch) for batch in engine.batches] == [[1], [1, 2], [1, 2], [1]]
 
 
-def test_companions_do_not_change_a_picture(service: Any, make_job: MakeJob) -> None:
+def test_batch_does_not_change_an_image(service: Any, make_job: MakeJob) -> None:
     alone = service.submit(make_job("a", seeds=(1,))).result(TIMEOUT_S)
     together = service.submit(make_job("b", seeds=(0, 1, 2))).result(TIMEOUT_S)
     assert together.artifacts[1] == alone.artifacts[0]
@@ -68,7 +68,7 @@ def test_other_shapes_take_turns(service: Any, engine: Any, make_job: MakeJob) -
         finished.result(TIMEOUT_S)
     wide_turns = [turn for turn, batch in enumerate(engine.batches) if batch == [2]]
     assert len(wide_turns) == 4
-    # As two shapes of three pictures: the two that share steps get two for each of the other's.
+    # As two shapes of three images: the two that share steps get two for each of the other's.
     assert wide_turns[-1] < 13
 
 
@@ -91,7 +91,7 @@ def test_a_light_request_takes_steps_without_dense_ones(service: Any, engine: An
 
 
 @pytest.mark.parametrize("urgency", [{"priority": Priority.HIGH}, {"deadline_at": 1e12}], ids=["priority", "deadline"])
-def test_urgent_pictures_get_twice_the_device(
+def test_urgent_images_get_twice_the_device(
     service: Any, engine: Any, make_job: MakeJob, urgency: dict[str, Any]
 ) -> None:
     engine.gate.clear()
@@ -162,7 +162,7 @@ def test_engines_refusal_is_the_clients_fault(service: Any, make_job: MakeJob) -
     assert failure.param == "prompt"
 
 
-def test_picture_that_cannot_be_encoded_fails_its_job(
+def test_image_that_cannot_be_encoded_fails_its_job(
     service: Any, engine: Any, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "finish", lambda state: "no pixels")
