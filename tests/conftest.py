@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from tests.fixtures.hostile_images import hostile_pictures
+from tests.fixtures.hostile_images import hostile_images
 from tests.fixtures.redis import redis_server
 from tests.fixtures.scheduling import SharingScheduling
 
-__all__ = ["hostile_pictures", "redis_server"]
+__all__ = ["hostile_images", "redis_server"]
 
 SERVER_FIXTURES = {"server", "own_server", "redis_server"}
 

@@ -101,12 +101,10 @@ def _noise() -> bytes:
     return file.getvalue()
 
 
-def test_hostile_images_leave_the_server_as_it_was(
-    server: str, image: bytes, hostile_pictures: dict[str, bytes]
-) -> None:
+def test_hostile_images_leave_the_server_as_it_was(server: str, image: bytes, hostile_images: dict[str, bytes]) -> None:
     """Every fourth file; the model makes a mesh of each image that can be read."""
     before = opened(post(server, image)).volume
-    for name, data in list(hostile_pictures.items())[::4]:
+    for name, data in list(hostile_images.items())[::4]:
         form = {"octree_resolution": "32", "num_inference_steps": "3", "response_format": "binary"}
         response = httpx2.post(f"{server}/v1/meshes", data=form, files={"input_image": ("a", data)}, timeout=TIMEOUT_S)
         if response.status_code == 200:

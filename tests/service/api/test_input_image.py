@@ -33,18 +33,18 @@ def saved(image: Image.Image, file_format: str = "PNG", **options: object) -> by
     return file.getvalue()
 
 
-def test_hostile_images_are_refused_or_become_plain(hostile_pictures: dict[str, bytes]) -> None:
-    assert len(hostile_pictures) > 200
+def test_hostile_images_are_refused_or_become_plain(hostile_images: dict[str, bytes]) -> None:
+    assert len(hostile_images) > 200
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     kept = 0
-    for name, data in hostile_pictures.items():
+    for name, data in hostile_images.items():
         try:
             image = opened(data)
         except InvalidImage:
             continue
         kept += 1
         assert max(image.size) <= KEPT_SIDE, name
-    assert 20 < kept < len(hostile_pictures) - 60
+    assert 20 < kept < len(hostile_images) - 60
     # In KiB: a image of the largest size takes 16 MB a copy.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000
 
@@ -73,17 +73,17 @@ def test_hostile_images_are_refused_or_become_plain(hostile_pictures: dict[str, 
         ("palette before size", "begin with its size"),
     ],
 )
-def test_refusals_say_what_is_wrong(hostile_pictures: dict[str, bytes], name: str, says: str) -> None:
+def test_refusals_say_what_is_wrong(hostile_images: dict[str, bytes], name: str, says: str) -> None:
     with pytest.raises(InvalidImage, match=says):
-        checked_image(hostile_pictures[name], max_pixels=MAX_PIXELS)
+        checked_image(hostile_images[name], max_pixels=MAX_PIXELS)
 
 
 @pytest.mark.parametrize(
     "name",
     ["text bomb", "profile bomb", "exif bomb", "index bomb", "exif that can't be written", "phone's two pictures"],
 )
-def test_data_that_describes_no_pixels_is_not_read(hostile_pictures: dict[str, bytes], name: str) -> None:
-    assert opened(hostile_pictures[name]).size in ((32, 32), (48, 64), (64, 48))
+def test_data_that_describes_no_pixels_is_not_read(hostile_images: dict[str, bytes], name: str) -> None:
+    assert opened(hostile_images[name]).size in ((32, 32), (48, 64), (64, 48))
 
 
 @pytest.mark.parametrize(
@@ -188,8 +188,8 @@ def test_large_images_are_scaled_down_in_proportion() -> None:
     assert opened(saved(Image.new("RGB", (2000, 1000)))).size == (2000, 1000)
 
 
-def test_nothing_but_pixels_passes_on(hostile_pictures: dict[str, bytes]) -> None:
-    made = checked_image(hostile_pictures["polyglot"], max_pixels=MAX_PIXELS)
+def test_nothing_but_pixels_passes_on(hostile_images: dict[str, bytes]) -> None:
+    made = checked_image(hostile_images["polyglot"], max_pixels=MAX_PIXELS)
     assert made.endswith(b"IEND\xaeB`\x82")
     assert b"script" not in made
 

@@ -191,10 +191,10 @@ def test_empty_surface_fails_with_its_reason(make: Callable[..., Response]) -> N
 
 
 def test_hostile_images_are_answered_4xx_with_their_field_or_a_mesh(
-    client: TestClient, hostile_pictures: dict[str, bytes]
+    client: TestClient, hostile_images: dict[str, bytes]
 ) -> None:
     statuses = []
-    for name, data in hostile_pictures.items():
+    for name, data in hostile_images.items():
         response = client.post("/v1/meshes", files={"input_image": ("a", data)}, data={"response_format": "binary"})
         statuses.append(response.status_code)
         if response.status_code == 200:
