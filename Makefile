@@ -7,10 +7,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.stamp-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check bench train
+.PHONY: help setup demo serve test test-fast check bench train
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## install into .venv; instant when nothing changed
 
@@ -20,8 +20,11 @@ demo: setup ## start a server, draw prompts and make meshes at every budget, wri
 serve: setup ## serve on 127.0.0.1:8000
 	$(BIN)/elastic-dit serve $(ARGS)
 
-test: setup ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: setup ## run all tests, in two processes
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-fast: setup ## run the tests that start no server, browser or Redis
+	$(BIN)/python -m pytest -n 2 -m "not server and not slow" $(ARGS)
 
 check: setup ## formatting, lint, types, import directions
 	$(BIN)/ruff format --check .
@@ -33,13 +36,13 @@ bench: setup ## time dense, exact and every preset, with their quality: ARGS="--
 	$(BIN)/python -m benchmarks.engine $(ARGS)
 
 train: setup ## train the small models again, resuming where they stopped
-	$(BIN)/python -m training.tiny_flux $(ARGS)
-	$(BIN)/python -m training.tiny_qwen_image $(ARGS)
-	$(BIN)/python -m training.tiny_hunyuan3d $(ARGS)
+	$(BIN)/python -m training.scenes.tiny_flux $(ARGS)
+	$(BIN)/python -m training.scenes.tiny_qwen_image $(ARGS)
+	$(BIN)/python -m training.solids.tiny_hunyuan3d $(ARGS)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or newer, or name one: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "$(PYTHON) is Python %d.%d, 3.11 or newer is needed; name one: make PYTHON=python3.12" % sys.version_info[:2])'
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt $(PIP_ARGS) -e '.[test,dev]'
+	$(BIN)/python -m pip install -c constraints.txt $(PIP_ARGS) -e ./client -e '.[test,dev]'
 	@touch $@

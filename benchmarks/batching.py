@@ -1,9 +1,10 @@
-"""What does it bring to group requests by predicted sparsity?
+"""How much time does it save to group requests by predicted sparsity?
 
-`python -m benchmarks.batching` sends dense (`exact`) and light (`draft`) requests of one size at once, and lets two
-batchers serve them, round by round in turn: the service's, and one that lets all share every step. Medians over rounds
-are reported: how long each kind took on average from arrival to last step, and all together, over what they took with
-the other batcher. Requests of one kind alone are served too, from which nothing should be lost.
+`python -m benchmarks.batching` sends dense (`exact`) and light (`draft`) requests of one size at once. Two batchers
+serve them in turn, round by round: the service's, and one in which all requests share every step. `dense_ratio` and
+`light_ratio` compare the mean time from arrival to last step under the service's batcher with that under the other one;
+`all_ratio` compares the time until all have ended. Medians over rounds are reported. Loads of one kind alone are
+measured too; these should lose nothing.
 """
 
 import argparse
@@ -17,70 +18,73 @@ from tqdm import tqdm
 
 from benchmarks.engine import requests_for
 from benchmarks.environment import environment
-from benchmarks.table import Row, finish, show
+from benchmarks.table import TableRow, finish, show
+from models.curve import Preset
 from models.engine import Engine
-from models.request import GenerationRequest, Preset, PresetBudget
+from models.request import GenerationRequest, PresetBudget
 from models.zoo import load_engine
-from service.scheduling.batching import Candidate, Turns, form_groups
+from service.scheduling.batching import Candidate, FairShare, form_groups
 from service.scheduling.cost import block_seconds
-from training.prompts import complex_scenes
+from training.scenes.prompts import complex_scenes
 
 Group = Callable[[Sequence[Candidate]], list[list[int]]]
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """So many requests at `exact` and at `draft`, which arrive together."""
+    """The numbers of `exact` and `draft` requests that arrive together."""
 
     num_dense: int
     num_light: int
 
 
-def everyone(candidates: Sequence[Candidate]) -> list[list[int]]:
-    """The other batcher: all in one group, whatever their sparsity."""
+def one_group(candidates: Sequence[Candidate]) -> list[list[int]]:
+    """The other batcher: all requests in one group, whatever their sparsity."""
     return [list(range(len(candidates)))]
 
 
 def serve(engine: Engine, requests: Sequence[GenerationRequest], group: Group) -> list[float]:
-    """Seconds until each request has taken its last step, by the service's loop with its batcher or another."""
+    """Seconds until each request has taken its last step, in the service's loop with the batcher `group`."""
     card = engine.cards[requests[0].model]
-    states, turns = [engine.start(request) for request in requests], Turns()
+    states, fair_share = [engine.start(request) for request in requests], FairShare()
     costs = [block_seconds(request, card) for request in requests]
-    services, ends = [0.0] * len(states), [0.0] * len(states)
+    virtual_times, ends = [0.0] * len(states), [0.0] * len(states)
     running = list(range(len(states)))
     started = time.perf_counter()
     while running:
-        candidates = [Candidate(states[i].batch_key, services[i], states[i].expected_runs, costs[i]) for i in running]
+        candidates = [
+            Candidate(states[i].batch_key, virtual_times[i], states[i].expected_runs, costs[i]) for i in running
+        ]
         chosen = group(candidates)[0]
         report = engine.step([states[running[place]] for place in chosen])
-        had = turns.after_step([candidates[place] for place in chosen], [1.0] * len(chosen), report.seconds)
-        for place, service in zip(chosen, had, strict=True):
-            services[running[place]] = service
+        had = fair_share.after_step([candidates[place] for place in chosen], [1.0] * len(chosen), report.seconds)
+        for place, virtual_time in zip(chosen, had, strict=True):
+            virtual_times[running[place]] = virtual_time
             if states[running[place]].is_done:
                 ends[running[place]] = time.perf_counter() - started
         running = [i for i in running if not states[i].is_done]
     return ends
 
 
-def measure(engine: Engine, model: str, side: int, load: Load, num_rounds: int) -> Row:
+def measure(engine: Engine, model: str, side: int, load: Load, num_rounds: int) -> TableRow:
     scenes = complex_scenes(load.num_dense + load.num_light)
     budgets = [Preset.EXACT] * load.num_dense + [Preset.DRAFT] * load.num_light
     requests = [
         requests_for(engine, model, [scene], PresetBudget(preset), side)[0]
         for scene, preset in zip(scenes, budgets, strict=True)
     ]
-    runs: dict[str, list[list[float]]] = {"ours": [], "everyone": []}
+    runs: dict[str, list[list[float]]] = {"ours": [], "one group": []}
     for number in tqdm(range(num_rounds + 1), desc=f"{load.num_dense} + {load.num_light} at {side}"):
-        pair: list[tuple[str, Group]] = [("ours", form_groups), ("everyone", everyone)]
+        pair: list[tuple[str, Group]] = [("ours", form_groups), ("one group", one_group)]
         for name, group in pair if number % 2 else pair[::-1]:
             ends = serve(engine, requests, group)
             if number:  # the first round warms up
                 runs[name].append(ends)
 
     def ratio(of: Callable[[Sequence[float]], float]) -> float:
-        return statistics.median(of(a) / of(b) for a, b in zip(runs["ours"], runs["everyone"], strict=True))
+        return statistics.median(of(a) / of(b) for a, b in zip(runs["ours"], runs["one group"], strict=True))
 
-    row: Row = {"side": side, "dense": load.num_dense, "light": load.num_light}
+    row: TableRow = {"side": side, "dense": load.num_dense, "light": load.num_light}
     of_dense = ratio(lambda ends: statistics.mean(ends[: load.num_dense])) if load.num_dense else None
     of_light = ratio(lambda ends: statistics.mean(ends[load.num_dense :])) if load.num_light else None
     row |= {"dense_ratio": of_dense, "light_ratio": of_light}
@@ -93,7 +97,7 @@ def main() -> None:
     parser.add_argument("--router-weights", type=Path, default=Path("router_weights"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sides", type=int, nargs="+", default=[128, 256])
-    parser.add_argument("--json", type=Path, help="also write the result here")
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
     arguments = parser.parse_args()
     engine = load_engine([arguments.model], device="cpu", router_weights=arguments.router_weights)
     model = arguments.model.name
@@ -103,7 +107,7 @@ def main() -> None:
         for side in arguments.sides
         for load in tqdm(loads, desc="loads")
     ]
-    show(f"Seconds by the service's batcher, and ratios to steps shared by all; {model}", rows)
+    show(f"Seconds under the service's batcher, and ratios to all requests sharing every step; {model}", rows)
     result = {
         "benchmark": "batching",
         "model": model,

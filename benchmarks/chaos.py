@@ -1,28 +1,30 @@
-"""Is any job lost, made twice or mixed up when servers, workers and Redis die at random moments?
+"""Is any job lost, run twice or mixed up when servers, workers and Redis die at random moments?
 
-`python -m benchmarks.chaos --jobs 300` starts a Redis with an append-only file, two servers and two workers that share
-it, and sends jobs to the servers, each with a seed, a budget and an idempotency key of its own; a call that breaks off
-is sent again, to whichever server answers. Meanwhile one process after another is killed (SIGKILL) and started again.
-In the end every job that a server accepted must have
+`python -m benchmarks.chaos --jobs 300` starts a Redis with an append-only file, and two servers and two workers that
+share it. It sends jobs to the servers, each with its own seed, budget and idempotency key. A call that breaks off is
+sent again, to any server that answers. Meanwhile one process after another is killed (SIGKILL) and started again. In
+the end every accepted job must
 
-- ended, exactly once: succeeded, or failed with a reason
-- the picture that its seed gives when it is made alone, by an engine of its own in this process
+- have ended exactly once: it succeeded, or it failed with a reason;
+- have the image that its seed gives alone, in an engine in this process.
 
-and Redis must hold no job that nobody was told of, and nothing queued, running or leased. Pictures are compared as
-bytes of the colours: batches of other sizes round differently, so a difference of 2 in 255 is allowed, and reported.
-Exit status 1 if anything of it does not hold.
+Redis must hold no job that no client was told of, and nothing queued, running or leased. Images are compared by their
+8-bit colours. Batches of other sizes round differently, so a difference of 2 in 255 is allowed, and reported. The exit
+status is 1 if any of this does not hold.
 """
 
 import argparse
+import math
 import random
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from threading import Event, Thread
@@ -37,14 +39,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.environment import environment
-from benchmarks.processes import ElasticDit, RedisServer
+from benchmarks.processes import RedisServer
 from benchmarks.table import finish
+from examples.server_process import ElasticDit
 from models.card import ImageCard
 from models.engine import Engine
-from models.request import QualityBudget
 from models.zoo import load_engine
-from service.api.parsing import parse_requests
+from service.api.parsing import parse_image_body
 from service.api.schemas import ImageBody
+from service.budget import BudgetBody
 from service.jobs.job import JobStatus
 from service.jobs.redis import PREFIX
 
@@ -59,6 +62,7 @@ _BUDGETS: Sequence[dict[str, Any]] = (
 _PROMPTS = ("a large red circle in the centre", "a small blue square at the top left", "a green ring, a white cross")
 _NUM_CLIENTS = 8
 _LEASE_S = 3.0
+_LEASES_END_S = 60.0  # many times a lease, for a loaded machine
 _DOWN_S = (0.1, 2.0)
 
 
@@ -68,8 +72,8 @@ class Victim(Protocol):
 
 
 @dataclass
-class Outcome:
-    """What was found of all jobs, in the end."""
+class Findings:
+    """How all jobs ended, and what was wrong."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     attempts: Counter[int] = field(default_factory=Counter)
@@ -80,7 +84,7 @@ class Outcome:
     seconds: float = 0.0
 
 
-def bodies(count: int, seed: int) -> list[dict[str, Any]]:
+def random_bodies(count: int, seed: int) -> list[dict[str, Any]]:
     rng = random.Random(seed)
     return [
         {
@@ -94,15 +98,15 @@ def bodies(count: int, seed: int) -> list[dict[str, Any]]:
     ]
 
 
-def pictures(engine: Engine, asked: Sequence[dict[str, Any]]) -> Iterator[NDArray[np.uint8]]:
-    """What each body gives, made alone."""
+def images(engine: Engine, bodies: Sequence[dict[str, Any]]) -> Iterator[NDArray[np.uint8]]:
+    """The image of each body, generated alone."""
     card = engine.cards[MODEL.name]
     assert isinstance(card, ImageCard)
-    for body in asked:
-        (request,) = parse_requests(
-            ImageBody.model_validate(body), card, default_budget=QualityBudget(0.9), random_seed=0
+    for body in bodies:
+        order = parse_image_body(
+            ImageBody.model_validate(body), card, default_budget=BudgetBody(quality=0.9), random_seed=0
         )
-        state = engine.start(request)
+        state = engine.start(order.requests[0])
         while not state.is_done:
             engine.step([state])
         pixels = engine.finish(state)
@@ -111,7 +115,7 @@ def pictures(engine: Engine, asked: Sequence[dict[str, Any]]) -> Iterator[NDArra
 
 
 class Cluster:
-    """Redis, servers and workers, each of which may be killed."""
+    """Redis, servers and workers. Any of them may be killed."""
 
     def __init__(self, folder: Path, num_servers: int, num_workers: int) -> None:
         self.redis = RedisServer(folder)
@@ -131,7 +135,7 @@ class Cluster:
             process.wait_until_ready()
 
     def call(self, method: str, path: str, **options: Any) -> httpx2.Response:
-        """The first answer of any server that is no refusal for want of a store or of time."""
+        """The first answer of any server other than 503; retries until there is one."""
         while True:
             for server in self.servers:
                 if server.url:
@@ -150,12 +154,12 @@ class Cluster:
 
 
 @contextmanager
-def killing(cluster: Cluster, seed: int, mean_s: float, kills: Counter[str]) -> Iterator[None]:
-    """Kill a process that is up every `mean_s` seconds on average, and start it again soon."""
+def killing(cluster: Cluster, seed: int, mean_s: float, max_kills: float, kills: Counter[str]) -> Iterator[None]:
+    """Kill a running process every `mean_s` seconds on average, at most `max_kills` times, and start it again soon."""
     rng, is_over = random.Random(seed), Event()
 
     def kill() -> None:
-        while not is_over.wait(rng.expovariate(1 / mean_s)):
+        while kills.total() < max_kills and not is_over.wait(rng.expovariate(1 / mean_s)):
             kind = rng.choice(["server", "worker", "redis"])
             if kind == "redis":
                 victims: Sequence[Victim] = [cluster.redis]
@@ -181,78 +185,92 @@ def killing(cluster: Cluster, seed: int, mean_s: float, kills: Counter[str]) -> 
         thread.join()
 
 
-def run(num_jobs: int, *, seed: int, mean_s: float, num_servers: int, num_workers: int) -> Outcome:
-    """Send the jobs, kill meanwhile, and look at everything."""
+def run(
+    num_jobs: int, *, seed: int, mean_s: float, num_servers: int, num_workers: int, max_kills: float = math.inf
+) -> Findings:
+    """Send the jobs while processes are killed, then check every job and Redis.
+
+    `max_kills` bounds the time on a slow machine.
+    """
     torch.set_num_threads(1)
-    asked, outcome = bodies(num_jobs, seed), Outcome()
+    bodies, findings = random_bodies(num_jobs, seed), Findings()
     engine = load_engine([MODEL], device="cpu", router_weights=Path("router_weights"))
-    expected = list(tqdm(pictures(engine, asked), total=num_jobs, desc="made alone"))
+    expected = list(tqdm(images(engine, bodies), total=num_jobs, desc="generated alone"))
     with ExitStack() as stack:
         cluster = Cluster(Path(stack.enter_context(tempfile.TemporaryDirectory())), num_servers, num_workers)
         stack.callback(cluster.close)
         cluster.wait_until_ready()
         began = time.monotonic()
-        with killing(cluster, seed, mean_s, outcome.kills), ThreadPoolExecutor(_NUM_CLIENTS) as clients:
-
-            def submit(number: int) -> str:
-                headers = {"Prefer": "respond-async", "Idempotency-Key": f"chaos-{number}"}
-                response = cluster.call("POST", "/v1/images", json=asked[number], headers=headers)
-                assert response.status_code == 202, response.text
-                return str(response.json()["id"])
-
-            def wait(job_id: str) -> dict[str, Any]:
-                while True:
-                    response = cluster.call("GET", f"/v1/jobs/{job_id}")
-                    if response.status_code != 200:
-                        return {"status": f"lost ({response.status_code})", "error": None}
-                    job: dict[str, Any] = response.json()
-                    if JobStatus(job["status"]).is_terminal:
-                        return job
-                    time.sleep(0.5)
-
-            submitted = clients.map(submit, range(num_jobs))
+        with killing(cluster, seed, mean_s, max_kills, findings.kills), ThreadPoolExecutor(_NUM_CLIENTS) as clients:
+            submitted = clients.map(partial(submit, cluster), range(num_jobs), bodies)
             ids = list(tqdm(submitted, total=num_jobs, desc="accepted"))
-            jobs = list(tqdm(clients.map(wait, ids), total=num_jobs, desc="ended"))
-        outcome.seconds = time.monotonic() - began
-        for number, (job_id, job) in enumerate(zip(ids, jobs, strict=True)):
-            outcome.statuses[job["status"]] += 1
-            if job["status"] == JobStatus.SUCCEEDED:
-                content = cluster.call("GET", f"/v1/jobs/{job_id}/content").content
-                _compare(number, content, expected[number], outcome)
-            elif job["status"] == JobStatus.FAILED and job["error"]:
-                outcome.reasons[job["error"]["message"].replace(job_id, "…")] += 1
-            else:
-                outcome.faults.append(f"job {number} is {job['status']}")
-        _look_into_redis(redis.Redis.from_url(cluster.redis.url), ids, outcome)
-    return outcome
+            jobs = list(tqdm(clients.map(partial(wait, cluster), ids), total=num_jobs, desc="ended"))
+        findings.seconds = time.monotonic() - began
+        for number, job in enumerate(jobs):
+            _check_job(cluster, number, ids[number], job, expected[number], findings)
+        _inspect_redis(redis.Redis.from_url(cluster.redis.url), ids, findings)
+    return findings
 
 
-def _compare(number: int, content: bytes, expected: NDArray[np.uint8], outcome: Outcome) -> None:
-    with Image.open(BytesIO(content)) as picture:
-        pixels = np.asarray(picture.convert("RGB"), dtype=np.int16)
+def submit(cluster: Cluster, number: int, body: Mapping[str, Any]) -> str:
+    """The id of the accepted job."""
+    headers = {"Prefer": "respond-async", "Idempotency-Key": f"chaos-{number}"}
+    response = cluster.call("POST", "/v1/images", json=body, headers=headers)
+    assert response.status_code == 202, response.text
+    return str(response.json()["id"])
+
+
+def wait(cluster: Cluster, job_id: str) -> dict[str, Any]:
+    """The job's record once it has ended. A job that no server knows has the status "lost"."""
+    while True:
+        response = cluster.call("GET", f"/v1/jobs/{job_id}")
+        if response.status_code != 200:
+            return {"status": f"lost ({response.status_code})", "error": None}
+        job: dict[str, Any] = response.json()
+        if JobStatus(job["status"]).is_terminal:
+            return job
+        time.sleep(0.5)
+
+
+def _check_job(
+    cluster: Cluster, number: int, job_id: str, job: Mapping[str, Any], expected: NDArray[np.uint8], findings: Findings
+) -> None:
+    findings.statuses[job["status"]] += 1
+    if job["status"] == JobStatus.SUCCEEDED:
+        content = cluster.call("GET", f"/v1/jobs/{job_id}/content").content
+        _compare(number, content, expected, findings)
+    elif job["status"] == JobStatus.FAILED and job["error"]:
+        findings.reasons[job["error"]["message"].replace(job_id, "…")] += 1
+    else:
+        findings.faults.append(f"job {number} is {job['status']}")
+
+
+def _compare(number: int, content: bytes, expected: NDArray[np.uint8], findings: Findings) -> None:
+    with Image.open(BytesIO(content)) as image:
+        pixels = np.asarray(image.convert("RGB"), dtype=np.int16)
     difference = int(np.abs(pixels - expected).max()) if pixels.shape == expected.shape else 255
-    outcome.largest_difference = max(outcome.largest_difference, difference)
+    findings.largest_difference = max(findings.largest_difference, difference)
     if difference > MAX_DIFFERENCE:
-        outcome.faults.append(f"the picture of job {number} is not its own: it differs by {difference}")
+        findings.faults.append(f"the image of job {number} differs by {difference} from that of its seed")
 
 
-def _look_into_redis(client: Any, ids: Sequence[str], outcome: Outcome) -> None:
-    deadline = time.monotonic() + 2 * _LEASE_S
+def _inspect_redis(client: Any, ids: Sequence[str], findings: Findings) -> None:
+    deadline = time.monotonic() + _LEASES_END_S
     while client.zcard(f"{PREFIX}leases") and time.monotonic() < deadline:
         time.sleep(0.1)
     for name in ("queue", "leases", "live"):
         if left := client.exists(f"{PREFIX}{name}"):
-            outcome.faults.append(f"Redis still holds {left} {name}")
+            findings.faults.append(f"Redis still holds {left} {name}")
     known = {key.decode().removeprefix(f"{PREFIX}job:") for key in client.scan_iter(f"{PREFIX}job:*", _type="hash")}
     for job_id in known.symmetric_difference(ids):
-        outcome.faults.append(f"job {job_id} is in Redis or was accepted, but not both")
+        findings.faults.append(f"job {job_id} is in Redis or was accepted, but not both")
     if len(set(ids)) < len(ids):
-        outcome.faults.append("two calls with different keys were given the same job")
+        findings.faults.append("two calls with different keys were given the same job")
     for job_id in known & {*ids}:
         events = [fields[b"name"] for _, fields in client.xrange(f"{PREFIX}job:{job_id}:events")]
         if events.count(b"job.ended") != 1:
-            outcome.faults.append(f"job {job_id} ended {events.count(b'job.ended')} times")
-        outcome.attempts[int(client.hget(f"{PREFIX}job:{job_id}", "attempts") or 0)] += 1
+            findings.faults.append(f"job {job_id} ended {events.count(b'job.ended')} times")
+        findings.attempts[int(client.hget(f"{PREFIX}job:{job_id}", "attempts") or 0)] += 1
 
 
 def main() -> int:
@@ -264,7 +282,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     options = parser.parse_args()
-    outcome = run(
+    findings = run(
         options.jobs,
         seed=options.seed,
         mean_s=options.mean_s,
@@ -272,30 +290,30 @@ def main() -> int:
         num_workers=options.workers,
     )
     for name, tally in (
-        ("jobs", outcome.statuses),
-        ("kills", outcome.kills),
-        ("workers that claimed a job", outcome.attempts),
-        ("reasons of failures", outcome.reasons),
+        ("jobs", findings.statuses),
+        ("kills", findings.kills),
+        ("workers that claimed a job", findings.attempts),
+        ("reasons of failures", findings.reasons),
     ):
         print(f"{name}: " + (", ".join(f"{key}: {count}" for key, count in sorted(tally.items())) or "none"))
-    print(f"largest difference of a picture: {outcome.largest_difference} of 255")
-    print("\n".join(outcome.faults) or "nothing lost, nothing twice, nothing mixed up")
+    print(f"largest difference of an image: {findings.largest_difference} of 255")
+    print("\n".join(findings.faults) or "no job was lost, run twice or mixed up")
     result = {
         "benchmark": "chaos",
         "environment": environment(),
         "seed": options.seed,
         "servers": options.servers,
         "workers": options.workers,
-        "jobs": dict(outcome.statuses),
-        "kills": dict(outcome.kills),
-        "attempts": {str(count): jobs for count, jobs in outcome.attempts.items()},
-        "failures": dict(outcome.reasons),
-        "largest_difference": outcome.largest_difference,
-        "seconds": round(outcome.seconds, 1),
-        "faults": outcome.faults,
+        "jobs": dict(findings.statuses),
+        "kills": dict(findings.kills),
+        "attempts": {str(count): jobs for count, jobs in findings.attempts.items()},
+        "failures": dict(findings.reasons),
+        "largest_difference": findings.largest_difference,
+        "seconds": round(findings.seconds, 1),
+        "faults": findings.faults,
     }
     finish(result, options.json)
-    return 1 if outcome.faults else 0
+    return 1 if findings.faults else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What benchmarks of whole models compare: the stock model, and the elastic one at its budgets, timed in turn."""
+"""The contenders of a whole-model benchmark: the stock model, and the elastic model at each budget, timed in turn."""
 
 import statistics
 import time
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from benchmarks.table import Row
+from benchmarks.table import TableRow
 from models.engine import Engine
 from models.report import GenerationSummary
 from models.request import Budget, ComputeBudget, GenerationRequest, PresetBudget
@@ -16,14 +16,14 @@ from models.request import Budget, ComputeBudget, GenerationRequest, PresetBudge
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """What is measured: a name and the budget that asks for it; None is the stock model."""
+    """A name and a budget; a budget of None means the stock model."""
 
     name: str
     budget: Budget | None
 
 
 class Denoising(NamedTuple):
-    """One run of a denoise loop: its seconds, compute ratio, and seconds in routers."""
+    """One run of a denoise loop: seconds, compute ratio, and the seconds spent in routers."""
 
     seconds: float
     compute_ratio: float = 1.0
@@ -40,7 +40,7 @@ def contenders(engine: Engine, model: str, caps: Sequence[float]) -> list[Conten
 
 
 def elastic_denoise(engine: Engine, requests: Sequence[GenerationRequest]) -> Denoising:
-    """Our denoise loop, on all requests in one batch."""
+    """Our denoise loop, with all requests in one batch."""
     states = [engine.start(request) for request in requests]
     router_seconds = 0.0
     started = time.perf_counter()
@@ -52,20 +52,21 @@ def elastic_denoise(engine: Engine, requests: Sequence[GenerationRequest]) -> De
 
 def time_in_turn(
     names: Sequence[Contender], num_rounds: int, title: str, denoise: Callable[[Contender, int], Denoising]
-) -> list[Row]:
-    """Rows of name, compute ratio, seconds and time ratio over stock: medians, and the middle four fifths.
+) -> list[TableRow]:
+    """One row per contender: name, compute ratio, seconds, and time over stock (median, and the middle four fifths).
 
-    `denoise` runs a contender on the inputs of a round, whose number it is given; there is one round more, to warm up.
+    `denoise` takes a contender and the number of a round, and runs the contender on that round's inputs. One extra
+    round warms up.
     """
     runs: dict[str, list[Denoising]] = {contender.name: [] for contender in names}
     for number in tqdm(range(num_rounds + 1), desc=title):
-        first = number % len(names)  # nobody always comes after the same one
+        first = number % len(names)  # so that no contender always follows the same one
         for contender in (*names[first:], *names[:first]):
             run = denoise(contender, number)
             if number:
                 runs[contender.name].append(run)
     stock_times = [run.seconds for run in runs["stock"]]
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     for name, own in runs.items():
         ratios = sorted(run.seconds / stock for run, stock in zip(own, stock_times, strict=True))
         rows.append(
@@ -83,7 +84,7 @@ def time_in_turn(
 
 
 def decisions(summaries: Sequence[GenerationSummary]) -> dict[str, float]:
-    """Means over requests, and shares of all decisions."""
+    """Mean compute and MLP width of the requests, and the shares of skips and re-uses in all decisions."""
     total = sum(s.num_run + s.num_skipped + s.num_reused for s in summaries)
     return {
         "compute_ratio": statistics.mean(s.compute_ratio for s in summaries),

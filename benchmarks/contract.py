@@ -1,13 +1,15 @@
-"""Does the server answer as its OpenAPI document says, whatever it is asked?
+"""Does the server answer as its OpenAPI document says, for any request?
 
-`python -m benchmarks.contract --cases 5000` lets schemathesis read the document of an application around the drawn
-engine of tests/service/conftest.py, with API keys on, and ask it in this process: first every border that a schema has
-("coverage"), then random requests, as the document allows them and as it doesn't, in rounds of another seed until there
-are as many cases as asked for, last sequences of calls that follow the document's links from jobs as they are made.
+`python -m benchmarks.contract --cases 5000` runs schemathesis against an application in this process. The application
+has API keys, and the engine of tests/service/conftest.py, which draws instead of computing. There are three phases:
 
-Every answer must have a status, a type, headers and a body that the document names for that call, and none may be a
-500. What the document forbids must be refused, methods that it doesn't have with 405 and `Allow`, and calls without a
-key, or with another one, with 401. Exit status 1 if anything of it does not hold.
+1. every boundary of every schema ("coverage");
+2. random requests, valid and invalid, in rounds with a new seed each, until there are `--cases` cases;
+3. sequences of calls that follow the document's links from the jobs that earlier calls created.
+
+Every answer must have a status, a content type, headers and a body that the document names for its call, and none may
+be a 500. Requests that the document forbids must be refused: unknown methods with 405 and `Allow`, and calls without a
+key or with a wrong key with 401. The exit status is 1 if any check fails.
 """
 
 import argparse
@@ -35,7 +37,7 @@ from schemathesis.transport.serialization import Binary
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as ASGIScope
 
-from benchmarks.table import Row, finish, show
+from benchmarks.table import TableRow, finish, show
 from service.app import build_dispatcher, create_app
 from service.keys import Scope, new_key
 from service.settings import Settings
@@ -50,18 +52,19 @@ SETTINGS = Settings(
     max_body_bytes=20_000,
     max_mesh_body_bytes=200_000,
     max_result_bytes=64_000_000,
-    max_backlog_s=1e9,  # nothing is refused for load, whatever else is going on
+    max_backlog_s=1e9,  # so that load on the machine refuses nothing
     grace_s=5,
 )
 
-_CASES_OF_A_ROUND = 100
-"""Of each operation, at most."""
+_CASES_PER_ROUND = 100
+"""The most for each operation."""
 
-# What a valid request can still be refused with: what the document can't say of models, pictures and ended jobs.
-_REFUSALS = ["2xx", "400", "404", "409", "410", "413", "422"]
+# Statuses of a valid request. It can still be refused for facts that the document can't express, such as a model's
+# limits, the content of an image, or a job that has ended.
+_STATUSES_OF_VALID = ["2xx", "400", "404", "409", "410", "413", "422"]
 
-# Fields that exclude one another, or that only some models and servers take.
-_SELDOM_POSSIBLE = (
+# Fields that exclude one another, or that only some models and servers accept.
+_RARELY_VALID = (
     *("negative_prompt", "true_cfg_scale", "width", "height", "output_compression", "webhook_url", "quality", "budget"),
     *("partial_images", "response_format", "octree_resolution"),
 )
@@ -69,7 +72,7 @@ _SELDOM_POSSIBLE = (
 
 @dataclass(slots=True)
 class Findings:
-    """What was asked, what was checked, and what was wrong, each fault once, with a command that shows it."""
+    """Answers, cases and checks, counted; and the failures, each once, with a command that reproduces it."""
 
     answers: Counter[tuple[str, int]] = field(default_factory=Counter)
     cases: Counter[str] = field(default_factory=Counter)
@@ -99,9 +102,9 @@ class Findings:
 def examine(
     app: FastAPI, *, seed: int, cases_per_operation: int, sequences: int, phases: Sequence[str] = ALL_PHASES
 ) -> Findings:
-    """What schemathesis finds wrong with `app`, which has `KEY`; afterwards the application has ended.
+    """What schemathesis finds wrong with `app`, whose admin key is `KEY`. The application is shut down afterwards.
 
-    `cases_per_operation` is the most that "fuzzing" makes, `sequences` the number of "stateful".
+    `cases_per_operation` limits the phase "fuzzing"; `sequences` is the number of sequences in the phase "stateful".
     """
     try:
         findings = Findings()
@@ -115,7 +118,7 @@ def examine(
 def _examine(
     app: ASGIApp, findings: Findings, seed: int, cases_per_operation: int, sequences: int, phases: Sequence[str]
 ) -> Iterator[None]:
-    """Adds to `findings` between two steps."""
+    """Yield after each scenario that was added to `findings`."""
     config = SchemathesisConfig.from_dict(_config(seed, cases_per_operation, sequences, phases))
     schema = schemathesis.openapi.from_asgi("/openapi.json", app, config=config)
     schema.hook(map_case)
@@ -131,7 +134,7 @@ def _examine(
 
 
 def as_servers_run(app: ASGIApp) -> ASGIApp:
-    """Starlette raises a bug again when it has answered 500. Servers log that, and here it would hide the answer."""
+    """`app`, with exceptions logged as a server does. Starlette re-raises a bug after it has answered 500."""
 
     async def run(scope: ASGIScope, receive: Receive, send: Send) -> None:
         try:
@@ -145,7 +148,7 @@ def as_servers_run(app: ASGIApp) -> ASGIApp:
 
 
 def _config(seed: int, cases_per_operation: int, sequences: int, phases: Sequence[str]) -> dict[str, Any]:
-    """In the words of schemathesis.toml."""
+    """The configuration, in the format of schemathesis.toml."""
     return {
         "seed": seed,
         "continue-on-failure": True,
@@ -156,13 +159,13 @@ def _config(seed: int, cases_per_operation: int, sequences: int, phases: Sequenc
             "stateful": {"enabled": "stateful" in phases, "generation": {"max-examples": sequences}},
         },
         "checks": {
-            # DELETE cancels a job, whose record stays: using it afterwards is what clients are to do.
+            # DELETE cancels a job, but its record stays, and clients may read it afterwards.
             "use_after_free": {"enabled": False},
         },
         "operations": [
             {
                 "include-tag": ["images", "meshes", "jobs"],
-                "checks": {"positive_data_acceptance": {"expected-statuses": _REFUSALS}},
+                "checks": {"positive_data_acceptance": {"expected-statuses": _STATUSES_OF_VALID}},
             }
         ],
         "output": {"sanitization": {"enabled": False}},
@@ -170,14 +173,14 @@ def _config(seed: int, cases_per_operation: int, sequences: int, phases: Sequenc
 
 
 def map_case(context: schemathesis.HookContext, case: schemathesis.Case[Any]) -> schemathesis.Case[Any]:
-    """Of every second valid request, make one that this server can do: with what it has, and for jobs to follow."""
+    """Change every second valid request so that this server can run it, and so that there are jobs to follow."""
     if case.meta is None or not case.meta.generation.mode.is_positive or len(str(case.body)) % 2:
         return case
-    # Not of forms: schemathesis takes whatever holds a file for invalid once it has been touched.
+    # Forms are left alone: schemathesis counts any changed body with a file as invalid.
     if isinstance(case.body, dict) and case.media_type == "application/json":
-        body: dict[str, Any] = {name: value for name, value in case.body.items() if name not in _SELDOM_POSSIBLE}
+        body: dict[str, Any] = {name: value for name, value in case.body.items() if name not in _RARELY_VALID}
         if "input_image" in body:
-            body |= {"model": "ball", "input_image": b64encode(_PICTURE).decode()}
+            body |= {"model": "ball", "input_image": b64encode(_IMAGE).decode()}
         else:
             body |= {"model": "guided", "size": "32x48"}
         body["num_inference_steps"] = 2
@@ -193,27 +196,27 @@ def _png() -> bytes:
     return file.getvalue()
 
 
-_PICTURE = _png()
-# What files in forms are made of.
-schemathesis.openapi.format("binary", (st.just(_PICTURE) | st.binary()).map(Binary))
+_IMAGE = _png()
+# The content of files in forms.
+schemathesis.openapi.format("binary", (st.just(_IMAGE) | st.binary()).map(Binary))
 
 
 def drawn_app() -> FastAPI:
-    """An application around the tests' engine, which is not installed with the project."""
+    """An application with the tests' engine, which is not part of the installed packages."""
     path = Path(__file__).parents[1] / "tests/service/conftest.py"
     spec = importlib.util.spec_from_file_location("drawn_engine", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their annotations up
+    sys.modules[spec.name] = module  # dataclasses look up their annotations there
     spec.loader.exec_module(module)
     dispatcher = build_dispatcher(SETTINGS, module.DrawnEngine)
     dispatcher.worker.start()
     return create_app(SETTINGS, dispatcher)
 
 
-def answer_rows(findings: Findings) -> list[Row]:
-    """A row for each operation, a column for each status."""
+def answer_rows(findings: Findings) -> list[TableRow]:
+    """One row per operation, with a column for each status."""
     statuses = sorted({status for _, status in findings.answers})
     operations = sorted({operation for operation, _ in findings.answers})
     return [
@@ -222,52 +225,66 @@ def answer_rows(findings: Findings) -> list[Row]:
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=5000, help="requests before the sequences, at least")
-    parser.add_argument("--sequences", type=int, default=200, help="of calls that follow links")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the result there")
-    arguments = parser.parse_args()
-    from benchmarks.environment import environment  # brings torch, which the tests that examine do without
-
-    app, findings, began, number = as_servers_run(drawn_app()), Findings(), time.perf_counter(), 0
+def examine_in_rounds(num_cases: int, num_sequences: int, seed: int) -> tuple[Findings, int]:
+    """All findings of the three phases, and how many rounds of fuzzing there were. Prints progress."""
+    app, findings, began, num_rounds = as_servers_run(drawn_app()), Findings(), time.perf_counter(), 0
 
     def run(seed: int, phases: Sequence[str]) -> None:
         shown = time.perf_counter()
-        for _ in _examine(app, findings, seed, _CASES_OF_A_ROUND, arguments.sequences, phases):
+        for _ in _examine(app, findings, seed, _CASES_PER_ROUND, num_sequences, phases):
             if time.perf_counter() - shown > 10:
                 shown = time.perf_counter()
                 print(f"{shown - began:6.0f} s  {findings.cases.total():6} cases", flush=True)
 
     try:
-        run(arguments.seed, ("examples", "coverage"))
-        while findings.cases.total() < arguments.cases:
-            number += 1
-            run(arguments.seed + number, ("fuzzing",))
-        run(arguments.seed, ("stateful",))
+        run(seed, ("examples", "coverage"))
+        while findings.cases.total() < num_cases:
+            num_rounds += 1
+            run(seed + num_rounds, ("fuzzing",))
+        run(seed, ("stateful",))
     finally:
         shutdown_lifespans()
+    return findings, num_rounds
+
+
+def result_of(findings: Findings) -> dict[str, Any]:
+    """The counts, as JSON takes them."""
+    answers: dict[str, dict[str, int]] = {}
+    for (operation, status), count in sorted(findings.answers.items()):
+        answers.setdefault(operation, {})[str(status)] = count
+    return {
+        "cases": findings.cases.total(),
+        "cases_by_phase": dict(findings.cases),
+        "checks": dict(sorted(findings.checks.items())),
+        "answers": answers,
+        "failures": len(findings.failures),
+        "errors": len(findings.errors),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=5000, help="the least number of requests before the sequences")
+    parser.add_argument("--sequences", type=int, default=200, help="sequences of calls that follow links")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the result to this file")
+    arguments = parser.parse_args()
+    from benchmarks.environment import environment  # imports torch, which the tests of this module do without
+
+    began = time.perf_counter()
+    findings, num_rounds = examine_in_rounds(arguments.cases, arguments.sequences, arguments.seed)
     show("answers", answer_rows(findings))
     show("checks", [{"number": count, "check": name} for name, count in sorted(findings.checks.items())])
     for text in (*findings.failures.values(), *findings.errors):
         print(f"\n{text}")
-    operations: dict[str, dict[str, int]] = {}
-    for (operation, status), count in sorted(findings.answers.items()):
-        operations.setdefault(operation, {})[str(status)] = count
     result = {
         "benchmark": "contract",
         **environment(),
         "schemathesis": schemathesis.__version__,
         "seed": arguments.seed,
-        "cases": findings.cases.total(),
-        "cases_by_phase": dict(findings.cases),
-        "rounds": number,
+        "rounds": num_rounds,
         "seconds": round(time.perf_counter() - began, 1),
-        "checks": dict(sorted(findings.checks.items())),
-        "answers": operations,
-        "failures": len(findings.failures),
-        "errors": len(findings.errors),
+        **result_of(findings),
     }
     finish(result, arguments.json)
     if findings.failures or findings.errors:

@@ -2,11 +2,11 @@
 
 Four measurements in one run of `python -m benchmarks.engine`:
 
-time     the stock diffusers transformer, our loop at `exact`, every preset and compute caps, interleaved round by
-         round on the same latents and prompts; a ratio is a round's own, and its median over rounds is reported
-quality  prompt accuracy by the judge, PSNR and SSIM against the exact picture of the same seed, on held-out prompts
-effort   compute for one object on a plain background against four on a busy one, at the same settings
-negative where guidance is true: how many pictures have the background that the negative prompt names
+time     the stock diffusers transformer, our loop at `exact`, every preset, and compute caps take turns in every round,
+         on the same latents and prompts; a ratio compares within a round, and its median over rounds is reported
+quality  prompt accuracy by the judge, PSNR and SSIM against the exact image of the same seed, on held-out prompts
+effort   compute of one object on a plain background and of four on a busy one, at the same settings
+negative for models with true guidance: how many images have the background that the negative prompt names
 """
 
 import argparse
@@ -26,16 +26,18 @@ from tqdm import tqdm
 
 from benchmarks.contenders import Contender, Denoising, contenders, decisions, elastic_denoise, time_in_turn
 from benchmarks.environment import environment
-from benchmarks.table import Row, finish, show
+from benchmarks.table import TableRow, finish, show
+from models.budget import resolve
 from models.card import Guidance, ImageCard
+from models.curve import Preset
 from models.engine import Engine
 from models.report import GenerationSummary
-from models.request import Budget, ImageRequest, Preset, PresetBudget
+from models.request import Budget, ImageRequest, PresetBudget
 from models.zoo import load_engine
-from training.judge import Judge, Reading, load_judge
-from training.prompts import complex_scenes, evaluation_scenes, simple_scenes
-from training.scenes import TEXTURES, TONES, Scene
-from training.similarity import psnr, ssim
+from training.scenes.judge import Judge, Reading, load_judge
+from training.scenes.prompts import complex_scenes, evaluation_scenes, simple_scenes
+from training.scenes.scenes import TEXTURES, TONES, Scene
+from training.scenes.similarity import psnr, ssim
 
 _BATCH_SIZE = 8
 _CAPTIONS: Mapping[str, Callable[[Scene], str]] = {
@@ -60,13 +62,15 @@ def requests_for(
             guidance_scale=card.default_guidance_scale,
             seed=seed,
             budget=budget,
+            point=resolve(budget, card.curve),
+            is_guided=card.is_guided(card.default_guidance_scale),
         )
         for seed, scene in enumerate(scenes)
     ]
 
 
 def stock_denoise(pipeline: DiffusionPipeline, requests: Sequence[ImageRequest], max_sequence_length: int) -> float:
-    """Seconds of the stock pipeline from encoded prompts to latents."""
+    """Seconds that the stock pipeline takes from encoded prompts to latents."""
     request, prompts = requests[0], [r.prompt for r in requests]
     inputs: dict[str, Any] = {
         "height": request.height,
@@ -98,8 +102,8 @@ def measure_time(
     side: int,
     batch_size: int,
     num_rounds: int,
-) -> list[Row]:
-    """The rows of `time_in_turn`, with side and batch size."""
+) -> list[TableRow]:
+    """The rows of `time_in_turn`, with columns for side and batch size."""
     scenes = evaluation_scenes(batch_size * (num_rounds + 1), 0)
     max_length = engine.max_sequence_length(model)
 
@@ -117,45 +121,43 @@ def measure_time(
 def generate(
     engine: Engine, requests: Sequence[ImageRequest], tick: Callable[[int], object]
 ) -> tuple[Tensor, list[GenerationSummary]]:
-    """Pictures `(count, 3, height, width)` in [-1, 1] and what each request got."""
-    pictures, summaries = [], []
+    """Images `(count, 3, height, width)` in [-1, 1], and the summary of each request."""
+    images, summaries = [], []
     for first in range(0, len(requests), _BATCH_SIZE):
         states = [engine.start(request) for request in requests[first : first + _BATCH_SIZE]]
         while not states[0].is_done:
             engine.step(states)
-        pictures += [torch.from_numpy(engine.finish(state)) for state in states]
+        images += [torch.from_numpy(engine.finish(state)) for state in states]
         summaries += [state.summary() for state in states]
         tick(len(states))
-    return torch.stack(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1, summaries
+    return torch.stack(images).permute(0, 3, 1, 2).float() / 127.5 - 1, summaries
 
 
 def measure_quality(
     engine: Engine, judge: Judge, names: Sequence[Contender], model: str, num_single: int, num_multi: int
-) -> list[Row]:
-    """Rows of name, compute, decisions, prompt accuracy of one-object and of other prompts, PSNR and SSIM."""
+) -> list[TableRow]:
+    """One row per contender: compute, decisions, prompt accuracy (one object, several objects), PSNR and SSIM."""
     groups = {"single": evaluation_scenes(num_single, 0), "multi": evaluation_scenes(0, num_multi)}
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     exact: dict[str, Tensor] = {}
     names = [c for c in names if c.budget]
     with tqdm(total=len(names) * (num_single + num_multi), desc="quality") as bar:
         for contender in names:
             assert contender.budget is not None
-            row: Row = {"name": contender.name}
-            everything, likeness = [], []
+            row: TableRow = {"name": contender.name}
+            everything, similarity = [], []
             for group, scenes in groups.items():
-                pictures, summaries = generate(
-                    engine, requests_for(engine, model, scenes, contender.budget), bar.update
-                )
-                exact.setdefault(group, pictures)
-                accuracy = judge.score(scenes, pictures)
+                images, summaries = generate(engine, requests_for(engine, model, scenes, contender.budget), bar.update)
+                exact.setdefault(group, images)
+                accuracy = judge.score(scenes, images)
                 row[f"{group}_object"], row[f"{group}_scene"] = accuracy.per_object, accuracy.per_scene
                 everything += summaries
-                likeness += list(zip(psnr(pictures, exact[group]), ssim(pictures, exact[group]), strict=True))
-            rows.append({**row, **decisions(everything), **_likeness(likeness)})
+                similarity += list(zip(psnr(images, exact[group]), ssim(images, exact[group]), strict=True))
+            rows.append({**row, **decisions(everything), **_similarity(similarity)})
     return rows
 
 
-def _likeness(pairs: Sequence[tuple[float, float]]) -> Row:
+def _similarity(pairs: Sequence[tuple[float, float]]) -> TableRow:
     typical = statistics.median(float(p) for p, _ in pairs)
     return {
         "psnr": typical if math.isfinite(typical) else "identical",
@@ -163,19 +165,14 @@ def _likeness(pairs: Sequence[tuple[float, float]]) -> Row:
     }
 
 
-def measure_effort(engine: Engine, model: str, count: int) -> list[Row]:
-    """Mean compute of simple and complex scenes at every elastic preset, same seeds."""
-    rows: list[Row] = []
+def measure_effort(engine: Engine, model: str, count: int) -> list[TableRow]:
+    """Mean compute of simple and complex scenes at every elastic preset, with equal seeds."""
+    rows: list[TableRow] = []
     for contender in contenders(engine, model, ()):
         if not isinstance(contender.budget, PresetBudget) or contender.budget.preset is Preset.EXACT:
             continue
         simple, busy = (
-            [
-                summary.compute_ratio
-                for summary in generate(engine, requests_for(engine, model, scenes, contender.budget), lambda _: None)[
-                    1
-                ]
-            ]
+            _compute_ratios(engine, requests_for(engine, model, scenes, contender.budget))
             for scenes in (simple_scenes(count), complex_scenes(count))
         )
         low, high = statistics.mean(simple), statistics.mean(busy)
@@ -184,19 +181,24 @@ def measure_effort(engine: Engine, model: str, count: int) -> list[Row]:
     return rows
 
 
-def measure_negative(engine: Engine, judge: Judge, model: str, count: int) -> list[Row]:
-    """For each background, the share of pictures that have its texture or tone, without and with it as negative prompt.
+def _compute_ratios(engine: Engine, requests: Sequence[ImageRequest]) -> list[float]:
+    _, summaries = generate(engine, requests, lambda _: None)
+    return [summary.compute_ratio for summary in summaries]
 
-    The prompts tell of one object and leave the background open.
+
+def measure_negative(engine: Engine, judge: Judge, model: str, count: int) -> list[TableRow]:
+    """For each background, the share of images with its texture or tone, without and with it as the negative prompt.
+
+    The prompts name one object and leave the background open.
     """
     scenes = [replace(scene, tells_background=False) for scene in evaluation_scenes(count, 0)]
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     for preset in (Preset.EXACT, Preset.FAST):
         requests = requests_for(engine, model, scenes, PresetBudget(preset))
 
         def read(negative_prompt: str | None, requests: Sequence[ImageRequest] = requests) -> list[Reading]:
-            asked = [replace(request, negative_prompt=negative_prompt) for request in requests]
-            return judge.read(generate(engine, asked, lambda _: None)[0])
+            with_prompt = [replace(request, negative_prompt=negative_prompt) for request in requests]
+            return judge.read(generate(engine, with_prompt, lambda _: None)[0])
 
         without = read(None)
         for texture, tone in tqdm(list(zip(TEXTURES, (*TONES, TONES[-1]), strict=True)), desc=f"negative at {preset}"):
@@ -214,7 +216,7 @@ def measure_negative(engine: Engine, judge: Judge, model: str, count: int) -> li
     return rows
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("checkpoints/tiny-flux"))
     parser.add_argument("--judge", type=Path, default=Path("checkpoints/judge"))
@@ -224,40 +226,52 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompts", type=int, default=128, help="one-object prompts, and as many with two to four")
     parser.add_argument("--caps", type=float, nargs="*", default=[0.5], help="compute_ratio budgets beside the presets")
-    parser.add_argument("--time", nargs="+", metavar="NAME", help="time only the stock transformer and these")
+    parser.add_argument("--time", nargs="+", metavar="NAME", help="time only the stock transformer and these budgets")
     parser.add_argument("--only", choices=("time", "quality", "effort", "negative"))
-    parser.add_argument("--json", type=Path, help="also write the result here")
-    arguments = parser.parse_args()
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    return parser.parse_args()
+
+
+def measure_times(
+    engine: Engine, names: Sequence[Contender], model: str, arguments: argparse.Namespace
+) -> list[TableRow]:
+    """The rows of all sizes and batch sizes."""
+    pipeline = DiffusionPipeline.from_pretrained(arguments.model, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    timed = [c for c in names if not (c.budget and arguments.time) or c.name in arguments.time]
+    return [
+        row
+        for side in arguments.sides
+        for batch_size in arguments.batches
+        for row in measure_time(engine, pipeline, timed, model, side, batch_size, arguments.rounds)
+    ]
+
+
+def main() -> None:
+    arguments = parse_arguments()
     diffusers.utils.logging.set_verbosity_error()  # the stock pipeline warns at every call that a batch has no mask
     engine = load_engine([arguments.model], device="cpu", router_weights=arguments.router_weights)
     model = arguments.model.name
     result: dict[str, object] = {"benchmark": "engine", "model": model, "environment": environment()}
     names = contenders(engine, model, arguments.caps)
-    if arguments.only in (None, "time"):
-        pipeline = DiffusionPipeline.from_pretrained(arguments.model, dtype=torch.float32)
-        pipeline.set_progress_bar_config(disable=True)
-        timed = [c for c in names if not (c.budget and arguments.time) or c.name in arguments.time]
-        rows = [
-            row
-            for side in arguments.sides
-            for batch_size in arguments.batches
-            for row in measure_time(engine, pipeline, timed, model, side, batch_size, arguments.rounds)
-        ]
-        result["time"] = rows
-        show("Denoise time over the stock transformer's", rows)
-    if arguments.only in (None, "quality"):
-        judge = load_judge(arguments.judge)
-        rows = measure_quality(engine, judge, names, model, arguments.prompts, arguments.prompts)
-        result["quality"] = rows
-        show("Quality", rows)
-    if arguments.only in (None, "effort"):
-        rows = measure_effort(engine, model, 48)
-        result["effort"] = rows
-        show("Compute of simple and complex scenes", rows)
-    if arguments.only in (None, "negative") and engine.cards[model].guidance is Guidance.TRUE:
-        rows = measure_negative(engine, load_judge(arguments.judge), model, 48)
-        result["negative"] = rows
-        show("Backgrounds without and with a negative prompt that names them", rows)
+
+    def measure(name: str, title: str, rows: Callable[[], list[TableRow]]) -> None:
+        if arguments.only in (None, name):
+            result[name] = found = rows()
+            show(title, found)
+
+    def quality() -> list[TableRow]:
+        return measure_quality(engine, load_judge(arguments.judge), names, model, arguments.prompts, arguments.prompts)
+
+    measure("time", "Denoise time over the stock transformer's", lambda: measure_times(engine, names, model, arguments))
+    measure("quality", "Quality", quality)
+    measure("effort", "Compute of simple and complex scenes", lambda: measure_effort(engine, model, 48))
+    if engine.cards[model].guidance is Guidance.TRUE:
+        measure(
+            "negative",
+            "Backgrounds without and with a negative prompt that names them",
+            lambda: measure_negative(engine, load_judge(arguments.judge), model, 48),
+        )
     finish(result, arguments.json)
 
 

@@ -1,4 +1,4 @@
-"""Where and on what a measurement was made, for the line of JSON that ends every benchmark."""
+"""The commit, device and versions of a measurement, for the line of JSON that ends every benchmark."""
 
 import platform
 import subprocess

@@ -1,18 +1,19 @@
-"""How much decoding does coarse-to-fine save, and does it find the same surface?
+"""How much decoding time does coarse-to-fine save, and does it find the same surface?
 
-`python -m benchmarks.field` decodes held-out solids on a dense grid and coarse to fine, in turn, and extracts both
+`python -m benchmarks.field` decodes held-out solids in turn on a dense grid and coarse to fine, and extracts both
 surfaces.
 
-evaluated  share of the dense grid's points at which coarse-to-fine asked the field
-dense_s    seconds for the dense grid; fine_s for coarse-to-fine, with the search for the points
-time_ratio of the two; low and high are the least and the greatest of all rounds
+evaluated  share of the dense grid's points that coarse-to-fine evaluated
+dense_s    seconds for the dense grid
+fine_s     seconds for coarse-to-fine, including the search for the points
+time_ratio fine_s over dense_s; low and high are the extremes of all rounds
 surface_s  seconds for the triangles, from the coarse-to-fine grid
-vertices   of the dense grid's mesh
-distance   voxels from a vertex of the dense grid's mesh to the nearest of the other's, the largest
+vertices   number of vertices of the dense grid's mesh
+distance   the largest distance in voxels from a vertex of the dense grid's mesh to the nearest vertex of the other mesh
 
-With `--model`, a checkpoint trained here, fields are those that its autoencoder makes of the solids. Without, they are
-the solids' own distances, clipped as such a field is, and an untrained autoencoder of the same size is run on the same
-points and not listened to, so that a point costs what it costs.
+With `--model`, a checkpoint trained here, the fields come from its autoencoder. Without it, they are the solids' own
+distances, clipped like such a field. Then an untrained autoencoder of the same size also evaluates every point, and its
+result is ignored, so that a point has a realistic cost.
 """
 
 import argparse
@@ -26,21 +27,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.environment import environment
-from benchmarks.table import Row, finish, show
+from benchmarks.table import TableRow, finish, show
 from models.families.hunyuan3d.checkpoint import load_checkpoint
 from models.families.hunyuan3d.shape_vae import ShapeVAE
 from models.mesh.surface import BOUNDS, Mesh, extract_surface
 from models.mesh.volume import Field, decode_coarse_to_fine, decode_dense
-from training.shape_vae import NUM_DATA_POINTS, build_shape_vae, encode
-from training.solids import Solid, SolidBatch, sample_solids
-from training.surfaces import BAND
+from training.solids.shape_vae import NUM_DATA_POINTS, build_shape_vae, encode
+from training.solids.solids import Solid, SolidBatch, sample_solids
+from training.solids.surfaces import BAND
 
 _FIRST_SOLID = 3 * 10**9
 """Far from the solids of training, calibration and other measurements."""
 
 
 class CountedField:
-    """A field that counts the points at which it is asked."""
+    """A field that counts the points at which it is evaluated."""
 
     def __init__(self, field: Field) -> None:
         self.field = field
@@ -53,14 +54,14 @@ class CountedField:
 
 @torch.inference_mode()
 def decoded_field(vae: ShapeVAE, solid: Solid, device: torch.device) -> Field:
-    """What the autoencoder makes of a solid."""
+    """The field that the autoencoder decodes from an encoded solid."""
     surface = torch.cat(SolidBatch([solid]).surface_points(NUM_DATA_POINTS, torch.Generator().manual_seed(0)), dim=-1)
     return vae.field(encode(vae, surface.to(device)))
 
 
 @torch.inference_mode()
 def true_field(vae: ShapeVAE, solid: Solid, device: torch.device) -> Field:
-    """The solid's own, at the cost of the autoencoder's. It is evaluated on the CPU."""
+    """The solid's own field, evaluated on the CPU, at the cost of the autoencoder's field."""
     batch = SolidBatch([solid])
     cost = vae.field(torch.randn(1, vae.num_latents, vae.embed_dim, device=device))
 
@@ -72,17 +73,17 @@ def true_field(vae: ShapeVAE, solid: Solid, device: torch.device) -> Field:
 
 
 def largest_distance(of: Mesh, to: Mesh) -> float:
-    """From the vertices of one mesh to the nearest of another's; no less than to its surface."""
+    """Largest distance from a vertex of `of` to the nearest vertex of `to`; an upper bound of that to its surface."""
     distances, _ = cKDTree(to.vertices).query(of.vertices)
     return float(distances.max())
 
 
 def measure(
-    name: str, asked: Field, octree_resolution: int, points_per_call: int, device: torch.device, num_rounds: int
-) -> Row:
-    """The columns above for one solid."""
+    name: str, measured: Field, octree_resolution: int, points_per_call: int, device: torch.device, num_rounds: int
+) -> TableRow:
+    """The columns above, for one solid."""
     dense_s, fine_s = [], []
-    field = CountedField(asked)
+    field = CountedField(measured)
     for _ in tqdm(range(num_rounds), desc=f"{name} at {octree_resolution}"):
         started = time.perf_counter()
         dense = decode_dense(field, octree_resolution, points_per_call=points_per_call, device=device).cpu()
@@ -113,13 +114,13 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="such as checkpoints/tiny-hunyuan3d")
+    parser.add_argument("--model", type=Path, help="for example checkpoints/tiny-hunyuan3d")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resolutions", type=int, nargs="+", default=[128, 256], metavar="CELLS")
     parser.add_argument("--solids", type=int, default=3)
-    parser.add_argument("--points", type=int, default=2048, help="a call; on a GPU many more are right")
+    parser.add_argument("--points", type=int, default=2048, help="points per call; use many more on a GPU")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="also write the result here")
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     torch.manual_seed(0)
@@ -128,7 +129,7 @@ def main() -> None:
     else:
         vae, field_of = build_shape_vae().eval().to(device), true_field
     solids = sample_solids(range(_FIRST_SOLID, _FIRST_SOLID + arguments.solids), held_out=True)
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     for solid in solids:
         field = field_of(vae, solid, device)
         with torch.inference_mode():

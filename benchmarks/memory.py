@@ -1,20 +1,20 @@
-"""Does a server's memory stay flat, however many jobs it has made?
+"""Does a server's memory stay flat over many jobs?
 
-`python -m benchmarks.memory --jobs 2000` runs the real server with tiny-flux and tiny-hunyuan3d in this process and
-calls it over HTTP from a few threads: calls that wait, with one picture and with two, jobs that are polled or followed,
-streams with previews, cancelled jobs, clients that hang up, refusals, idempotency keys, and meshes. With `--redis` jobs
-and results are kept in a Redis of its own.
+`python -m benchmarks.memory --jobs 2000` runs the real server with tiny-flux and tiny-hunyuan3d in this process. A few
+threads call it over HTTP: calls that wait for one image and for two, jobs that are polled or followed, streams with
+previews, cancelled jobs, clients that hang up, refusals, idempotency keys, and meshes. With `--redis`, jobs and results
+are stored in a Redis started for the run.
 
-Records and results live only a moment here. Every 50 jobs all calls have ended, what may be forgotten has been, and
-what is left is measured: the memory of Python's objects (tracemalloc), of the process (resident pages), and of Redis
-with the number of its keys. A line is fitted to each over the second half. Exit status 1 if a line rises by more than
-its limit:
+Records and results expire within seconds here. After every 50 jobs, when all calls have ended and expired data has been
+dropped, three sizes are measured: the memory of Python's objects (tracemalloc), of the process (resident pages), and of
+Redis, with its number of keys. A line is fitted to each over the second half. The exit status is 1 if a line rises by
+more than its limit:
 
-- Python's objects: 500 bytes a job, less than a task, a future with its event, or a tenth of a job's record. Of jobs
-  in Redis some 150 bytes are strings that pydantic keeps of the JSON that it reads, 16,384 of them at most.
-- Redis: 100 bytes a job, less than any key of its own takes.
-- the process: 8,000 bytes a job. It has the tensors too, which tracemalloc can't see; a picture of the smallest size
-  is 12,288 bytes of colours, and 49,152 as float32. The allocator's fragments are the rest.
+- Python's objects: 500 bytes per job. A task, a future with its event, or a tenth of a job's record is more. With
+  Redis, some 150 bytes are strings that pydantic caches from the JSON it reads, at most 16,384 of them.
+- Redis: 100 bytes per job. Any additional key takes more.
+- The process: 8,000 bytes per job. It includes tensors, which tracemalloc can't see: an image of the smallest size has
+  12,288 bytes of colours, and 49,152 as float32. The allocator's fragments are the rest.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from benchmarks.environment import environment
 from benchmarks.processes import RedisServer
-from benchmarks.table import Row, finish, show
+from benchmarks.table import TableRow, finish, show
 from models.zoo import load_engine
 from service.app import build_dispatcher, create_app
 from service.server import DrainingServer
@@ -53,7 +53,7 @@ from service.settings import Settings
 MODELS = (Path("checkpoints/tiny-flux"), Path("checkpoints/tiny-hunyuan3d"))
 EVERY = 50
 LIMITS: Mapping[str, float] = {"tracemalloc": 500.0, "process": 8000.0, "redis": 100.0}
-"""Bytes a job."""
+"""Bytes per job."""
 _NUM_CLIENTS = 4
 _TTL_S = 6.0
 _START_S = 120
@@ -127,31 +127,31 @@ def come_again(client: httpx2.Client, number: int) -> None:
     _answer(client.post("/v1/images", json={**body, "n": 2}, headers=headers), 422)
     again = _answer(client.post("/v1/images", json=body, headers=headers), 200)
     if first.json()["id"] != again.json()["id"]:
-        raise RuntimeError("the same key made two jobs")
+        raise RuntimeError("one idempotency key made two jobs")
 
 
 def make_mesh(client: httpx2.Client, number: int) -> None:
     body = {
-        "input_image": _picture(),
+        "input_image": _image(),
         "seed": number,
         "num_inference_steps": 3,
         "octree_resolution": 16,
         "budget": {"preset": "draft"},
     }
     response = client.post("/v1/meshes", json=body)
-    if response.status_code != 500:  # so few steps may leave a shape without a surface, which is said like that
+    if response.status_code != 500:  # after so few steps, the shape may have no surface, which is answered with 500
         _answer(response, 200)
 
 
-def _picture() -> str:
-    picture = Image.new("RGB", (64, 64), "white")
-    ImageDraw.Draw(picture).ellipse((12, 12, 52, 52), fill="grey")
+def _image() -> str:
+    image = Image.new("RGB", (64, 64), "white")
+    ImageDraw.Draw(image).ellipse((12, 12, 52, 52), fill="grey")
     file = BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
 
 
-# How often each comes among EVERY jobs.
+# How often each kind of call comes in a round of EVERY jobs.
 MIX: Mapping[Call, int] = {
     wait: 10,
     wait_for_two: 2,
@@ -200,41 +200,41 @@ def serving(redis_url: str | None) -> Iterator[str]:
 
 
 def settle(client: httpx2.Client) -> None:
-    """Let everything be forgotten that may be: stores look for that when something is added or asked for."""
+    """Wait until data has expired, and make the stores drop it: they do so when they are used."""
     time.sleep(_TTL_S + 0.5)
     wait(client, 0)
     _answer(client.get("/metrics"), 200)
     gc.collect()
 
 
-def sample(num_jobs: int, store: Any | None) -> Row:
-    """`store` is a client of the Redis that is used, if one is."""
+def sample(num_jobs: int, store: Any | None) -> TableRow:
+    """One row of sizes. `store` is a client of the Redis of the run, if there is one."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    row: Row = {
+    row: TableRow = {
         "jobs": num_jobs,
         "tracemalloc": tracemalloc.get_traced_memory()[0],
         "process": pages * os.sysconf("SC_PAGE_SIZE"),
     }
     if store is not None:
-        keys = list(store.scan_iter(count=1000))  # which also makes Redis remove what has expired
+        keys = list(store.scan_iter(count=1000))  # this also makes Redis remove expired keys
         row |= {"redis": int(store.info("memory")["used_memory"]), "keys": len(keys)}
     return row
 
 
-def slope(rows: Sequence[Row], name: str) -> float:
-    """How much a column rises with each job over the second half."""
+def slope(rows: Sequence[TableRow], name: str) -> float:
+    """How much a column rises per job over the second half."""
     jobs, values = (np.array([float(row[key] or 0) for row in rows]) for key in ("jobs", name))
     is_late = jobs > jobs[-1] / 2
     return float(np.polyfit(jobs[is_late], values[is_late], 1)[0])
 
 
-def run(num_jobs: int, redis_server: RedisServer | None) -> tuple[list[Row], Counter[str], list[str]]:
-    """The samples, how many calls of each kind there were, and where Python's memory grew in the second half."""
+def run(num_jobs: int, redis_server: RedisServer | None) -> tuple[list[TableRow], Counter[str], list[str]]:
+    """The samples, the number of calls of each kind, and where Python's memory grew in the second half."""
     torch.set_num_threads(1)
     calls = [call for call, count in MIX.items() for _ in range(count)]
-    # Spread over the round, so that different ones meet.
+    # Spread over the round, so that different kinds run at the same time.
     order = [calls[index * 7 % len(calls)] for index in range(len(calls))]
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     made: Counter[str] = Counter()
     with ExitStack() as stack:
         store = None if redis_server is None else redis.Redis.from_url(redis_server.url)
@@ -256,20 +256,22 @@ def run(num_jobs: int, redis_server: RedisServer | None) -> tuple[list[Row], Cou
             rows.append(sample(numbers.stop, store))
             bar.set_postfix(rows[-1])
             if not (folder / "half").exists() and numbers.stop >= num_jobs / 2:
-                # After this sample and before those that count: it takes memory for itself, which the process keeps.
+                # The snapshot takes memory that the process keeps, so it comes before the samples of the second half.
                 tracemalloc.take_snapshot().dump(str(folder / "half"))
         grown = tracemalloc.take_snapshot().compare_to(tracemalloc.Snapshot.load(str(folder / "half")), "lineno")
     return rows, made, [str(difference) for difference in grown[:8]]
 
 
 def measure(num_jobs: int, redis_server: RedisServer | None) -> tuple[dict[str, Any], bool]:
-    """What becomes of the memory, and whether all of it stays flat."""
+    """The result, and whether all sizes stay flat."""
     began = time.monotonic()
     rows, made, grown = run(num_jobs, redis_server)
     show("jobs in Redis" if redis_server else "jobs in memory", rows)
     slopes = {name: round(slope(rows, name), 4) for name in rows[0] if name != "jobs"}
-    print("a job: " + ", ".join(f"{name} {rise:+.1f}" for name, rise in slopes.items()))
-    faults = [f"{name} rises by {rise:.0f} bytes a job" for name, rise in slopes.items() if rise > LIMITS.get(name, 1)]
+    print("per job: " + ", ".join(f"{name} {rise:+.1f}" for name, rise in slopes.items()))
+    faults = [
+        f"{name} rises by {rise:.0f} bytes per job" for name, rise in slopes.items() if rise > LIMITS.get(name, 1)
+    ]
     if faults:
         print("\n".join([*faults, "where Python's memory grew:", *grown]))
     result = {"seconds": round(time.monotonic() - began), "calls": dict(made), "slopes": slopes, "samples": rows}
@@ -279,7 +281,7 @@ def measure(num_jobs: int, redis_server: RedisServer | None) -> tuple[dict[str, 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
     parser.add_argument("--jobs", type=int, default=2000)
-    parser.add_argument("--redis", action="store_true", help="keep jobs and results in a Redis of its own")
+    parser.add_argument("--redis", action="store_true", help="store jobs and results in a Redis started for the run")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     options = parser.parse_args()
     with ExitStack() as stack:

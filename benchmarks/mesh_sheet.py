@@ -1,4 +1,4 @@
-"""A sheet of solids and the meshes that were made of their pictures."""
+"""A sheet of solids, their images, and the meshes generated from these."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks.mesh_pictures import draw_mesh
+from benchmarks.mesh_images import draw_mesh
 from models.mesh.surface import Mesh, extract_surface
 from models.mesh.volume import decode_coarse_to_fine
-from training.solids import Solid, SolidBatch
+from training.solids.solids import Solid, SolidBatch
 
 _SIDE = 192
 _GAP = 12
@@ -19,20 +19,20 @@ _INK = (30, 30, 30)
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One mesh, if there is one, and what is written under it."""
+    """One mesh, None if its field had no surface, and the text under it."""
 
     mesh: Mesh | None
-    figures: str
+    text: str
 
 
 def draw_sheet(
-    solids: Sequence[Solid], pictures: Sequence[Image.Image], columns: Mapping[str, Sequence[Cell]]
+    solids: Sequence[Solid], images: Sequence[Image.Image], columns: Mapping[str, Sequence[Cell]]
 ) -> Image.Image:
-    """A row a solid: its picture, in RGBA, its true form, and a cell of each column under its heading."""
+    """One row per solid: its RGBA image, its true shape, and a cell of each column. Keys of `columns` are headings."""
     all_columns = {
-        "picture": [(_on_white(picture), "") for picture in pictures],
+        "image": [(_on_white(image), "") for image in images],
         "true solid": [(draw_mesh(_mesh_of(solid), _SIDE), _name(solid)) for solid in solids],
-        **{heading: [(_drawn(cell.mesh), cell.figures) for cell in cells] for heading, cells in columns.items()},
+        **{heading: [(_drawn(cell.mesh), cell.text) for cell in cells] for heading, cells in columns.items()},
     }
     row_height = _SIDE + 2 * _LINE + _GAP
     top = _GAP + 2 * _LINE
@@ -41,8 +41,8 @@ def draw_sheet(
     for number, (heading, cells) in enumerate(all_columns.items()):
         left = _GAP + number * (_SIDE + _GAP)
         ink.multiline_text((left, _GAP), heading, _INK, font)
-        for row, (picture, text) in enumerate(cells):
-            sheet.paste(picture, (left, top + row * row_height))
+        for row, (image, text) in enumerate(cells):
+            sheet.paste(image, (left, top + row * row_height))
             ink.multiline_text((left, top + row * row_height + _SIDE), text, _INK, font)
     return sheet
 
@@ -51,9 +51,9 @@ def _drawn(mesh: Mesh | None) -> Image.Image:
     return draw_mesh(mesh, _SIDE) if mesh else Image.new("RGB", (_SIDE, _SIDE), "white")
 
 
-def _on_white(picture: Image.Image) -> Image.Image:
-    sheet = Image.new("RGB", picture.size, "white")
-    sheet.paste(picture, mask=picture.getchannel("A"))
+def _on_white(image: Image.Image) -> Image.Image:
+    sheet = Image.new("RGB", image.size, "white")
+    sheet.paste(image, mask=image.getchannel("A"))
     return sheet.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
 
 

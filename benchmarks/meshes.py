@@ -1,21 +1,23 @@
 """How much time does elasticity save for meshes, and what does it cost in quality?
 
-`python -m benchmarks.meshes` shows a model pictures of held-out solids. Two measurements in one run:
+`python -m benchmarks.meshes` generates meshes from images of held-out solids. Two measurements in one run:
 
-time     a plain loop over the unwrapped denoiser, our loop at `exact`, every preset and compute caps, interleaved round
-         by round on the same picture and noise; a ratio is a round's own, and its median over rounds is reported
+time     a plain loop over the unwrapped denoiser, our loop at `exact`, every preset, and compute caps take turns in
+         every round, on the same image and noise; a ratio compares within a round, and its median over rounds is
+         reported
 quality  volume IoU and F-score of the meshes against the true solid, and against the exact mesh of the same seed:
-         medians, 0 counting for a shape without surface; seconds from latents to a clean mesh. The solids are of
-         combinations that training holds out; at `exact` and under caps also new ones drawn as those that it shows
+         medians, with 0 for a shape without a surface; seconds from latents to a clean mesh. The solids are of
+         combinations that training holds out. At `exact` and under caps, new solids of the training combinations are
+         measured too
 
-The plain loop samples as published, both guidance rows in one batch, but for steps of no length, which we do not take
-either.
+The plain loop samples as published, with both guidance rows in one batch. Steps of no length are left out, as in our
+loop.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import pairwise
@@ -29,8 +31,10 @@ from tqdm import tqdm
 from benchmarks.contenders import Contender, Denoising, contenders, decisions, elastic_denoise, time_in_turn
 from benchmarks.environment import environment
 from benchmarks.mesh_sheet import Cell, draw_sheet
-from benchmarks.table import Row, finish, show
+from benchmarks.table import TableRow, finish, show
+from models.budget import resolve
 from models.card import MeshCard
+from models.curve import Preset
 from models.diffusion.sampling import classifier_free_guidance, euler_step
 from models.engine import Engine
 from models.errors import EmptySurface
@@ -39,11 +43,11 @@ from models.families.hunyuan3d.preparation import prepare_image
 from models.mesh.cleanup import CleanMesh
 from models.mesh.surface import Mesh
 from models.report import GenerationSummary
-from models.request import Budget, ComputeBudget, MeshRequest, Preset, PresetBudget
+from models.request import Budget, ComputeBudget, MeshRequest, PresetBudget
 from models.zoo import load_engine
-from training.mesh_judge import Shape, surface_likeness, volume_iou
-from training.prepared_pictures import picture_file
-from training.solids import Solid, sample_solids
+from training.solids.images import picture_file
+from training.solids.judge import Shape, surface_likeness, volume_iou
+from training.solids.solids import Solid, sample_solids
 
 _BATCH_SIZE = 8
 _FIRST_SOLID = 4 * 10**9
@@ -51,8 +55,8 @@ _FIRST_SOLID = 4 * 10**9
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
-    """A request's result: no mesh where its field had no surface."""
+class MeshResult:
+    """The result of a request. `mesh` is None if its field had no surface."""
 
     mesh: Mesh | None
     decode_seconds: float
@@ -60,10 +64,20 @@ class Made:
 
 
 @dataclass(frozen=True, slots=True)
-class Likeness:
+class Similarity:
+    """Volume IoU, F-score and chamfer distance of two shapes; the distance is None if one of them is missing."""
+
     iou: float
     f_score: float
     chamfer: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """The results of one contender, and their similarity to the true solids."""
+
+    results: Sequence[MeshResult]
+    to_truth: Sequence[Similarity]
 
 
 def held_out_solids(count: int) -> list[Solid]:
@@ -71,7 +85,7 @@ def held_out_solids(count: int) -> list[Solid]:
 
 
 def solids_of_taught_combinations(count: int) -> list[Solid]:
-    """Solids that training has not seen, drawn as those that it has."""
+    """New solids, drawn like those of training."""
     return sample_solids(range(_FIRST_SOLID, _FIRST_SOLID + count))
 
 
@@ -87,6 +101,8 @@ def requests_for(
             guidance_scale=card.default_guidance_scale,
             seed=seed,
             budget=budget,
+            point=resolve(budget, card.curve),
+            is_guided=card.is_guided(card.default_guidance_scale),
             input_image=picture_file(solid, seed),
             octree_resolution=octree_resolution or card.default_octree_resolution,
         )
@@ -96,7 +112,7 @@ def requests_for(
 
 @torch.inference_mode()
 def stock_denoise(checkpoint: Hunyuan3DCheckpoint, requests: Sequence[MeshRequest]) -> tuple[Tensor, Denoising]:
-    """The published loop on the plain denoiser: latents `(batch, tokens, channels)`, timed from encoded pictures on."""
+    """The published loop on the plain denoiser: latents `(batch, tokens, channels)`, timed from encoded images on."""
     request, vae = requests[0], checkpoint.vae
     contexts, noise = [], []
     for each in requests:
@@ -135,8 +151,8 @@ def measure_time(
     model: str,
     batch_size: int,
     num_rounds: int,
-) -> list[Row]:
-    """The rows of `time_in_turn`, with batch size."""
+) -> list[TableRow]:
+    """The rows of `time_in_turn`, with a column for the batch size."""
     solids = held_out_solids(batch_size * (num_rounds + 1))
 
     def denoise(contender: Contender, number: int) -> Denoising:
@@ -148,8 +164,8 @@ def measure_time(
     return [{"name": row.pop("name"), "batch_size": batch_size, **row} for row in rows]
 
 
-def make(engine: Engine, requests: Sequence[MeshRequest], title: str) -> list[Made]:
-    made = []
+def generate(engine: Engine, requests: Sequence[MeshRequest], title: str) -> list[MeshResult]:
+    results = []
     for first in tqdm(range(0, len(requests), _BATCH_SIZE), desc=title):
         states = [engine.start(request) for request in requests[first : first + _BATCH_SIZE]]
         while not states[0].is_done:
@@ -163,117 +179,143 @@ def make(engine: Engine, requests: Sequence[MeshRequest], title: str) -> list[Ma
             else:
                 assert isinstance(cleaned, CleanMesh)
                 mesh = cleaned.mesh
-            made.append(Made(mesh, time.perf_counter() - started, state.summary()))
-    return made
+            results.append(MeshResult(mesh, time.perf_counter() - started, state.summary()))
+    return results
 
 
-def compare(mesh: Mesh | None, shape: Shape | None) -> Likeness:
+def compare(mesh: Mesh | None, shape: Shape | None) -> Similarity:
     if mesh is None or shape is None:
-        return Likeness(0.0, 0.0, None)
-    likeness = surface_likeness(mesh, shape)
-    return Likeness(volume_iou(mesh, shape), likeness.f_score, likeness.chamfer)
+        return Similarity(0.0, 0.0, None)
+    surface = surface_likeness(mesh, shape)
+    return Similarity(volume_iou(mesh, shape), surface.f_score, surface.chamfer)
 
 
-def make_and_judge(
-    engine: Engine, requests: Sequence[MeshRequest], solids: Sequence[Solid], title: str
-) -> tuple[list[Made], list[Likeness]]:
-    made = make(engine, requests, title)
-    return made, [compare(one.mesh, solid) for one, solid in zip(made, solids, strict=True)]
+def judge(engine: Engine, requests: Sequence[MeshRequest], solids: Sequence[Solid], title: str) -> Judged:
+    """Generate the meshes of the requests and compare them with the solids that their images show."""
+    results = generate(engine, requests, title)
+    return Judged(results, [compare(result.mesh, solid) for result, solid in zip(results, solids, strict=True)])
 
 
-def truth_row(name: str, made: Sequence[Made], true: Sequence[Likeness]) -> Row:
-    chamfers = [likeness.chamfer for likeness in true if likeness.chamfer is not None]
+def truth_row(name: str, judged: Judged) -> TableRow:
+    """Medians over the solids of the similarity to the truth, and the contender's decisions."""
+    chamfers = [similarity.chamfer for similarity in judged.to_truth if similarity.chamfer is not None]
     return {
         "name": name,
-        "iou_true": statistics.median(likeness.iou for likeness in true),
-        "f_true": statistics.median(likeness.f_score for likeness in true),
+        "iou_true": statistics.median(similarity.iou for similarity in judged.to_truth),
+        "f_true": statistics.median(similarity.f_score for similarity in judged.to_truth),
         "chamfer_true": statistics.median(chamfers) if chamfers else None,
-        "empty": sum(one.mesh is None for one in made),
-        "decode_s": statistics.median(one.decode_seconds for one in made),
-        **decisions([one.summary for one in made]),
+        "empty": sum(result.mesh is None for result in judged.results),
+        "decode_s": statistics.median(result.decode_seconds for result in judged.results),
+        **decisions([result.summary for result in judged.results]),
     }
 
 
-def quality_row(name: str, made: Sequence[Made], true: Sequence[Likeness], exact: Sequence[Likeness]) -> Row:
+def quality_row(name: str, judged: Judged, exact: Sequence[MeshResult]) -> TableRow:
+    """`truth_row`, and medians of the similarity to the exact meshes of the same seeds."""
+    to_exact = [compare(own.mesh, other.mesh) for own, other in zip(judged.results, exact, strict=True)]
     return {
-        **truth_row(name, made, true),
-        "iou_exact": statistics.median(likeness.iou for likeness in exact),
-        "f_exact": statistics.median(likeness.f_score for likeness in exact),
+        **truth_row(name, judged),
+        "iou_exact": statistics.median(similarity.iou for similarity in to_exact),
+        "f_exact": statistics.median(similarity.f_score for similarity in to_exact),
     }
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("checkpoints/tiny-hunyuan3d"))
     parser.add_argument("--router-weights", type=Path, default=Path("router_weights"))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--solids", type=int, default=48, help="of which quality is measured")
+    parser.add_argument("--solids", type=int, default=48, help="number of solids for the quality")
     parser.add_argument("--octree-resolution", type=int, help="the model's default if not given")
     parser.add_argument("--caps", type=float, nargs="*", default=[0.5], help="compute_ratio budgets beside the presets")
     parser.add_argument("--only", choices=("time", "quality"))
-    parser.add_argument("--sheet", type=Path, help="draw the first solids' meshes at every budget, with the quality")
+    parser.add_argument("--sheet", type=Path, help="draw the first solids' meshes at every budget into this file")
     parser.add_argument("--sheet-rows", type=int, default=6)
-    parser.add_argument("--json", type=Path, help="also write the result here")
-    arguments = parser.parse_args()
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    return parser.parse_args()
+
+
+def measure_times(
+    engine: Engine, names: Sequence[Contender], model: str, arguments: argparse.Namespace
+) -> list[TableRow]:
+    """The rows of all batch sizes."""
+    checkpoint = load_checkpoint(arguments.model, "cpu", torch.float32)
+    return [
+        row
+        for batch_size in arguments.batches
+        for row in measure_time(engine, checkpoint, names, model, batch_size, arguments.rounds)
+    ]
+
+
+def measure_quality(
+    engine: Engine,
+    names: Sequence[Contender],
+    model: str,
+    solids: Sequence[Solid],
+    octree_resolution: int | None,
+    title: str,
+) -> dict[str, Judged]:
+    """The meshes of every elastic contender, by its name, and their similarity to the true solids."""
+    judged = {}
+    for contender in names:
+        if contender.budget is not None:
+            requests = requests_for(engine, model, solids, contender.budget, octree_resolution)
+            judged[contender.name] = judge(engine, requests, solids, contender.name + title)
+    return judged
+
+
+def draw(path: Path, solids: Sequence[Solid], judged: Mapping[str, Judged], time_ratios: Mapping[str, float]) -> None:
+    """Write the sheet of these first solids and their meshes."""
+    columns = {
+        _heading(name, time_ratios): [
+            Cell(result.mesh, f"compute {result.summary.compute_ratio:.0%}\nIoU {similarity.iou:.3f}")
+            for result, similarity in zip(own.results, own.to_truth, strict=True)
+        ][: len(solids)]
+        for name, own in judged.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [Image.open(BytesIO(picture_file(solid, seed))) for seed, solid in enumerate(solids)]
+    draw_sheet(solids, images, columns).save(path)
+
+
+def _heading(name: str, time_ratios: Mapping[str, float]) -> str:
+    return f"{name}\n{time_ratios[name]:.2f} of the time" if name in time_ratios else name
+
+
+def main() -> None:
+    arguments = parse_arguments()
     engine = load_engine([arguments.model], device="cpu", router_weights=arguments.router_weights)
     model = arguments.model.name
     names = contenders(engine, model, arguments.caps)
     result: dict[str, object] = {"benchmark": "meshes", "model": model, "environment": environment()}
     time_ratios: dict[str, float] = {}
     if arguments.only in (None, "time"):
-        checkpoint = load_checkpoint(arguments.model, "cpu", torch.float32)
-        rows = [
-            row
-            for batch_size in arguments.batches
-            for row in measure_time(engine, checkpoint, names, model, batch_size, arguments.rounds)
-        ]
+        rows = measure_times(engine, names, model, arguments)
         result["time"] = rows
         show("Denoise time over the plain loop's", rows)
-        of_smallest_batch = rows[: len(names)]
-        time_ratios = {str(row["name"]): float(row["time_ratio"] or 0) for row in of_smallest_batch}
+        of_first_batch_size = rows[: len(names)]
+        time_ratios = {str(row["name"]): float(row["time_ratio"] or 0) for row in of_first_batch_size}
     if arguments.only in (None, "quality"):
-        solids = held_out_solids(arguments.solids)
-        rows, columns = [], []
-        exact: list[Made] = []
-        for contender in names:
-            if not contender.budget:
-                continue
-            requests = requests_for(engine, model, solids, contender.budget, arguments.octree_resolution)
-            made, true = make_and_judge(engine, requests, solids, contender.name)
-            exact = exact or made  # comes first
-            own = [compare(one.mesh, other.mesh) for one, other in zip(made, exact, strict=True)]
-            rows.append(quality_row(contender.name, made, true, own))
-            columns.append((contender.name, made, true))
-        result["quality"] = rows
-        result["solids"] = arguments.solids
+        solids, resolution = held_out_solids(arguments.solids), arguments.octree_resolution
+        judged = measure_quality(engine, names, model, solids, resolution, "")
+        exact = next(iter(judged.values())).results
+        rows = [quality_row(name, own, exact) for name, own in judged.items()]
+        result |= {"quality": rows, "solids": arguments.solids}
         show("Quality", rows)
+        dense_and_capped = [
+            c for c in names if c.budget == PresetBudget(Preset.EXACT) or isinstance(c.budget, ComputeBudget)
+        ]
         taught = solids_of_taught_combinations(arguments.solids)
-        of_taught = []
-        for contender in names:
-            if contender.budget == PresetBudget(Preset.EXACT) or isinstance(contender.budget, ComputeBudget):
-                requests = requests_for(engine, model, taught, contender.budget, arguments.octree_resolution)
-                judged = make_and_judge(engine, requests, taught, f"{contender.name}, combinations of training")
-                of_taught.append(truth_row(contender.name, *judged))
-        result["quality_of_taught_combinations"] = of_taught
-        show("Quality, new solids of the combinations of training", of_taught)
+        judged_taught = measure_quality(
+            engine, dense_and_capped, model, taught, resolution, ", combinations of training"
+        )
+        rows = [truth_row(name, own) for name, own in judged_taught.items()]
+        result["quality_of_taught_combinations"] = rows
+        show("Quality, new solids of the combinations of training", rows)
         if arguments.sheet:
-            cells = {
-                _heading(name, time_ratios): [
-                    Cell(one.mesh, f"compute {one.summary.compute_ratio:.0%}\nIoU {likeness.iou:.3f}")
-                    for one, likeness in zip(made, true, strict=True)
-                ][: arguments.sheet_rows]
-                for name, made, true in columns
-            }
-            arguments.sheet.parent.mkdir(parents=True, exist_ok=True)
-            shown = solids[: arguments.sheet_rows]
-            pictures = [Image.open(BytesIO(picture_file(solid, seed))) for seed, solid in enumerate(shown)]
-            draw_sheet(shown, pictures, cells).save(arguments.sheet)
+            draw(arguments.sheet, solids[: arguments.sheet_rows], judged, time_ratios)
     finish(result, arguments.json)
-
-
-def _heading(name: str, time_ratios: dict[str, float]) -> str:
-    return f"{name}\n{time_ratios[name]:.2f} of the time" if name in time_ratios else name
 
 
 if __name__ == "__main__":

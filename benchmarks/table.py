@@ -1,13 +1,13 @@
-"""How benchmarks show their results: tables for people, one line of JSON for programs."""
+"""Output of benchmarks: tables for people, one line of JSON for programs."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-Row = dict[str, float | str | None]
+TableRow = dict[str, float | str | None]
 
 
-def show(title: str, rows: Sequence[Row]) -> None:
+def show(title: str, rows: Sequence[TableRow]) -> None:
     print(f"\n{title}")
     print("  ".join(f"{key:>14}" for key in rows[0]))
     for row in rows:
@@ -21,7 +21,7 @@ def _cell(value: float | str | None) -> str:
 
 
 def finish(result: Mapping[str, object], path: Path | None) -> None:
-    """Write the result to `path`, if there is one, and end the output with it in one line."""
+    """Write the result as JSON to `path`, if given, and print it as the last line of the output."""
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")

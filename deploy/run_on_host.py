@@ -1,13 +1,13 @@
-"""Start on this machine, without containers, what docker-compose.yml starts, and see that it works together.
+"""Start the services of docker-compose.yml on this machine, without containers, and check that they work together.
 
 `python deploy/run_on_host.py` starts Redis with its append-only file, the server with Redis as its job store, and
-Prometheus with the configuration of the compose file, all on free ports of 127.0.0.1 and in a temporary folder. It asks
-the server for pictures and meshes, and then checks that
-- the files that came back are a picture and a mesh,
-- Redis holds the jobs, and its append-only file is being written,
-- Prometheus has series for every query of Grafana's dashboard and runs every alert's.
+Prometheus with the configuration of the compose file, all on free ports of 127.0.0.1 and in a temporary folder. It
+generates images and meshes, and then checks that
+- the server's files are an image and a mesh,
+- Redis holds the jobs, and writes its append-only file,
+- Prometheus has series for every query of Grafana's dashboard, and evaluates every alert.
 
-It prints what it saw, exits with 1 and the reason if something is missing, and stops what it started in any case.
+It prints what it found. If something is missing, it exits with 1 and the reason. It always stops what it started.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import base64
 import io
 import json
 import math
-import os
 import shutil
 import signal
 import socket
@@ -36,31 +35,33 @@ import trimesh
 import yaml
 from PIL import Image
 
+from examples.server_process import ElasticDit, ServerEnded
+
 DEPLOY = Path(__file__).parent
 ROOT = DEPLOY.parent
 DASHBOARD = DEPLOY / "grafana" / "dashboards" / "elastic-dit.json"
 SOLID = ROOT / "docs" / "images" / "solid.png"
 PACKAGES = {"redis-server": "redis-server", "prometheus": "prometheus"}
-"""Debian's package of each program."""
+"""Debian's package for each program."""
 SCRAPE_S = 1
-# What Grafana would put into the queries: all models, and a window with some scrapes on both sides of the requests.
+# Values for Grafana's variables: all models, and a window with some scrapes before and after the requests.
 VARIABLES = {"$model": ".*", "$__rate_interval": "5m", "$__range": "5m"}
-START_S, STOP_S, REQUEST_S, SCRAPED_S = 240, 60, 300, 30
+START_S, STOP_S, REQUEST_S, SCRAPED_S = 60, 60, 300, 30
 BUDGET = "fast"
 ROUNDS = 2
-"""A series begins with the first request that it counts; only what it grows by after that is a rate."""
+"""Two, since a series begins with the first request that it counts, and a rate needs growth after that."""
 
 
 class Missing(Exception):
-    """Something is not as it should be; the message is for the reader."""
+    """A check failed. The message says which."""
 
 
-FAILURES = (Missing, httpx2.TransportError, redis.RedisError)
+FAILURES = (Missing, ServerEnded, httpx2.TransportError, redis.RedisError)
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
-    """One finished job, what came back, and what its receipt says."""
+class FinishedJob:
+    """`file` describes the job's file."""
 
     job_id: str
     file: str
@@ -70,7 +71,7 @@ class Made:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What Prometheus answered to a query of the dashboard."""
+    """Prometheus's answer to a query of the dashboard."""
 
     panel: str
     expr: str
@@ -93,29 +94,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def prove(folder: Path) -> None:
     check_programs()
-    redis_port, api_port, prometheus_port = free_ports(3)
-    api, prometheus = f"http://127.0.0.1:{api_port}", f"http://127.0.0.1:{prometheus_port}"
+    redis_port, prometheus_port = free_ports(2)
+    prometheus = f"http://127.0.0.1:{prometheus_port}"
     redis_url = f"redis://127.0.0.1:{redis_port}/0"
-    # In this order, so that the server, stopped before Redis, can still put back or finish what it has.
+    # The server starts after Redis and stops before it, so that it can still store or return its jobs.
     with (
         running("redis", redis_command(redis_port, folder), folder),
         redis.Redis.from_url(redis_url) as store,
-        running("prometheus", prometheus_command(folder, api_port, prometheus_port), folder),
-        running("api", server_command(api_port), folder, ELASTIC_REDIS_URL=redis_url, HF_HUB_OFFLINE="1") as server,
+        running_server(folder, redis_url) as api,
+        running("prometheus", prometheus_command(folder, api, prometheus_port), folder),
     ):
         wait_for("Redis", lambda: bool(store.ping()), timeout_s=10)
-        wait_for("the server", lambda: _answers(f"{api}/readyz"), timeout_s=START_S, process=server)
+        wait_for("the server", lambda: _answers(f"{api}/readyz"), timeout_s=START_S)
         wait_for("Prometheus", lambda: _answers(f"{prometheus}/-/ready"), timeout_s=START_S)
-        made = make_all(api, prometheus)
+        jobs = run_jobs(api, prometheus)
         print_table(
-            ["made", "seconds", "compute", "job"],
-            [[job.file, f"{job.seconds:.2f}", f"{job.compute_ratio:.2f}", job.job_id] for job in made],
+            ["file", "seconds", "compute", "job"],
+            [[job.file, f"{job.seconds:.2f}", f"{job.compute_ratio:.2f}", job.job_id] for job in jobs],
         )
-        check_redis(store, made, folder)
+        check_redis(store, jobs, folder)
         answers = ask_dashboard(prometheus)
         print_table(["panel", "series", "sample"], [[a.panel, str(a.num_series), f"{a.sample:.4g}"] for a in answers])
         check_alerts(prometheus)
-    print(f"\nAll of it works: {len(made)} jobs through Redis, {len(answers)} queries of the dashboard answered.")
+    print(f"\nAll of it works: {len(jobs)} jobs through Redis, {len(answers)} queries of the dashboard answered.")
 
 
 def check_programs() -> None:
@@ -136,7 +137,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def redis_command(port: int, folder: Path) -> list[str]:
-    """As in the compose file, where the image's defaults are the data folder and the port."""
+    """The compose file's command, with the data folder and the port that the container image sets by default."""
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
     flags = [flag.replace("${REDIS_MAXMEMORY:-2gb}", "256mb") for flag in compose["services"]["redis"]["command"]]
     data = folder / "redis-data"
@@ -144,18 +145,14 @@ def redis_command(port: int, folder: Path) -> list[str]:
     return [*flags, "--bind", "127.0.0.1", "--port", str(port), "--dir", str(data)]
 
 
-def server_command(port: int) -> list[str]:
-    return [sys.executable, "-m", "service.cli", "serve", "--host", "127.0.0.1", "--port", str(port)]
-
-
-def prometheus_command(folder: Path, api_port: int, port: int) -> list[str]:
-    """With the configuration of the compose file, but for the server's address and how often it is asked."""
+def prometheus_command(folder: Path, api: str, port: int) -> list[str]:
+    """Prometheus with the compose file's configuration, but for the server's address and the scrape interval."""
     source = DEPLOY / "prometheus"
     config = yaml.safe_load((source / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": f"{SCRAPE_S}s", "evaluation_interval": f"{SCRAPE_S}s"}
     config["scrape_configs"] = [scrape for scrape in config["scrape_configs"] if "static_configs" in scrape]
     for scrape in config["scrape_configs"]:
-        scrape["static_configs"] = [{"targets": [f"127.0.0.1:{api_port}"]}]
+        scrape["static_configs"] = [{"targets": [api.removeprefix("http://")]}]
     target = folder / "prometheus"
     target.mkdir()
     (target / "prometheus.yml").write_text(yaml.safe_dump(config))
@@ -170,16 +167,28 @@ def prometheus_command(folder: Path, api_port: int, port: int) -> list[str]:
 
 
 @contextmanager
-def running(name: str, command: Sequence[str], folder: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """The process until the block ends; if it ends in an error, the last lines of its log are shown."""
-    log_path = folder / f"{name}.log"
-    print(f"Starting {name}: {' '.join(Path(word).name if word == sys.executable else word for word in command)}")
-    with log_path.open("wb") as log:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **environment}, stdout=log, stderr=subprocess.STDOUT
-        )
+def running_server(folder: Path, redis_url: str) -> Iterator[str]:
+    """The address of a server that runs until the block ends. If the block fails, prints the end of its log."""
+    print("Starting the server")
+    environment = {"ELASTIC_REDIS_URL": redis_url, "HF_HUB_OFFLINE": "1"}
+    with ElasticDit("serve", folder / "api.log", "--host", "127.0.0.1", **environment) as server:
+        address = server.wait_until_ready()
         try:
-            yield process
+            yield address
+        except FAILURES:
+            print(f"\nThe end of the server's log:\n{server.end_of_log()}", file=sys.stderr)
+            raise
+
+
+@contextmanager
+def running(name: str, command: Sequence[str], folder: Path) -> Iterator[None]:
+    """A process that runs until the block ends. If the block fails, prints the end of its log."""
+    log_path = folder / f"{name}.log"
+    print(f"Starting {name}: {' '.join(command)}")
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            yield
         except FAILURES:
             lines = log_path.read_text(errors="replace").splitlines()[-15:]
             print("\n".join([f"\nThe end of {name}'s log:", *lines]), file=sys.stderr)
@@ -193,51 +202,47 @@ def running(name: str, command: Sequence[str], folder: Path, **environment: str)
                 process.wait()
 
 
-def wait_for(
-    what: str, is_there: Callable[[], bool], *, timeout_s: float, process: subprocess.Popen[bytes] | None = None
-) -> None:
+def wait_for(what: str, is_ready: Callable[[], bool], *, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        if process is not None and process.poll() is not None:
-            raise Missing(f"{what} ended with exit code {process.returncode}")
         try:
-            if is_there():
+            if is_ready():
                 return
         except (httpx2.TransportError, redis.ConnectionError):
             pass
         time.sleep(0.2)
-    raise Missing(f"{what} was not there after {timeout_s:.0f} s")
+    raise Missing(f"{what}: not ready after {timeout_s:.0f} s")
 
 
 def _answers(url: str) -> bool:
     return httpx2.get(url, timeout=5).status_code == 200
 
 
-def make_all(api: str, prometheus: str) -> list[Made]:
-    """A picture and a mesh in each round; between the rounds Prometheus gets to see what there was before."""
-    made: list[Made] = []
+def run_jobs(api: str, prometheus: str) -> list[FinishedJob]:
+    """An image and a mesh in each round. Between the rounds Prometheus scrapes the counts of the last one."""
+    jobs: list[FinishedJob] = []
 
     def is_scraped() -> bool:
-        return ask(prometheus, "sum(elastic_requests_total)", default=0.0) == len(made)
+        return ask(prometheus, "sum(elastic_requests_total)", default=0.0) == len(jobs)
 
     with httpx2.Client(base_url=api, timeout=REQUEST_S) as client:
         for _ in range(ROUNDS):
-            made += [make_picture(client), make_mesh(client)]
+            jobs += [generate_image(client), generate_mesh(client)]
             wait_for("the last request in Prometheus", is_scraped, timeout_s=SCRAPED_S)
-    return made
+    return jobs
 
 
-def make_picture(client: httpx2.Client) -> Made:
+def generate_image(client: httpx2.Client) -> FinishedJob:
     prompt = "a large red circle in the centre, on a plain light background"
     result = _result_of(
-        client.post("/v1/images", json={"prompt": prompt, "seed": 7, "budget": {"preset": BUDGET}}), "a picture"
+        client.post("/v1/images", json={"prompt": prompt, "seed": 7, "budget": {"preset": BUDGET}}), "an image"
     )
-    with Image.open(io.BytesIO(base64.b64decode(result["data"][0]["b64_json"]))) as picture:
-        picture.load()
-        return _made(result, f"{picture.format} of {picture.width}x{picture.height}")
+    with Image.open(io.BytesIO(base64.b64decode(result["data"][0]["b64_json"]))) as image:
+        image.load()
+        return _finished_job(result, f"{image.format} of {image.width}x{image.height}")
 
 
-def make_mesh(client: httpx2.Client) -> Made:
+def generate_mesh(client: httpx2.Client) -> FinishedJob:
     result = _result_of(
         client.post(
             "/v1/meshes",
@@ -250,7 +255,7 @@ def make_mesh(client: httpx2.Client) -> Made:
     mesh = trimesh.load(file, file_type=result["output_format"], force="mesh")
     if not isinstance(mesh, trimesh.Trimesh) or not len(mesh.faces):
         raise Missing("the mesh has no faces")
-    return _made(result, f"{result['output_format'].upper()} of {len(mesh.faces)} faces")
+    return _finished_job(result, f"{result['output_format'].upper()} of {len(mesh.faces)} faces")
 
 
 def _result_of(response: httpx2.Response, what: str) -> dict[str, Any]:
@@ -260,18 +265,18 @@ def _result_of(response: httpx2.Response, what: str) -> dict[str, Any]:
     return result
 
 
-def _made(result: dict[str, Any], file: str) -> Made:
-    return Made(result["id"], file, result["receipt"]["seconds"]["total"], result["receipt"]["compute_ratio"])
+def _finished_job(result: dict[str, Any], file: str) -> FinishedJob:
+    return FinishedJob(result["id"], file, result["receipt"]["seconds"]["total"], result["receipt"]["compute_ratio"])
 
 
-def check_redis(store: redis.Redis, made: Sequence[Made], folder: Path) -> None:
+def check_redis(store: redis.Redis, jobs: Sequence[FinishedJob], folder: Path) -> None:
     num_keys = 0
-    for job in made:
+    for job in jobs:
         keys = list(store.scan_iter(match=f"elastic:*{job.job_id}*"))
         if not keys:
             raise Missing(f"Redis has no key elastic:* of job {job.job_id}")
         num_keys += len(keys)
-    print(f"Redis holds {num_keys} keys of these {len(made)} jobs")
+    print(f"Redis holds {num_keys} keys of these {len(jobs)} jobs")
     log_bytes = sum(path.stat().st_size for path in folder.glob("redis-data/appendonlydir/*.aof"))
     if not log_bytes:
         raise Missing("Redis wrote nothing to its append-only file")
@@ -279,7 +284,7 @@ def check_redis(store: redis.Redis, made: Sequence[Made], folder: Path) -> None:
 
 
 def dashboard_queries(dashboard: dict[str, Any]) -> list[tuple[str, str]]:
-    """Title and query of every panel, Grafana's variables replaced."""
+    """The title and query of every panel, with values for Grafana's variables."""
     return [
         (panel["title"], with_variables(target["expr"]))
         for panel in dashboard["panels"]
@@ -294,7 +299,7 @@ def with_variables(expr: str) -> str:
 
 
 def ask_dashboard(prometheus: str) -> list[Answer]:
-    """The answers to all queries. Raises Missing for those without a series that has a number."""
+    """The answers to all queries. Raises Missing if a query has no series with a number."""
     answers, empty = [], []
     for panel, expr in dashboard_queries(json.loads(DASHBOARD.read_text())):
         samples = [value for value in query(prometheus, expr) if not math.isnan(value)]
@@ -308,7 +313,7 @@ def ask_dashboard(prometheus: str) -> list[Answer]:
 
 
 def check_alerts(prometheus: str) -> None:
-    """Prometheus evaluates all rules without an error, and on a healthy server none has gone off."""
+    """Prometheus must evaluate all alerts without an error, and on a healthy server none may be active."""
     groups = httpx2.get(f"{prometheus}/api/v1/rules", timeout=30).raise_for_status().json()["data"]["groups"]
     rules = [rule for group in groups for rule in group["rules"]]
     for rule in rules:
@@ -325,7 +330,7 @@ def ask(prometheus: str, expr: str, *, default: float) -> float:
 
 
 def query(prometheus: str, expr: str) -> list[float]:
-    """The samples that Prometheus has for `expr` now."""
+    """The current samples of `expr`."""
     response = httpx2.get(f"{prometheus}/api/v1/query", params={"query": expr}, timeout=30)
     body = response.json()
     if body["status"] != "success":
@@ -342,7 +347,7 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _exit_on_signal(number: int, _: FrameType | None) -> NoReturn:
-    """So that SIGTERM unwinds the stack, which stops the processes."""
+    """SIGTERM unwinds the stack, which stops the processes."""
     raise SystemExit(128 + number)
 
 

@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from models.card import CurvePoint
+from models.curve import CurvePoint, Preset
 from models.errors import InvalidRequest
-from models.request import Budget, ComputeBudget, LatencyBudget, Preset, PresetBudget, QualityBudget
-
-_THRESHOLDS = ("skip_threshold", "reuse_band", "residual_threshold")
+from models.request import Budget, ComputeBudget, LatencyBudget, PresetBudget, QualityBudget
 
 
 def resolve(budget: Budget, curve: Sequence[CurvePoint]) -> CurvePoint:
@@ -22,23 +20,33 @@ def resolve(budget: Budget, curve: Sequence[CurvePoint]) -> CurvePoint:
         case PresetBudget(preset):
             return point_of_preset(preset, curve)
         case QualityBudget(quality):
-            return _between(curve, [point.quality for point in curve], quality, is_floor=True)
+            return point_of_quality(quality, curve)
         case ComputeBudget(compute_ratio):
-            if curve[-1].rule == "dense" and compute_ratio < 1:
+            if curve[-1].is_exact and compute_ratio < 1:
                 raise InvalidRequest(
                     f"compute_ratio {compute_ratio} is not possible: this model is calibrated for exact only; try 1",
                     "budget.compute_ratio",
                 )
-            return _between(curve, [point.compute_ratio for point in curve], compute_ratio, is_floor=False)
+            return point_of_compute(compute_ratio, curve)
         case LatencyBudget():
-            return curve[0]  # the best, until whoever has a clock moves it
+            return curve[0]  # the best one, until the worker, which has a clock, moves it
 
 
 def fastest_enough(curve: Sequence[CurvePoint], min_quality: float, relative_seconds: float) -> CurvePoint:
     """The best point of `curve` that takes at most this share of the dense time; at worst the one of `min_quality`."""
-    floor = resolve(QualityBudget(min_quality), curve)
+    floor = point_of_quality(min_quality, curve)
     able = (point for point in curve if point.relative_seconds <= relative_seconds and point.quality >= floor.quality)
     return next(able, floor)
+
+
+def point_of_quality(quality: float, curve: Sequence[CurvePoint]) -> CurvePoint:
+    """The cheapest point of at least `quality`; the lowest one of the curve if `quality` is below that."""
+    return _between(curve, [point.quality for point in curve], quality, is_floor=True)
+
+
+def point_of_compute(compute_ratio: float, curve: Sequence[CurvePoint]) -> CurvePoint:
+    """The best point of at most `compute_ratio`; the lowest one of the curve if `compute_ratio` is below that."""
+    return _between(curve, [point.compute_ratio for point in curve], compute_ratio, is_floor=False)
 
 
 def point_of_preset(preset: Preset, curve: Sequence[CurvePoint]) -> CurvePoint:
@@ -52,8 +60,8 @@ def point_of_preset(preset: Preset, curve: Sequence[CurvePoint]) -> CurvePoint:
 def _between(curve: Sequence[CurvePoint], heights: Sequence[float], wanted: float, is_floor: bool) -> CurvePoint:
     """The point of the curve, read as straight lines between measured points, whose height is `wanted`.
 
-    Points that differ in more than thresholds (the exact one and the first elastic one, those with other re-use) have
-    nothing between them: the answer is the upper one where `wanted` is a floor, the lower one where it is a cap.
+    Points have something between them if they are of one rule and differ only in what it lets interpolate. Otherwise
+    the answer is the upper one where `wanted` is a floor, the lower one where it is a cap.
     """
     if wanted >= heights[0]:
         return curve[0]
@@ -68,15 +76,17 @@ def _between(curve: Sequence[CurvePoint], heights: Sequence[float], wanted: floa
 
 
 def _have_points_between(upper: CurvePoint, lower: CurvePoint) -> bool:
-    levelled = replace(upper.policy, **{name: getattr(lower.policy, name) for name in _THRESHOLDS})
-    return upper.rule == lower.rule and levelled == lower.policy
+    if upper.rule != lower.rule:
+        return False
+    levelled = replace(upper.policy, **{name: getattr(lower.policy, name) for name in upper.policy.interpolated})
+    return levelled == lower.policy
 
 
 def _interpolate(upper: CurvePoint, lower: CurvePoint, share: float) -> CurvePoint:
-    """A point `share` of the way from `lower` up to `upper`, which differ in thresholds alone."""
+    """A point `share` of the way from `lower` up to `upper`, which differ in interpolated fields alone."""
     mixed = {
         name: getattr(lower.policy, name) + share * (getattr(upper.policy, name) - getattr(lower.policy, name))
-        for name in _THRESHOLDS
+        for name in lower.policy.interpolated
     }
     return replace(
         lower,

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from models.card import EXACT, CurvePoint, ImageCard, MeshCard, ModelCard, Policy
+from models.card import ImageCard, MeshCard, ModelCard
+from models.curve import EXACT, CurvePoint, Preset
+from models.elastic.plan import Policy
 from models.engine import Engine
 from models.errors import InvalidRequest
-from models.request import GenerationRequest, ImageRequest, MeshRequest, Preset, PresetBudget
+from models.request import GenerationRequest, ImageRequest, MeshRequest, PresetBudget
+from models.rules import ladder
 from models.weights import read_manifest, write_curve
 from models.zoo import load_engine
 
@@ -21,31 +24,6 @@ _PRESET_COMPUTE = {Preset.HIGH: 0.8, Preset.BALANCED: 0.6, Preset.FAST: 0.45, Pr
 _LEAST_SAVING = 0.015
 _BATCH_SIZE = 8
 _NUM_TIMED = 5
-
-
-def settings_of(rule: str, published: Sequence[Policy] = ()) -> list[Policy]:
-    """Policies to try; for `router` the `published` ones too, with a range of thresholds each."""
-    if rule == "router":
-        thresholds = (0.05, 0.15, 0.25, 0.4, 0.6)
-        # MLPs wider than routers say where re-use saves the more, and as they say.
-        groups = ((1, -4.0, (0.6,)), (2, -4.0, (0.6,)), (3, -4.0, (0.4, 0.8)), (3, 0.0, (0.25, 0.4)))
-        ours = [
-            Policy(skip_threshold=threshold, reuse_band=band, max_reuses=max_reuses, width_bias=width_bias)
-            for max_reuses, width_bias, bands in groups
-            for band in bands
-            for threshold in thresholds
-        ]
-        theirs = [
-            replace(policy, skip_threshold=threshold)
-            for policy in published
-            for threshold in sorted({*thresholds, policy.skip_threshold})
-        ]
-        return ours + theirs
-    return [
-        Policy(residual_threshold=threshold, max_reuses=reuses, protected_first=1)
-        for reuses in (1, 2, 4, 8)
-        for threshold in (0.03, 0.06, 0.1, 0.15, 0.25, 0.4)
-    ]
 
 
 def calibrate_model(
@@ -66,12 +44,13 @@ def calibrate_model(
         [directory], device=device, router_weights=router_weights, offload_text_encoders=offload_text_encoders
     )
     card = engine.cards[directory.name]
-    if rule not in card.rules or rule == "dense":
-        raise InvalidRequest(f"{card.id} has no rule '{rule}' to calibrate; try residual_cache", "rule")
+    published = read_manifest(router_weights / card.id).published_policies
+    rules = [name for name in card.rules if ladder(name, published)]
+    if rule not in rules:
+        raise InvalidRequest(f"{card.id} has no rule '{rule}' to calibrate; try {', '.join(rules)}", "rule")
     if not samples:
         raise InvalidRequest("there is nothing to calibrate on; give at least one prompt or picture", "samples")
     requests = [_request(card, sample, seed) for seed, sample in enumerate(samples)]
-    published = read_manifest(router_weights / card.id).published_policies
     curve = calibrate(engine, requests, rule=rule, published=published)
     measured = {
         "num_samples": len(requests),
@@ -97,8 +76,8 @@ def calibrate(
     metric = engine.cards[model].quality_metric
     exact, _ = _generate(engine, requests, EXACT)
     points = []
-    for policy in settings_of(rule, published):
-        point = CurvePoint(rule, policy, 1.0, 1.0, 1.0)
+    for policy in ladder(rule, published):
+        point = CurvePoint(policy, 1.0, 1.0, 1.0)
         quality_samples, ratios = _generate(engine, requests, point)
         quality = statistics.mean(engine.similarity(model, a, b) for a, b in zip(quality_samples, exact, strict=True))
         points.append(replace(point, compute_ratio=statistics.mean(ratios), quality=quality))
@@ -147,6 +126,8 @@ def _request(card: ModelCard, sample: str | bytes, seed: int) -> GenerationReque
         "guidance_scale": card.default_guidance_scale,
         "seed": seed,
         "budget": PresetBudget(Preset.EXACT),
+        "point": EXACT,
+        "is_guided": card.is_guided(card.default_guidance_scale),
     }
     match card, sample:
         case ImageCard(), str():

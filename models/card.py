@@ -4,50 +4,7 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any, ClassVar
 
-from models.request import Preset
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """A rule's settings for one request.
-
-    Rule `router`: a block whose depth probability is under `skip_threshold` is skipped; from there up to
-    `skip_threshold + reuse_band` its stored residual is added again, at most `max_reuses` times after it was computed
-    and from step `reuse_from_step` on; otherwise it runs. `width_bias` is added to the logits of narrower MLP widths.
-
-    Rule `residual_cache`: all blocks after the first re-use their residuals while the first block's residual moved by
-    less than `residual_threshold` since the last computed step, at most `max_reuses` times.
-
-    Both: the first `protected_first` and last `protected_last` steps run every block in full.
-    """
-
-    skip_threshold: float = 0.0
-    reuse_band: float = 0.0
-    max_reuses: int = 0
-    reuse_from_step: int = 0
-    width_bias: float = 0.0
-    residual_threshold: float = 0.0
-    protected_first: int = 0
-    protected_last: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class CurvePoint:
-    """One measured point of a calibration curve.
-
-    `compute_ratio` is the mean share of dense block compute, `relative_seconds` denoise time over dense time, `quality`
-    the mean similarity to the exact result, all over the calibration set. `preset` names the point, if it has a name.
-    """
-
-    rule: str
-    policy: Policy
-    compute_ratio: float
-    relative_seconds: float
-    quality: float
-    preset: Preset | None = None
-
-
-EXACT = CurvePoint("dense", Policy(), 1.0, 1.0, 1.0, Preset.EXACT)
+from models.curve import CurvePoint
 
 
 class Guidance(StrEnum):
@@ -94,6 +51,10 @@ class ModelCard:
     call_share: float
     max_batch_size: int
 
+    def is_guided(self, guidance_scale: float, true_cfg_scale: float = 1.0) -> bool:
+        """Whether true classifier-free guidance is on at these scales: every step then runs on two rows."""
+        return (guidance_scale if self.guidance is Guidance.TRUE else true_cfg_scale) > 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageCard(ModelCard):
@@ -120,6 +81,10 @@ class MeshCard(ModelCard):
     min_octree_resolution: int
     max_octree_resolution: int
     octree_resolution_step: int
+
+    def is_guided(self, guidance_scale: float, true_cfg_scale: float = 1.0) -> bool:
+        """At a scale of 1 the branch without an image cancels out; below, unlike in diffusers, it does not."""
+        return self.guidance is Guidance.TRUE and guidance_scale != 1
 
 
 def basics_of(card: ModelCard) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.budget import resolve
-from models.card import CurvePoint, ModelCard
+from models.card import ModelCard
+from models.curve import CurvePoint
 from models.diffusion.sampling import euler_step
 from models.elastic.runner import run_block
 from models.errors import UnknownModel
@@ -33,7 +33,9 @@ class Engine:
         self._families = families
 
     def start(self, request: GenerationRequest, point: CurvePoint | None = None) -> DenoiseState:
-        """Encode the prompt and draw the noise; `point` overrides the budget, for calibration and benchmarks.
+        """Encode the prompt or image and draw the noise.
+
+        `point` replaces the request's, and with it a cap on compute, for calibration and benchmarks.
 
         Raises UnknownModel, and InvalidRequest for a prompt or a budget that this model can't serve.
         """
@@ -42,7 +44,7 @@ class Engine:
         if point:
             return family.start(request, curve, point)
         cap = request.budget.compute_ratio if isinstance(request.budget, ComputeBudget) else None
-        return family.start(request, curve, resolve(request.budget, curve), cap)
+        return family.start(request, curve, request.point, cap)
 
     @torch.inference_mode()
     def step(self, states: Sequence[DenoiseState]) -> StepReport:

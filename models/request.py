@@ -3,19 +3,11 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from models.curve import CurvePoint, Preset
+
 MIN_TARGET_FACES = 100
 """Fewest triangles to ask of a mesh. With fewer a solid keeps little of its form; 4, the fewest that enclose anything,
 were seen to be reached."""
-
-
-class Preset(StrEnum):
-    """Named points of a calibration curve, from the unmodified pipeline to the fastest."""
-
-    EXACT = "exact"
-    HIGH = "high"
-    BALANCED = "balanced"
-    FAST = "fast"
-    DRAFT = "draft"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +42,10 @@ Budget = PresetBudget | QualityBudget | ComputeBudget | LatencyBudget
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """One thing to make: a client's `n` pictures are `n` requests with consecutive seeds.
+    """One thing to make: a client's `n` images are `n` requests with consecutive seeds.
 
-    `wants_trace` keeps every block's decision for the receipt.
+    `budget` is what the client asked for, `point` the place on the model's curve that it was resolved to. `is_guided`
+    says whether true classifier-free guidance is on. `wants_trace` keeps every block's decision for the receipt.
     """
 
     model: str
@@ -60,17 +53,23 @@ class GenerationRequest:
     guidance_scale: float
     seed: int
     budget: Budget
+    point: CurvePoint
+    is_guided: bool
     wants_trace: bool = False
+
+    @property
+    def num_branches(self) -> int:
+        """Rows of every step: guidance runs it with and without the prompt or the image."""
+        return 2 if self.is_guided else 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRequest(GenerationRequest):
-    """One picture to draw from a text.
+    """One image to draw from a text.
 
-    `height` and `width` are in pixels and fit the model. True classifier-free guidance is on above a scale of 1, which
-    is `guidance_scale` where the model's `Guidance` is TRUE (`true_cfg_scale` is 1 there, and without a
-    `negative_prompt` the negative prompt is empty), else `true_cfg_scale`, which never comes without a
-    `negative_prompt`. Where it is off there is no `negative_prompt`.
+    `height` and `width` are in pixels and fit the model. The scale of true classifier-free guidance is `guidance_scale`
+    where the model's `Guidance` is TRUE (`true_cfg_scale` is 1 there), else `true_cfg_scale`. There is a
+    `negative_prompt` only where that guidance is on; None stands for an empty one.
     """
 
     prompt: str

@@ -7,11 +7,12 @@ from statistics import fmean
 
 from torch import Tensor
 
-from models.budget import resolve
-from models.card import CurvePoint, Policy
+from models.budget import point_of_compute
+from models.curve import CurvePoint
+from models.elastic.plan import Policy
 from models.elastic.row import Allowance, Row
 from models.report import Decision, GenerationSummary
-from models.request import ComputeBudget, GenerationRequest
+from models.request import GenerationRequest
 from models.rules import RULES
 
 
@@ -85,7 +86,7 @@ class DenoiseState:
 
         Before the first step, what the curve says of the mean request; later what this one's routers decided last.
         """
-        if self.point.rule == "dense":
+        if self.point.is_exact:
             share = 1.0
         elif self.run_rates:
             return self.run_rates
@@ -108,12 +109,12 @@ class DenoiseState:
         """
         policy: Policy = self.point.policy
         allowance = Allowance()
-        if self.compute_cap is not None and self.point.rule != "dense":
+        if self.compute_cap is not None and not self.point.is_exact:
             steps_left = self.num_steps - self.step_index
             left = self.compute_cap * self.num_steps * self.dense_flops - self.spent_flops
             even_share = left / steps_left
             elastic = [point for point in self.curve if point.rule == self.point.rule]
-            policy = resolve(ComputeBudget(even_share / self.dense_flops), elastic).policy
+            policy = point_of_compute(even_share / self.dense_flops, elastic).policy
             cheapest = self.curve[-1].compute_ratio * self.dense_flops
             unavoidable = sum(cost.always for row in self.rows for cost in row.costs.values())
             # Rounding must not turn the last block that the cap pays for into a skip.

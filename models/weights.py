@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.card import EXACT, CurvePoint, Policy
+from models.curve import EXACT, CurvePoint, point_entry, point_of
+from models.elastic.plan import Policy
 from models.elastic.router import RouterStack
 from models.errors import WeightsError
-from models.request import Preset
+from models.rules import policy_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def read_manifest(folder: Path) -> Manifest:
             traits=CheckpointTraits(
                 **traits | {"mlp_activation": MlpActivation(traits.get("mlp_activation", MlpActivation.GELU_TANH))}
             ),
-            published_policies=tuple(Policy(**policy) for policy in content.get("published_policies", ())),
+            published_policies=tuple(policy_of(entry) for entry in content.get("published_policies", ())),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path} has no proper entry {error}") from error
@@ -146,7 +147,7 @@ def save_router_weights(weights: RouterWeights, folder: Path) -> None:
 def read_curve(folder: Path, quality_metric: str) -> tuple[CurvePoint, ...]:
     """The calibration curve in a router folder; only the exact point if it has none.
 
-    Raises WeightsError if its quality is not in `quality_metric`.
+    Raises WeightsError if its quality is not in `quality_metric`, or a point is malformed or of no rule that there is.
     """
     path = folder / "calibration.json"
     if not path.exists():
@@ -155,22 +156,17 @@ def read_curve(folder: Path, quality_metric: str) -> tuple[CurvePoint, ...]:
     if content["quality_metric"] != quality_metric:
         metric = content["quality_metric"]
         raise WeightsError(f"{path} has quality in {metric}, the model is measured by {quality_metric}")
-    return tuple(
-        CurvePoint(
-            rule=entry["rule"],
-            policy=Policy(**entry["policy"]),
-            compute_ratio=entry["compute_ratio"],
-            relative_seconds=entry["relative_seconds"],
-            quality=entry["quality"],
-            preset=Preset(entry["preset"]) if entry["preset"] else None,
-        )
-        for entry in content["curve"]
-    )
+    try:
+        return tuple(point_of(entry) for entry in content["curve"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path} has a malformed point: {error!r}") from error
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}; calibrate the model again") from error
 
 
 def write_curve(folder: Path, curve: tuple[CurvePoint, ...], quality_metric: str, measured: Mapping[str, Any]) -> Path:
     """Write `calibration.json`; `measured` says how: prompts, steps, device, versions."""
-    content = {"quality_metric": quality_metric, "measured": measured, "curve": [asdict(point) for point in curve]}
+    content = {"quality_metric": quality_metric, "measured": measured, "curve": [point_entry(point) for point in curve]}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "calibration.json"
     path.write_text(json.dumps(content, indent=1) + "\n")

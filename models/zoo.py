@@ -10,12 +10,14 @@ import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 
-from models.card import EXACT, ModelCard
+from models.card import ModelCard
+from models.curve import EXACT
 from models.engine import Engine
 from models.errors import WeightsError
 from models.families import FAMILIES
 from models.families.entry import FamilyEntry, NamedClass
 from models.families.family import Family
+from models.rules import RULES
 from models.weights import Manifest, load_router_weights, read_curve, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ def load_engine(
     cards: dict[str, ModelCard] = {}
     for directory in directories:
         folder = router_weights / directory.name
+        if not folder.is_dir():
+            logger.warning("%s has no router folder %s, so exact is its only budget", directory.name, folder)
         entry, index = _family_of(directory)
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         manifest = read_manifest(folder)
@@ -68,7 +72,7 @@ def _family_of(directory: Path) -> tuple[FamilyEntry, Path]:
 def _card(family: Family, family_name: str, index: Path, folder: Path, manifest: Manifest) -> ModelCard:
     """The card, with the measured time of a step. `index` is the file that names the model's class."""
     curve = read_curve(folder, family.quality_metric)
-    rules = ("dense", *(["router"] if family.routers else []), "residual_cache")
+    rules = tuple(name for name, rule in RULES.items() if family.routers or not rule.needs_scores)
     if missing := {point.rule for point in curve} - {*rules}:
         raise WeightsError(
             f"{folder}: the calibration is of rule {', '.join(missing)}; the model has {', '.join(rules)}"

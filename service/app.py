@@ -1,56 +1,62 @@
-"""The web application around a dispatcher and its worker."""
+"""Builds the web application, and the dispatcher with its store and its worker."""
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
 from service.api import routes_images, routes_jobs, routes_meshes, routes_models, routes_operations
-from service.api.auth import require
-from service.api.entrance import Entrance
-from service.api.errors import add_error_handlers, error_responses
+from service.api.errors import add_error_handlers
+from service.api.job_views import job_body
+from service.api.middlewares import Middlewares
 from service.api.routes_playground import add_playground
-from service.jobs.job import Job
+from service.jobs.job import JobSnapshot
 from service.jobs.memory import MemoryStore
 from service.jobs.redis import RedisStore, connect
 from service.jobs.results import MemoryResults, RedisResults, Results, VolumeResults
 from service.jobs.store import JobStore
-from service.keys import Scope
 from service.metrics import Metrics
 from service.running.dispatcher import Dispatcher, Timing
+from service.running.inbox import Inbox
 from service.running.worker import Worker, WorkerLimits
 from service.settings import Settings
 from service.webhooks import Webhooks
 
-if TYPE_CHECKING:  # models.engine brings torch, which the API side never loads
+if TYPE_CHECKING:  # models.engine imports torch, which the API side never loads
     from models.engine import Engine
 
 
 def build_dispatcher(
     settings: Settings, load_engine: Callable[[], "Engine"], *, clock: Callable[[], float] = time.time
 ) -> Dispatcher:
-    """A worker with its store. `load_engine` is called in the worker's thread, when that is started."""
-    metrics = Metrics()
+    """A dispatcher with its store and its worker, which calls `load_engine` in its own thread when it starts."""
+    metrics, inbox = Metrics(), Inbox()
     limits = WorkerLimits(max_batch_size=settings.max_batch_size, max_running=settings.max_running)
     return Dispatcher(
         _store(settings, metrics, clock),
-        Worker(load_engine, metrics, limits, clock=clock),
+        Worker(load_engine, metrics, limits, report=inbox.report, on_room=inbox.wake, clock=clock),
+        inbox,
         metrics,
         Timing(lease_s=settings.lease_s, grace_s=settings.grace_s),
         clock=clock,
-        tell_webhook=_webhooks(settings, clock),
+        deliver_webhook=_webhooks(settings, clock),
     )
 
 
-def _webhooks(settings: Settings, clock: Callable[[], float]) -> Callable[[Job], Awaitable[bool]] | None:
+def _webhooks(settings: Settings, clock: Callable[[], float]) -> Callable[[JobSnapshot], Awaitable[bool]] | None:
     if settings.webhook_secret is None:
         return None
     base = (settings.public_url or "").rstrip("/")
-    return Webhooks(settings.webhook_secret.get_secret_value(), base, clock=clock).deliver
+
+    def describe(snapshot: JobSnapshot) -> dict[str, Any]:
+        return job_body(snapshot, base).model_dump(mode="json", exclude_unset=True)
+
+    return Webhooks(settings.webhook_secret.get_secret_value(), describe, clock=clock).deliver
 
 
 def _store(settings: Settings, metrics: Metrics, clock: Callable[[], float]) -> JobStore:
@@ -76,61 +82,55 @@ def _store(settings: Settings, metrics: Metrics, clock: Callable[[], float]) -> 
 
 
 def create_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
-    """The application. Whoever calls has started the dispatcher's worker; the application stops it when it ends."""
+    """The application. The caller has started the dispatcher's worker; the application stops it at its end."""
     app = _bare_app(settings, dispatcher)
-    for routes, statuses in (
-        (routes_images, (401, 403, 408, 429)),
-        (routes_meshes, (401, 403, 408, 429)),
-        (routes_jobs, (401, 403)),
-        (routes_models, (401, 403)),
-    ):
-        app.include_router(routes.router, dependencies=[require(Scope.GENERATE)], responses=error_responses(*statuses))
-    app.include_router(routes_operations.router)
+    for routes in (routes_images, routes_meshes, routes_jobs, routes_models, routes_operations):
+        app.include_router(routes.router)
     add_playground(app)
     return app
 
 
 def create_worker_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
-    """What a bare worker answers: whether it lives, whether it is ready, and its metrics."""
+    """The application of a bare worker: liveness, readiness and metrics."""
     app = _bare_app(settings, dispatcher)
     app.include_router(routes_operations.router)
     return app
 
 
 def _bare_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
-    # One at a time, which bounds the memory that decoded pictures take.
-    picture_checks = ThreadPoolExecutor(1, thread_name_prefix="pictures")
-    entrance = Entrance(settings)
+    # One image at a time, which bounds the memory for decoded images.
+    image_checks = ThreadPoolExecutor(1, thread_name_prefix="images")
+    middlewares = Middlewares(settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with dispatcher.running():
             yield
-        picture_checks.shutdown(wait=False, cancel_futures=True)
-        await entrance.close()
+        image_checks.shutdown(wait=False, cancel_futures=True)
+        await middlewares.close()
 
-    # FastAPI's own documentation page loads its scripts from a CDN; this one brings them along.
+    # FastAPI's own documentation page loads its scripts from a CDN; fastapi-offline serves them itself.
     app = FastAPIOffline(
         title="Elastic DiT Serve",
-        description="Pictures from texts and meshes from pictures, by diffusion transformers that spend compute where "
-        "it is needed.",
-        version="0.1.0",
+        description="Generates images from text and meshes from images, with diffusion transformers that spend compute "
+        "where it is needed.",
+        version=version("elastic-dit-serve"),
         redoc_url=None,
         lifespan=lifespan,
         redirect_slashes=False,
-        telemetry=entrance.telemetry,
+        telemetry=middlewares.telemetry,
     )
     app.state.dispatcher = dispatcher
     app.state.settings = settings
-    app.state.picture_checks = picture_checks
-    entrance.add_to(app, count_rejection=lambda code: dispatcher.metrics.observe_rejection("", code))
+    app.state.image_checks = image_checks
+    middlewares.add_to(app, count_rejection=lambda code: dispatcher.metrics.observe_rejection("", code))
     add_error_handlers(app)
     _document_own_errors_only(app)
     return app
 
 
 def _document_own_errors_only(app: FastAPI) -> None:
-    """Take FastAPI's validation error, which is never answered here, out of the OpenAPI document."""
+    """Remove FastAPI's validation error from the OpenAPI document: this server never answers with it."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -143,4 +143,4 @@ def _document_own_errors_only(app: FastAPI) -> None:
             document["components"]["schemas"].pop(name, None)
         return document
 
-    app.openapi = openapi  # type: ignore[method-assign]  # the way that FastAPI documents
+    app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI documents it

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from models.request import Budget, ComputeBudget, LatencyBudget, Preset, PresetBudget, QualityBudget
+from models.curve import Preset
+from models.request import Budget, ComputeBudget, LatencyBudget, PresetBudget, QualityBudget
 
 _FORMS = ("preset", "quality", "compute_ratio", "latency_ms")
 

@@ -1,4 +1,4 @@
-"""The command line: `elastic-dit serve`, `worker`, `generate`, `mesh`, `calibrate`, `convert`."""
+"""The command line: `elastic-dit serve`, `worker`, `generate`, `mesh`, `calibrate`, `convert`, `new-key`."""
 
 import secrets
 import sys
@@ -14,41 +14,62 @@ from typer.exceptions import TyperException
 
 from models.errors import GenerationError, InvalidRequest
 from models.file_formats import MeshFormat, OutputFormat
-from service.api.input_image import checked_picture
+from service import keys
+from service.api.input_image import checked_image
 from service.api.parsing import RANDOM_SEEDS
 from service.api.responses import ReceiptBody
 from service.api.schemas import ImageBody, MeshBody
 from service.api.validation import invalid_request
 from service.budget import budget_fields
 from service.errors import BadConfiguration, InvalidImage, ServiceError
-from service.logging import configure_logging
-from service.new_key import new_key
+from service.logging import configure_logging, ignore_torchvision_fallback
 from service.running.dispatcher import Dispatcher
-from service.settings import Settings, load_settings
+from service.settings import Settings, find_model, load_settings
 
-app = typer.Typer(help="Elastic diffusion transformers, served.", add_completion=False, rich_markup_mode=None)
+app = typer.Typer(help="Serve elastic diffusion transformers.", add_completion=False, rich_markup_mode=None)
 
 Format = TypeVar("Format", OutputFormat, MeshFormat)
+
+
+def _setting(name: str) -> Any:
+    """The option of a setting, with the setting's description and default."""
+    field = Settings.model_fields[name]
+    default = field.default if isinstance(field.default, tuple) else (field.default,)
+    return typer.Option(help=f"{field.description}  [default: {','.join(map(str, default))}]")
+
+
+Host = Annotated[str | None, _setting("host")]
+Port = Annotated[int | None, _setting("port")]
+Models = Annotated[str | None, _setting("models")]
+Device = Annotated[str | None, _setting("device")]
 Config = Annotated[Path | None, typer.Option(help="A TOML file of settings.")]
 
-app.command()(new_key)
+Model = Annotated[Path, typer.Option(help="A model directory, or a name in checkpoints/.")]
+Seed = Annotated[int | None, typer.Option(help="Random by default.")]
+Budget = Annotated[str | None, typer.Option(help="A preset, or quality=0.9, or compute_ratio=0.5.")]
+Steps = Annotated[int | None, typer.Option(help="Denoise steps.")]
+NegativePrompt = Annotated[
+    str | None,
+    typer.Option(
+        help="What to keep out of the image. Needs --guidance above 1 (Qwen-Image) or --true-cfg-scale above 1 (FLUX)."
+    ),
+]
+TrueCfgScale = Annotated[
+    float | None,
+    typer.Option(help="FLUX: the scale of true classifier-free guidance. Above 1 it needs --negative-prompt."),
+]
+ImageGuidance = Annotated[
+    float | None,
+    typer.Option(help="Guidance scale. FLUX: distilled. Qwen-Image: true classifier-free guidance, off up to 1."),
+]
+ReceiptFile = Annotated[Path | None, typer.Option(help="Also write the receipt to this file, as JSON.")]
 
 
 @app.command()
 def serve(
-    host: Annotated[str | None, typer.Option(help="The address to listen on.  [default: 127.0.0.1]")] = None,
-    port: Annotated[int | None, typer.Option(help="The port to listen on.  [default: 8000]")] = None,
-    models: Annotated[
-        str | None,
-        typer.Option(
-            help="Model directories, separated by commas; the first of each kind is the default one.  "
-            "[default: checkpoints/tiny-flux,checkpoints/tiny-qwen-image,checkpoints/tiny-hunyuan3d]"
-        ),
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.  [default: cpu]")] = None,
-    config: Config = None,
+    host: Host = None, port: Port = None, models: Models = None, device: Device = None, config: Config = None
 ) -> None:
-    """Load the models and answer HTTP requests. All settings can also be given as ELASTIC_… variables."""
+    """Load the models and answer HTTP requests. Every setting can be given as an ELASTIC_… variable too."""
     settings = load_settings(config, host=host, port=port, models=models, device=device)
     configure_logging(settings.log_level, settings.log_format)
     from service.app import create_app
@@ -58,13 +79,9 @@ def serve(
 
 @app.command()
 def worker(
-    host: Annotated[str | None, typer.Option(help="Where to answer for its state.  [default: 127.0.0.1]")] = None,
-    port: Annotated[int | None, typer.Option(help="Likewise.  [default: 8000]")] = None,
-    models: Annotated[str | None, typer.Option(help="Model directories, separated by commas.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.  [default: cpu]")] = None,
-    config: Config = None,
+    host: Host = None, port: Port = None, models: Models = None, device: Device = None, config: Config = None
 ) -> None:
-    """Make what servers have queued in the same Redis. Answers /healthz, /readyz and /metrics only."""
+    """Run jobs that servers have queued in the same Redis. Answers only /healthz, /readyz and /metrics."""
     settings = load_settings(config, host=host, port=port, models=models, device=device)
     configure_logging(settings.log_level, settings.log_format)
     if settings.redis_url is None:
@@ -75,108 +92,111 @@ def worker(
 
 
 def _serve(settings: Settings, create: Callable[[Settings, Dispatcher], FastAPI]) -> None:
-    from models.zoo import load_engine  # torch: only where something is computed
+    directories = settings.model_directories
+    from models.zoo import load_engine  # imports torch, so only where something is computed
     from service.app import build_dispatcher
     from service.server import serve as serve_http
 
     dispatcher = build_dispatcher(
         settings,
         lambda: load_engine(
-            settings.models,
+            directories,
             device=settings.device,
             router_weights=settings.router_weights,
             offload_text_encoders=settings.offload_text_encoders,
         ),
     )
-    web = create(settings, dispatcher)  # first, so that settings that can't work are told at once
+    web = create(settings, dispatcher)  # before the models load, so that a bad configuration is reported at once
     dispatcher.worker.start()
     serve_http(settings, web, dispatcher)
 
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Option(help="What the picture shows.")],
-    model: Annotated[str, typer.Option(help="A model directory, or its name in checkpoints/.")] = "tiny-flux",
-    negative_prompt: Annotated[
-        str | None,
-        typer.Option(
-            help="What it should not show: with --guidance above 1 (Qwen-Image), with --true-cfg-scale above 1 (FLUX)."
-        ),
-    ] = None,
-    true_cfg_scale: Annotated[
-        float | None,
-        typer.Option(help="FLUX: true classifier-free guidance besides; 1 is off, above it needs --negative-prompt."),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Random by default.")] = None,
-    budget: Annotated[str | None, typer.Option(help="A preset, or quality=0.9, or compute_ratio=0.5.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoise steps.")] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(
-            help="Guidance scale. FLUX: distilled. Qwen-Image: true classifier-free guidance; up to 1 is off."
-        ),
-    ] = None,
+    prompt: Annotated[str, typer.Option(help="The image's description.")],
+    model: Model = Path("tiny-flux"),
+    negative_prompt: NegativePrompt = None,
+    true_cfg_scale: TrueCfgScale = None,
+    seed: Seed = None,
+    budget: Budget = None,
+    steps: Steps = None,
+    guidance: ImageGuidance = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT.")] = None,
-    out: Annotated[Path, typer.Option(help="The file to write: .png, .webp or .jpeg.")] = Path("picture.png"),
-    receipt: Annotated[Path | None, typer.Option(help="Also write the receipt, as JSON.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.  [default: cpu]")] = None,
+    out: Annotated[Path, typer.Option(help="The file to write: .png, .webp or .jpeg.")] = Path("image.png"),
+    receipt: ReceiptFile = None,
+    device: Device = None,
     config: Config = None,
 ) -> None:
-    """Make one picture without a server."""
+    """Generate one image without a server."""
     settings = load_settings(config, device=device)
-    fields: dict[str, Any] = {
-        "prompt": prompt,
-        "negative_prompt": negative_prompt,
-        "true_cfg_scale": true_cfg_scale,
-        "seed": seed,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-        "size": size,
-        "budget": None if budget is None else budget_fields(budget),
-        "output_format": _format_of(out, OutputFormat),
-    }
-    directory, body = _model_directory(model), ImageBody.model_validate(fields)
-    from service.local import generate_picture  # torch: only where something is computed
+    _check_folders(out, receipt)
+    body = ImageBody.model_validate(
+        {
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "true_cfg_scale": true_cfg_scale,
+            "size": size,
+            "output_format": _format_of(out, OutputFormat),
+            **_shared_fields(seed, budget, steps, guidance),
+        }
+    )
+    directory = find_model(model)
+    from service.local import generate_image  # imports torch, so only where something is computed
 
-    data, done = generate_picture(directory, body, settings, random_seed=secrets.randbelow(RANDOM_SEEDS))
+    data, done = generate_image(directory, body, settings, random_seed=secrets.randbelow(RANDOM_SEEDS))
     _write(out, data, receipt, done)
 
 
 @app.command()
 def mesh(
-    image: Annotated[Path, typer.Option(help="The picture of one object.")],
-    model: Annotated[str, typer.Option(help="A model directory, or its name in checkpoints/.")] = "tiny-hunyuan3d",
-    seed: Annotated[int | None, typer.Option(help="Random by default.")] = None,
-    budget: Annotated[str | None, typer.Option(help="A preset, or quality=0.9, or compute_ratio=0.5.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoise steps.")] = None,
+    image: Annotated[Path, typer.Option(help="An image of one object.")],
+    model: Model = Path("tiny-hunyuan3d"),
+    seed: Seed = None,
+    budget: Budget = None,
+    steps: Steps = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is off.")] = None,
-    octree_resolution: Annotated[int | None, typer.Option(help="Cells of the field's grid along a side.")] = None,
-    target_faces: Annotated[int | None, typer.Option(help="How many triangles the mesh may have.")] = None,
+    octree_resolution: Annotated[int | None, typer.Option(help="Grid cells along a side.")] = None,
+    target_faces: Annotated[int | None, typer.Option(help="The most triangles in the mesh.")] = None,
     remove_background: Annotated[str, typer.Option(help="auto, true or false.")] = "auto",
     out: Annotated[Path, typer.Option(help="The file to write: .glb, .obj, .stl or .ply.")] = Path("mesh.glb"),
-    receipt: Annotated[Path | None, typer.Option(help="Also write the receipt, as JSON.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.  [default: cpu]")] = None,
+    receipt: ReceiptFile = None,
+    device: Device = None,
     config: Config = None,
 ) -> None:
-    """Make one mesh from a picture without a server."""
+    """Generate one mesh from an image without a server."""
     settings = load_settings(config, device=device)
-    fields: dict[str, Any] = {
-        "input_image": str(image),  # what is read below; a body names its picture
+    _check_folders(out, receipt)
+    body = MeshBody.model_validate(
+        {
+            "input_image": str(image),  # a body needs one; the file itself is read below
+            "octree_resolution": octree_resolution,
+            "target_faces": target_faces,
+            "remove_background": {"true": True, "false": False}.get(remove_background, remove_background),
+            "output_format": _format_of(out, MeshFormat),
+            **_shared_fields(seed, budget, steps, guidance),
+        }
+    )
+    directory, file = find_model(model), image.read_bytes()
+    from service.local import generate_mesh  # imports torch, so only where something is computed
+
+    data, done = generate_mesh(directory, body, file, settings, random_seed=secrets.randbelow(RANDOM_SEEDS))
+    _write(out, data, receipt, done)
+
+
+def _shared_fields(seed: int | None, budget: str | None, steps: int | None, guidance: float | None) -> dict[str, Any]:
+    return {
         "seed": seed,
+        "budget": None if budget is None else budget_fields(budget),
         "num_inference_steps": steps,
         "guidance_scale": guidance,
-        "octree_resolution": octree_resolution,
-        "target_faces": target_faces,
-        "remove_background": {"true": True, "false": False}.get(remove_background, remove_background),
-        "budget": None if budget is None else budget_fields(budget),
-        "output_format": _format_of(out, MeshFormat),
     }
-    directory, body = _model_directory(model), MeshBody.model_validate(fields)
-    from service.local import generate_mesh  # torch: only where something is computed
 
-    random_seed = secrets.randbelow(RANDOM_SEEDS)
-    data, done = generate_mesh(directory, body, image.read_bytes(), settings, random_seed=random_seed)
-    _write(out, data, receipt, done)
+
+def _check_folders(out: Path, receipt: Path | None) -> None:
+    """Before anything is loaded: a missing folder must not cost a finished result."""
+    for option, path in (("--out", out), ("--receipt", receipt)):
+        if path is not None and not path.parent.is_dir():
+            raise typer.BadParameter(f"{option} {path}: there is no folder {path.parent}; create it, or choose another")
 
 
 def _write(out: Path, data: bytes, receipt: Path | None, done: ReceiptBody) -> None:
@@ -188,18 +208,18 @@ def _write(out: Path, data: bytes, receipt: Path | None, done: ReceiptBody) -> N
 
 @app.command()
 def calibrate(
-    prompts: Annotated[Path | None, typer.Option(help="For an image model: a text file, a prompt a line.")] = None,
-    pictures: Annotated[Path | None, typer.Option(help="For a mesh model: a folder of pictures.")] = None,
-    model: Annotated[str, typer.Option(help="A model directory, or its name in checkpoints/.")] = "tiny-flux",
+    prompts: Annotated[Path | None, typer.Option(help="For an image model: a text file, one prompt a line.")] = None,
+    images: Annotated[Path | None, typer.Option(help="For a mesh model: a folder of images.")] = None,
+    model: Model = Path("tiny-flux"),
     rule: Annotated[str, typer.Option(help="router, or residual_cache, which needs no trained weights.")] = "router",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.  [default: cpu]")] = None,
+    device: Device = None,
     config: Config = None,
 ) -> None:
-    """Measure a model's curve of compute against quality, and write it as its calibration.json."""
+    """Measure a model's curve of compute against quality, and write it to the model's calibration.json."""
     settings = load_settings(config, device=device)
-    samples = _samples(prompts, pictures, settings.max_image_pixels)
-    directory = _model_directory(model)
-    from models.calibration import calibrate_model  # torch: only where something is computed
+    samples = _samples(prompts, images, settings.max_image_pixels)
+    directory = find_model(model)
+    from models.calibration import calibrate_model  # imports torch, so only where something is computed
 
     path = calibrate_model(
         directory,
@@ -212,6 +232,21 @@ def calibrate(
     print(f"{path} written")
 
 
+def _samples(prompts: Path | None, images: Path | None, max_pixels: int) -> list[str] | list[bytes]:
+    if (prompts is None) == (images is None):
+        raise typer.BadParameter("give either --prompts or --images")
+    if prompts is not None:
+        return [line for line in prompts.read_text().splitlines() if line.strip()]
+    assert images is not None
+    checked = []
+    for path in sorted(images.iterdir()):
+        try:
+            checked.append(checked_image(path.read_bytes(), max_pixels=max_pixels))
+        except InvalidImage as error:
+            raise typer.BadParameter(f"{path}: {error}") from error
+    return checked
+
+
 @app.command()
 def convert(
     source: Annotated[
@@ -222,22 +257,23 @@ def convert(
         str,
         typer.Option(
             "--format",
-            help="elastic-dit: Elastic-DiT's checkpoint; --base is Qwen-Image's directory. "
-            "hunyuan3d: a .ckpt with its config.yaml beside it, or their folder; without --base.",
+            help="elastic-dit: the Elastic-DiT checkpoint of Qwen-Image; --base is a directory of Qwen-Image. "
+            "hunyuan3d: a .ckpt beside its config.yaml, or their folder; without --base.",
         ),
     ],
     base: Annotated[
         Path | None,
-        typer.Option(exists=True, file_okay=False, help="A model directory that has what the checkpoint lacks."),
+        typer.Option(exists=True, file_okay=False, help="A model directory with the parts that the checkpoint lacks."),
     ] = None,
     max_shard_gb: Annotated[
-        float, typer.Option(min=0, help="The largest file of weights; hunyuan3d's is one file, as published.")
+        float,
+        typer.Option(min=0, help="The largest file of weights. The weights of hunyuan3d stay one file, as published."),
     ] = 5.0,
     config: Config = None,
 ) -> None:
-    """Import a checkpoint of another layout, routers included if it has any."""
+    """Import a checkpoint of another layout, with its routers if it has any."""
     settings = load_settings(config)
-    from models.conversion import convert as convert_checkpoint  # torch: only where something is computed
+    from models.conversion import convert as convert_checkpoint  # imports torch, so only where something is computed
 
     routers = convert_checkpoint(
         format_name, source, base, out, router_weights=settings.router_weights, max_shard_bytes=int(max_shard_gb * 1e9)
@@ -245,8 +281,27 @@ def convert(
     print(f"{out} and {routers} written")
 
 
+@app.command()
+def new_key(
+    key_id: Annotated[str, typer.Option("--id", help="The key's name in logs, and the owner of its jobs.")],
+    scopes: Annotated[
+        list[keys.Scope] | None,
+        typer.Option(
+            "--scope", help=f"What the key allows; may be given more than once.  [default: {keys.Scope.GENERATE}]"
+        ),
+    ] = None,
+) -> None:
+    """Make an API key. It is shown once; the server's file of keys holds only its hash."""
+    secret, entry = keys.new_key(key_id, scopes or [keys.Scope.GENERATE])
+    print(
+        f"The key, shown only this once:\n\n{secret}\n\nIts entry, for the file that the setting api_keys_file names:\n"
+    )
+    print(entry.to_toml())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Whatever goes wrong that was foreseen is one line on stderr: 2 for bad arguments, else 1."""
+    """Run a command. An expected error is one line on stderr; the exit code is 2 for bad input, else 1."""
+    ignore_torchvision_fallback()
     try:
         code = app(args=arguments, prog_name="elastic-dit", standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -265,29 +320,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _complain(message: str, code: int) -> int:
     print(f"elastic-dit: {message}", file=sys.stderr)
     return code
-
-
-def _samples(prompts: Path | None, pictures: Path | None, max_pixels: int) -> list[str] | list[bytes]:
-    if (prompts is None) == (pictures is None):
-        raise typer.BadParameter("give either --prompts or --pictures")
-    if prompts is not None:
-        return [line for line in prompts.read_text().splitlines() if line.strip()]
-    assert pictures is not None
-    checked = []
-    for path in sorted(pictures.iterdir()):
-        try:
-            checked.append(checked_picture(path.read_bytes(), max_pixels=max_pixels))
-        except InvalidImage as error:
-            raise typer.BadParameter(f"{path}: {error}") from error
-    return checked
-
-
-def _model_directory(model: str) -> Path:
-    """A directory as given, or by its name among the checkpoints."""
-    for directory in (Path(model), Path("checkpoints") / model):
-        if directory.is_dir():
-            return directory
-    raise typer.BadParameter(f"there is no model directory '{model}' or 'checkpoints/{model}'")
 
 
 def _format_of(out: Path, formats: type[Format]) -> Format:

@@ -1,27 +1,27 @@
-"""What the service itself answers no with.
+"""The errors of the service itself.
 
 ServiceError
-├── BadConfiguration      what the operator has set can't work; the server does not start
-├── InvalidApiKey         no key that this server knows
-├── InsufficientScope     the key is not for this
-├── RateLimitExceeded     this caller has called too often; says when to come back
-├── UnsupportedMediaType  the body is not of a type that the call takes
-├── InvalidImage          the picture can't be read, or is more than this server takes
-├── Overloaded            the predicted backlog is too long; says when to come back
-├── DeadlineUnreachable   even the lowest quality allowed would take too long
+├── BadConfiguration      settings that cannot work; the server does not start
+├── InvalidApiKey         the call has no key that this server knows
+├── InsufficientScope     the key does not have the scope that the call needs
+├── RateLimitExceeded     the caller has called too often; has the time of the next try
+├── UnsupportedMediaType  the call does not accept bodies of this media type
+├── InvalidImage          the input image cannot be read, or exceeds a limit
+├── Overloaded            the predicted backlog is too long; has the time of the next try
+├── DeadlineUnreachable   even the lowest allowed quality would take too long
 ├── Draining              the server is shutting down
-├── StoreUnavailable      Redis, or where results are kept, can't be reached
-├── JobNotFound           no such job, or forgotten since
+├── StoreUnavailable      the job store or the results cannot be reached
+├── JobNotFound           no such job, or its record has been deleted
 ├── JobNotFinished        the job has no content, or not yet
-├── JobCancelled          somebody cancelled the job while this call waited for it
-├── IdempotencyKeyReused  the key came before, with another body
-├── ResultExpired         the job's content is no longer kept
+├── JobCancelled          the job was cancelled while this call waited for it
+├── IdempotencyKeyReused  an earlier call with this key had another body
+├── ResultExpired         the job's content has been deleted
 └── GenerationFailed      the engine failed on this job
 """
 
 
 class ServiceError(Exception):
-    """The message is fit for a client to read. `retry_after_s`, where set, is when trying again may help."""
+    """Clients see the message. `retry_after_s`, if set, is the number of seconds to wait before the next try."""
 
     retry_after_s: int | None = None
 
@@ -96,4 +96,6 @@ class IdempotencyKeyReused(ServiceError):
     param = "Idempotency-Key"
 
     def __init__(self, key: str) -> None:
-        super().__init__(f"the Idempotency-Key {key!r} came before, with another body; a new request needs a new key")
+        super().__init__(
+            f"an earlier call with the Idempotency-Key {key!r} had another body; a new request needs a new key"
+        )

@@ -1,7 +1,7 @@
-"""API keys: who may call, and what for. Only hashes of them are kept.
+"""API keys and their scopes. The server knows only hashes of keys.
 
-A key is 256 random bits. Nobody finds it by trying, however fast the hash is, so a plain SHA-256 is enough: slow and
-salted hashes protect what people choose.
+A key is 256 random bits, which cannot be guessed however fast the hash is, so a plain SHA-256 is enough. Slow and
+salted hashes protect passwords that people choose.
 """
 
 import hmac
@@ -26,14 +26,14 @@ _BEARER = re.compile(r"bearer +(\S+) *", re.IGNORECASE)
 
 
 class Scope(StrEnum):
-    GENERATE = "generate"  # make pictures and meshes, and see what one has made
+    GENERATE = "generate"  # generate images and meshes, and see the jobs that the key created
     METRICS = "metrics"  # read the metrics
-    ADMIN = "admin"  # everything, others' jobs included
+    ADMIN = "admin"  # everything, including the jobs of other keys
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """What is known of a caller's key. `id` names it in logs and as the owner of jobs; it is no secret."""
+    """A known key. `id` names it in logs and as the owner of jobs; it is not secret."""
 
     id: str
     scopes: frozenset[Scope]
@@ -44,7 +44,7 @@ class ApiKey:
 
 
 class KeyEntry(BaseModel):
-    """A key as files and the environment have it."""
+    """A key as it is written in files and in the environment."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -59,16 +59,16 @@ class KeyEntry(BaseModel):
 
 
 def new_key(key_id: str, scopes: Sequence[Scope]) -> tuple[str, KeyEntry]:
-    """A new secret, which is kept nowhere, and the entry that lets it in. Raises pydantic.ValidationError."""
+    """A new secret, which is stored nowhere, and its entry for the key file. Raises pydantic.ValidationError."""
     secret = f"elastic_{secrets.token_urlsafe(32)}"
     return secret, KeyEntry(id=key_id, sha256=_hash(secret), scopes=tuple(dict.fromkeys(scopes)))
 
 
 class ApiKeys:
-    """The keys that this server knows. Without any it is open to everybody."""
+    """The keys that this server knows. Without keys it is open to everybody."""
 
     def __init__(self, entries: Iterable[tuple[str, ApiKey]] = ()) -> None:
-        """`entries` are pairs of a SHA-256, in hexadecimal digits, and its key."""
+        """`entries` are pairs of a SHA-256 in hexadecimal digits and its key."""
         self._entries = tuple(entries)
 
     def identify(self, authorization: str | None) -> ApiKey | None:
@@ -78,7 +78,7 @@ class ApiKeys:
         if (bearer := _BEARER.fullmatch(authorization or "")) is None:
             raise InvalidApiKey("this server needs an API key; send it as 'Authorization: Bearer KEY'")
         given, found = _hash(bearer[1]), None
-        for known, key in self._entries:  # all of them: the time tells nothing of which entry is near
+        for known, key in self._entries:  # compares with every key, so that timing leaks nothing
             if hmac.compare_digest(given, known):
                 found = key
         if found is None:
@@ -96,7 +96,7 @@ def load_keys(path: Path | None, text: str | None) -> ApiKeys:
     for name, values in (("id", [key.id for _, key in entries]), ("sha256", [known for known, _ in entries])):
         if len(set(values)) < len(values):
             twice = next(key.id for index, (_, key) in enumerate(entries) if values[index] in values[:index])
-            raise BadConfiguration(f"API keys: the {name} of '{twice}' is that of an earlier entry too")
+            raise BadConfiguration(f"API keys: the {name} of '{twice}' is also that of an earlier entry")
     return ApiKeys(entries)
 
 
@@ -107,7 +107,7 @@ def _entries_of_file(path: Path) -> list[Any]:
     try:
         entries = tomllib.loads(text).get("keys")
     except tomllib.TOMLDecodeError as error:
-        raise BadConfiguration(f"{path} is no TOML: {error}") from error
+        raise BadConfiguration(f"{path} is not TOML: {error}") from error
     if not isinstance(entries, list):
         raise BadConfiguration(f"{path} has no [[keys]]; 'elastic-dit new-key' prints what belongs there")
     return entries
@@ -117,27 +117,27 @@ def _entries_of_json(text: str, source: str) -> list[Any]:
     try:
         entries = json.loads(text)
     except ValueError as error:
-        raise BadConfiguration(f"{source} is no JSON: {error}") from error
+        raise BadConfiguration(f"{source} is not JSON: {error}") from error
     if not isinstance(entries, list):
         raise BadConfiguration(f"{source} must be a JSON list of keys")
     return entries
 
 
 def _parse(entries: list[Any], source: str) -> list[tuple[str, ApiKey]]:
-    if not entries:  # to be open by mistake would be worse than not to start
+    if not entries:  # better not to start than to be open by mistake
         raise BadConfiguration(f"{source} has no keys; leave the setting out to be open to everybody")
     return [_parse_entry(entry, f"{source}, entry {number}") for number, entry in enumerate(entries, start=1)]
 
 
 def _parse_entry(entry: Any, where: str) -> tuple[str, ApiKey]:
-    """No message shows a value but the id: an operator may have put the key where its hash belongs."""
+    """Error messages show no value but the id: an operator may have put the key in place of its hash."""
     if isinstance(entry, dict) and isinstance(entry.get("id"), str):
         where += f" ('{entry['id'][:64]}')"
     try:
         parsed = KeyEntry.model_validate(entry)
         limit = None if parsed.rate_limit is None else parse_rate_limit(parsed.rate_limit)
     except ValidationError as error:
-        raise BadConfiguration(f"{where}: {_reason(error)}") from None  # its text has the values
+        raise BadConfiguration(f"{where}: {_reason(error)}") from None  # pydantic's message has the values
     except ValueError as error:
         raise BadConfiguration(f"{where}: rate_limit: {error}") from error
     return parsed.sha256, ApiKey(parsed.id, frozenset(parsed.scopes), limit)

@@ -1,4 +1,4 @@
-"""One picture or mesh in this process, without a server or a queue."""
+"""Generate one image or mesh in this process, without a server or a queue."""
 
 import sys
 import time
@@ -11,14 +11,15 @@ import typer
 from models.card import ImageCard, MeshCard, ModelCard
 from models.errors import InvalidRequest
 from models.mesh.cleanup import CleanMesh
-from models.request import GenerationRequest, LatencyBudget
+from models.request import LatencyBudget
 from models.zoo import load_engine
-from service.api.input_image import checked_picture
-from service.api.parsing import parse_mesh_output, parse_mesh_request, parse_output, parse_requests, quality_of
+from service.api.input_image import checked_image
+from service.api.parsing import parse_image_body, parse_mesh_body
 from service.api.responses import ReceiptBody
 from service.api.schemas import ImageBody, MeshBody
 from service.api.views import receipt_body
-from service.jobs.job import Output, Receipt, StageSeconds
+from service.jobs.job import Receipt, StageSeconds
+from service.order import Order
 from service.running.output import encode_output
 from service.scheduling.deadline import point_for
 from service.settings import Settings
@@ -27,39 +28,34 @@ if TYPE_CHECKING:
     from models.state import DenoiseState
 
 
-def generate_picture(
+def generate_image(
     directory: Path, body: ImageBody, settings: Settings, *, random_seed: int
 ) -> tuple[bytes, ReceiptBody]:
-    """The file and the receipt of `body`'s picture, with a progress bar on stderr meanwhile."""
+    """Generate the image of `body` and return its file and receipt. Shows a progress bar on stderr."""
 
-    def parse(card: ModelCard) -> GenerationRequest:
+    def parse(card: ModelCard) -> Order:
         if not isinstance(card, ImageCard):
-            raise InvalidRequest(f"{card.id} makes no pictures; try elastic-dit {card.modality}", "model")
-        budget = settings.default_budget.to_budget()
-        (request,) = parse_requests(body, card, default_budget=budget, random_seed=random_seed)
-        return request
+            raise InvalidRequest(f"{card.id} makes no images; try elastic-dit {card.modality}", "model")
+        return parse_image_body(body, card, default_budget=settings.default_budget, random_seed=random_seed)
 
-    return _generate(directory, settings, parse, parse_output(body))
+    return _generate(directory, settings, parse)
 
 
 def generate_mesh(
-    directory: Path, body: MeshBody, picture: bytes, settings: Settings, *, random_seed: int
+    directory: Path, body: MeshBody, image: bytes, settings: Settings, *, random_seed: int
 ) -> tuple[bytes, ReceiptBody]:
-    """The same for the mesh of a `picture`'s file."""
-    checked = checked_picture(picture, max_pixels=settings.max_image_pixels)
+    """Generate the mesh of `body` from the file `image` and return its file and receipt."""
+    checked = checked_image(image, max_pixels=settings.max_image_pixels)
 
-    def parse(card: ModelCard) -> GenerationRequest:
+    def parse(card: ModelCard) -> Order:
         if not isinstance(card, MeshCard):
             raise InvalidRequest(f"{card.id} makes no meshes; try elastic-dit generate", "model")
-        budget = settings.default_budget.to_budget()
-        return parse_mesh_request(body, card, checked, default_budget=budget, random_seed=random_seed)
+        return parse_mesh_body(body, card, checked, default_budget=settings.default_budget, random_seed=random_seed)
 
-    return _generate(directory, settings, parse, parse_mesh_output(body))
+    return _generate(directory, settings, parse)
 
 
-def _generate(
-    directory: Path, settings: Settings, parse: Callable[[ModelCard], GenerationRequest], output: Output
-) -> tuple[bytes, ReceiptBody]:
+def _generate(directory: Path, settings: Settings, parse: Callable[[ModelCard], Order]) -> tuple[bytes, ReceiptBody]:
     engine = load_engine(
         [directory],
         device=settings.device,
@@ -67,7 +63,8 @@ def _generate(
         offload_text_encoders=settings.offload_text_encoders,
     )
     (card,) = engine.cards.values()
-    request = parse(card)
+    order = parse(card)
+    (request,) = order.requests
     arrived = time.perf_counter()
     state = engine.start(request)
     started = time.perf_counter()
@@ -80,7 +77,7 @@ def _generate(
     denoised = time.perf_counter()
     result = engine.finish(state)
     decoded = time.perf_counter()
-    data = encode_output(result, request, output)
+    data = encode_output(result, request, order.output)
     total_s = time.perf_counter() - arrived
     seconds = StageSeconds(
         queue=0.0,
@@ -89,14 +86,15 @@ def _generate(
         decode=decoded - denoised,
         total=total_s,
     )
-    quality = quality_of(request.budget, card)
     mesh = result.report if isinstance(result, CleanMesh) else None
     deadline_met = total_s <= request.budget.latency_s if isinstance(request.budget, LatencyBudget) else None
-    receipt = Receipt(state.summary(), quality, seconds, batch_size_mean=1.0, mesh=mesh, deadline_met=deadline_met)
+    receipt = Receipt(
+        state.summary(), order.quality_requested, seconds, batch_size_mean=1.0, mesh=mesh, deadline_met=deadline_met
+    )
     return data, receipt_body(receipt)
 
 
 def _keep_deadline(state: "DenoiseState", card: ModelCard, left_s: float) -> None:
-    """As the server does it, but for time to decode, which is not known before the first result."""
+    """Move along the curve as the server does. Decoding has no prediction, since nothing was decoded before."""
     steps_left = state.num_steps - state.step_index
     state.move_to(point_for(state.request, card, time_left_s=left_s, steps_left=steps_left, pace=1.0))

@@ -2,14 +2,15 @@
 
 import json
 import logging
+import re
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from enum import StrEnum
 
-# The id of the request that is being handled, for every line that is logged meanwhile.
+# The id of the current request, for every line that is logged while it is handled.
 current_request_id: ContextVar[str | None] = ContextVar("current_request_id", default=None)
 
-# What lines may carry besides their message, by `extra`.
+# The fields besides the message that a line may have, given by `extra`.
 _FIELDS = ("request_id", "job_id", "key_id", "method", "route", "status", "seconds")
 
 
@@ -49,7 +50,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def add_request_id(record: logging.LogRecord) -> bool:
-    """A filter that lets everything pass. Lines of a worker's thread may have named their request themselves."""
+    """A filter that adds the current request's id to lines without one, and drops nothing."""
     if not hasattr(record, "request_id"):
         record.request_id = current_request_id.get()
     return True
@@ -60,3 +61,16 @@ def configure_logging(level: LogLevel, log_format: LogFormat = LogFormat.TEXT) -
     handler.addFilter(add_request_id)
     handler.setFormatter(JsonFormatter() if log_format is LogFormat.JSON else TextFormatter())
     logging.basicConfig(level=level.value, handlers=[handler])
+
+
+# transformers logs this whenever diffusers imports an image processor. The fallback is what we want: no torchvision.
+_TORCHVISION_FALLBACK = re.compile(r"`\w+ImageProcessor` requires torchvision \(not installed\); falling back to")
+
+
+def ignore_torchvision_fallback() -> None:
+    """Drop the warning that transformers falls back to Pillow without torchvision; its other warnings stay."""
+    logging.getLogger("transformers.utils.import_utils").addFilter(_is_no_torchvision_fallback)
+
+
+def _is_no_torchvision_fallback(record: logging.LogRecord) -> bool:
+    return _TORCHVISION_FALLBACK.match(record.getMessage()) is None

@@ -1,4 +1,4 @@
-"""How often somebody may call. Counted in memory, or in Redis so that all servers share the count."""
+"""Rate limits, counted in memory, or in Redis so that all servers share the count."""
 
 import logging
 import math
@@ -16,15 +16,15 @@ from service.errors import StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
-# Counting is quick or it does not happen: a call waits at most so long for Redis before it is answered 503.
+# A call waits at most this long for Redis before it is answered 503.
 _REDIS_TIMEOUT_S = 2.0
 _MAX_CONNECTIONS = 16
 _KEY_PREFIX = "elastic:rate_limits"
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """Where a caller stands after a call: `remaining` of `limit` are left, one more `reset_s` seconds from now."""
+class RateLimitStatus:
+    """A caller's rate limit after a call: `remaining` of `limit` calls are left, one more after `reset_s` seconds."""
 
     is_allowed: bool
     limit: int
@@ -39,27 +39,27 @@ def parse_rate_limit(text: str) -> RateLimitItem:
     except ValueError:
         parsed = []
     if len(parsed) != 1 or parsed[0].amount < 1:
-        raise ValueError(f"'{text}' is no rate limit; write one such as 60/minute or 10 per 5 seconds")
+        raise ValueError(f"'{text}' is not a rate limit; write one such as 60/minute or 10 per 5 seconds")
     return parsed[0]
 
 
 class RateLimits:
-    """A moving window: never more than the limit in any stretch of its length, which a fixed one lets be twice that."""
+    """Counts calls in a moving window. A fixed window would allow twice the limit around its border."""
 
     def __init__(self, redis_url: str | None) -> None:
         self._connections = None if redis_url is None else _connections(redis_url)
         storage = MemoryStorage() if self._connections is None else _redis_storage(self._connections)
         self._limiter = MovingWindowRateLimiter(storage)
 
-    async def count(self, limit: RateLimitItem, *caller: str) -> Standing:
-        """Count a call of `caller`, unless it is one too many. Raises StoreUnavailable."""
+    async def count(self, limit: RateLimitItem, *caller: str) -> RateLimitStatus:
+        """Count a call of `caller`, unless it exceeds the limit. Raises StoreUnavailable."""
         try:
             is_allowed = await self._limiter.hit(limit, *caller)
             reset_at, remaining = await self._limiter.get_window_stats(limit, *caller)
         except StorageError as error:
-            logger.warning("calls can't be counted, they are answered 503: %s", error)
+            logger.warning("calls can't be counted and are answered 503: %s", error)
             raise StoreUnavailable("the store that counts calls can't be reached") from error
-        return Standing(is_allowed, limit.amount, max(0, remaining), max(1, math.ceil(reset_at - time.time())))
+        return RateLimitStatus(is_allowed, limit.amount, max(0, remaining), max(1, math.ceil(reset_at - time.time())))
 
     async def close(self) -> None:
         if self._connections is not None:
@@ -67,7 +67,7 @@ class RateLimits:
 
 
 def _connections(redis_url: str) -> BlockingConnectionPool:
-    """A burst of calls waits for a connection, which each needs for milliseconds, instead of failing for want of it."""
+    """A pool in which a burst of calls waits for a connection instead of failing; each needs one for milliseconds."""
     return BlockingConnectionPool.from_url(
         redis_url,
         max_connections=_MAX_CONNECTIONS,
@@ -78,7 +78,7 @@ def _connections(redis_url: str) -> BlockingConnectionPool:
 
 
 def _redis_storage(connections: BlockingConnectionPool) -> RedisStorage:
-    options: dict[str, Any] = {"connection_pool": connections}  # limits says that options are numbers and texts
+    options: dict[str, Any] = {"connection_pool": connections}  # limits types its options as numbers and texts
     return RedisStorage(
         "async+redis://", wrap_exceptions=True, implementation="redispy", key_prefix=_KEY_PREFIX, **options
     )

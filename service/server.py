@@ -1,4 +1,4 @@
-"""uvicorn, taught to drain: after SIGTERM it goes on answering until what was accepted has been finished."""
+"""uvicorn with draining: after SIGTERM it continues to answer until the accepted jobs are finished."""
 
 import asyncio
 import signal
@@ -9,12 +9,12 @@ from fastapi import FastAPI
 from service.running.dispatcher import Dispatcher
 from service.settings import Settings
 
-# How long uvicorn waits, once all jobs have ended, for their answers to be read.
 SEND_S = 10
+"""How long uvicorn waits, after all jobs have ended, until clients have read their answers."""
 
 
 class DrainingServer(uvicorn.Server):
-    """Exits when its dispatcher has drained: after a signal, within the grace; or at once, if the worker broke."""
+    """Exits when its dispatcher has drained, which begins after a signal, or when the worker has stopped."""
 
     def __init__(self, config: uvicorn.Config, dispatcher: Dispatcher) -> None:
         super().__init__(config)
@@ -22,7 +22,7 @@ class DrainingServer(uvicorn.Server):
         self._draining: asyncio.Task[None] | None = None
 
     async def on_tick(self, counter: int) -> bool:
-        """uvicorn asks ten times a second whether to exit."""
+        """Whether to exit; uvicorn calls this ten times a second."""
         wants_exit = await super().on_tick(counter) or not self._dispatcher.worker.is_alive
         if wants_exit and self._draining is None:
             self._draining = asyncio.create_task(self._dispatcher.drain())
@@ -40,7 +40,7 @@ def serve(settings: Settings, app: FastAPI, dispatcher: Dispatcher) -> None:
         server_header=False,
         timeout_graceful_shutdown=SEND_S,
     )
-    # uvicorn raises the signal once more when it has shut down; by then it has been obeyed.
+    # uvicorn raises the signal again after its shutdown, when it no longer matters.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     DrainingServer(config, dispatcher).run()

@@ -1,6 +1,6 @@
-"""Everything an operator can set: environment variables `ELASTIC_…`, a TOML file, the command line's options.
+"""All settings, as environment variables `ELASTIC_…` or in a TOML file; some are options of the command line too.
 
-The command line goes before the environment, the environment before the file, the file before the defaults.
+Options take precedence over the environment, the environment over the file, and the file over the defaults.
 """
 
 import os
@@ -17,8 +17,33 @@ from pydantic_settings import (
 )
 
 from service.budget import BudgetBody
+from service.errors import BadConfiguration
 from service.logging import LogFormat, LogLevel
 from service.rate_limits import parse_rate_limit
+
+
+def _installation() -> Path:
+    """The folder that holds the packages and the models that ship with them; else the working directory.
+
+    A checkout has both, and so does the container image. A wheel has the packages alone.
+    """
+    folder = Path(__file__).resolve().parents[1]
+    return folder if (folder / "checkpoints").is_dir() else Path()
+
+
+INSTALLATION = _installation()
+
+
+def find_model(model: Path) -> Path:
+    """A model directory from its path, or from its name among the installation's checkpoints.
+
+    Raises BadConfiguration if there is neither.
+    """
+    places = dict.fromkeys((model, INSTALLATION / "checkpoints" / model))  # one, if `model` is absolute
+    for directory in places:
+        if directory.is_dir():
+            return directory
+    raise BadConfiguration("there is no model directory " + " or ".join(f"'{place}'" for place in places))
 
 
 class Settings(BaseSettings):
@@ -27,97 +52,108 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", description="The address to listen on.")
     port: int = Field(default=8000, ge=0, le=65535, description="The port to listen on; 0 takes a free one.")
     public_url: str | None = Field(
-        default=None, description="What clients call this server, for links; by default what their request says."
+        default=None,
+        description="This server's address as clients see it, for links; by default each request's own address.",
     )
     models: Annotated[tuple[Path, ...], NoDecode] = Field(
-        default=(
-            Path("checkpoints/tiny-flux"),
-            Path("checkpoints/tiny-qwen-image"),
-            Path("checkpoints/tiny-hunyuan3d"),
-        ),
+        default=(Path("tiny-flux"), Path("tiny-qwen-image"), Path("tiny-hunyuan3d")),
         min_length=1,
-        description="Model directories, separated by commas in the environment. The first image model and the first "
-        "mesh model are the default ones.",
+        description="Model directories, or names in checkpoints/, separated by commas. The first image model and the "
+        "first mesh model are the defaults.",
     )
-    router_weights: Path = Field(default=Path("router_weights"), description="The folder of routers and calibrations.")
-    device: str = Field(default="cpu", description="Where the models run, in torch's words: cpu, cuda, cuda:1.")
+    router_weights: Path = Field(
+        default=INSTALLATION / "router_weights",
+        description="The folder of routers and calibrations, with a folder for each model; by default router_weights/ "
+        "beside checkpoints/.",
+    )
+    device: str = Field(default="cpu", description="Where the models run: cpu, cuda, cuda:1.")
     offload_text_encoders: bool = Field(
         default=False,
-        description="Keep text encoders on the CPU, where prompts are then encoded: memory of the device for time.",
+        description="Keep text encoders on the CPU. Encoding prompts takes longer, and less device memory.",
     )
     default_budget: BudgetBody = Field(
         default=BudgetBody(quality=0.9),
-        description="The budget of requests that name none, as JSON in the environment.",
+        description="The budget of requests without one, as JSON in the environment.",
     )
     max_batch_size: int = Field(
-        default=8, ge=1, description="Pictures or meshes that share a denoise step, if the model allows as many."
+        default=8, ge=1, description="The most images or meshes in one denoise step; a model may allow fewer."
     )
     max_running: int = Field(
-        default=16, ge=1, description="Pictures and meshes in memory at once, over all models and sizes."
+        default=16, ge=1, description="The most images and meshes in memory at once, over all models and sizes."
     )
     max_backlog_s: float = Field(
         default=120.0,
         gt=0,
-        description="Predicted seconds of accepted work above which a request is answered 503 overloaded.",
+        description="New requests are refused (503 overloaded) above these predicted seconds of accepted work.",
     )
-    grace_s: float = Field(default=30.0, ge=0, description="How long accepted requests may take to finish at shutdown.")
-    max_body_bytes: int = Field(default=1_000_000, ge=1, description="The longest request body.")
+    grace_s: float = Field(default=30.0, ge=0, description="Seconds that accepted requests have to finish at shutdown.")
+    max_body_bytes: int = Field(default=1_000_000, ge=1, description="The largest request body.")
     max_mesh_body_bytes: int = Field(
-        default=32_000_000, ge=1, description="The longest body of POST /v1/meshes, which holds a picture."
+        default=32_000_000, ge=1, description="The largest body of POST /v1/meshes, which holds an image."
     )
     max_image_pixels: int = Field(
-        default=25_000_000, ge=1, description="The largest picture to make a mesh of; checked before it is decoded."
+        default=25_000_000, ge=1, description="The largest input image, in pixels; checked before it is decoded."
     )
     redis_url: str | None = Field(
-        default=None, description="Where jobs are kept, such as redis://localhost:6379/0; in memory by default."
+        default=None,
+        description="The Redis that keeps the jobs, such as redis://localhost:6379/0; by default, memory does.",
     )
     lease_s: float = Field(
-        default=15.0, gt=0, description="How long a job stays with a worker that gives no sign of life."
+        default=15.0, gt=0, description="Seconds after which the job of a silent worker goes back to the queue."
     )
-    max_attempts: int = Field(default=3, ge=1, description="How many workers may die of a job before it fails.")
+    max_attempts: int = Field(default=3, ge=1, description="How many workers may crash on a job before it fails.")
     results_url: str | None = Field(
         default=None,
-        description="Where finished results are kept, as fsspec names it, such as file:///srv/results or "
-        "s3://bucket/results; by default in Redis, or in memory without it.",
+        description="Where finished results are kept, as an fsspec URL such as file:///srv/results or "
+        "s3://bucket/results; by default with the jobs, in Redis or in memory.",
     )
-    result_ttl_s: float = Field(default=3600.0, gt=0, description="How long finished results can be fetched.")
+    result_ttl_s: float = Field(default=3600.0, gt=0, description="Seconds for which finished results are kept.")
     max_result_bytes: int = Field(
-        default=512_000_000, ge=1, description="Finished results that are kept; the oldest go first."
+        default=512_000_000,
+        ge=1,
+        description="The most bytes of finished results to keep; the oldest are dropped first.",
     )
-    job_ttl_s: float = Field(default=86400.0, gt=0, description="How long the record of an ended job can be read.")
+    job_ttl_s: float = Field(default=86400.0, gt=0, description="Seconds for which the record of an ended job is kept.")
     webhook_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
-        description="Hosts that jobs may name to be told of their ends, with a port where it is not the usual one, "
-        "separated by commas in the environment; none by default.",
+        description="Hosts that a job's webhook_url may name, with any unusual port, separated by commas; none by "
+        "default.",
     )
     webhook_secret: SecretStr | None = Field(
-        default=None, description="What webhooks are signed with: base64 of at least 24 bytes, after whsec_."
+        default=None, description="The secret that signs webhook calls: whsec_ and base64 of at least 24 bytes."
     )
     api_keys_file: Path | None = Field(
         default=None,
-        description="A file of API keys, .json or else TOML; 'elastic-dit new-key' prints what belongs there. Without "
-        "keys, everybody may do everything.",
+        description="A file of API keys, JSON if it ends in .json and else TOML; 'elastic-dit new-key' prints entries. "
+        "Without keys, everybody may do everything.",
     )
-    api_keys: str | None = Field(default=None, description="API keys as JSON, a list of what the file has.")
+    api_keys: str | None = Field(
+        default=None, description="API keys as JSON: a list of entries like those in the file."
+    )
     rate_limit: str | None = Field(
         default=None,
-        description="How many pictures and meshes a key may ask for, such as 60/minute; without keys, an address. No "
-        "limit by default. A key may have one of its own.",
+        description="How many images and meshes one key may request, such as 60/minute; without keys, one address. No "
+        "limit by default. A key's entry may have its own limit.",
     )
-    body_timeout_s: float = Field(default=30.0, gt=0, description="How long a request's body may take to arrive.")
+    body_timeout_s: float = Field(default=30.0, gt=0, description="Seconds in which a request's body must arrive.")
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
-        description="Origins whose pages may call this server, such as https://pictures.example, separated by commas "
-        "in the environment; * is all of them, by default it is none.",
+        description="Origins whose pages may call this server, such as https://images.example, separated by commas; * "
+        "allows all, none by default.",
     )
     log_level: LogLevel = Field(default=LogLevel.INFO, description="DEBUG, INFO, WARNING or ERROR.")
-    log_format: LogFormat = Field(default=LogFormat.TEXT, description="text, or json: an object a line.")
+    log_format: LogFormat = Field(default=LogFormat.TEXT, description="text, or json: one object a line.")
     otlp_endpoint: str | None = Field(
         default=None,
         pattern="^https?://",
-        description="Where traces are sent, by OTLP over HTTP, such as http://localhost:4318; nowhere by default. "
-        "Needs the packages of the extra 'tracing'.",
+        description="The OTLP endpoint (HTTP) for traces, such as http://localhost:4318; no traces by default. Needs "
+        "the extra 'tracing'.",
     )
+
+    @property
+    def model_directories(self) -> tuple[Path, ...]:
+        """The directories of `models`. Raises BadConfiguration if one does not exist."""
+        return tuple(find_model(model) for model in self.models)
 
     @field_validator("rate_limit")
     @classmethod
@@ -129,7 +165,7 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _check_webhooks(self) -> Self:
         if self.webhook_hosts and self.webhook_secret is None:
-            raise ValueError("webhook_hosts need a webhook_secret, which what they are told is signed with")
+            raise ValueError("webhook_hosts requires webhook_secret, which signs the calls")
         return self
 
     @field_validator("models", "cors_origins", "webhook_hosts", mode="before")
@@ -150,7 +186,7 @@ class Settings(BaseSettings):
 
 
 def load_settings(config: Path | None = None, **options: Any) -> Settings:
-    """The settings, from `config` or the file that `ELASTIC_CONFIG` names, under the environment and the `options`.
+    """The settings from `options`, the environment, and the file `config` or the one that `ELASTIC_CONFIG` names.
 
     Options that are None are not set. Raises FileNotFoundError, tomllib.TOMLDecodeError and pydantic.ValidationError.
     """

@@ -9,7 +9,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 
 class _WithoutQueryValues(SpanProcessor):
-    """A query is the one part of a request in a span that may hold what its client would not have stored."""
+    """Redacts queries: the only part of a request in a span that may hold secrets of the client."""
 
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
         if "url.query" in (span.attributes or {}):
@@ -17,9 +17,9 @@ class _WithoutQueryValues(SpanProcessor):
 
 
 def tracer_provider(otlp_endpoint: str) -> TracerProvider:
-    """Exports spans to `/v1/traces` of `otlp_endpoint`; to be shut down in the end.
+    """A provider that exports spans to `/v1/traces` of `otlp_endpoint`. The caller shuts it down.
 
-    The exporter reads the standard's own variables for the rest, such as OTEL_EXPORTER_OTLP_HEADERS.
+    The exporter also reads the standard's environment variables, such as OTEL_EXPORTER_OTLP_HEADERS.
     """
     provider = TracerProvider(resource=Resource.create({SERVICE_NAME: "elastic-dit"}))
     provider.add_span_processor(_WithoutQueryValues())
@@ -29,10 +29,10 @@ def tracer_provider(otlp_endpoint: str) -> TracerProvider:
 
 
 def telemetry_config(provider: TracerProvider) -> TelemetryConfig:
-    """One span for a request: its method, route, path and status. Bodies and headers are in none."""
+    """One span for each request, with method, route, path and status, without bodies and headers."""
     return {
         "tracer_provider": provider,
         "operation_spans": False,
         "metrics": False,  # Prometheus has them
-        "logs": False,  # they would carry the messages of exceptions
+        "logs": False,  # they would contain the messages of exceptions
     }

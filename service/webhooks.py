@@ -1,4 +1,4 @@
-"""Telling a client's server that a job has ended, signed as Standard Webhooks says (standardwebhooks.com, 1.0.0)."""
+"""Calls to a client's server when a job ends, signed after Standard Webhooks 1.0.0 (standardwebhooks.com)."""
 
 import base64
 import hashlib
@@ -6,15 +6,15 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
 
 from models.errors import InvalidRequest
-from service.api.job_views import job_body
 from service.errors import BadConfiguration
-from service.jobs.job import Job, log_fields
+from service.jobs.job import JobSnapshot, log_fields
 
 logger = logging.getLogger(__name__)
 
@@ -22,25 +22,31 @@ _TIMEOUT_S = 10.0
 
 
 def check_webhook_url(url: str, hosts: Sequence[str]) -> None:
-    """Raise InvalidRequest unless `url` leads to one of the `hosts`, names with a port where that is not the usual."""
+    """Raise InvalidRequest unless the host of `url` is one of `hosts`, which name a port unless it is the default."""
     if not hosts:
-        raise InvalidRequest("this server sends no webhooks; omit webhook_url and ask for the job", "webhook_url")
+        raise InvalidRequest("this server calls no webhooks; omit webhook_url and poll the job", "webhook_url")
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise InvalidRequest(f"webhook_url is no URL: {error}", "webhook_url") from error
+        raise InvalidRequest(f"webhook_url is not a URL: {error}", "webhook_url") from error
     if parts.scheme not in ("http", "https") or parts.username is not None or parts.fragment:
         raise InvalidRequest("webhook_url must be http or https, without a user or a fragment", "webhook_url")
     host = f"{parts.hostname}:{port}" if port is not None else parts.hostname
     if host not in hosts:
-        raise InvalidRequest(f"webhook_url leads to {host}; this server tells only {', '.join(hosts)}", "webhook_url")
+        raise InvalidRequest(f"webhook_url leads to {host}; this server calls only {', '.join(hosts)}", "webhook_url")
 
 
 class Webhooks:
-    """Sends what has happened. `base` is what links begin with, empty where the operator has not said."""
+    """Calls the webhooks of ended jobs. `describe` gives the JSON that clients see of a job."""
 
-    def __init__(self, secret: str, base: str, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        secret: str,
+        describe: Callable[[JobSnapshot], Mapping[str, Any]],
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         """Raises BadConfiguration unless `secret` is base64 of at least 24 bytes, after `whsec_`."""
         try:
             self._key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
@@ -48,17 +54,18 @@ class Webhooks:
             raise BadConfiguration("webhook_secret is not base64, after whsec_") from error
         if len(self._key) < 24:
             raise BadConfiguration(f"webhook_secret has {len(self._key)} bytes; it needs at least 24")
-        self._base = base
+        self._describe = describe
         self._clock = clock
 
-    async def deliver(self, job: Job) -> bool:
-        """Whether the other side took it: it answered 2xx in time."""
+    async def deliver(self, snapshot: JobSnapshot) -> bool:
+        """Call the job's webhook; True if it answered 2xx in time."""
+        job, state = snapshot.job, snapshot.state
         assert job.webhook_url is not None
         body = json.dumps(
             {
-                "type": f"job.{job.status}",
-                "timestamp": int(job.ended_at or 0),
-                "data": job_body(job, self._base).model_dump(mode="json", exclude_unset=True),
+                "type": f"job.{state.status}",
+                "timestamp": int(state.ended_at or 0),
+                "data": self._describe(snapshot),
             }
         )
         sent_at = str(int(self._clock()))

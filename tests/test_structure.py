@@ -9,7 +9,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROJECT, CLIENT = (
+    tomllib.loads((ROOT / folder / "pyproject.toml").read_text())["project"] for folder in (".", "client")
+)
 
 
 def pins() -> dict[str, str]:
@@ -24,12 +26,21 @@ def test_constraints_are_exact_pins_without_addresses_or_paths() -> None:
 
 def test_constraints_pin_every_direct_dependency_to_a_version_it_allows() -> None:
     extras = [entry for extra in PROJECT["optional-dependencies"].values() for entry in extra]
-    requirements = [Requirement(entry) for entry in [*PROJECT["dependencies"], *extras]]
+    requirements = [Requirement(entry) for entry in [*PROJECT["dependencies"], *extras, *CLIENT["dependencies"]]]
     for requirement in requirements:
         name = canonicalize_name(requirement.name)
-        assert name == PROJECT["name"] or pins()[name] in requirement.specifier, str(requirement)
+        is_ours = name in (PROJECT["name"], CLIENT["name"])
+        assert is_ours or pins()[name] in requirement.specifier, str(requirement)
 
 
 def test_changelog_opens_with_the_version_of_the_package() -> None:
     released = re.findall(r"^## \[(\d[^]]*)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert released[0] == PROJECT["version"] == version("elastic-dit-serve")
+
+
+def test_client_needs_httpx2_alone_and_has_the_licence_and_python_of_the_server() -> None:
+    assert [Requirement(entry).name for entry in CLIENT["dependencies"]] == ["httpx2"]
+    assert set(CLIENT["dependencies"]) <= set(PROJECT["dependencies"])
+    for field in ("license", "requires-python"):
+        assert CLIENT[field] == PROJECT[field]
+    assert (ROOT / "client" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()

@@ -17,7 +17,7 @@ from models.families.hunyuan3d import plain_adapter
 from models.families.hunyuan3d.plain_dit import HunYuanDiTPlain, MixtureOfExperts
 from models.families.qwen_image import adapter as qwen_image
 from models.families.wrapping import Mlp
-from training.text import MAX_SEQUENCE_LENGTH, QWEN_SEQUENCE_LENGTH, Text
+from training.scenes.text import MAX_SEQUENCE_LENGTH, QWEN_SEQUENCE_LENGTH, Text
 
 CELLS = 8
 """Image tokens a side of the pictures that are trained on."""

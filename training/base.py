@@ -26,7 +26,7 @@ from training.lesson import Lesson
 from training.loop import run_loop, warm_then_linear
 from training.muon import Muon
 from training.precision import autocast
-from training.text import Text
+from training.scenes.text import Text
 
 BATCH_SIZE = 40  # a process
 DISTILLATION_SHARE = 0.2

@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from training.text import Text
+from training.scenes.text import Text
 
 
 class Lesson(Protocol):

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.elastic.router import MLP_WIDTHS, RouterStack
+from models.elastic.plan import MLP_WIDTHS
+from models.elastic.router import RouterStack
 from models.elastic.streams import Streams
 from models.families.wrapping import mlp_name, permute_neurons
 from models.weights import RouterWeights

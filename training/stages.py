@@ -30,11 +30,13 @@ NUM_PROCESSES = 2
 class Recipe(Protocol):
     """What differs between the tiny models.
 
-    `defaults` are the model's in serving. `transformer_file` is the file of a checkpoint that has the transformer.
-    `preparations` are the stages before the transformer's, which get the folder of the run.
+    `module` is the program that trains the model. `defaults` are the settings it is served with. `transformer_file` is
+    the file of a checkpoint that holds the transformer. `preparations` are the stages before the transformer's; each
+    gets the folder of the run.
     """
 
     name: str
+    module: str
     base_steps: int
     router_steps: int
     defaults: Mapping[str, float]
@@ -124,7 +126,7 @@ def describe_routers(recipe: Recipe, folder: Path) -> None:
         "source": "trained from nothing by this repository on samples that it draws",
         "license": "Apache-2.0",
         "base": str(checkpoint),
-        "training_command": f"python -m training.{recipe.name.replace('-', '_')} --stage routers",
+        "training_command": f"python -m {recipe.module} --stage routers",
         "seed": routers.SEED,
         "num_steps": recipe.router_steps,
         "defaults": dict(recipe.defaults),
@@ -152,7 +154,7 @@ def _stages(recipe: Recipe) -> Mapping[str, Callable[[], object]]:
 
 
 def main(recipe: Recipe) -> None:
-    """The command line of `python -m training.tiny_<family>`."""
+    """The command line of `python -m <recipe.module>`."""
     stages = _stages(recipe)
     parser = argparse.ArgumentParser(description=f"Trains {recipe.name} from nothing.")
     parser.add_argument("--stage", choices=stages, help="only this one (default: all that are not done, in order)")

@@ -1,7 +1,7 @@
-"""Write the dashboard of Grafana: `python deploy/grafana/dashboard.py`. A test holds its file to what this says.
+"""Write Grafana's dashboard: `python deploy/grafana/dashboard.py`. A test compares the written file with this script.
 
-The JSON of a panel is mostly layout and repetition; here a panel is its title, its unit and its queries. The metrics
-are those of `service/metrics.py`.
+The JSON of a panel is mostly layout and repetition. Here a panel is its title, its unit and its queries. The metrics
+are declared in `service/metrics.py`.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 OUT = Path(__file__).parent / "dashboards" / "elastic-dit.json"
-# Of Grafana 12; newer ones read older schemas and migrate them in memory.
+# The schema of Grafana 12. Newer versions read older schemas and migrate them in memory.
 SCHEMA_VERSION = 41
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 OF_MODEL = 'model=~"$model"'
@@ -20,7 +20,7 @@ _RED, _AMBER, _GREEN = "semi-dark-red", "semi-dark-orange", "semi-dark-green"
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """`legend` is a template over the series' labels. An instant query gives one table instead of series over time."""
+    """`legend` is a template over the series' labels. An instant query returns one table, other queries a series."""
 
     expr: str
     legend: str = ""
@@ -57,7 +57,7 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Panels under a heading; `repeat` names a variable, for each value of which the row is drawn."""
+    """Panels under a heading. `repeat` names a variable; the row is then drawn once per value."""
 
     title: str
     panels: tuple[Panel, ...]
@@ -86,7 +86,7 @@ def lines(title: str, description: str, unit: str, *queries: Query, **more: Any)
 
 
 def lines_by_block(title: str, description: str, unit: str, expr: str, **more: Any) -> Panel:
-    """As many lines as the model has blocks, with their means in a table."""
+    """One line per block, with the means in a table."""
     options = {
         "legend": {"displayMode": "table", "placement": "right", "showLegend": True, "calcs": ["mean"]},
         "tooltip": {"mode": "multi", "sort": "desc"},
@@ -128,11 +128,12 @@ def median_and_p95(metric: str, *labels: str) -> tuple[Query, Query]:
 
 
 def or_none(expr: str) -> str:
-    """Series that begin with the first such event: until then, a zero instead of "No data"."""
+    """`expr`, or zero. For series that begin with their first event, so that the panel does not say "No data"."""
     return f"{expr} or vector(0)"
 
 
-# How many wait is a fact about the shared queue that every process tells, how many run is each process's own.
+# Every process reports the whole shared queue, so waiting is a maximum. Each reports its own running jobs, so running
+# is a sum.
 RUNNING = f"sum by (model) (elastic_requests_running{{{OF_MODEL}}})"
 WAITING = f"max by (model) (elastic_requests_waiting{{{OF_MODEL}}})"
 _ROWS_OF_BLOCKS = f"elastic_block_decisions_total{{{OF_MODEL}}}"
@@ -142,7 +143,7 @@ NOW = Row(
     (
         stat(
             "Requests a minute",
-            "That ended, however they ended.",
+            "Requests that ended, with any status.",
             "none",
             f"sum(rate(elastic_requests_total{{{OF_MODEL}}}[$__rate_interval])) * 60",
         ),
@@ -156,13 +157,13 @@ NOW = Row(
         ),
         stat(
             "Compute ratio",
-            "Mean share of the dense model's block compute that a picture or mesh took.",
+            "Mean share of the dense model's block compute that an image or mesh took.",
             "percentunit",
             mean("elastic_compute_ratio"),
         ),
         stat(
             "Skipped or re-used",
-            "Share of the block rows that did not run.",
+            "Share of block decisions that were not run.",
             "percentunit",
             f'1 - sum(rate(elastic_block_decisions_total{{{OF_MODEL}, decision="run"}}[$__rate_interval]))'
             f" / sum(rate({_ROWS_OF_BLOCKS}[$__rate_interval]))",
@@ -175,26 +176,26 @@ REQUESTS = Row(
     (
         lines(
             "Latency by preset",
-            "From a request's arrival to its result. Budgets that name no preset are under the form that they have.",
+            "From a request's arrival to its result. Budgets without a preset are grouped by their form.",
             "s",
             *median_and_p95("elastic_e2e_request_latency_seconds", "preset"),
         ),
         lines(
             "Time in the queue",
-            "From a request's arrival until it was claimed.",
+            "From a request's arrival until a worker claimed it.",
             "s",
             *median_and_p95("elastic_request_queue_time_seconds", "model"),
         ),
         lines(
             "Running and waiting",
-            "Of all processes that share the queue.",
+            "All processes that share the queue.",
             "none",
             Query(RUNNING, "{{model}} running"),
             Query(WAITING, "{{model}} waiting"),
         ),
         lines(
             "Stages",
-            "Mean time of a picture or mesh in each stage.",
+            "Mean time that an image or mesh spends in each stage.",
             "s",
             Query(mean("elastic_stage_latency_seconds", "model", "stage"), "{{model}} {{stage}}"),
         ),
@@ -209,7 +210,7 @@ REQUESTS = Row(
         ),
         lines(
             "Deadlines and lowered quality",
-            "Requests with a deadline by outcome, and requests whose quality was lowered within what they allow.",
+            "Requests with a deadline by outcome, and requests whose quality was lowered as their min_quality allows.",
             "reqps",
             Query(
                 or_none(f"sum by (outcome) (rate(elastic_deadline_total{{{OF_MODEL}}}[$__rate_interval]))"),
@@ -228,7 +229,7 @@ COMPUTE = Row(
     (
         lines(
             "Compute ratio",
-            "Share of the dense model's block compute that pictures and meshes took; a tenth takes more than p90.",
+            "Share of the dense model's block compute that images and meshes took. One in ten takes more than p90.",
             "percentunit",
             Query(mean("elastic_compute_ratio", "model"), "{{model}} mean"),
             Query(quantile(0.9, "elastic_compute_ratio", "model"), "{{model}} p90"),
@@ -236,15 +237,15 @@ COMPUTE = Row(
         ),
         lines(
             "Error of the predicted compute ratio",
-            "Distance between what was counted and what the calibration said. Where it stays high, calibrate anew with "
-            "prompts like those that come.",
+            "Difference between the counted compute ratio and the calibration's. If it stays high, calibrate again "
+            "with prompts like the current ones.",
             "percentunit",
             Query(mean("elastic_predicted_compute_ratio_error", "model"), "{{model}} mean"),
             Query(quantile(0.95, "elastic_predicted_compute_ratio_error", "model"), "{{model}} p95"),
         ),
         lines(
             "Batch size",
-            "Pictures or meshes that shared a denoise step, mean.",
+            "Mean number of images or meshes that shared a denoise step.",
             "none",
             Query(mean("elastic_generation_batch_size", "model"), "{{model}}"),
         ),
@@ -256,7 +257,7 @@ COMPUTE = Row(
         ),
         lines(
             "Routers",
-            "Share of a step's time that goes into deciding.",
+            "Share of a step's time spent in routers.",
             "percentunit",
             Query(
                 ratio("elastic_router_latency_seconds_sum", "elastic_step_latency_seconds_sum", "model"), "{{model}}"
@@ -264,7 +265,7 @@ COMPUTE = Row(
         ),
         lines(
             "GPU memory",
-            "Nothing on a CPU.",
+            "Empty on a CPU.",
             "bytes",
             Query(or_none("sum by (instance, kind) (elastic_gpu_memory_bytes)"), "{{instance}} {{kind}}"),
         ),
@@ -284,7 +285,7 @@ BLOCKS = Row(
     (
         Panel(
             "Decisions by block",
-            "Rows of batches that each block ran, re-used and skipped, in the time that is shown.",
+            "Share of rows that each block ran, re-used and skipped in the selected time range.",
             "percentunit",
             (
                 Query(
@@ -318,8 +319,8 @@ BLOCKS = Row(
             ),
         ),
         Panel(
-            "Time of a block",
-            "One block in one step of a batch: how often it took how long, all blocks together.",
+            "Block latency",
+            "Distribution of the time of one block in one step of a batch, over all blocks.",
             "s",
             (
                 Query(
@@ -344,27 +345,27 @@ BLOCKS = Row(
         ),
         lines_by_block(
             "Skip rate by block",
-            "Share of the rows that skip it.",
+            "Share of rows that skip the block.",
             "percentunit",
             share_of_decision("skip"),
             maximum=1,
         ),
         lines_by_block(
             "Re-use rate by block",
-            "Share of the rows that add what it gave in an earlier step.",
+            "Share of rows that re-use the block's residual of an earlier step.",
             "percentunit",
             share_of_decision("reuse"),
             maximum=1,
         ),
         lines_by_block(
             "Latency by block, p95",
-            "Time of one step of a batch. It falls where rows are skipped, since what is not run takes no time.",
+            "Time of the block in one step of a batch. Skipped rows take no time, so it falls with the skip rate.",
             "s",
             quantile(0.95, "elastic_block_latency_seconds", "block"),
         ),
         lines_by_block(
             "MLP width by block",
-            "Mean of the rows that run it.",
+            "Mean width over the rows that run the block.",
             "percentunit",
             mean("elastic_block_mlp_width_ratio", "block"),
             maximum=1,
@@ -378,7 +379,7 @@ TROUBLE = Row(
     (
         lines(
             "Refused requests",
-            "By the error's code. Until the first one there is a line of zero without a name.",
+            "By error code. Until the first refusal there is an unnamed line at zero.",
             "reqps",
             Query(
                 or_none(f"sum by (code) (rate(elastic_requests_rejected_total{{{OF_MODEL}}}[$__rate_interval]))"),
@@ -386,14 +387,14 @@ TROUBLE = Row(
             ),
         ),
         lines(
-            "Jobs taken over",
-            "From processes that died.",
+            "Recovered jobs",
+            "Jobs requeued after their process died.",
             "none",
             Query(or_none("sum(increase(elastic_jobs_recovered_total[$__rate_interval]))"), "jobs"),
         ),
         lines(
             "Errors of the job store",
-            "By what was tried.",
+            "By operation.",
             "none",
             Query(
                 or_none("sum by (operation) (increase(elastic_store_errors_total[$__rate_interval]))"),
@@ -478,7 +479,7 @@ def _model_variable() -> dict[str, Any]:
         "sort": 1,
         "multi": True,
         "includeAll": True,
-        "allValue": ".*",  # refusals of unknown models have no model
+        "allValue": ".*",  # refusals of unknown models have an empty model label
         "current": {"selected": True, "text": ["All"], "value": ["$__all"]},
     }
 

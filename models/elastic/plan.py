@@ -1,10 +1,29 @@
-"""Plans: what one row does in one block, and what a rule may look at to decide it."""
+"""Plans: what one row does in one block, what a rule may look at to decide it, and what a rule is."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol, TypeVar
 
-from models.card import Policy
 from models.report import Decision
+
+MLP_WIDTHS = (0.25, 0.5, 0.75, 1.0)
+"""Shares of the hidden neurons that a width index keeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A rule's settings for one request. Each rule has a type of its own.
+
+    `rule` names the rule. Curves may be read as straight lines between points that differ in `interpolated` fields
+    alone.
+    """
+
+    rule: ClassVar[str]
+    interpolated: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def skip_threshold(self) -> float:
+        """Blocks with a depth probability under it are skipped: 0 for rules that have no such setting."""
+        return 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,8 +31,9 @@ class RowView:
     """One row before one block, on the host.
 
     `depth_prob` and `width_logits` are the router's (None where no router ran). `num_reuses` counts since the row's
-    stored residual was computed and is None if there is none. `residual_change` is how far the first block's residual
-    moved, relative to its size, since the last computed step (None before that is known, and in the first block).
+    stored residual of this block was computed and is None if there is none. `residual_change` is how far the residual
+    of a block whose plan measures it moved, relative to its size, since the row last stored residuals; None where
+    nothing was measured earlier in this step.
     """
 
     step: int
@@ -27,31 +47,38 @@ class RowView:
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
-    """What a row does in a block. `mlp_width` matters, and `keeps_residual` can be true, only if it runs."""
+    """What a row does in a block.
+
+    `mlp_width` matters, and `keeps_residual` and `measures_change` can be true, only if the block runs.
+    `measures_change` asks for the residual's change as `RowView.residual_change` of the blocks after it; one block of a
+    step can be measured. It costs a wait for the device.
+    """
 
     decision: Decision
     mlp_width: float = 1.0
     keeps_residual: bool = False
+    measures_change: bool = False
 
 
 RUN_IN_FULL = RowPlan(Decision.RUN)
 SKIP = RowPlan(Decision.SKIP)
 REUSE = RowPlan(Decision.REUSE)
 
+P_contra = TypeVar("P_contra", bound=Policy, contravariant=True)
 
-class Rule(Protocol):
-    """A way to decide. Rules are pure: the same view and policy give the same plan, whatever else is in the batch.
 
-    `needs_scores` says whether routers must run, `needs_residual_change` whether the first block's change is measured.
+class Rule(Protocol[P_contra]):
+    """A way to decide. Rules are pure: a plan follows from the view and the policy alone.
+
+    `needs_scores` says whether routers must run.
     """
 
-    name: str
-    needs_scores: bool
-    needs_residual_change: bool
+    @property
+    def needs_scores(self) -> bool: ...
 
-    def plan(self, row: RowView, policy: Policy) -> RowPlan: ...
+    def plan(self, row: RowView, policy: P_contra) -> RowPlan: ...
 
 
-def is_protected(row: RowView, policy: Policy) -> bool:
-    """Whether the row is at a step that its policy runs in full."""
-    return row.step < policy.protected_first or row.step >= row.num_steps - policy.protected_last
+def is_protected(row: RowView, first: int, last: int) -> bool:
+    """Whether the row is at one of the `first` or the `last` steps, which run in full."""
+    return row.step < first or row.step >= row.num_steps - last

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-MLP_WIDTHS = (0.25, 0.5, 0.75, 1.0)
-"""The share of hidden neurons that each width index keeps."""
+from models.elastic.plan import MLP_WIDTHS
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-from models.card import Policy
 from models.elastic.compute import BlockCost
-from models.elastic.plan import Rule
+from models.elastic.plan import Policy, Rule
 from models.report import StepDecision
 
 
@@ -34,28 +34,28 @@ class Allowance:
 class StepJournal:
     """The changes that one step makes to a row. They take effect at its end, so a failed step can be repeated.
 
-    `residuals` has None where a stored residual is outdated. Under the residual_cache rule `first_residual` is what the
-    first block added to the image stream, and `residual_change` its distance from the row's reference.
+    `residuals` has None where a stored residual is outdated. `stores_residuals` says whether any was stored. Where a
+    plan measures a block's change, `measured_residual` is what that block added to the image stream, and
+    `residual_change` its distance from the row's reference.
     """
 
     flops: float = 0.0
     trace: list[StepDecision] = field(default_factory=list)
     residuals: dict[str, Residual | None] = field(default_factory=dict)
-    first_residual: Tensor | None = None
+    stores_residuals: bool = False
+    measured_residual: Tensor | None = None
     residual_change: float | None = None
-    computes_rest: bool = False
 
 
 @dataclass(slots=True)
 class Row:
     """One row of a batch: one guidance branch of one request, with all the state of its elasticity.
 
-    `residuals` maps block names to stored residuals; `reference` is the first block's residual in the last step that
-    computed the other blocks. All branches of a request share one `allowance`. `begin_step` and `end_step` frame a
-    step.
+    `residuals` maps block names to stored residuals; `reference` is the measured block's residual in the last step that
+    stored residuals. All branches of a request share one `allowance`. `begin_step` and `end_step` frame a step.
     """
 
-    rule: Rule
+    rule: Rule[Any]
     policy: Policy
     branch: str
     num_steps: int
@@ -77,6 +77,6 @@ class Row:
         self.trace += self.journal.trace
         kept = self.residuals | self.journal.residuals
         self.residuals = {name: residual for name, residual in kept.items() if residual is not None}
-        if self.journal.computes_rest:
-            self.reference = self.journal.first_residual
+        if self.journal.stores_residuals:
+            self.reference = self.journal.measured_residual
         self.journal = StepJournal()

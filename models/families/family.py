@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.card import CurvePoint, Guidance, ModelCard
+from models.card import Guidance, ModelCard
+from models.curve import CurvePoint
 from models.elastic.compute import BlockCost
 from models.elastic.row import Row
 from models.elastic.streams import Streams

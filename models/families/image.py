@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from models.card import CurvePoint, ImageCard, ModelCard, SizeLimits, basics_of
+from models.card import ImageCard, ModelCard, SizeLimits, basics_of
+from models.curve import EXACT, CurvePoint, Preset
 from models.diffusion.sampling import flow_schedule
 from models.elastic.compute import BlockCost
 from models.families.family import BranchStart, Family
 from models.families.preview import apply_colour_map, fit_colour_map, fitting_images
-from models.request import GenerationRequest, ImageRequest, Preset, PresetBudget
+from models.request import GenerationRequest, ImageRequest, PresetBudget
 from models.state import BranchInputs, DenoiseState
 from models.weights import Manifest, RouterWeights
 
@@ -102,6 +103,8 @@ class ImageFamily(Family):
             guidance_scale=card.default_guidance_scale,
             seed=0,
             budget=PresetBudget(Preset.EXACT),
+            point=EXACT,
+            is_guided=card.is_guided(card.default_guidance_scale),
         )
 
     @torch.inference_mode()

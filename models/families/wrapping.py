@@ -5,7 +5,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from models.elastic.router import MLP_WIDTHS, RouterStack
+from models.elastic.plan import MLP_WIDTHS
+from models.elastic.router import RouterStack
 from models.elastic.runner import ElasticBlock
 from models.elastic.streams import Streams
 from models.elastic.width import narrowed, permute_hidden_neurons

@@ -1,29 +1,61 @@
-"""Whose job it is: each is its maker's own."""
+"""What a route requires of its callers, declared at the route."""
 
-import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
 
-from fastapi import Request
+from fastapi import Depends, Request
+from fastapi.routing import APIRoute, iter_route_contexts
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.routing import Match
+from starlette.types import Scope
 
-from service.errors import JobNotFound
-from service.jobs.job import Job
-from service.jobs.store import JobStore
-from service.keys import ApiKey, Scope
+from service import keys
+from service.api.caller import caller_of
+from service.errors import InsufficientScope
+from service.settings import Settings
 
-_JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
-
-
-def owner_of(request: Request) -> str | None:
-    """The id of the API key of a request; None where no keys are in use."""
-    key: ApiKey | None = getattr(request.state, "key", None)
-    return None if key is None else key.id
+_bearer = HTTPBearer(
+    auto_error=False, scheme_name="ApiKey", description="An API key of this server. Servers without keys ignore it."
+)
 
 
-async def own_job(job_id: str, request: Request, store: JobStore) -> Job:
-    """The job, if this request's key may see it: its maker's, or an operator's. Raises JobNotFound if not."""
-    if not _JOB_ID.fullmatch(job_id):  # a store may know other things by other names
-        raise JobNotFound(f"there is no job '{job_id}'")
-    job = await store.get(job_id)
-    key: ApiKey | None = getattr(request.state, "key", None)
-    if key is not None and job.owner != key.id and Scope.ADMIN not in key.scopes:
-        raise JobNotFound(f"there is no job '{job_id}'")
-    return job
+def default_max_body_bytes(settings: Settings) -> int:
+    return settings.max_body_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """A dependency of a route or router, as in `dependencies=[Depends(Access(Scope.GENERATE))]`.
+
+    A call needs a key with `scope`, which the OpenAPI document says. Calls of a `is_rate_limited` route count towards
+    the caller's rate limit. FastAPI evaluates dependencies after it has read the body, so the middlewares look the
+    declaration up before: `Authentication` checks the key and the rate limit of rate-limited routes, `BodyLimit` stops
+    at `max_body_bytes` of the settings.
+    """
+
+    scope: keys.Scope
+    is_rate_limited: bool = False
+    max_body_bytes: Callable[[Settings], int] = default_max_body_bytes
+
+    async def __call__(
+        self, request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)] = None
+    ) -> None:
+        """Raise InvalidApiKey or InsufficientScope unless the caller's key allows the call."""
+        caller = caller_of(request.scope)
+        if caller.key_error is not None:
+            raise caller.key_error
+        if caller.key is not None and not caller.key.allows(self.scope):
+            raise InsufficientScope(
+                f"this key is for {', '.join(sorted(caller.key.scopes))}; this call needs {self.scope}"
+            )
+
+
+def access_of(scope: Scope) -> Access | None:
+    """What the route of an HTTP request declares; None if no route matches, or if the route is open to all."""
+    for context in iter_route_contexts(scope["app"].routes):
+        route = context.original_route
+        if isinstance(route, APIRoute) and route.matches(scope)[0] is Match.FULL:
+            declared = [dependency.dependency for dependency in route.dependencies]
+            return next((access for access in declared if isinstance(access, Access)), None)
+    return None

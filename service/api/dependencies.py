@@ -1,9 +1,10 @@
-"""What routes get from the app that they are in."""
+"""Dependencies of the routes: the objects that belong to the application or to the HTTP request."""
 
 from typing import Annotated
 
 from fastapi import Depends, Request
 
+from service.api.caller import Caller, caller_of
 from service.running.dispatcher import Dispatcher
 from service.settings import Settings
 
@@ -18,5 +19,10 @@ def _settings(request: Request) -> Settings:
     return settings
 
 
+def _caller(request: Request) -> Caller:
+    return caller_of(request.scope)
+
+
 DispatcherOfApp = Annotated[Dispatcher, Depends(_dispatcher)]
 SettingsOfApp = Annotated[Settings, Depends(_settings)]
+CallerOfRequest = Annotated[Caller, Depends(_caller)]

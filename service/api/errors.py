@@ -1,4 +1,4 @@
-"""The one table from what goes wrong to what clients are told, and the handlers that tell them."""
+"""The one table from error types to HTTP status and code, and the handlers that answer errors."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +10,9 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from models.errors import InvalidRequest, UnknownModel
-from service.api.middleware import SECURITY_HEADERS
+from service.api.caller import caller_of
 from service.api.responses import ErrorBody, ErrorDetail, header
+from service.api.security_headers import SECURITY_HEADERS
 from service.api.validation import invalid_request
 from service.errors import (
     DeadlineUnreachable,
@@ -31,7 +32,7 @@ from service.errors import (
     StoreUnavailable,
     UnsupportedMediaType,
 )
-from service.jobs.job import Failure, FailureReason
+from service.jobs.job import Failure, FailureReason, JobSnapshot, JobStatus
 
 STATUS_AND_CODE: Mapping[type[Exception], tuple[int, str]] = {
     InvalidImage: (400, "invalid_image"),
@@ -53,8 +54,8 @@ STATUS_AND_CODE: Mapping[type[Exception], tuple[int, str]] = {
     StoreUnavailable: (503, "store_unavailable"),
 }
 
-# What the framework finds wrong by itself: a body that is no JSON, a path or method that does not exist, a long or
-# slow body.
+# Errors that the framework and the middlewares raise: a body that is not JSON, an unknown path or method, a body that
+# is too long or too slow.
 _FRAMEWORK_CODES = {
     400: "invalid_json",
     404: "not_found",
@@ -63,12 +64,12 @@ _FRAMEWORK_CODES = {
     413: "payload_too_large",
 }
 
-_RETRY_AFTER = {"Retry-After": header("Seconds until trying again may help.", type="integer", minimum=0)}
+_RETRY_AFTER = {"Retry-After": header("Seconds to wait before the next try.", type="integer", minimum=0)}
 _HEADERS = {401: {"WWW-Authenticate": header("Bearer.")}, 429: _RETRY_AFTER, 503: _RETRY_AFTER}
 
 
 def status_and_error(error: Exception) -> tuple[int, ErrorDetail]:
-    """How `error` is answered."""
+    """The HTTP status and the body of the answer to `error`."""
     match error:
         case RequestValidationError():
             return _of_validation(error.errors()[0])
@@ -88,14 +89,22 @@ def status_and_error(error: Exception) -> tuple[int, ErrorDetail]:
 
 
 def error_of(failure: Failure) -> Exception:
-    """What a sync call raises for a job that failed."""
+    """The error to answer for a job that failed."""
     match failure.reason:
         case FailureReason.INVALID_REQUEST:
             return InvalidRequest(failure.message, failure.param or "")
         case FailureReason.GENERATION_FAILED | FailureReason.WORKER_LOST:
             return GenerationFailed(failure.message)
-        case FailureReason.DRAINING:  # the grace is over: whatever comes next may be there at once
+        case FailureReason.DRAINING:  # the grace period is over: another server may answer at once
             return Draining(failure.message, retry_after_s=1)
+
+
+def raise_if_unsuccessful(ended: JobSnapshot) -> None:
+    """Raise the error that tells the client why a job that has ended has no result."""
+    if ended.state.failure is not None:
+        raise error_of(ended.state.failure)
+    if ended.state.status is JobStatus.CANCELLED:
+        raise JobCancelled(f"job {ended.job.id} was cancelled")
 
 
 async def answer_error(request: Request, error: Exception) -> JSONResponse:
@@ -113,9 +122,9 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def answer_bug(request: Request, error: Exception) -> JSONResponse:
-    """Starlette answers this outside our middleware, and then raises `error` again for the log."""
+    """Starlette sends this answer outside our middlewares, and then raises `error` again for the log."""
     response = await answer_error(request, error)
-    response.headers["X-Request-ID"] = request.state.request_id
+    response.headers["X-Request-ID"] = caller_of(request.scope).request_id
     response.headers.update(SECURITY_HEADERS)
     return response
 
@@ -127,7 +136,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What OpenAPI says about the errors of a route."""
+    """The errors of a route in the OpenAPI document."""
     codes = [(status, code) for status, code in (*STATUS_AND_CODE.values(), *_FRAMEWORK_CODES.items())]
     return {
         wanted: {
@@ -149,7 +158,7 @@ def _of_validation(error: Mapping[str, Any]) -> tuple[int, ErrorDetail]:
 
 
 def _allowed_methods(request: Request) -> str:
-    """What the path of a request can be called with. Starlette names the methods of the first route there alone."""
+    """All methods of a path. Starlette names only those of the first route with this path."""
     return ", ".join(
         method
         for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")

@@ -1,4 +1,4 @@
-"""A job's events, as server-sent events."""
+"""The events of a job, sent to clients as server-sent events."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
@@ -10,19 +10,19 @@ from pydantic_core import to_json
 
 from models.errors import GenerationError
 from models.request import ImageRequest
-from service.api.errors import error_of, status_and_error
+from service.api.errors import raise_if_unsuccessful, status_and_error
 from service.api.job_views import result_body
 from service.api.responses import ErrorBody
 from service.api.schemas import ResponseFormat
-from service.errors import Draining, JobCancelled, ServiceError
-from service.jobs.job import Job, JobStatus
+from service.errors import Draining, ServiceError
+from service.jobs.job import Job
 from service.jobs.store import Event, EventName, follow
 from service.running.dispatcher import Dispatcher
 
-# Proxies close connections that say nothing for a minute or so.
+# Proxies close connections that are silent for about a minute.
 _KEEP_ALIVE_S = 15.0
 
-# Neither caches nor nginx's buffers are to hold events back.
+# Keeps caches and nginx's buffers from delaying events.
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
@@ -35,7 +35,10 @@ def event_stream(
     response_format: ResponseFormat | None = None,
     cancels: bool = False,
 ) -> StreamingResponse:
-    """A job's events after `after` up to its end. With `cancels` a client that hangs up before cancels the job."""
+    """The events of a job after the event `after`, up to its end.
+
+    With `cancels`, the job is cancelled if the client disconnects first.
+    """
     lines = _lines(job, dispatcher, base, after, response_format, cancels)
     return StreamingResponse(lines, media_type="text/event-stream", headers={**_HEADERS, "X-Job-ID": job.id})
 
@@ -67,7 +70,7 @@ async def _lines(
 
 
 async def _until_drained(job: Job, dispatcher: Dispatcher, after: str) -> AsyncIterator[Event | None]:
-    """The job's events; None whenever nothing has happened for a while. Raises Draining if this server stops before."""
+    """The job's events, and None after each silence of _KEEP_ALIVE_S. Raises Draining if this server stops first."""
     events = follow(dispatcher.store, job.id, after)
     drained = asyncio.create_task(dispatcher.has_drained.wait())
     coming: asyncio.Future[Event] | None = None
@@ -95,13 +98,13 @@ async def _until_drained(job: Job, dispatcher: Dispatcher, after: str) -> AsyncI
 async def _public(
     event: Event, job: Job, dispatcher: Dispatcher, base: str, response_format: ResponseFormat | None
 ) -> tuple[str, Mapping[str, Any]]:
-    """The name and the data that clients know an event by."""
-    made = "image" if isinstance(job.requests[0], ImageRequest) else "mesh"
+    """The name and the data of an event, as clients see them."""
+    product = "image" if isinstance(job.requests[0], ImageRequest) else "mesh"
     match event.name:
         case EventName.PREVIEW:
-            return f"{made}_generation.partial_{made}", {"id": job.id, **event.data}
+            return f"{product}_generation.partial_{product}", {"id": job.id, **event.data}
         case EventName.ENDED:
-            return await _end(job, dispatcher, base, response_format, f"{made}_generation.completed")
+            return await _end(job, dispatcher, base, response_format, f"{product}_generation.completed")
         case _:
             return event.name, {"id": job.id, **event.data}
 
@@ -109,17 +112,14 @@ async def _public(
 async def _end(
     job: Job, dispatcher: Dispatcher, base: str, response_format: ResponseFormat | None, completed: str
 ) -> tuple[str, Mapping[str, Any]]:
-    job = await dispatcher.store.get(job.id)
-    if job.failure is not None:
-        return "error", _error(error_of(job.failure))
-    if job.status is JobStatus.CANCELLED:
-        return "error", _error(JobCancelled(f"job {job.id} was cancelled"))
+    snapshot = await dispatcher.store.get(job.id)
     try:
-        outcome = await dispatcher.store.content(job.id)
-    except ServiceError as error:  # such as a result that is no longer kept
+        raise_if_unsuccessful(snapshot)
+        finished = await dispatcher.store.content(job.id)
+    except (ServiceError, GenerationError) as error:
         return "error", _error(error)
-    result = result_body(outcome, response_format, base).model_dump(mode="json", exclude_unset=True)
-    # OpenAI's SDK looks for the picture here.
+    result = result_body(finished, response_format, base).model_dump(mode="json", exclude_unset=True)
+    # OpenAI's SDK reads the image here.
     first = {name: value for name, value in result["data"][0].items() if name in ("b64_json", "url")}
     return completed, {**result, **first}
 

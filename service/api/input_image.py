@@ -1,7 +1,7 @@
-"""A client's picture, checked before memory is spent on it, and made into one that is certain.
+"""Validates an upload and re-encodes its pixels as a clean PNG.
 
-Whatever a client calls it, the content decides what a file is. What passes on are pixels alone: colour profiles, texts
-and whatever else stands in the file, or behind the picture's end, stay here.
+The content of a file decides its format, not the client's media type. Only pixels pass on: colour profiles, texts,
+other metadata and data after the image's end are dropped. Sizes are checked before memory is spent on decoding.
 """
 
 import base64
@@ -20,27 +20,30 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 MIN_SIDE = 8
 MAX_SIDE = 16_384
 KEPT_SIDE = 2048
-"""Models see 512 pixels a side, and objects are centred in squares of the picture's longer one."""
+"""Larger images are scaled down. Models see 512 pixels a side, of a square as wide as the longer side of the image."""
 
 MAX_SCANS = 100
-"""A progressive JPEG has some ten, each of which goes over all pixels."""
+"""Scans of a JPEG. A progressive JPEG has about ten, and decoding each one visits all pixels."""
 
 MAX_PARTS = 500
-"""Of a JPEG before its first scan; of a PNG, besides one for each `_PNG_PART_BYTES`. Pillow reads them in Python."""
+"""Segments of a JPEG before its first scan; chunks of a PNG beyond one for each `_PNG_PART_BYTES` of its file.
+
+Pillow reads them in Python, so many small parts cost time.
+"""
 
 _JPEG_HEAD_BYTES = 262_144
-"""Four full segments: Pillow passes over those that it doesn't know byte by byte."""
+"""Four full segments: Pillow skips segments that it does not know byte by byte."""
 
 _PNG_PART_BYTES = 4096
-"""Half of what libpng writes into one chunk of pixels."""
+"""Half the size of the chunks of pixels that libpng writes."""
 
 _PNG, _JPEG, _SCAN = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xda"
 _PNG_PARTS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
-_EXIF_BYTES = 65_533  # the most that a JPEG's segment holds
+_EXIF_BYTES = 65_533  # the longest content of a JPEG segment
 
-# What Pillow raises on files that are not what they say, found by mutating some.
+# Errors that Pillow raises on damaged files, found by mutating files.
 _BROKEN = (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error, zlib.error, IndexError, OverflowError)
-_TURNS: dict[object, Image.Transpose] = {  # Exif's orientation, which may be anything
+_TURNS: dict[object, Image.Transpose] = {  # by Exif orientation; other values may occur
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -52,15 +55,15 @@ _TURNS: dict[object, Image.Transpose] = {  # Exif's orientation, which may be an
 _16_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
-def decode_base64_picture(text: str) -> bytes:
-    """The bytes of base64 text, or of a `data:` URL of it. Raises InvalidImage if it is neither."""
+def decode_base64_image(text: str) -> bytes:
+    """The bytes of base64 text or of a base64 `data:` URL. Raises InvalidImage for any other text."""
     given = text.strip()
     if given[:5].lower() == "data:":
         head, comma, given = given.partition(",")
         if not comma or not head.lower().endswith(";base64"):
             raise InvalidImage("input_image is a data: URL without base64; write data:image/png;base64,…")
     elif "://" in given[:16]:
-        raise InvalidImage("input_image is an address, and this server fetches nothing; send the picture itself")
+        raise InvalidImage("input_image is a URL, which this server does not fetch; send the image itself")
     try:
         data = base64.b64decode("".join(given.split()), validate=True)
     except (binascii.Error, ValueError) as error:
@@ -70,38 +73,38 @@ def decode_base64_picture(text: str) -> bytes:
     return data
 
 
-def checked_picture(data: bytes, *, max_pixels: int) -> bytes:
-    """A PNG of the one picture in `data`, RGB or RGBA with 8 bits a channel, upright, at most `KEPT_SIDE` a side.
+def checked_image(data: bytes, *, max_pixels: int) -> bytes:
+    """A PNG of the single image in `data`: RGB or RGBA, 8 bits a channel, upright, at most `KEPT_SIDE` a side.
 
-    Parts of the file that say nothing of its pixels are left out before Pillow sees it, since it keeps and joins them;
-    sides and number of pictures are looked at before pixels are decoded. Raises InvalidImage. Filters of warnings are
-    set meanwhile, which belong to the process: not for two threads at once.
+    Parts of the file that do not describe pixels are removed before Pillow opens it, since Pillow keeps and joins them.
+    Sides and number of frames are checked before pixels are decoded. Raises InvalidImage. Not for two threads at once:
+    it changes the warning filters, which belong to the process.
     """
     if data.startswith(_JPEG) and data.count(_SCAN) > MAX_SCANS:
-        raise InvalidImage(f"input_image has {data.count(_SCAN)} scans; {MAX_SCANS} at most, so that decoding ends")
+        raise InvalidImage(f"input_image has {data.count(_SCAN)} scans; at most {MAX_SCANS} are accepted")
     if data.startswith(_JPEG):
         data = _jpeg_of_pixels(data)
     elif data.startswith(_PNG):
         data = _png_of_pixels(data)
     try:
         with warnings.catch_warnings():
-            # Pillow warns of sizes that we have limits for, and of faults that a picture survives.
+            # Pillow warns of large images, for which we have limits, and of faults that do not prevent decoding.
             warnings.simplefilter("ignore")
-            with Image.open(BytesIO(data), formats=FORMATS) as picture:
-                _check_size(picture, max_pixels)
-                _check_single(picture)
-                picture.load()
-                if picture.format == "PNG":
-                    _scale_colour_key(picture, depth=data[24])
-                # Made smaller first, so that what follows copies little.
-                converted = _eight_bits(picture)
+            with Image.open(BytesIO(data), formats=FORMATS) as image:
+                _check_size(image, max_pixels)
+                _check_single(image)
+                image.load()
+                if image.format == "PNG":
+                    _scale_colour_key(image, depth=data[24])
+                # Scaled down first, so that the next steps copy less.
+                converted = _eight_bits(image)
                 converted.thumbnail((KEPT_SIDE, KEPT_SIDE))
                 upright = _upright(converted)
                 pixels = Image.frombytes(upright.mode, upright.size, upright.tobytes())
     except UnidentifiedImageError as error:
-        raise InvalidImage(f"input_image is no picture that can be read; send {', '.join(FORMATS)}") from error
+        raise InvalidImage(f"input_image is not a readable image; send {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
-        raise InvalidImage(f"input_image is too large, {max_pixels} pixels at most: {error}") from error
+        raise InvalidImage(f"input_image is too large; at most {max_pixels} pixels are accepted: {error}") from error
     except _BROKEN as error:
         raise InvalidImage(f"input_image is damaged: {error}") from error
     file = BytesIO()
@@ -110,8 +113,9 @@ def checked_picture(data: bytes, *, max_pixels: int) -> bytes:
 
 
 def _jpeg_of_pixels(data: bytes) -> bytes:
-    """The file without texts, profiles, what stands between segments, and the index that phones give to their several
-    pictures, of which the first is the photograph.
+    """The file without texts, profiles, data between segments, and the index of the extra images that phones append.
+
+    The first image of a phone's file is the photograph.
     """
     kept, seen = [_JPEG], set()
     place, number = 2, 0
@@ -122,7 +126,7 @@ def _jpeg_of_pixels(data: bytes) -> bytes:
                 f"input_image has more than {MAX_PARTS} segments before its pixels; save it without them"
             )
         marker = data[place + 1]
-        if data[place] != 0xFF or marker in (0x00, 0xFF):  # fill bytes and junk, which readers pass over
+        if data[place] != 0xFF or marker in (0x00, 0xFF):  # fill bytes and junk, which decoders skip
             place += 1
             continue
         if marker == 0x01 or 0xD0 <= marker <= 0xD9:  # these have no length
@@ -131,7 +135,7 @@ def _jpeg_of_pixels(data: bytes) -> bytes:
         end = place + 2 + max(2, int.from_bytes(data[place + 2 : place + 4]))
         segment = data[place:end]
         is_application = 0xE0 <= marker <= 0xEF or marker == 0xFE
-        # JFIF's and Adobe's tell how colours are stored, the first Exif which side is up.
+        # JFIF and Adobe segments say how colours are stored, the first Exif segment which side is up.
         names = {0xE0: b"JFIF", 0xE1: b"Exif\0\0", 0xEE: b"Adobe"}
         is_needed = marker in names and marker not in seen and segment[4:].startswith(names[marker])
         if is_needed or not is_application:
@@ -142,12 +146,14 @@ def _jpeg_of_pixels(data: bytes) -> bytes:
         raise InvalidImage("input_image is damaged: it is a JPEG that ends before its pixels")
     head = b"".join(kept)
     if len(head) > _JPEG_HEAD_BYTES:
-        raise InvalidImage(f"input_image has {len(head)} bytes before its pixels; {_JPEG_HEAD_BYTES} at most")
+        raise InvalidImage(
+            f"input_image has {len(head)} bytes before its pixels; at most {_JPEG_HEAD_BYTES} are accepted"
+        )
     return head + data[place:]
 
 
 def _png_of_pixels(data: bytes) -> bytes:
-    """The file without texts, profiles and what follows its end. Raises InvalidImage if it is animated."""
+    """The file without texts, profiles and data after its end. Raises InvalidImage if it is animated."""
     if data[12:16] != b"IHDR":
         raise InvalidImage("input_image is damaged: it is a PNG that doesn't begin with its size")
     kept, place, number, has_exif = [_PNG], len(_PNG), 0, False
@@ -158,10 +164,10 @@ def _png_of_pixels(data: bytes) -> bytes:
             raise InvalidImage(f"input_image has more than {most} chunks; save it with fewer and larger ones")
         length, kind = int.from_bytes(data[place : place + 4]), data[place + 4 : place + 8]
         if kind == b"acTL" and (frames := int.from_bytes(data[place + 8 : place + 12])) > 1:
-            raise InvalidImage(f"input_image has {frames} frames; send one still picture")
+            raise InvalidImage(f"input_image has {frames} frames; send a single still image")
         end = place + length + 12
         is_exif = kind == b"eXIf" and not has_exif and length <= _EXIF_BYTES
-        if kind in _PNG_PARTS or is_exif or kind[:1].isupper():  # what is critical and unknown is Pillow's to refuse
+        if kind in _PNG_PARTS or is_exif or kind[:1].isupper():  # unknown critical chunks stay: Pillow refuses them
             kept.append(data[place:end])
             has_exif = has_exif or is_exif
         if kind == b"IEND":
@@ -170,56 +176,58 @@ def _png_of_pixels(data: bytes) -> bytes:
     return b"".join(kept)
 
 
-def _check_size(picture: Image.Image, max_pixels: int) -> None:
-    width, height = picture.size
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
     if min(width, height) < MIN_SIDE or max(width, height) > MAX_SIDE:
         raise InvalidImage(
             f"input_image has {width}x{height} pixels; sides can be from {MIN_SIDE} to {MAX_SIDE} pixels"
         )
     if width * height > max_pixels:
-        raise InvalidImage(f"input_image has {width}x{height} pixels, {width * height} in all; {max_pixels} at most")
+        raise InvalidImage(
+            f"input_image has {width}x{height} pixels, {width * height} in all; at most {max_pixels} are accepted"
+        )
 
 
-def _check_single(picture: Image.Image) -> None:
-    number = getattr(picture, "n_frames", 1)
+def _check_single(image: Image.Image) -> None:
+    number = getattr(image, "n_frames", 1)
     if number > 1:
-        raise InvalidImage(f"input_image has {number} frames; send one still picture")
+        raise InvalidImage(f"input_image has {number} frames; send a single still image")
 
 
-def _upright(picture: Image.Image) -> Image.Image:
-    """ImageOps.exif_transpose would write the Exif anew as well, and fails on some that can be read."""
-    turn = _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
-    return picture if turn is None else picture.transpose(turn)
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn the image as its Exif says. ImageOps.exif_transpose also rewrites the Exif, which fails on some images."""
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image if turn is None else image.transpose(turn)
 
 
-def _scale_colour_key(picture: Image.Image, depth: int) -> None:
-    """Pillow brings grey and colours to 8 bits, and leaves the one that is transparent as it stands in the file."""
-    key = picture.info.get("transparency")
-    if picture.mode == "L" and isinstance(key, int) and depth in (2, 4):
-        picture.info["transparency"] = key * 255 // (2**depth - 1)
-    elif picture.mode == "RGB" and isinstance(key, tuple) and depth == 16:
-        picture.info["transparency"] = tuple(value >> 8 for value in key)
+def _scale_colour_key(image: Image.Image, depth: int) -> None:
+    """Scale the transparent colour to 8 bits, as Pillow does with the pixels only."""
+    key = image.info.get("transparency")
+    if image.mode == "L" and isinstance(key, int) and depth in (2, 4):
+        image.info["transparency"] = key * 255 // (2**depth - 1)
+    elif image.mode == "RGB" and isinstance(key, tuple) and depth == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in key)
 
 
-def _eight_bits(picture: Image.Image) -> Image.Image:
-    """The decoded picture in RGB or RGBA; itself, if it is that already."""
-    if picture.mode in _16_BITS:  # Pillow would cut off all that is brighter than 255 of 65535
-        return _eight_bits_of_grey(picture)
-    has_alpha = picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The decoded image in RGB or RGBA, itself if it already is."""
+    if image.mode in _16_BITS:  # Pillow would clip all values above 255 of 65535
+        return _eight_bits_of_grey(image)
+    has_alpha = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
     mode = "RGBA" if has_alpha else "RGB"
-    return picture if picture.mode == mode else picture.convert(mode)
+    return image if image.mode == mode else image.convert(mode)
 
 
-def _eight_bits_of_grey(picture: Image.Image) -> Image.Image:
-    values = np.asarray(picture)
+def _eight_bits_of_grey(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
     grey = Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
-    key = picture.info.get("transparency")
+    key = image.info.get("transparency")
     if isinstance(key, int):
         made = Image.merge(
             "RGBA", (grey, grey, grey, Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
         )
     else:
         made = grey.convert("RGB")
-    if "exif" in picture.info:
-        made.info["exif"] = picture.info["exif"]
+    if "exif" in image.info:
+        made.info["exif"] = image.info["exif"]
     return made

@@ -1,4 +1,4 @@
-"""From jobs and their outcomes to what clients are answered."""
+"""From jobs and their artifacts to the bodies that clients get."""
 
 import base64
 import json
@@ -11,36 +11,37 @@ from service.api.errors import error_of, status_and_error
 from service.api.responses import FileBody, ImageResponse, JobBody, LinksBody, MeshResponse, ProgressBody
 from service.api.schemas import ResponseFormat
 from service.api.views import job_receipt_body, receipt_body
-from service.jobs.job import Job, JobStatus, Outcome
+from service.jobs.job import FinishedJob, Job, JobSnapshot, JobStatus
 from service.settings import Settings
 
 
 def base_url(request: Request, settings: Settings) -> str:
-    """What links begin with."""
+    """The beginning of all links in an answer."""
     return (settings.public_url or str(request.base_url)).rstrip("/")
 
 
 def content_urls(job: Job, base: str) -> list[str]:
-    """Where a job's pictures can be fetched."""
+    """The URLs of a job's artifacts."""
     return [f"{base}/v1/jobs/{quote(job.id)}/content?index={index}" for index in range(len(job.requests))]
 
 
-def job_body(job: Job, base: str) -> JobBody:
+def job_body(snapshot: JobSnapshot, base: str) -> JobBody:
+    job, state = snapshot.job, snapshot.state
     num_inference_steps = job.requests[0].num_inference_steps
-    # Steps of no length, with which some schedules end, are counted when all is done.
-    is_done = job.status is JobStatus.SUCCEEDED
+    # Some schedules end in a step of zero length, which no worker counts; a finished job shows it as done.
+    is_done = state.status is JobStatus.SUCCEEDED
     return JobBody(
         id=job.id,
         object="job",
-        status=job.status,
+        status=state.status,
         model=job.model,
         created=int(job.created_at),
         progress=ProgressBody(
-            step=num_inference_steps if is_done else job.steps_done // len(job.requests),
+            step=num_inference_steps if is_done else state.steps_done // len(job.requests),
             num_inference_steps=num_inference_steps,
         ),
-        receipt=job_receipt_body(job.receipts) if job.receipts else None,
-        error=status_and_error(error_of(job.failure))[1] if job.failure else None,
+        receipt=job_receipt_body(state.receipts) if state.receipts else None,
+        error=status_and_error(error_of(state.failure))[1] if state.failure else None,
         links=LinksBody(
             self=f"{base}/v1/jobs/{quote(job.id)}",
             events=f"{base}/v1/jobs/{quote(job.id)}/events",
@@ -49,16 +50,18 @@ def job_body(job: Job, base: str) -> JobBody:
     )
 
 
-def result_body(outcome: Outcome, response_format: ResponseFormat | None, base: str) -> ImageResponse | MeshResponse:
+def result_body(
+    finished: FinishedJob, response_format: ResponseFormat | None, base: str
+) -> ImageResponse | MeshResponse:
     """The whole result of a job that has succeeded."""
-    job = outcome.job
+    job = finished.job
     shared = {
         "created": int(job.created_at),
         "id": job.id,
         "model": job.model,
-        "data": _file_bodies(outcome, response_format, base),
+        "data": _file_bodies(finished, response_format, base),
         "output_format": job.output.format,
-        "receipt": job_receipt_body(job.receipts),
+        "receipt": job_receipt_body(finished.state.receipts),
     }
     match job.requests[0]:
         case ImageRequest(width=width, height=height):
@@ -67,27 +70,28 @@ def result_body(outcome: Outcome, response_format: ResponseFormat | None, base: 
             return MeshResponse.model_validate({**shared, "octree_resolution": octree_resolution})
 
 
-def binary_response(outcome: Outcome) -> Response:
-    job = outcome.job
-    receipt = receipt_body(job.receipts[0])
+def binary_response(finished: FinishedJob) -> Response:
+    """The only artifact of a job as a file, with the rest of the result in headers."""
+    job = finished.job
+    receipt = receipt_body(finished.state.receipts[0])
     headers = {
         "X-Job-ID": job.id,
         "X-Seed": str(job.requests[0].seed),
         "X-Receipt": json.dumps(receipt.model_dump(mode="json", exclude_unset=True, exclude={"decisions"})),
     }
-    return Response(outcome.pictures[0], media_type=job.output.format.content_type, headers=headers)
+    return Response(finished.artifacts[0], media_type=job.output.format.content_type, headers=headers)
 
 
-def _file_bodies(outcome: Outcome, response_format: ResponseFormat | None, base: str) -> list[FileBody]:
-    """The job's files, or where to fetch them. Of several each has its own receipt."""
-    job, data = outcome.job, []
+def _file_bodies(finished: FinishedJob, response_format: ResponseFormat | None, base: str) -> list[FileBody]:
+    """The artifacts or their URLs. If there are several, each has a receipt of its own."""
+    job, data = finished.job, []
     urls = content_urls(job, base)
-    for index, made in enumerate(job.requests):
+    for index, request in enumerate(job.requests):
         if response_format is ResponseFormat.URL:
-            file = FileBody(url=urls[index], seed=made.seed)
+            file = FileBody(url=urls[index], seed=request.seed)
         else:
-            file = FileBody(b64_json=base64.b64encode(outcome.pictures[index]).decode("ascii"), seed=made.seed)
+            file = FileBody(b64_json=base64.b64encode(finished.artifacts[index]).decode("ascii"), seed=request.seed)
         if len(job.requests) > 1:
-            file.receipt = receipt_body(job.receipts[index])
+            file.receipt = receipt_body(finished.state.receipts[index])
         data.append(file)
     return data

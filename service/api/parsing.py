@@ -2,15 +2,18 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 from models.budget import resolve
 from models.card import Guidance, ImageCard, MeshCard, ModelCard, SizeLimits
+from models.curve import CurvePoint, Preset
 from models.errors import InvalidRequest
 from models.file_formats import MeshFormat, OutputFormat
-from models.request import BackgroundRemoval, Budget, ImageRequest, MeshRequest, Preset, PresetBudget, QualityBudget
+from models.request import BackgroundRemoval, Budget, ImageRequest, MeshRequest, PresetBudget, QualityBudget
 from service.api.schemas import MAX_SEED, GenerationBody, ImageBody, MeshBody, QualityWord, ResponseFormat
-from service.jobs.job import Output
+from service.budget import BudgetBody
+from service.order import Order, Output
 
 # Random seeds stay exact in JSON readers that hold numbers as doubles (RFC 8259, section 6).
 RANDOM_SEEDS = 2**53 - 8
@@ -25,10 +28,8 @@ _PRESETS_OF_WORDS = {
 }
 
 
-def parse_requests(
-    body: ImageBody, card: ImageCard, *, default_budget: Budget, random_seed: int
-) -> tuple[ImageRequest, ...]:
-    """The `n` requests of `body` for the model of `card`, or InvalidRequest."""
+def parse_image_body(body: ImageBody, card: ImageCard, *, default_budget: BudgetBody, random_seed: int) -> Order:
+    """What `body` orders of the model of `card`: `n` requests with consecutive seeds. Raises InvalidRequest."""
     _check_prompt(body, card)
     guidance_scale, true_cfg_scale = _parse_guidance(body, card)
     width, height = _parse_size(body, card)
@@ -39,44 +40,49 @@ def parse_requests(
         raise InvalidRequest(
             f"seed {seed} leaves no room for {n} consecutive seeds below 2^63; try {MAX_SEED - n + 1}", "seed"
         )
-    budget = _parse_budget(body, default_budget)
-    resolve(budget, card.curve)  # raises for a preset that this model does not offer
-    return tuple(
-        ImageRequest(
-            model=card.id,
-            prompt=body.prompt,
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            seed=seed + number,
-            budget=budget,
-            negative_prompt=body.negative_prompt,
-            true_cfg_scale=true_cfg_scale,
-            wants_trace=body.trace,
-        )
-        for number in range(n)
+    budget, min_quality = _parse_image_budget(body, default_budget)
+    first = ImageRequest(
+        model=card.id,
+        prompt=body.prompt,
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        budget=budget,
+        point=resolve(budget, card.curve),
+        is_guided=card.is_guided(guidance_scale, true_cfg_scale),
+        negative_prompt=body.negative_prompt,
+        true_cfg_scale=true_cfg_scale,
+        wants_trace=body.trace,
     )
+    requests = tuple(replace(first, seed=seed + number) for number in range(n))
+    return Order(requests, _parse_image_output(body), _quality_requested(budget, first.point), min_quality)
 
 
-def parse_mesh_request(
-    body: MeshBody, card: MeshCard, input_image: bytes, *, default_budget: Budget, random_seed: int
-) -> MeshRequest:
-    """The request of `body` for the model of `card`, or InvalidRequest. `input_image` is its picture, checked."""
-    budget = default_budget if body.budget is None else body.budget.to_budget()
-    resolve(budget, card.curve)  # raises for a preset that this model does not offer
-    return MeshRequest(
+def parse_mesh_body(
+    body: MeshBody, card: MeshCard, input_image: bytes, *, default_budget: BudgetBody, random_seed: int
+) -> Order:
+    """What `body` orders of the model of `card`. `input_image` is its image, checked. Raises InvalidRequest."""
+    budget_body = body.budget or default_budget
+    budget = budget_body.to_budget()
+    guidance_scale = card.default_guidance_scale if body.guidance_scale is None else body.guidance_scale
+    request = MeshRequest(
         model=card.id,
         num_inference_steps=_parse_steps(body, card),
-        guidance_scale=card.default_guidance_scale if body.guidance_scale is None else body.guidance_scale,
+        guidance_scale=guidance_scale,
         seed=random_seed if body.seed is None else body.seed,
         budget=budget,
+        point=resolve(budget, card.curve),
+        is_guided=card.is_guided(guidance_scale),
         wants_trace=body.trace,
         input_image=input_image,
         octree_resolution=_parse_octree_resolution(body, card),
         target_faces=body.target_faces,
         remove_background=_REMOVALS[body.remove_background],
     )
+    output = Output(body.output_format or MeshFormat.GLB)
+    return Order((request,), output, _quality_requested(budget, request.point), budget_body.min_quality)
 
 
 _REMOVALS: Mapping[Literal["auto"] | bool | None, BackgroundRemoval] = {
@@ -87,30 +93,24 @@ _REMOVALS: Mapping[Literal["auto"] | bool | None, BackgroundRemoval] = {
 }
 
 
-def parse_output(body: ImageBody) -> Output:
+def _parse_image_output(body: ImageBody) -> Output:
     output_format = body.output_format or OutputFormat.PNG
     if body.output_compression is not None and not output_format.is_lossy:
         raise InvalidRequest(
             f"output_compression applies to webp and jpeg; output_format is {output_format}", "output_compression"
         )
     if body.response_format is ResponseFormat.BINARY and body.n is not None and body.n > 1:
-        raise InvalidRequest(
-            f"response_format binary answers one picture, not n = {body.n}; try url", "response_format"
-        )
+        raise InvalidRequest(f"response_format binary answers one image, not n = {body.n}; try url", "response_format")
     return Output(output_format, body.output_compression, body.metadata)
 
 
-def parse_mesh_output(body: MeshBody) -> Output:
-    return Output(body.output_format or MeshFormat.GLB)
-
-
-def quality_of(budget: Budget, card: ModelCard) -> float | None:
-    """The quality that `budget` asks for; None for a compute ratio, which asks for none."""
+def _quality_requested(budget: Budget, point: CurvePoint) -> float | None:
+    """The quality that `budget`, resolved to `point`, names. A compute ratio and a deadline name none."""
     match budget:
         case QualityBudget(quality):
             return quality
         case PresetBudget():
-            return resolve(budget, card.curve).quality
+            return point.quality
         case _:
             return None
 
@@ -152,6 +152,7 @@ def _parse_guidance(body: ImageBody, card: ModelCard) -> tuple[float, float]:
     """`guidance_scale` and `true_cfg_scale`: the model says which of them is true classifier-free guidance."""
     guidance_scale = card.default_guidance_scale if body.guidance_scale is None else body.guidance_scale
     true_cfg_scale = 1.0 if body.true_cfg_scale is None else body.true_cfg_scale
+    is_guided = card.is_guided(guidance_scale, true_cfg_scale)
     if card.guidance is Guidance.TRUE:
         param, scale = "guidance_scale", guidance_scale
         if body.true_cfg_scale is not None:
@@ -162,11 +163,11 @@ def _parse_guidance(body: ImageBody, card: ModelCard) -> tuple[float, float]:
             )
     else:
         param, scale = "true_cfg_scale", true_cfg_scale
-        if scale > 1 and body.negative_prompt is None:
+        if is_guided and body.negative_prompt is None:
             raise InvalidRequest(
                 f"true_cfg_scale {scale:g} needs a negative_prompt, which may be empty", "negative_prompt"
             )
-    if scale <= 1 and body.negative_prompt is not None:
+    if not is_guided and body.negative_prompt is not None:
         raise InvalidRequest(
             f"negative_prompt cannot be used here: without true classifier-free guidance it has no effect; "
             f"set {param} above 1, not {scale:g}",
@@ -214,11 +215,11 @@ def _check_side(name: str, pixels: int, sizes: SizeLimits, *, param: str) -> Non
     raise InvalidRequest(f"{name} {pixels} {problem}; try {nearest}", param)
 
 
-def _parse_budget(body: ImageBody, default_budget: Budget) -> Budget:
-    if body.budget is not None:
-        if body.quality is not None:
-            raise InvalidRequest("quality and budget say the same thing; give one of the two", "quality")
-        return body.budget.to_budget()
-    if body.quality is None or body.quality not in _PRESETS_OF_WORDS:
-        return default_budget
-    return PresetBudget(_PRESETS_OF_WORDS[body.quality])
+def _parse_image_budget(body: ImageBody, default_budget: BudgetBody) -> tuple[Budget, float | None]:
+    """The budget, and its `min_quality`. A word of OpenAI's `quality` has none: the server serves what it says."""
+    if body.budget is not None and body.quality is not None:
+        raise InvalidRequest("quality and budget say the same thing; give one of the two", "quality")
+    if body.quality is not None and body.quality in _PRESETS_OF_WORDS:
+        return PresetBudget(_PRESETS_OF_WORDS[body.quality]), None
+    asked = body.budget or default_budget
+    return asked.to_budget(), asked.min_quality

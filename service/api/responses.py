@@ -1,19 +1,19 @@
-"""What the API answers with. Fields that are not set are absent from the JSON."""
+"""The bodies of answers, and what the OpenAPI document says about answers. Unset fields are left out of the JSON."""
 
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
 from models.card import Guidance
+from models.curve import Preset
 from models.report import Decision
-from models.request import Preset
 from service.jobs.job import JobStatus
 
 
 class ErrorDetail(BaseModel):
     message: str
     type: Literal["invalid_request_error", "server_error"]
-    param: str | None = Field(description="The request's field that is wrong, such as `budget.quality`.")
+    param: str | None = Field(description="The wrong field of the request, such as `budget.quality`.")
     code: str
 
 
@@ -45,17 +45,17 @@ class DecisionBody(BaseModel):
 class MeshReportBody(BaseModel):
     num_vertices: int
     num_faces: int
-    num_components: int = Field(description="Parts that hang together.")
-    num_removed_floaters: int = Field(description="Tiny parts that were taken away.")
+    num_components: int = Field(description="Connected parts.")
+    num_removed_floaters: int = Field(description="Tiny parts that were removed.")
     is_watertight: bool
 
 
 class ReceiptBody(BaseModel):
-    """What was really done. Of several pictures: counts are sums, seconds the longest, the rest means."""
+    """What the result got. For several images, counts are sums, seconds are maxima, and all other numbers are means."""
 
     rule: str
-    skip_threshold: tuple[float, float] = Field(description="In the first and in the last step.")
-    quality_requested: float | None = Field(description="Null for a compute_ratio budget.")
+    skip_threshold: tuple[float, float] = Field(description="Of the first and of the last step.")
+    quality_requested: float | None = Field(description="Null for compute_ratio and latency_ms budgets.")
     quality_applied: float
     compute_ratio: float
     compute_ratio_predicted: float
@@ -64,11 +64,12 @@ class ReceiptBody(BaseModel):
     num_inference_steps: int
     seconds: SecondsBody
     batch_size_mean: float
-    degraded: bool = Field(description="Whether load lowered the quality within min_quality.")
+    degraded: bool = Field(description="Whether the quality was lowered under load, down to min_quality at most.")
     deadline_met: bool | None = Field(description="Null without a deadline.")
-    mesh: MeshReportBody | None = Field(default=None, description="Of a mesh only.")
+    mesh: MeshReportBody | None = Field(default=None, description="Only for a mesh.")
     decisions: list[list[DecisionBody]] | None = Field(
-        default=None, description='With "trace": for each step, every block. Not in a receipt of several pictures.'
+        default=None,
+        description='With "trace": the decisions of all blocks, step by step. Not in a receipt of several images.',
     )
 
 
@@ -76,7 +77,7 @@ class FileBody(BaseModel):
     b64_json: str | None = Field(default=None, description="With response_format b64_json.")
     url: str | None = Field(default=None, description="With response_format url.")
     seed: int
-    receipt: ReceiptBody | None = Field(default=None, description="This picture's own, when the job has several.")
+    receipt: ReceiptBody | None = Field(default=None, description="The receipt of this image, if the job has several.")
 
 
 class ImageResponse(BaseModel):
@@ -100,14 +101,14 @@ class MeshResponse(BaseModel):
 
 
 class ProgressBody(BaseModel):
-    step: int = Field(description="Denoise steps done; of several pictures, the mean, rounded down.")
+    step: int = Field(description="Denoise steps done; for several images the mean, rounded down.")
     num_inference_steps: int
 
 
 class LinksBody(BaseModel):
     self: str
     events: str
-    content: list[str] = Field(description="One for each picture, once the job has succeeded.")
+    content: list[str] = Field(description="One URL for each artifact, once the job has succeeded.")
 
 
 class JobBody(BaseModel):
@@ -123,15 +124,18 @@ class JobBody(BaseModel):
 
 
 EVENT_STREAM: dict[str, Any] = {
-    # OpenAPI 3.2's word for what a stream is a sequence of, which FastAPI uses in documents of 3.1 as well.
+    # OpenAPI 3.2's keyword for the items of a stream, which FastAPI also uses in documents of version 3.1.
     "text/event-stream": {
         "itemSchema": {
             "type": "object",
             "required": ["event", "data"],
             "properties": {
-                "event": {"type": "string", "description": "What `type` in the data says."},
+                "event": {"type": "string", "description": "Equal to `type` in the data."},
                 "data": {"type": "string", "contentMediaType": "application/json"},
-                "id": {"type": "string", "description": "For `Last-Event-ID`; an error that ends a stream has none."},
+                "id": {
+                    "type": "string",
+                    "description": "A value for `Last-Event-ID`. An error that ends a stream has none.",
+                },
             },
         }
     }
@@ -139,16 +143,16 @@ EVENT_STREAM: dict[str, Any] = {
 
 
 def header(description: str, *, required: bool = True, **schema: Any) -> dict[str, Any]:
-    """A response's header, for the OpenAPI document; of `schema`, or a string."""
+    """A response header in the OpenAPI document, with this schema; a string by default."""
     return {"description": description, "required": required, "schema": schema or {"type": "string"}}
 
 
 def job_links(job_id: str) -> dict[str, Any]:
-    """What can be done with a job, for the OpenAPI document. `job_id` is the expression that finds it in the answer."""
+    """Links to the operations on a job in the OpenAPI document. `job_id` is the expression for its id in the answer."""
     descriptions = {
         "show_job": "Its status, progress and receipt.",
         "stream_events": "Its events, from the first to the last.",
-        "show_content": "Its file, once it has succeeded.",
+        "show_content": "Its artifacts, once it has succeeded.",
         "cancel_job": "Stop it.",
     }
     return {
@@ -158,7 +162,7 @@ def job_links(job_id: str) -> dict[str, Any]:
 
 
 JOB_ID_HEADERS: dict[str, Any] = {"X-Job-ID": header("The job's id.")}
-MADE: dict[str, Any] = {
+RESULT: dict[str, Any] = {
     "headers": {
         **JOB_ID_HEADERS,
         "X-Seed": header("With response_format binary.", required=False, type="integer"),
@@ -168,11 +172,11 @@ MADE: dict[str, Any] = {
 }
 ACCEPTED: dict[str, Any] = {
     "model": JobBody,
-    "description": "With `Prefer: respond-async`: the job, in `Location` where to ask for it, in `Retry-After` when.",
+    "description": "With `Prefer: respond-async`: the job. Ask for it at `Location`, after `Retry-After` seconds.",
     "headers": {
         **JOB_ID_HEADERS,
-        "Location": header("Where the job is."),
-        "Retry-After": header("Seconds until it may have ended.", type="integer", minimum=1),
+        "Location": header("The URL of the job."),
+        "Retry-After": header("Predicted seconds until the job ends.", type="integer", minimum=1),
         "Preference-Applied": header("respond-async."),
     },
     "links": job_links("$response.header.X-Job-ID"),
@@ -193,36 +197,25 @@ class OctreeResolutionsBody(BaseModel):
 
 
 class DefaultsBody(BaseModel):
-    size: str | None = Field(default=None, description="Of an image model.")
-    octree_resolution: int | None = Field(default=None, description="Of a mesh model.")
+    size: str | None = Field(default=None, description="Only for image models.")
+    octree_resolution: int | None = Field(default=None, description="Only for mesh models.")
     num_inference_steps: int
     guidance_scale: float
 
 
 class LimitsBody(BaseModel):
-    prompt_characters: int | None = Field(default=None, description="Of an image model.")
+    prompt_characters: int | None = Field(default=None, description="Only for image models.")
     num_inference_steps: int
     batch_size: int
-
-
-class PolicyBody(BaseModel):
-    skip_threshold: float
-    reuse_band: float
-    max_reuses: int
-    reuse_from_step: int
-    width_bias: float
-    residual_threshold: float
-    protected_first: int
-    protected_last: int
 
 
 class CurvePointBody(BaseModel):
     preset: Preset | None
     quality: float
     compute_ratio: float
-    expected_seconds: float = Field(description="Denoising time of one result, alone, with the model's defaults.")
+    expected_seconds: float = Field(description="Denoising time of one request alone, with the model's defaults.")
     rule: str
-    policy: PolicyBody
+    policy: dict[str, float] = Field(description="The settings of the rule; each rule has its own.")
 
 
 class ModelBody(BaseModel):
@@ -234,12 +227,12 @@ class ModelBody(BaseModel):
     modality: str
     license: str
     guidance: Guidance = Field(
-        description="What guidance_scale is: distilled, an input of the model; none, without effect; true, "
-        "classifier-free guidance, with negative_prompt. Unless it is true, true_cfg_scale is that guidance."
+        description="The meaning of guidance_scale. distilled: an input of the model. none: no effect. true: true "
+        "classifier-free guidance, with negative_prompt. If it is not true, true_cfg_scale sets that guidance."
     )
-    sizes: SizesBody | None = Field(default=None, description="Sides in pixels, of an image model.")
+    sizes: SizesBody | None = Field(default=None, description="Sides in pixels; only for image models.")
     octree_resolutions: OctreeResolutionsBody | None = Field(
-        default=None, description="Cells of the field's grid along a side, of a mesh model."
+        default=None, description="Cells along a side of the grid; only for mesh models."
     )
     defaults: DefaultsBody
     limits: LimitsBody

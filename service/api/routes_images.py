@@ -3,27 +3,36 @@
 import secrets
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 
 from models.card import ImageCard
 from models.file_formats import OutputFormat
-from service.api.dependencies import DispatcherOfApp, SettingsOfApp
+from service.api.access import Access
+from service.api.answering import answer
+from service.api.dependencies import CallerOfRequest, DispatcherOfApp, SettingsOfApp
 from service.api.errors import error_responses
-from service.api.parsing import RANDOM_SEEDS, parse_output, parse_requests
-from service.api.responses import ACCEPTED, EVENT_STREAM, MADE, ImageResponse
+from service.api.generation_route import GenerationRoute, HeadersOfGeneration
+from service.api.parsing import RANDOM_SEEDS, parse_image_body
+from service.api.responses import ACCEPTED, EVENT_STREAM, RESULT, ImageResponse
 from service.api.schemas import ImageBody
-from service.api.submission import GenerationHeaders, GenerationRoute, answer, card_of, job_of
+from service.api.submission import card_of, submit
+from service.keys import Scope
 
-router = APIRouter(tags=["images"], route_class=GenerationRoute)
+router = APIRouter(
+    tags=["images"],
+    route_class=GenerationRoute,
+    dependencies=[Depends(Access(Scope.GENERATE, is_rate_limited=True))],
+    responses=error_responses(401, 403, 408, 429),
+)
 
 DOCUMENTED: dict[str, Any] = {
     "response_model": ImageResponse,
     "responses": {
         200: {
-            **MADE,
-            "description": "The pictures; with response_format binary the one picture's file, `X-Job-ID`, `X-Seed` "
-            "and the receipt as JSON in `X-Receipt`; with stream the job's events, up to "
-            "`image_generation.completed` or `error`.",
+            **RESULT,
+            "description": "The images. With response_format binary: the image file, with the headers `X-Job-ID`, "
+            "`X-Seed` and `X-Receipt`. With stream: the job's events, the last of them `image_generation.completed` "
+            "or `error`.",
             "content": {
                 **{f"image/{name}": {"schema": {"type": "string", "format": "binary"}} for name in OutputFormat},
                 **EVENT_STREAM,
@@ -35,25 +44,29 @@ DOCUMENTED: dict[str, Any] = {
 }
 
 
-@router.post("/v1/images", summary="Make pictures from text", operation_id="create_image", **DOCUMENTED)
+@router.post("/v1/images", summary="Generate images from text", operation_id="create_image", **DOCUMENTED)
 @router.post(
-    "/v1/images/generations", summary="The same, at OpenAI's path", operation_id="generate_image", **DOCUMENTED
+    "/v1/images/generations",
+    summary="Generate images from text, at OpenAI's path",
+    operation_id="generate_image",
+    **DOCUMENTED,
 )
 async def create_image(
-    body: ImageBody, request: Request, dispatcher: DispatcherOfApp, settings: SettingsOfApp, headers: GenerationHeaders
+    body: ImageBody,
+    headers: HeadersOfGeneration,
+    caller: CallerOfRequest,
+    request: Request,
+    dispatcher: DispatcherOfApp,
+    settings: SettingsOfApp,
 ) -> Response:
-    """The call waits for the result, unless it asks for a stream or, by `Prefer: respond-async`, for the job.
+    """The call waits for the result, unless it asks for a stream or, with `Prefer: respond-async`, for the job.
 
-    A client that hangs up while it waits cancels its job, unless it gave an `Idempotency-Key` to come back with.
+    A client that disconnects while it waits cancels its job, unless it gave an `Idempotency-Key` to come back with.
     """
     dispatcher.check_accepting()
-    card = card_of(body.model, dispatcher, ImageCard)
-    request.state.model = card.id
-    requests = parse_requests(
-        body,
-        card,
-        default_budget=settings.default_budget.to_budget(),
-        random_seed=secrets.randbelow(RANDOM_SEEDS),
-    )
-    job = job_of(requests, parse_output(body), body, card, request, settings)
-    return await answer(job, body, request, dispatcher, settings)
+    card = card_of(body.model, dispatcher.cards, ImageCard)
+    caller.model = card.id
+    seed = secrets.randbelow(RANDOM_SEEDS)
+    order = parse_image_body(body, card, default_budget=settings.default_budget, random_seed=seed)
+    job = await submit(order, card, body, headers, request, dispatcher, settings)
+    return await answer(job, body, headers, request, dispatcher, settings)

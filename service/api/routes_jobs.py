@@ -1,24 +1,36 @@
-"""Jobs: what becomes of them, their files, and how to stop them."""
+"""Jobs: their status, their events, their artifacts, and cancelling them."""
 
 import re
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
 from models.errors import InvalidRequest
 from models.file_formats import MeshFormat, OutputFormat
-from service.api.access import own_job
-from service.api.dependencies import DispatcherOfApp, SettingsOfApp
+from service.api.access import Access
+from service.api.caller import Caller
+from service.api.dependencies import CallerOfRequest, DispatcherOfApp, SettingsOfApp
 from service.api.errors import error_responses
 from service.api.events import event_stream
 from service.api.job_views import base_url, job_body
 from service.api.responses import EVENT_STREAM, JOB_ID_HEADERS, SHOWN, JobBody, header
+from service.errors import JobNotFound
+from service.jobs.job import JobSnapshot
+from service.jobs.store import JobStore
+from service.keys import Scope
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+router = APIRouter(
+    prefix="/v1/jobs",
+    tags=["jobs"],
+    dependencies=[Depends(Access(Scope.GENERATE))],
+    responses=error_responses(401, 403),
+)
 
+# Other names may exist in the store; no job has one of them.
+_JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 _EVENT_ID = re.compile(r"[0-9]{1,18}-[0-9]{1,18}", re.ASCII)
 _LAST_EVENT_ID = Header(
-    description="The id of the last event that came through.", json_schema_extra={"pattern": f"^{_EVENT_ID.pattern}$"}
+    description="The id of the last event that arrived.", json_schema_extra={"pattern": f"^{_EVENT_ID.pattern}$"}
 )
 
 
@@ -29,18 +41,20 @@ _LAST_EVENT_ID = Header(
     response_model_exclude_unset=True,
     responses={200: SHOWN, **error_responses(404, 503)},
 )
-async def show_job(job_id: str, request: Request, dispatcher: DispatcherOfApp, settings: SettingsOfApp) -> JobBody:
-    return job_body(await own_job(job_id, request, dispatcher.store), base_url(request, settings))
+async def show_job(
+    job_id: str, caller: CallerOfRequest, request: Request, dispatcher: DispatcherOfApp, settings: SettingsOfApp
+) -> JobBody:
+    return job_body(await _own_job(job_id, caller, dispatcher.store), base_url(request, settings))
 
 
 @router.get(
     "/{job_id}/events",
-    summary="A job's events, from the first or from where they broke off, until it has ended",
+    summary="A job's events until it has ended, from the first or after `Last-Event-ID`",
     operation_id="stream_events",
     response_class=Response,
     responses={
         200: {
-            "description": "Server-sent events, the last of them the result or an error.",
+            "description": "Server-sent events; the last one has the result or an error.",
             "headers": JOB_ID_HEADERS,
             "content": EVENT_STREAM,
         },
@@ -49,26 +63,27 @@ async def show_job(job_id: str, request: Request, dispatcher: DispatcherOfApp, s
 )
 async def stream_events(
     job_id: str,
+    caller: CallerOfRequest,
     request: Request,
     dispatcher: DispatcherOfApp,
     settings: SettingsOfApp,
     last_event_id: Annotated[str | None, _LAST_EVENT_ID] = None,
 ) -> Response:
-    """Any server that shares the job's store has them."""
+    """Every server that shares the job's store can stream them."""
     if last_event_id is not None and not _EVENT_ID.fullmatch(last_event_id):
         raise InvalidRequest("Last-Event-ID is not the id of an event, such as 1-0", "Last-Event-ID")
-    job = await own_job(job_id, request, dispatcher.store)
+    job = (await _own_job(job_id, caller, dispatcher.store)).job
     return event_stream(job, dispatcher, base_url(request, settings), after=last_event_id or "0-0")
 
 
 @router.get(
     "/{job_id}/content",
-    summary="A picture's or mesh's file",
+    summary="An artifact: the file of an image or a mesh",
     operation_id="show_content",
     response_class=Response,
     responses={
         200: {
-            "description": "The file, as the job's output_format says.",
+            "description": "The file, in the output_format of the job.",
             "headers": {"Content-Disposition": header("A name for the file.")},
             "content": {
                 file_format.content_type: {"schema": {"type": "string", "format": "binary"}}
@@ -80,20 +95,19 @@ async def stream_events(
 )
 async def show_content(
     job_id: str,
-    request: Request,
+    caller: CallerOfRequest,
     dispatcher: DispatcherOfApp,
-    index: Annotated[int, Query(ge=0, description="Which picture, if n > 1.")] = 0,
+    index: Annotated[int, Query(ge=0, description="Which image of a job with n > 1, from 0.")] = 0,
 ) -> Response:
-    await own_job(job_id, request, dispatcher.store)
-    outcome = await dispatcher.store.content(job_id)
-    if index >= len(outcome.pictures):
-        raise InvalidRequest(
-            f"index {index} is above the last picture of job {job_id}; try {len(outcome.pictures) - 1}", "index"
-        )
-    output_format = outcome.job.output.format
+    await _own_job(job_id, caller, dispatcher.store)
+    finished = await dispatcher.store.content(job_id)
+    last = len(finished.artifacts) - 1
+    if index > last:
+        raise InvalidRequest(f"index {index} is above the last artifact of job {job_id}; try {last}", "index")
+    output_format = finished.job.output.format
     name = f"{job_id}-{index}.{output_format}"
     return Response(
-        outcome.pictures[index],
+        finished.artifacts[index],
         media_type=output_format.content_type,
         headers={"Content-Disposition": f'inline; filename="{name}"'},
     )
@@ -106,7 +120,19 @@ async def show_content(
     response_model_exclude_unset=True,
     responses={200: SHOWN, **error_responses(404, 503)},
 )
-async def cancel_job(job_id: str, request: Request, dispatcher: DispatcherOfApp, settings: SettingsOfApp) -> JobBody:
-    """A queued job never runs, a running one stops at the next denoise step. One that has ended stays as it is."""
-    await own_job(job_id, request, dispatcher.store)
+async def cancel_job(
+    job_id: str, caller: CallerOfRequest, request: Request, dispatcher: DispatcherOfApp, settings: SettingsOfApp
+) -> JobBody:
+    """A queued job never runs. A running job stops before its next denoise step. An ended job stays as it is."""
+    await _own_job(job_id, caller, dispatcher.store)
     return job_body(await dispatcher.cancel(job_id), base_url(request, settings))
+
+
+async def _own_job(job_id: str, caller: Caller, store: JobStore) -> JobSnapshot:
+    """The job, if the caller's key created it or has the scope `admin`. Raises JobNotFound otherwise."""
+    if not _JOB_ID.fullmatch(job_id):
+        raise JobNotFound(f"there is no job '{job_id}'")
+    snapshot = await store.get(job_id)
+    if caller.key is not None and snapshot.job.owner != caller.key.id and Scope.ADMIN not in caller.key.scopes:
+        raise JobNotFound(f"there is no job '{job_id}'")
+    return snapshot

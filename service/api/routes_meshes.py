@@ -7,29 +7,33 @@ import secrets
 from functools import partial
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
 from models.card import MeshCard
 from models.errors import InvalidRequest
 from models.file_formats import MeshFormat
-from service.api.dependencies import DispatcherOfApp, SettingsOfApp
+from service.api.access import Access
+from service.api.answering import answer
+from service.api.dependencies import CallerOfRequest, DispatcherOfApp, SettingsOfApp
 from service.api.errors import error_responses
-from service.api.input_image import checked_picture, decode_base64_picture
-from service.api.parsing import RANDOM_SEEDS, parse_mesh_output, parse_mesh_request
-from service.api.responses import ACCEPTED, EVENT_STREAM, MADE, MeshResponse
+from service.api.generation_route import GenerationRoute, HeadersOfGeneration, media_type_of
+from service.api.input_image import checked_image, decode_base64_image
+from service.api.parsing import RANDOM_SEEDS, parse_mesh_body
+from service.api.responses import ACCEPTED, EVENT_STREAM, RESULT, MeshResponse
 from service.api.schemas import MeshBody
-from service.api.submission import GenerationHeaders, GenerationRoute, answer, card_of, job_of, media_type_of
+from service.api.submission import card_of, submit
 from service.errors import UnsupportedMediaType
+from service.keys import Scope
 
 _FORM = "multipart/form-data"
 TEXTS = ("model", "output_format", "response_format", "priority")
-"""Fields of a form that are taken as they are; the others are JSON, as in `budget={"preset": "fast"}`."""
+"""Form fields whose values are plain text. The others are JSON, as in `budget={"preset": "fast"}`."""
 
 
 class MeshRoute(GenerationRoute):
-    """A form is another way to write the same body, with the picture as a file."""
+    """Also accepts the fields of the JSON body as a form, with the image as a file."""
 
     async def as_json(self, request: Request) -> Request:
         match media_type_of(request):
@@ -41,29 +45,39 @@ class MeshRoute(GenerationRoute):
                 raise UnsupportedMediaType(f"the body is '{media_type}'; send it as application/json or {_FORM}")
 
 
-router = APIRouter(tags=["meshes"], route_class=MeshRoute)
+router = APIRouter(
+    tags=["meshes"],
+    route_class=MeshRoute,
+    dependencies=[
+        Depends(
+            Access(Scope.GENERATE, is_rate_limited=True, max_body_bytes=lambda settings: settings.max_mesh_body_bytes)
+        )
+    ],
+    responses=error_responses(401, 403, 408, 429),
+)
 
 _FORM_SCHEMA = {
     "type": "object",
     "required": ["input_image"],
-    "properties": {"input_image": {"type": "string", "format": "binary", "description": "The picture's file."}},
+    "properties": {"input_image": {"type": "string", "format": "binary", "description": "The image file."}},
     "additionalProperties": {
         "type": "string",
-        "description": f"The JSON body's other fields: {', '.join(TEXTS)} as they are, the rest as JSON.",
+        "description": f"The other fields of the JSON body: {', '.join(TEXTS)} as plain text, the others as JSON.",
     },
 }
 
 
 @router.post(
     "/v1/meshes",
-    summary="Make a mesh from a picture",
+    summary="Generate a mesh from an image",
     operation_id="create_mesh",
     response_model=MeshResponse,
     responses={
         200: {
-            **MADE,
-            "description": "The mesh; with response_format binary its file, `X-Job-ID`, `X-Seed` and the receipt as "
-            "JSON in `X-Receipt`; with stream the job's events, up to `mesh_generation.completed` or `error`.",
+            **RESULT,
+            "description": "The mesh. With response_format binary: the mesh file, with the headers `X-Job-ID`, "
+            "`X-Seed` and `X-Receipt`. With stream: the job's events, the last of them `mesh_generation.completed` "
+            "or `error`.",
             "content": {
                 **{
                     mesh_format.content_type: {"schema": {"type": "string", "format": "binary"}}
@@ -78,31 +92,31 @@ _FORM_SCHEMA = {
     openapi_extra={"requestBody": {"content": {_FORM: {"schema": _FORM_SCHEMA}}}},
 )
 async def create_mesh(
-    body: MeshBody, request: Request, dispatcher: DispatcherOfApp, settings: SettingsOfApp, headers: GenerationHeaders
+    body: MeshBody,
+    headers: HeadersOfGeneration,
+    caller: CallerOfRequest,
+    request: Request,
+    dispatcher: DispatcherOfApp,
+    settings: SettingsOfApp,
 ) -> Response:
-    """The call waits for the result, unless it asks for a stream or, by `Prefer: respond-async`, for the job.
+    """The call waits for the result, unless it asks for a stream or, with `Prefer: respond-async`, for the job.
 
-    A client that hangs up while it waits cancels its job, unless it gave an `Idempotency-Key` to come back with.
+    A client that disconnects while it waits cancels its job, unless it gave an `Idempotency-Key` to come back with.
     """
     dispatcher.check_accepting()
-    card = card_of(body.model, dispatcher, MeshCard)
-    request.state.model = card.id
-    file = decode_base64_picture(body.input_image)
-    check = partial(checked_picture, file, max_pixels=settings.max_image_pixels)
-    picture = await asyncio.get_running_loop().run_in_executor(request.app.state.picture_checks, check)
-    made = parse_mesh_request(
-        body,
-        card,
-        picture,
-        default_budget=settings.default_budget.to_budget(),
-        random_seed=secrets.randbelow(RANDOM_SEEDS),
-    )
-    job = job_of((made,), parse_mesh_output(body), body, card, request, settings)
-    return await answer(job, body, request, dispatcher, settings)
+    card = card_of(body.model, dispatcher.cards, MeshCard)
+    caller.model = card.id
+    file = decode_base64_image(body.input_image)
+    check = partial(checked_image, file, max_pixels=settings.max_image_pixels)
+    input_image = await asyncio.get_running_loop().run_in_executor(request.app.state.image_checks, check)
+    seed = secrets.randbelow(RANDOM_SEEDS)
+    order = parse_mesh_body(body, card, input_image, default_budget=settings.default_budget, random_seed=seed)
+    job = await submit(order, card, body, headers, request, dispatcher, settings)
+    return await answer(job, body, headers, request, dispatcher, settings)
 
 
 async def _form_as_json(request: Request) -> Request:
-    """The request with its form as a JSON body. Raises InvalidRequest for parts that no field can be made of."""
+    """The request with its form as a JSON body. Raises InvalidRequest for parts that are not fields of the body."""
     try:
         async with request.form(max_files=1, max_fields=32) as form:
             fields = await _fields_of(form)
@@ -136,7 +150,7 @@ async def _fields_of(form: FormData) -> dict[str, Any]:
                 raise InvalidRequest(f"{name} is a file; only input_image can be one", name)
             fields[name] = base64.b64encode(await value.read()).decode("ascii")
         elif name == "input_image":
-            raise InvalidRequest("input_image is a text; send it as a file, with a filename", name)
+            raise InvalidRequest("input_image is a text field; send it as a file, with a filename", name)
         else:
             fields[name] = value if name in TEXTS else _json_or_text(value)
     return fields
@@ -146,4 +160,4 @@ def _json_or_text(value: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
-        return value  # such as auto; what can't be text is refused with the other fields' faults
+        return value  # such as auto; the body's validation refuses text where it does not fit

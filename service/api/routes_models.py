@@ -1,14 +1,21 @@
-"""What the loaded models are and can do."""
+"""The loaded models, their limits and their calibration curves."""
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 
 from models.errors import UnknownModel
+from service.api.access import Access
 from service.api.dependencies import DispatcherOfApp
 from service.api.errors import error_responses
 from service.api.responses import ModelBody, ModelList
 from service.api.views import model_body
+from service.keys import Scope
 
-router = APIRouter(prefix="/v1/models", tags=["models"])
+router = APIRouter(
+    prefix="/v1/models",
+    tags=["models"],
+    dependencies=[Depends(Access(Scope.GENERATE))],
+    responses=error_responses(401, 403),
+)
 
 
 @router.get("", summary="List the models, with their calibration curves", response_model_exclude_unset=True)
@@ -16,7 +23,7 @@ async def list_models(dispatcher: DispatcherOfApp) -> ModelList:
     return ModelList(object="list", data=[model_body(card) for card in dispatcher.cards.values()])
 
 
-# Ids are directory names; the path converter lets an id with a slash be not found in our words.
+# No id has a slash, but the path converter lets us answer such an id with our own error.
 @router.get("/{model_id:path}", summary="One model", response_model_exclude_unset=True, responses=error_responses(404))
 async def show_model(model_id: str, dispatcher: DispatcherOfApp) -> ModelBody:
     if model_id not in dispatcher.cards:

@@ -1,17 +1,17 @@
-"""For operators: is it alive, is it ready, what does it count."""
+"""For operators: liveness, readiness and metrics."""
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Depends, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from service.api.auth import require
+from service.api.access import Access
 from service.api.dependencies import DispatcherOfApp
 from service.api.errors import error_responses
 from service.api.responses import HealthBody, ReadyBody
 from service.errors import Draining, StoreUnavailable
 from service.keys import Scope
 
-# Metrics need a key. The other pages are open: what asks for them, such as a load balancer, has none.
+# Metrics need a key. The probes are open: a load balancer has no key.
 router = APIRouter(tags=["operations"])
 
 
@@ -43,12 +43,12 @@ async def check_readiness(dispatcher: DispatcherOfApp) -> ReadyBody | JSONRespon
     summary="Prometheus metrics",
     response_class=Response,
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **error_responses(401, 403)},
-    dependencies=[require(Scope.METRICS)],
+    dependencies=[Depends(Access(Scope.METRICS))],
 )
 async def show_metrics(dispatcher: DispatcherOfApp) -> Response:
     try:
         waiting = await dispatcher.store.num_waiting()
-    except StoreUnavailable:  # counted by the store itself
+    except StoreUnavailable:  # the store counts its own errors
         waiting = None
     page = dispatcher.metrics.exposition(dispatcher.cards, dispatcher.num_running(), waiting)
     return Response(page, media_type=CONTENT_TYPE_LATEST)

@@ -26,7 +26,7 @@ router = APIRouter(include_in_schema=False)
 
 @router.get("/")
 async def show_playground() -> FileResponse:
-    """Open to all, as are its scripts: what they ask of the API needs a key, if the server has any."""
+    """The page and its scripts need no key; their calls of the API do, if the server has keys."""
     return FileResponse(_DIRECTORY / "index.html", headers={"Content-Security-Policy": _POLICY})
 
 

@@ -1,4 +1,4 @@
-"""The requests' bodies, as clients write them. What a model allows is checked in `parsing`."""
+"""The bodies of requests, as clients write them. `parsing` checks the limits of the model."""
 
 from enum import StrEnum
 from typing import Annotated, Literal
@@ -17,7 +17,9 @@ Integer = Annotated[int, Field(strict=True)]
 
 
 def _check_unicode(value: str) -> str:
-    """JSON can spell half of a surrogate pair, which no answer can repeat; pydantic only notices if it has to count."""
+    """Refuse half surrogate pairs, which JSON can spell but no answer can repeat. pydantic only finds them if it counts
+    characters.
+    """
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -29,7 +31,7 @@ Text = Annotated[str, AfterValidator(_check_unicode)]
 
 
 class QualityWord(StrEnum):
-    """OpenAI's words for quality."""
+    """OpenAI's levels of quality."""
 
     LOW = "low"
     MEDIUM = "medium"
@@ -46,7 +48,7 @@ class ResponseFormat(StrEnum):
 
 
 def _unless(accepted: tuple[object, ...], message: str) -> BeforeValidator:
-    """Refuse, with `message`, any value but the `accepted` ones."""
+    """Refuse all values but `accepted`, with `message`."""
 
     def check(value: object) -> object:
         if not any(value is accept or (isinstance(accept, str) and value == accept) for accept in accepted):
@@ -57,7 +59,7 @@ def _unless(accepted: tuple[object, ...], message: str) -> BeforeValidator:
 
 
 class GenerationBody(BaseModel):
-    """What can be said of anything that is made."""
+    """The fields that image and mesh requests share."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -65,26 +67,26 @@ class GenerationBody(BaseModel):
         default=None, ge=1, description="Denoise steps; the model has a default."
     )
     seed: Integer | None = Field(default=None, ge=0, le=MAX_SEED, description="Random if absent; always returned.")
-    budget: BudgetBody | None = Field(default=None, description="Speed against quality; the server has a default.")
+    budget: BudgetBody | None = Field(default=None, description="Trades speed for quality; the server has a default.")
     priority: Priority | None = Field(default=None, description="Place in the queue; normal by default.")
     trace: StrictBool = Field(default=False, description="Whether the receipt lists every decision of every block.")
     stream: StrictBool | None = Field(
-        default=None, description="Whether to answer with server-sent events, the last of which has the result."
+        default=None, description="Whether to answer with server-sent events; the last one has the result."
     )
     partial_images: Integer | None = Field(
         default=None,
         ge=0,
         le=3,
-        description="How many previews of the unfinished result the events have; with stream or Prefer: respond-async.",
+        description="How many previews of the unfinished result the events have; needs stream or respond-async.",
     )
     response_format: ResponseFormat | None = Field(
-        default=None, description="b64_json by default; binary only for one result."
+        default=None, description="b64_json by default; binary only for a single result."
     )
     webhook_url: str | None = Field(
         default=None,
         max_length=2000,
-        description="Where to tell that the job has ended, on a host that the server allows, signed as Standard "
-        "Webhooks says.",
+        description="URL to call when the job ends; its host must be allowed. The call is signed after Standard "
+        "Webhooks.",
     )
 
 
@@ -96,22 +98,22 @@ class ImageBody(GenerationBody):
     model: Text | None = Field(
         default=None, description="An id from /v1/models; the server's first image model by default."
     )
-    prompt: str = Field(min_length=1, description="What the picture shows. The model limits its characters.")
+    prompt: str = Field(min_length=1, description="What the image shows. The model limits its number of characters.")
     negative_prompt: Text | None = Field(
         default=None,
-        description="What it should not show; only with true classifier-free guidance. Where the model's `guidance` in "
-        "/v1/models is true, that is a `guidance_scale` above 1, and this is empty by default; elsewhere it is a "
-        "`true_cfg_scale` above 1, which needs this.",
+        description="What the image should not show; only with true classifier-free guidance. For models whose "
+        "`guidance` in /v1/models is true, that is a `guidance_scale` above 1, and this is empty by default. For other "
+        "models it is a `true_cfg_scale` above 1, which requires this field.",
     )
     true_cfg_scale: Number | None = Field(
         default=None,
         ge=1,
         le=100,
-        description="True classifier-free guidance besides `guidance_scale`; 1 is off. Not for models whose `guidance` "
-        "in /v1/models is true.",
+        description="True classifier-free guidance, in addition to `guidance_scale`; 1 is off. Not for models whose "
+        "`guidance` in /v1/models is true.",
     )
     n: Integer | None = Field(
-        default=None, ge=1, le=8, description="How many pictures, with seeds seed, seed + 1, …; default 1."
+        default=None, ge=1, le=8, description="How many images, with the seeds seed, seed + 1, …; 1 by default."
     )
     size: Text | None = Field(
         default=None,
@@ -124,13 +126,13 @@ class ImageBody(GenerationBody):
         default=None,
         ge=0,
         le=100,
-        description="The model has a default, and its `guidance` in /v1/models says what this is: distilled, an input "
-        "of the model; none, without effect; true, classifier-free guidance: off up to 1, above it twice the compute.",
+        description="The model has a default. Its `guidance` in /v1/models says what this is. distilled: an input of "
+        "the model. none: no effect. true: classifier-free guidance, off up to 1, twice the compute above.",
     )
     quality: QualityWord | None = Field(
         default=None,
-        description="OpenAI's word instead of a budget: low is draft, medium fast, high high, hd exact; auto and "
-        "standard are the server's default.",
+        description="OpenAI's field instead of a budget. low is the preset draft, medium is fast, high is high, hd is "
+        "exact; auto and standard are the server's default budget.",
     )
     output_format: OutputFormat | None = Field(default=None, description="png by default.")
     output_compression: Integer | None = Field(
@@ -147,12 +149,12 @@ class ImageBody(GenerationBody):
     safety_identifier: Text | None = Field(default=None, description="OpenAI's field; ignored.")
     background: Annotated[
         Literal["auto", "opaque"] | None,
-        _unless(("auto", "opaque", None), "pictures are always opaque; omit background, or use 'opaque' or 'auto'"),
-    ] = Field(default=None, description="OpenAI's field; pictures are always opaque.")
+        _unless(("auto", "opaque", None), "images are always opaque; omit background, or use 'opaque' or 'auto'"),
+    ] = Field(default=None, description="OpenAI's field; images are always opaque.")
     moderation: Annotated[
         Literal["auto", "low"] | None,
         _unless(("auto", "low", None), "moderation can be 'auto' or 'low'; this server does not filter at all"),
-    ] = Field(default=None, description="OpenAI's field; this server does not filter prompts or pictures.")
+    ] = Field(default=None, description="OpenAI's field; this server does not filter prompts or images.")
     style: Annotated[
         None, _unless((None,), "this server has no styles; omit style and describe the style in the prompt")
     ] = Field(default=None, description="OpenAI's field; describe the style in the prompt instead.")
@@ -169,29 +171,29 @@ class MeshBody(GenerationBody):
         default=None, description="An id from /v1/models; the server's first mesh model by default."
     )
     input_image: str = Field(
-        min_length=1, description="The picture of one object, as base64 or as a `data:` URL: PNG, JPEG or WebP."
+        min_length=1, description="The image of one object, as base64 or as a `data:` URL: PNG, JPEG or WebP."
     )
     remove_background: Annotated[
         Literal["auto"] | bool | None,
         _unless(("auto", True, False, None), "remove_background can be 'auto', true or false"),
     ] = Field(
         default=None,
-        description="Whether the object is cut out of a plain background; auto, the default, does it where the picture "
-        "has no transparency.",
+        description="Whether to cut the object out of a plain background. auto, the default, does so if the image has "
+        "no transparency.",
     )
     guidance_scale: Number | None = Field(
         default=None,
         ge=0,
         le=100,
-        description="The model has a default. Where its `guidance` in /v1/models is true, 1 is off, and any other "
-        "scale twice the compute.",
+        description="The model has a default. If its `guidance` in /v1/models is true, 1 is off, and any other scale "
+        "takes twice the compute.",
     )
     octree_resolution: Integer | None = Field(
-        default=None, description="Cells of the field's grid along a side; the model has a default and limits."
+        default=None, description="Cells along a side of the grid; the model has a default and limits."
     )
     target_faces: Integer | None = Field(
         default=None,
         ge=MIN_TARGET_FACES,
-        description="How many triangles the mesh may have; null reduces nothing.",
+        description="The largest number of triangles; by default the mesh is not reduced.",
     )
     output_format: MeshFormat | None = Field(default=None, description="glb by default.")

@@ -1,4 +1,4 @@
-"""What pydantic found wrong, in the words of our errors: what was given, what is possible, the nearest valid value."""
+"""Turns pydantic's errors into ours, which name the value, the limits, and the nearest valid value."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ MAX_SHOWN_CHARACTERS = 60
 
 
 def invalid_request(error: Mapping[str, Any], *, skip: int = 0) -> InvalidRequest:
-    """The first `error` of a ValidationError. The first `skip` parts of its location are no field of the request."""
+    """Our error for one `error` of a ValidationError. The first `skip` parts of its location do not name a field."""
     param = ".".join(str(part) for part in error["loc"][skip:])
     return InvalidRequest(_message(error, param or "the body"), param)
 

@@ -1,11 +1,12 @@
-"""From records to response bodies."""
+"""From receipts and model cards to response bodies."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from statistics import fmean
 
-from models.card import CurvePoint, ImageCard, MeshCard, ModelCard
+from models.card import ImageCard, MeshCard, ModelCard
+from models.curve import CurvePoint
 from models.report import StepDecision
 from service.api.responses import (
     BlocksBody,
@@ -16,7 +17,6 @@ from service.api.responses import (
     MeshReportBody,
     ModelBody,
     OctreeResolutionsBody,
-    PolicyBody,
     ReceiptBody,
     SecondsBody,
     SizesBody,
@@ -25,14 +25,14 @@ from service.jobs.job import Receipt
 
 
 def job_receipt_body(receipts: Sequence[Receipt]) -> ReceiptBody:
-    """The receipt of a whole job. Its pictures, if several, have budget, rule and number of steps in common."""
+    """The receipt of a whole job, whose artifacts all have one budget, rule and number of steps."""
     if len(receipts) == 1:
         return receipt_body(receipts[0])
     return _merged(receipts)
 
 
 def receipt_body(receipt: Receipt) -> ReceiptBody:
-    """The receipt of one picture, with its decisions if it was traced."""
+    """The receipt of one artifact, with its decisions if it was traced."""
     body = _merged([receipt])
     if receipt.mesh is not None:
         body.mesh = MeshReportBody(**asdict(receipt.mesh))
@@ -115,7 +115,7 @@ def _curve_point_body(point: CurvePoint, card: ModelCard) -> CurvePointBody:
         compute_ratio=point.compute_ratio,
         expected_seconds=card.dense_step_seconds * card.default_num_inference_steps * point.relative_seconds,
         rule=point.rule,
-        policy=PolicyBody(**asdict(point.policy)),
+        policy=asdict(point.policy),
     )
 
 
@@ -131,5 +131,5 @@ def _decisions_by_step(decisions: Sequence[StepDecision]) -> list[list[DecisionB
 
 
 def _longest(seconds: Iterable[float]) -> float:
-    """Rounded to microseconds; a clock that was set back does not make time negative."""
+    """Rounded to microseconds, and not negative even if the clock was set back."""
     return round(max(0.0, *seconds), 6)

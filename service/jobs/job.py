@@ -1,21 +1,21 @@
-"""A job: one API call's pictures or mesh, from the queue to the result."""
+"""A job: the images or the mesh of one API call, from the queue to the result."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Self
 
-from models.file_formats import MeshFormat, OutputFormat
 from models.report import GenerationSummary, MeshReport
 from models.request import ImageRequest, MeshRequest
+from service.order import Output
 
 
 class JobStatus(StrEnum):
-    QUEUED = "queued"  # accepted, waiting for room in a batch
-    RUNNING = "running"  # claimed by a worker; goes back to the queue when that gives it back or dies
-    SUCCEEDED = "succeeded"  # every picture is there
-    FAILED = "failed"  # it cannot be made; `failure` says why
-    CANCELLED = "cancelled"  # its client does not want it any more
+    QUEUED = "queued"  # accepted, waits for room in a batch
+    RUNNING = "running"  # claimed by a worker; returns to the queue if the worker releases it or dies
+    SUCCEEDED = "succeeded"  # all its artifacts are stored
+    FAILED = "failed"  # `failure` says why
+    CANCELLED = "cancelled"  # its client no longer wants it
 
     @property
     def is_terminal(self) -> bool:
@@ -36,7 +36,7 @@ class IllegalTransition(Exception):
 
 
 class Priority(StrEnum):
-    """Who is claimed first."""
+    """Jobs of a higher priority are claimed first."""
 
     HIGH = "high"
     NORMAL = "normal"
@@ -44,13 +44,14 @@ class Priority(StrEnum):
 
 
 _RANKS = {priority: rank for rank, priority in enumerate(Priority)}
-_PATIENCE_S = 60.0
+# Jobs without a deadline sort as if due in so many seconds, so deadlines overtake them only so far.
+_DUE_WITHOUT_DEADLINE_S = 60.0
 
 
 class FailureReason(StrEnum):
-    INVALID_REQUEST = "invalid_request"  # the engine refused it as asked
-    GENERATION_FAILED = "generation_failed"  # something broke
-    DRAINING = "draining"  # the server shut down before its turn
+    INVALID_REQUEST = "invalid_request"  # the engine refused the request
+    GENERATION_FAILED = "generation_failed"  # an error of ours
+    DRAINING = "draining"  # the server shut down before the job was finished
     WORKER_LOST = "worker_lost"  # every worker that claimed it died
 
 
@@ -67,17 +68,8 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
-    """How a job's results become files. `compression_quality`, 0 to 100, is of WebP and JPEG only."""
-
-    format: OutputFormat | MeshFormat = OutputFormat.PNG
-    compression_quality: int | None = None
-    has_metadata: bool = True
-
-
-@dataclass(frozen=True, slots=True)
 class StageSeconds:
-    """Where one picture's time went. `total` is from the job's arrival until the picture's file was there."""
+    """How long the stages of one artifact took. `total` is from the job's arrival to the encoded file."""
 
     queue: float
     encode: float
@@ -88,10 +80,10 @@ class StageSeconds:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What one picture or mesh really got.
+    """What one artifact got.
 
-    `batch_size_mean` is over its steps; `quality_requested` None if none was; `mesh` None of a picture; `deadline_met`
-    None without a deadline.
+    `batch_size_mean` is the mean over its steps. `quality_requested` is None for a compute ratio or a deadline, `mesh`
+    None for an image, `deadline_met` None without a deadline.
     """
 
     summary: GenerationSummary
@@ -105,13 +97,11 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Times are Unix seconds. `steps_done` counts denoise steps of all pictures; in the end each has a receipt.
+    """What was asked and what was promised; nothing of it changes after submission. Times are Unix seconds.
 
-    `predicted_seconds` is the cost that admission reckoned with. `request_id` names the API call in logs, `owner` the
-    API key that made it, if keys are in use. `is_degraded` says that load lowered its quality. `num_previews` pictures
-    of the unfinished result are sent while it is made. `attempts` counts the workers that claimed it, but for those
-    that gave it back. `compute_ratio` is the share of the dense compute so far. `content` is where its results are
-    kept, once it has succeeded.
+    `predicted_seconds` is the cost that admission counted. `request_id` names the API call in logs, `owner` the API key
+    that created the job, None without keys. `is_degraded` says that load has lowered the quality. `num_previews` is how
+    many previews of the unfinished result its events get.
     """
 
     id: str
@@ -128,9 +118,46 @@ class Job:
     is_degraded: bool = False
     num_previews: int = 0
     webhook_url: str | None = None
+
+    @property
+    def place(self) -> float:
+        """Its place in the queue, lowest first: by priority, then by deadline.
+
+        A job without a deadline sorts as if due in 60 s. In milliseconds, which a double holds exactly.
+        """
+        due = self.created_at + _DUE_WITHOUT_DEADLINE_S if self.deadline_at is None else self.deadline_at
+        return float(_RANKS[self.priority] * 2**44 + round(due * 1000))
+
+    @property
+    def num_steps(self) -> int:
+        """Denoise steps of all its requests."""
+        return sum(request.num_inference_steps for request in self.requests)
+
+    def seconds_left(self, steps_done: int) -> float:
+        """Predicted seconds of work after `steps_done` of its steps."""
+        return self.predicted_seconds * (1 - steps_done / self.num_steps)
+
+    def without_input_images(self) -> Self:
+        """This job without the input images of mesh requests, which may be megabytes."""
+        return replace(self, requests=tuple(_without_input_image(request) for request in self.requests))
+
+
+def _without_input_image(request: ImageRequest | MeshRequest) -> ImageRequest | MeshRequest:
+    return replace(request, input_image=b"") if isinstance(request, MeshRequest) else request
+
+
+@dataclass(frozen=True, slots=True)
+class JobState:
+    """What changes while a job waits and runs. Times are Unix seconds.
+
+    `steps_done` counts the denoise steps of all requests, `compute_ratio` is the share of the dense compute so far.
+    `attempts` counts the workers that claimed the job and did not release it. A succeeded job has a receipt for each
+    request, and `content`, the key of its artifacts in the results.
+    """
+
+    status: JobStatus = JobStatus.QUEUED
     started_at: float | None = None
     ended_at: float | None = None
-    status: JobStatus = JobStatus.QUEUED
     steps_done: int = 0
     compute_ratio: float | None = None
     attempts: int = 0
@@ -138,47 +165,35 @@ class Job:
     failure: Failure | None = None
     content: str | None = None
 
-    @property
-    def place(self) -> float:
-        """Its place in the queue, the lowest being first: by priority, then by deadline.
-
-        Who has no deadline counts as one that could wait for a minute, so that deadlines overtake it only so far. In
-        milliseconds, which doubles hold exactly.
-        """
-        due = self.created_at + _PATIENCE_S if self.deadline_at is None else self.deadline_at
-        return float(_RANKS[self.priority] * 2**44 + round(due * 1000))
-
-    @property
-    def num_steps(self) -> int:
-        return sum(request.num_inference_steps for request in self.requests)
-
-    @property
-    def remaining_seconds(self) -> float:
-        return self.predicted_seconds * (1 - self.steps_done / self.num_steps)
-
     def moved_to(self, status: JobStatus) -> Self:
-        """This job in `status`. Raises IllegalTransition for a move that TRANSITIONS does not list."""
+        """This state with another status. Raises IllegalTransition for a move that TRANSITIONS does not list."""
         if status not in TRANSITIONS[self.status]:
-            raise IllegalTransition(f"job {self.id} cannot go from {self.status} to {status}")
+            raise IllegalTransition(f"a job cannot go from {self.status} to {status}")
         return replace(self, status=status)
-
-    def without_pictures(self) -> Self:
-        """This job without the pictures that its meshes are made of, which may be megabytes."""
-        return replace(self, requests=tuple(_without_picture(request) for request in self.requests))
-
-
-def _without_picture(request: ImageRequest | MeshRequest) -> ImageRequest | MeshRequest:
-    return replace(request, input_image=b"") if isinstance(request, MeshRequest) else request
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """An ended job with its pictures' files, none unless it succeeded."""
+class JobSnapshot:
+    """A job with its state at one moment."""
 
     job: Job
-    pictures: tuple[bytes, ...]
+    state: JobState
+
+    @property
+    def remaining_seconds(self) -> float:
+        """Predicted seconds of work that are left."""
+        return self.job.seconds_left(self.state.steps_done)
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedJob:
+    """An ended job with its artifacts: an encoded file for each request, none unless it succeeded."""
+
+    job: Job
+    state: JobState
+    artifacts: tuple[bytes, ...]
 
 
 def log_fields(job: Job) -> dict[str, str]:
-    """The `extra` of every line that is logged about a job."""
+    """The `extra` of every log line about a job."""
     return {"job_id": job.id, "request_id": job.request_id}

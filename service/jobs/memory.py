@@ -1,4 +1,4 @@
-"""Jobs in this process's memory."""
+"""The job store of a single process, in its memory."""
 
 import uuid
 from bisect import insort
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 
 from service.errors import IdempotencyKeyReused, JobNotFinished, JobNotFound
-from service.jobs.job import Failure, Job, JobStatus, Outcome
+from service.jobs.job import Failure, FinishedJob, Job, JobSnapshot, JobState, JobStatus
 from service.jobs.results import Results
 from service.jobs.store import (
     WEBHOOK_HELD_S,
@@ -31,13 +31,18 @@ class _Record:
     job: Job
     place: tuple[float, int]
     key: tuple[str, str] | None
+    state: JobState = field(default_factory=JobState)
     lease: str | None = None
     lease_ends: float = 0.0
     events: list[Event] = field(default_factory=list)
 
+    @property
+    def snapshot(self) -> JobSnapshot:
+        return JobSnapshot(self.job, self.state)
+
 
 class MemoryStore:
-    """Ended jobs are forgotten `job_ttl_s` after their end, their events, previews among them, after `events_ttl_s`."""
+    """Jobs in memory. An ended job is deleted after `job_ttl_s`, its events and previews after `events_ttl_s`."""
 
     is_shared = False
 
@@ -63,12 +68,14 @@ class MemoryStore:
         self._arrivals = count()
         self._live: set[str] = set()
         self._keys: dict[tuple[str, str], tuple[str, str]] = {}  # (owner, key) -> (fingerprint, job id)
-        self._webhooks: dict[str, tuple[float, int]] = {}  # when it is due, and how often it was taken
-        self._forget_at: dict[str, float] = {}  # in the order of the jobs' ends
-        self._forget_events_at: dict[str, float] = {}  # likewise
+        self._webhooks: dict[str, tuple[float, int]] = {}  # job id -> (when it is due, how often it was taken)
+        self._delete_at: dict[str, float] = {}  # in the order of the jobs' ends, so times rise
+        self._delete_events_at: dict[str, float] = {}  # in the order of the jobs' ends, so times rise
+        self._on_queued: Callable[[], None] = lambda: None
+        self._on_cancelled: Callable[[str], None] = lambda job_id: None
 
-    async def open(self) -> None:
-        pass
+    async def open(self, *, on_queued: Callable[[], None], on_cancelled: Callable[[str], None]) -> None:
+        self._on_queued, self._on_cancelled = on_queued, on_cancelled
 
     async def close(self) -> None:
         pass
@@ -77,11 +84,11 @@ class MemoryStore:
         pass
 
     async def add(self, job: Job, idempotency: Idempotency | None = None) -> Job:
-        self._forget_old()
+        self._delete_old()
         key = None
         if idempotency is not None:
-            if (made := await self.find(idempotency)) is not None:
-                return made
+            if (existing := await self.find(idempotency)) is not None:
+                return existing
             key = (idempotency.owner, idempotency.key)
             self._keys[key] = (idempotency.fingerprint, job.id)
         record = _Record(job, (job.place, next(self._arrivals)), key)
@@ -91,34 +98,35 @@ class MemoryStore:
         return job
 
     async def find(self, idempotency: Idempotency) -> Job | None:
-        self._forget_old()
-        made = self._keys.get((idempotency.owner, idempotency.key))
-        if made is None:
+        self._delete_old()
+        existing = self._keys.get((idempotency.owner, idempotency.key))
+        if existing is None:
             return None
-        fingerprint, job_id = made
+        fingerprint, job_id = existing
         if fingerprint != idempotency.fingerprint:
             raise IdempotencyKeyReused(idempotency.key)
         return self._records[job_id].job
 
-    async def get(self, job_id: str) -> Job:
-        return self._record(job_id).job
+    async def get(self, job_id: str) -> JobSnapshot:
+        return self._record(job_id).snapshot
 
-    async def content(self, job_id: str) -> Outcome:
-        job = self._record(job_id).job
-        if job.content is None:
-            raise JobNotFinished(f"job {job_id} is {job.status}; only a succeeded job has content")
-        return Outcome(job, await self._results.get(job.content))
+    async def content(self, job_id: str) -> FinishedJob:
+        record = self._record(job_id)
+        job, state = record.job, record.state
+        if state.content is None:
+            raise JobNotFinished(f"job {job_id} is {state.status}; only a succeeded job has content")
+        return FinishedJob(job, state, await self._results.get(state.content))
 
     async def claim(self, fits: Fits) -> Claim | None:
         for entry in self._queue:
             record = self._records[entry[1]]
             if fits(record.job.model, shape_of(record.job.requests[0])):
                 self._queue.remove(entry)
-                record.job = replace(
-                    record.job.moved_to(JobStatus.RUNNING),
+                record.state = replace(
+                    record.state.moved_to(JobStatus.RUNNING),
                     started_at=self._clock(),
                     steps_done=0,
-                    attempts=record.job.attempts + 1,
+                    attempts=record.state.attempts + 1,
                 )
                 record.lease = uuid.uuid4().hex
                 record.lease_ends = self._clock() + self._lease_s
@@ -137,41 +145,41 @@ class MemoryStore:
 
     async def record(self, progress: Progress) -> None:
         if (record := self._claimed(progress.claim)) is not None:
-            record.job = replace(record.job, steps_done=progress.steps_done, compute_ratio=progress.compute_ratio)
+            record.state = replace(record.state, steps_done=progress.steps_done, compute_ratio=progress.compute_ratio)
             self._tell(record, EventName.PROGRESS, **progress.event_data)
 
     async def add_preview(self, preview: Preview) -> None:
         if (record := self._claimed(preview.claim)) is not None:
             self._tell(record, EventName.PREVIEW, **preview.event_data)
 
-    async def end(self, ending: Ending) -> Job | None:
+    async def end(self, ending: Ending) -> JobSnapshot | None:
         content = None
         if ending.status is JobStatus.SUCCEEDED:
             content = f"{ending.claim.job.id}/{ending.claim.lease}"
-            await self._results.put(content, ending.files)
+            await self._results.put(content, ending.artifacts)
         if (record := self._claimed(ending.claim)) is None:
             return None
-        record.job = replace(record.job, failure=ending.failure, receipts=ending.receipts, content=content)
+        record.state = replace(record.state, failure=ending.failure, receipts=ending.receipts, content=content)
         return self._end(record, ending.status)
 
     async def release(self, claim: Claim) -> None:
         if (record := self._claimed(claim)) is not None:
-            record.job = replace(record.job, attempts=record.job.attempts - 1)
+            record.state = replace(record.state, attempts=record.state.attempts - 1)
             self._queue_again(record)
 
-    async def cancel(self, job_id: str) -> tuple[Job, bool]:
+    async def cancel(self, job_id: str) -> tuple[JobSnapshot, bool]:
         record = self._record(job_id)
-        if record.job.status.is_terminal:
-            return record.job, False
-        job = self._end(record, JobStatus.CANCELLED)
-        self.changes.on_cancelled(job_id)
-        return job, True
+        if record.state.status.is_terminal:
+            return record.snapshot, False
+        snapshot = self._end(record, JobStatus.CANCELLED)
+        self._on_cancelled(job_id)
+        return snapshot, True
 
-    async def fail(self, job_id: str, failure: Failure) -> Job | None:
+    async def fail(self, job_id: str, failure: Failure) -> JobSnapshot | None:
         record = self._record(job_id)
-        if record.job.status.is_terminal:
+        if record.state.status.is_terminal:
             return None
-        record.job = replace(record.job, failure=failure)
+        record.state = replace(record.state, failure=failure)
         return self._end(record, JobStatus.FAILED)
 
     async def recover(self) -> Recovery:
@@ -180,18 +188,18 @@ class MemoryStore:
             record = self._records[job_id]
             if record.lease is None or record.lease_ends > self._clock():
                 continue
-            if record.job.attempts < self._max_attempts:
+            if record.state.attempts < self._max_attempts:
                 self._queue_again(record)
                 requeued.append(job_id)
             else:
-                failed.append(await self.fail(job_id, Failure.worker_lost(job_id, record.job.attempts)))
-        return Recovery(tuple(requeued), tuple(job for job in failed if job is not None))
+                failed.append(await self.fail(job_id, Failure.worker_lost(job_id, record.state.attempts)))
+        return Recovery(tuple(requeued), tuple(snapshot for snapshot in failed if snapshot is not None))
 
-    async def take_webhook(self) -> tuple[Job, int] | None:
+    async def take_webhook(self) -> tuple[JobSnapshot, int] | None:
         for job_id, (due_at, attempts) in self._webhooks.items():
             if due_at <= self._clock():
                 self._webhooks[job_id] = (self._clock() + WEBHOOK_HELD_S, attempts + 1)
-                return self._records[job_id].job, attempts
+                return self._records[job_id].snapshot, attempts
         return None
 
     async def settle_webhook(self, job_id: str, retry_in_s: float | None) -> None:
@@ -204,17 +212,17 @@ class MemoryStore:
         seen = int(after.partition("-")[0])
         return [event for event in self._record(job_id).events if int(event.id.partition("-")[0]) > seen]
 
-    async def live_jobs(self) -> list[Job]:
-        return [self._records[job_id].job for job_id in self._live]
+    async def live_jobs(self) -> list[JobSnapshot]:
+        return [self._records[job_id].snapshot for job_id in self._live]
 
     async def backlog_s(self) -> float:
-        return sum(self._records[job_id].job.remaining_seconds for job_id in self._live)
+        return sum(self._records[job_id].snapshot.remaining_seconds for job_id in self._live)
 
     async def num_waiting(self) -> Counter[str]:
         return Counter(self._records[job_id].job.model for _, job_id in self._queue)
 
     def _record(self, job_id: str) -> _Record:
-        self._forget_old()
+        self._delete_old()
         if job_id not in self._records:
             raise JobNotFound(f"there is no job '{job_id}'")
         return self._records[job_id]
@@ -224,43 +232,44 @@ class MemoryStore:
         return record if record is not None and record.lease == claim.lease else None
 
     def _queue_again(self, record: _Record) -> None:
-        if record.job.status is not JobStatus.QUEUED:
-            record.job = record.job.moved_to(JobStatus.QUEUED)
+        if record.state.status is not JobStatus.QUEUED:
+            record.state = record.state.moved_to(JobStatus.QUEUED)
         record.lease = None
         insort(self._queue, (record.place, record.job.id))
         self._tell(record, EventName.QUEUED)
-        self.changes.on_queued()
+        self._on_queued()
 
-    def _end(self, record: _Record, status: JobStatus) -> Job:
+    def _end(self, record: _Record, status: JobStatus) -> JobSnapshot:
         now = self._clock()
-        job = record.job = replace(record.job.moved_to(status).without_pictures(), ended_at=now)
+        record.state = replace(record.state.moved_to(status), ended_at=now)
+        job = record.job = record.job.without_input_images()
         record.lease = None
         self._live.discard(job.id)
         self._queue = [entry for entry in self._queue if entry[1] != job.id]
-        self._forget_at[job.id] = now + self._job_ttl_s
-        self._forget_events_at[job.id] = now + self._events_ttl_s
+        self._delete_at[job.id] = now + self._job_ttl_s
+        self._delete_events_at[job.id] = now + self._events_ttl_s
         if job.webhook_url is not None:
             self._webhooks[job.id] = (now, 0)
         self._tell(record, EventName.ENDED, status=status)
-        return job
+        return record.snapshot
 
     def _tell(self, record: _Record, name: EventName, **data: object) -> None:
         record.events.append(Event(f"{len(record.events) + 1}-0", name, data))
         self.changes.notify(record.job.id)
 
-    def _forget_old(self) -> None:
+    def _delete_old(self) -> None:
         now = self._clock()
-        for job_id in _due(self._forget_events_at, now):
+        for job_id in _due(self._delete_events_at, now):
             if job_id in self._records:
                 self._records[job_id].events.clear()
-        for job_id in _due(self._forget_at, now):
+        for job_id in _due(self._delete_at, now):
             self._webhooks.pop(job_id, None)
             if (key := self._records.pop(job_id).key) is not None:
                 del self._keys[key]
 
 
 def _due(times: dict[str, float], now: float) -> Iterator[str]:
-    """Take out, one by one, what has a time up to `now`. `times` rise."""
+    """Remove and yield, one by one, the names whose time has come. The times rise."""
     while times:
         name, due_at = next(iter(times.items()))
         if due_at > now:

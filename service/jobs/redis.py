@@ -1,4 +1,4 @@
-"""Jobs in Redis, shared by any number of servers and workers, which may die at any moment."""
+"""The job store in Redis, shared by any number of servers and workers, which may die at any moment."""
 
 import asyncio
 import json
@@ -21,7 +21,8 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from models.request import MeshRequest
 from service.errors import IdempotencyKeyReused, JobNotFinished, JobNotFound, StoreUnavailable
 from service.jobs import redis_scripts
-from service.jobs.job import Failure, Job, JobStatus, Outcome, Receipt
+from service.jobs.job import Failure, FinishedJob, Job, JobSnapshot, JobState, JobStatus, Receipt
+from service.jobs.job_json import dump_job, load_job
 from service.jobs.results import Results
 from service.jobs.store import (
     WEBHOOK_HELD_S,
@@ -41,17 +42,16 @@ from service.scheduling.batching import shape_of
 logger = logging.getLogger(__name__)
 
 PREFIX = "elastic:"
-# A queue is read in pieces of this length until something fits.
+# The queue is read in pieces of this length until a job fits.
 _CHUNK = 64
 _RECONNECT_S = 0.5
 
-_JOB = TypeAdapter(Job)
 _RECEIPTS = TypeAdapter(tuple[Receipt, ...])
 _FAILURE = TypeAdapter(Failure)
 
 
 def connect(url: str) -> Redis:
-    """A client that tries again for a moment when its connection is lost, and that waits for nothing for long."""
+    """A client with short timeouts that retries briefly when its connection is lost."""
     return Redis.from_url(
         url,
         socket_timeout=3,
@@ -64,10 +64,10 @@ def connect(url: str) -> Redis:
 
 
 class RedisStore:
-    """Ended jobs are forgotten `job_ttl_s` after their end, their events, previews among them, after `events_ttl_s`.
+    """Jobs in Redis. An ended job is deleted after `job_ttl_s`, its events and previews after `events_ttl_s`.
 
-    Redis must keep what it was told (append-only file, synced always) and evict nothing. `on_error` hears of every
-    operation that failed.
+    Redis must be durable (append-only file, synced always) and must not evict keys. `on_error` is called with the name
+    of every operation that fails.
     """
 
     is_shared = True
@@ -98,6 +98,8 @@ class RedisStore:
         self._prefix = prefix
         self._channel = f"{prefix}changes"
         self._listener: asyncio.Task[None] | None = None
+        self._on_queued: Callable[[], None] = lambda: None
+        self._on_cancelled: Callable[[str], None] = lambda job_id: None
         self._add = redis.register_script(redis_scripts.ADD)
         self._claim = redis.register_script(redis_scripts.CLAIM)
         self._renew = redis.register_script(redis_scripts.RENEW)
@@ -108,7 +110,8 @@ class RedisStore:
         self._take_webhook = redis.register_script(redis_scripts.TAKE_WEBHOOK)
         self._settle_webhook = redis.register_script(redis_scripts.SETTLE_WEBHOOK)
 
-    async def open(self) -> None:
+    async def open(self, *, on_queued: Callable[[], None], on_cancelled: Callable[[str], None]) -> None:
+        self._on_queued, self._on_cancelled = on_queued, on_cancelled
         self._listener = asyncio.create_task(self._listen())
 
     async def close(self) -> None:
@@ -123,66 +126,70 @@ class RedisStore:
             await self._redis.ping()
 
     async def add(self, job: Job, idempotency: Idempotency | None = None) -> Job:
-        request, picture = job.requests[0], b""
-        if isinstance(request, MeshRequest):
-            picture = request.input_image
-        fields: list[Any] = ["job", _JOB.dump_json(job.without_pictures())]
+        request = job.requests[0]
+        input_image = request.input_image if isinstance(request, MeshRequest) else b""
+        fields: list[Any] = ["job", dump_job(job.without_input_images())]
         if job.webhook_url is not None:
             fields += ["webhook_url", job.webhook_url]
         name, value = "", ""
         if idempotency is not None:
             name, value = f"{idempotency.owner}:{idempotency.key}", f"{idempotency.fingerprint} {job.id}"
-        arguments = [job.id, job.place, _live_entry(job), name, value, picture, *fields]
+        entry = _live_entry(job, steps_done=0)
         async with self._operation("add"):
-            made = await self._run(self._add, *arguments)
-        return job if made is None or idempotency is None else await self._made_before(idempotency, made)
+            existing = await self._run(self._add, job.id, job.place, entry, name, value, input_image, *fields)
+        return job if existing is None or idempotency is None else await self._existing(idempotency, existing)
 
     async def find(self, idempotency: Idempotency) -> Job | None:
         async with self._operation("find"):
-            made = await self._redis.get(self._key(f"key:{idempotency.owner}:{idempotency.key}"))
-        return None if made is None else await self._made_before(idempotency, made)
+            existing = await self._redis.get(self._key(f"key:{idempotency.owner}:{idempotency.key}"))
+        return None if existing is None else await self._existing(idempotency, existing)
 
-    async def _made_before(self, idempotency: Idempotency, made: bytes) -> Job:
-        fingerprint, _, job_id = made.decode().partition(" ")
+    async def _existing(self, idempotency: Idempotency, value: bytes) -> Job:
+        """The job of an idempotency key whose `value` in Redis is fingerprint and job id."""
+        fingerprint, _, job_id = value.decode().partition(" ")
         if fingerprint != idempotency.fingerprint:
             raise IdempotencyKeyReused(idempotency.key)
-        return await self.get(job_id)
+        return (await self.get(job_id)).job
 
-    async def get(self, job_id: str) -> Job:
+    async def get(self, job_id: str) -> JobSnapshot:
         async with self._operation("get"):
             fields = await self._redis.hgetall(self._key(f"job:{job_id}"))
         if b"job" not in fields:
             raise JobNotFound(f"there is no job '{job_id}'")
-        return _job_of(fields)
+        return JobSnapshot(load_job(fields[b"job"]), _state_of(fields))
 
-    async def content(self, job_id: str) -> Outcome:
-        job = await self.get(job_id)
-        if job.content is None:
-            raise JobNotFinished(f"job {job_id} is {job.status}; only a succeeded job has content")
-        return Outcome(job, await self._results.get(job.content))
+    async def content(self, job_id: str) -> FinishedJob:
+        snapshot = await self.get(job_id)
+        state = snapshot.state
+        if state.content is None:
+            raise JobNotFinished(f"job {job_id} is {state.status}; only a succeeded job has content")
+        return FinishedJob(snapshot.job, state, await self._results.get(state.content))
 
     async def claim(self, fits: Fits) -> Claim | None:
         async with self._operation("claim"):
             async for job_id in self._waiting(fits):
                 lease = uuid.uuid4().hex
                 if await self._run(self._claim, job_id, lease, self._lease_ms, self._clock()) is None:
-                    continue  # somebody else was faster
-                job = await self.get(job_id)
+                    continue  # another worker was faster
+                job = (await self.get(job_id)).job
                 if isinstance(job.requests[0], MeshRequest):
-                    picture = await self._redis.get(self._key(f"job:{job_id}:picture"))
-                    # Cancelled meanwhile, if there is none any more: the worker will hear of that.
-                    job = replace(job, requests=(replace(job.requests[0], input_image=picture or b""),))
+                    input_image = await self._redis.get(self._key(f"job:{job_id}:picture"))
+                    # It is missing if the job was cancelled meanwhile; the worker will learn of that.
+                    job = replace(job, requests=(replace(job.requests[0], input_image=input_image or b""),))
                 return Claim(job, lease)
         return None
 
     async def _waiting(self, fits: Fits) -> AsyncIterator[str]:
-        """Ids of waiting jobs that fit, in the order of the queue."""
+        """The ids of the waiting jobs that fit, in the order of the queue."""
         for start in range(0, 2**31, _CHUNK):
             ids = await self._redis.zrange(self._key("queue"), start, start + _CHUNK - 1)
             if not ids:
                 return
             for job_id, entry in zip(ids, await self._redis.hmget(self._key("live"), ids), strict=True):
-                if entry is not None and fits(*(json.loads(entry)[name] for name in ("model", "shape"))):
+                if entry is None:
+                    continue
+                live = json.loads(entry)
+                if fits(live["model"], live["shape"]):
                     yield job_id.decode()
 
     async def renew(self, claims: Sequence[Claim]) -> set[str]:
@@ -191,20 +198,18 @@ class RedisStore:
             return {job_id.decode() for job_id in await self._run(self._renew, self.worker_id, self._lease_ms, *pairs)}
 
     async def record(self, progress: Progress) -> None:
-        job = replace(progress.claim.job, steps_done=progress.steps_done)
+        job, lease = progress.claim.job, progress.claim.lease
         fields = ["steps_done", progress.steps_done, "compute_ratio", progress.compute_ratio]
-        data = json.dumps(progress.event_data)
+        data, entry = json.dumps(progress.event_data), _live_entry(job, progress.steps_done)
         async with self._operation("record"):
-            await self._run(
-                self._record, job.id, progress.claim.lease, EventName.PROGRESS, data, _live_entry(job), *fields
-            )
+            await self._run(self._record, job.id, lease, EventName.PROGRESS, data, entry, *fields)
 
     async def add_preview(self, preview: Preview) -> None:
         job_id, data = preview.claim.job.id, json.dumps(preview.event_data)
         async with self._operation("add_preview"):
             await self._run(self._record, job_id, preview.claim.lease, EventName.PREVIEW, data, "")
 
-    async def end(self, ending: Ending) -> Job | None:
+    async def end(self, ending: Ending) -> JobSnapshot | None:
         job_id, lease = ending.claim.job.id, ending.claim.lease
         fields: dict[str, Any] = {"receipts": _RECEIPTS.dump_json(ending.receipts)}
         if ending.failure is not None:
@@ -212,10 +217,12 @@ class RedisStore:
         if ending.status is JobStatus.SUCCEEDED:
             fields["content"] = f"{job_id}/{lease}"
             async with self._operation("put_results"):
-                await self._results.put(fields["content"], ending.files)
+                await self._results.put(fields["content"], ending.artifacts)
         return await self._end_job(job_id, lease, ending.status, fields)
 
-    async def _end_job(self, job_id: str, lease: str, status: JobStatus, fields: Mapping[str, Any]) -> Job | None:
+    async def _end_job(
+        self, job_id: str, lease: str, status: JobStatus, fields: Mapping[str, Any]
+    ) -> JobSnapshot | None:
         changed = {"ended_at": self._clock(), **fields}
         async with self._operation("end"):
             pairs = [part for pair in changed.items() for part in pair]
@@ -227,31 +234,31 @@ class RedisStore:
         async with self._operation("release"):
             await self._run(self._release, claim.job.id, claim.lease)
 
-    async def cancel(self, job_id: str) -> tuple[Job, bool]:
-        job = await self.get(job_id)
-        if job.status.is_terminal:
-            return job, False
+    async def cancel(self, job_id: str) -> tuple[JobSnapshot, bool]:
+        snapshot = await self.get(job_id)
+        if snapshot.state.status.is_terminal:
+            return snapshot, False
         cancelled = await self._end_job(job_id, "", JobStatus.CANCELLED, {})
         return (await self.get(job_id), False) if cancelled is None else (cancelled, True)
 
-    async def fail(self, job_id: str, failure: Failure) -> Job | None:
+    async def fail(self, job_id: str, failure: Failure) -> JobSnapshot | None:
         return await self._end_job(job_id, "", JobStatus.FAILED, {"failure": _FAILURE.dump_json(failure)})
 
     async def recover(self) -> Recovery:
         async with self._operation("recover"):
-            # After Redis itself was away, first let living workers renew what ran out meanwhile.
+            # After a restart of Redis, living workers first renew the leases that ran out meanwhile.
             uptime_s = (await self._redis.info("server"))["uptime_in_seconds"]
             if uptime_s * 1000 < self._lease_ms:
                 return Recovery()
             requeued, given_up = await self._run(self._recover, self._max_attempts)
         failed = []
         for job_id in (job_id.decode() for job_id in given_up):
-            job = await self.get(job_id)
-            failed.append(await self.fail(job_id, Failure.worker_lost(job_id, job.attempts)))
+            attempts = (await self.get(job_id)).state.attempts
+            failed.append(await self.fail(job_id, Failure.worker_lost(job_id, attempts)))
         ids = tuple(job_id.decode() for job_id in requeued)
-        return Recovery(ids, tuple(job for job in failed if job is not None))
+        return Recovery(ids, tuple(snapshot for snapshot in failed if snapshot is not None))
 
-    async def take_webhook(self) -> tuple[Job, int] | None:
+    async def take_webhook(self) -> tuple[JobSnapshot, int] | None:
         async with self._operation("take_webhook"):
             taken = await self._run(self._take_webhook, int(WEBHOOK_HELD_S * 1000))
         return None if taken is None else (await self.get(taken[0].decode()), taken[1])
@@ -270,7 +277,7 @@ class RedisStore:
             for event_id, fields in entries
         ]
 
-    async def live_jobs(self) -> list[Job]:
+    async def live_jobs(self) -> list[JobSnapshot]:
         async with self._operation("live_jobs"):
             ids = await self._redis.hkeys(self._key("live"))
         jobs = []
@@ -299,7 +306,7 @@ class RedisStore:
 
     @asynccontextmanager
     async def _operation(self, name: str) -> AsyncIterator[None]:
-        """Raise StoreUnavailable for what Redis or the network did wrong, and count it."""
+        """Turn errors of Redis and of the network into StoreUnavailable, and report them to `on_error`."""
         try:
             yield
         except (RedisError, OSError) as error:
@@ -310,7 +317,7 @@ class RedisStore:
             raise
 
     async def _listen(self) -> None:
-        """Pass on what the channel says, for ever; with one connection, however many are waiting."""
+        """Pass on the messages of the channel until cancelled. One connection serves all waiting tasks."""
         while True:
             try:
                 async with self._redis.pubsub() as channel:
@@ -320,30 +327,28 @@ class RedisStore:
                         if message is not None:
                             self._pass_on(*message["data"].decode().split(":", 1))
             except (RedisError, OSError) as error:
-                logger.warning("the connection that tells of changes is lost: %s", error)
+                logger.warning("lost the connection that announces changes: %s", error)
                 await asyncio.sleep(_RECONNECT_S)
 
     def _pass_on(self, what: str, job_id: str) -> None:
         self.changes.notify(job_id)
         if what == "queued":
-            self.changes.on_queued()
+            self._on_queued()
         elif what == JobStatus.CANCELLED:
-            self.changes.on_cancelled(job_id)
+            self._on_cancelled(job_id)
 
 
-def _live_entry(job: Job) -> str:
-    entry = {"model": job.model, "shape": shape_of(job.requests[0]), "seconds": round(job.remaining_seconds, 6)}
-    return json.dumps(entry)
+def _live_entry(job: Job, steps_done: int) -> str:
+    seconds = round(job.seconds_left(steps_done), 6)
+    return json.dumps({"model": job.model, "shape": shape_of(job.requests[0]), "seconds": seconds})
 
 
-def _job_of(fields: Mapping[bytes, bytes]) -> Job:
-    """The fixed part of a job with what has changed since."""
+def _state_of(fields: Mapping[bytes, bytes]) -> JobState:
 
     def number(name: bytes) -> float | None:
         return float(fields[name]) if name in fields else None
 
-    return replace(
-        _JOB.validate_json(fields[b"job"]),
+    return JobState(
         status=JobStatus(fields[b"status"].decode()),
         started_at=number(b"started_at"),
         ended_at=number(b"ended_at"),

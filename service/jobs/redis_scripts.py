@@ -1,20 +1,20 @@
-"""What changes several keys of Redis at once, in Lua, each script in one piece or not at all.
+"""Lua scripts that change several keys of Redis in one atomic step.
 
 The keys, all after a prefix:
 
-    job:<id>            hash    the job: `job`, its fixed part as JSON, and what changes, a field each
-    job:<id>:picture    string  the picture of a mesh request, until the job has ended
-    job:<id>:events     stream  what happened to it
+    job:<id>            hash    `job`, the fixed record as JSON, and one field for each part of the state
+    job:<id>:picture    string  the input image of a mesh request, until the job has ended
+    job:<id>:events     stream  its events
     queue               zset    id -> place, of queued jobs
     leases              zset    id -> when the lease ends, in ms of Redis' clock, of running jobs
     live                hash    id -> JSON of model, shape and predicted seconds left, of queued and running jobs
-    workers             zset    worker -> until when it is taken to live, in ms
-    key:<owner>:<key>   string  fingerprint and id of the job that an idempotency key made
-    webhooks            zset    id -> when to tell its webhook next, in ms
+    workers             zset    worker -> until when it counts as living, in ms
+    key:<owner>:<key>   string  fingerprint and id of the job that an idempotency key created
+    webhooks            zset    id -> when to call its webhook next, in ms
 
-Changes are told on a channel as `<what>:<id>`. All scripts get the prefix as KEYS[1] and the channel as KEYS[2], and
-make the other keys from ids: they need one server, not a cluster. A script that took effect and is sent again, since
-its answer was lost, changes nothing.
+Changes are published on a channel as `<what>:<id>`. All scripts get the prefix as KEYS[1] and the channel as KEYS[2],
+and build the other keys from ids, so they need one server, not a cluster. A client that lost the answer of a script may
+send the script again: the second call changes nothing.
 """
 
 _COMMON = """
@@ -40,8 +40,8 @@ local function queue_again(id)
 end
 """
 
-# ARGV: id, place, live entry, name of the idempotency key or '', its value, picture or '', fields…
-# Returns the value of a key that came before.
+# ARGV: id, place, live entry, name of the idempotency key or '', its value, input image or '', fields…
+# Returns the value of an idempotency key that exists already.
 ADD = (
     _COMMON
     + """
@@ -49,8 +49,8 @@ local id, job = ARGV[1], prefix .. 'job:' .. ARGV[1]
 if redis.call('EXISTS', job) == 1 then return false end
 if ARGV[4] ~= '' then
     local key = prefix .. 'key:' .. ARGV[4]
-    local made = redis.call('GET', key)
-    if made then return made end
+    local existing = redis.call('GET', key)
+    if existing then return existing end
     redis.call('SET', key, ARGV[5])
     redis.call('HSET', job, 'key', key)
 end
@@ -63,7 +63,7 @@ return false
 """
 )
 
-# ARGV: id, lease, its ms, time. Returns the number of the attempt, or nothing if somebody else was faster.
+# ARGV: id, lease, its ms, time. Returns the number of the attempt, or nothing if another worker was faster.
 CLAIM = (
     _COMMON
     + """
@@ -77,7 +77,7 @@ return redis.call('HINCRBY', job, 'attempts', 1)
 """
 )
 
-# ARGV: worker, ms that leases last, then id and lease of each. Returns the ids that are the worker's no longer.
+# ARGV: worker, ms that leases last, then id and lease of each. Returns the ids whose leases are lost.
 RENEW = (
     _COMMON
     + """
@@ -107,8 +107,8 @@ tell(id, ARGV[3], ARGV[4])
 """
 )
 
-# ARGV: id, lease or '' for whoever needs none, ms to keep the record, ms to keep the events, status, fields…
-# Returns whether this ended it.
+# ARGV: id, lease or '' to end it without one, ms to keep the record, ms to keep the events, status, fields…
+# Returns whether this call ended the job.
 END = (
     _COMMON
     + """
@@ -146,7 +146,7 @@ queue_again(ARGV[1])
 """
 )
 
-# ARGV: most attempts. Returns the ids that were queued again, and those that were claimed too often, as they are.
+# ARGV: most attempts. Returns the ids that it queued again, and the ids of jobs that were claimed too often.
 RECOVER = (
     _COMMON
     + """
@@ -163,7 +163,7 @@ return {requeued, given_up}
 """
 )
 
-# ARGV: ms to keep it from others. Returns the id of an ended job whose webhook is due, and how often it was taken.
+# ARGV: ms to withhold it from others. Returns the id of an ended job whose webhook is due, and how often it was taken.
 TAKE_WEBHOOK = (
     _COMMON
     + """

@@ -1,4 +1,4 @@
-"""Where finished files are kept, for a while and up to a size: in memory, in Redis, or on a volume (fsspec)."""
+"""Stores the artifacts of finished jobs for a limited time and size: in memory, in Redis, or on a volume (fsspec)."""
 
 import asyncio
 import json
@@ -15,16 +15,16 @@ from service.errors import ResultExpired, StoreUnavailable
 
 
 class Results(Protocol):
-    """`key` is new for each attempt at a job, so whoever comes too late overwrites nothing.
+    """The artifacts of jobs. Each attempt at a job has a `key` of its own, so a late worker overwrites nothing.
 
-    Of too many results the oldest go first; the newest stays, however large. Both methods raise StoreUnavailable when
-    the place can't be reached.
+    If the results grow too large, the oldest are deleted first; the newest stays, however large. Both methods raise
+    StoreUnavailable if the results cannot be reached.
     """
 
     async def put(self, key: str, files: Sequence[bytes]) -> None: ...
 
     async def get(self, key: str) -> tuple[bytes, ...]:
-        """Raises ResultExpired for what is no longer kept."""
+        """Raises ResultExpired if the result has been deleted."""
         ...
 
 
@@ -75,7 +75,7 @@ class MemoryResults:
 
 
 # KEYS: results (zset: key -> when it was put), sizes (hash: key -> bytes), total (bytes), result:<key>
-# ARGV: key, ms to live, most bytes, prefix of result keys, size, files…
+# ARGV: key, ms to live, maximal bytes, prefix of result keys, size, files…
 _PUT = """
 local now = redis.call('TIME')
 now = now[1] * 1000 + math.floor(now[2] / 1000)
@@ -130,8 +130,8 @@ class RedisResults:
 class VolumeResults:
     """Results in files of a volume, such as `file:///srv/results` or `s3://bucket/results`, one folder for each key.
 
-    Old ones are looked for when a tenth of the time to live or of the size limit is used up. The clocks of servers that
-    share a volume must roughly agree.
+    Old results are deleted each time a tenth of the time to live or of the size limit has been used up. Servers that
+    share a volume need roughly synchronous clocks.
     """
 
     def __init__(self, url: str, *, ttl_s: float, max_bytes: int, clock: Callable[[], float] = time.time) -> None:
@@ -161,7 +161,7 @@ class VolumeResults:
         self._files.makedirs(folder, exist_ok=True)
         for index, data in enumerate(files):
             self._files.pipe_file(f"{folder}/{index}", data)
-        # Written last: a folder without it is not complete.
+        # Written last: a folder without this file is incomplete.
         entry = {"put_at": self._clock(), "num_files": len(files), "size_bytes": sum(map(len, files))}
         self._files.pipe_file(f"{folder}/entry.json", json.dumps(entry).encode())
         self._put_since += sum(map(len, files))
@@ -175,7 +175,7 @@ class VolumeResults:
             entry = json.loads(self._files.cat_file(f"{folder}/entry.json"))
             if entry["put_at"] + self._ttl_s > self._clock():
                 return tuple(self._files.cat_file(f"{folder}/{index}") for index in range(entry["num_files"]))
-        except FileNotFoundError:  # dropped, perhaps just now
+        except FileNotFoundError:  # deleted, perhaps by another server
             pass
         raise _expired(key, self._ttl_s)
 
@@ -185,7 +185,7 @@ class VolumeResults:
         for path in self._files.glob(f"{self._root}/*/*/entry.json"):
             try:
                 entry = json.loads(self._files.cat_file(path))
-            except FileNotFoundError:  # another server has dropped it
+            except FileNotFoundError:  # another server has deleted it
                 continue
             kept.append((entry["put_at"], entry["size_bytes"], path.rpartition("/")[0]))
         kept.sort()

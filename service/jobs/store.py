@@ -1,7 +1,7 @@
-"""What every job store can do, and how a job's events are followed.
+"""The contract of every job store, and how the events of a job are followed.
 
-A store is used by one event loop. What several processes share through one (Redis) keeps the same contract as the
-memory of a single process: every method is atomic, and whoever ends a job first has decided.
+One event loop uses a store. The store in Redis, which several processes share, has the same contract as the one in
+memory: every method is atomic, and the first call that ends a job decides how it ended.
 """
 
 import asyncio
@@ -15,27 +15,28 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from service.errors import StoreUnavailable
-from service.jobs.job import Failure, Job, JobStatus, Outcome, Receipt
+from service.jobs.job import Failure, FinishedJob, Job, JobSnapshot, JobStatus, Receipt
 
-# A notice that was lost with its connection is made up for by looking again.
-_LOOK_AGAIN_S = 1.0
-# How long whoever follows a job bears with a store that can't be reached.
-_PATIENCE_S = 60.0
+# Notifications can be lost with their connection, so events are also polled at this interval.
+_POLL_S = 1.0
+# How long `follow` retries an unreachable store.
+_RETRY_S = 60.0
 _BEGINNING = "0-0"
 WEBHOOK_HELD_S = 60.0
+"""How long a webhook that was taken is kept from others."""
 
 
 class EventName(StrEnum):
     QUEUED = "job.queued"
     STARTED = "job.started"
     PROGRESS = "job.progress"
-    PREVIEW = "job.preview"  # the public name depends on what is made
-    ENDED = "job.ended"  # likewise
+    PREVIEW = "job.preview"  # clients get another name, which says image or mesh
+    ENDED = "job.ended"  # clients get another name, which says how it ended
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """`id` is two numbers with a hyphen, rising with each event of a job; `data` is JSON."""
+    """`id` is two numbers joined by a hyphen, which rises with each event of a job. `data` is JSON."""
 
     id: str
     name: EventName
@@ -44,7 +45,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Idempotency:
-    """A client's promise that all calls of `owner` with this `key` mean the same; `fingerprint` is of what it asks."""
+    """An idempotency key: all calls of `owner` with this `key` create one job. `fingerprint` is a hash of the body."""
 
     owner: str
     key: str
@@ -53,7 +54,7 @@ class Idempotency:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A job that a worker makes, for as long as it renews its `lease`, a name that is never used again."""
+    """A job that belongs to one worker for as long as the worker renews the `lease`, a name that is used once."""
 
     job: Job
     lease: str
@@ -61,7 +62,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`steps_done` of all pictures, and what stands in the job's next progress event."""
+    """The progress of a claimed job: `steps_done` of all its requests, share of the dense compute, seconds left."""
 
     claim: Claim
     steps_done: int
@@ -81,7 +82,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """The `file` of picture `index` as far as it can be told; number `number` of those."""
+    """Preview `number` of the unfinished result of request `index`, as an encoded `file`."""
 
     claim: Claim
     index: int
@@ -96,117 +97,123 @@ class Preview:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a claimed job ended. `files` are its results."""
+    """How a claimed job ended, with the artifacts and receipts of a success or the failure."""
 
     claim: Claim
     status: JobStatus
     failure: Failure | None = None
     receipts: tuple[Receipt, ...] = ()
-    files: tuple[bytes, ...] = ()
+    artifacts: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """What was done about jobs whose workers died: `requeued` ids, and the jobs that were given up."""
+    """Jobs whose workers died: the ids of those that were queued again, and the jobs that failed for good."""
 
     requeued: tuple[str, ...] = ()
-    failed: tuple[Job, ...] = ()
+    failed: tuple[JobSnapshot, ...] = ()
 
 
 Fits = Callable[[str, str], bool]
-"""Whether there is room for a job of this model and shape (`scheduling.batching.shape_of`)."""
+"""Whether a worker has room for a job of this model and shape (`scheduling.batching.shape_of`)."""
 
 
 class JobStore(Protocol):
-    """All methods raise StoreUnavailable when the store can't be reached; nothing is half done then.
+    """All methods raise StoreUnavailable if the store cannot be reached; nothing is half done then.
 
-    A call that failed so may be repeated: repeating one that took effect changes nothing.
+    A call that failed so may be repeated: repeating a call that took effect changes nothing.
     """
 
     is_shared: bool
-    """Whether jobs outlive this process, and others may claim them."""
+    """Whether jobs outlive this process, and other processes may claim them."""
     changes: "Changes"
 
-    async def open(self) -> None:
-        """Begin to pass on the changes that other processes make."""
+    async def open(self, *, on_queued: Callable[[], None], on_cancelled: Callable[[str], None]) -> None:
+        """Begin to pass on changes, including those that other processes make.
+
+        From now on `on_queued` is called when a job joins the queue, `on_cancelled` with the id of a cancelled job.
+        """
         ...
 
     async def close(self) -> None: ...
 
     async def check(self) -> None:
-        """Raise StoreUnavailable if the store can't be reached."""
+        """Raise StoreUnavailable if the store cannot be reached."""
         ...
 
     async def add(self, job: Job, idempotency: Idempotency | None = None) -> Job:
-        """Queue a job; or return the one that this key made before. Raises IdempotencyKeyReused for another body."""
+        """Queue a job, or return the job that this key created before. Raises IdempotencyKeyReused."""
         ...
 
     async def find(self, idempotency: Idempotency) -> Job | None:
-        """The job that this key made before, if any. Raises IdempotencyKeyReused for another body."""
+        """The job that this key created before, if any. Raises IdempotencyKeyReused if the fingerprints differ."""
         ...
 
-    async def get(self, job_id: str) -> Job:
-        """The job; pictures of mesh requests may be missing. Raises JobNotFound."""
+    async def get(self, job_id: str) -> JobSnapshot:
+        """The job, perhaps without the input images of mesh requests. Raises JobNotFound."""
         ...
 
-    async def content(self, job_id: str) -> Outcome:
-        """A succeeded job's files. Raises JobNotFound, JobNotFinished, ResultExpired."""
+    async def content(self, job_id: str) -> FinishedJob:
+        """A succeeded job with its artifacts. Raises JobNotFound, JobNotFinished, ResultExpired."""
         ...
 
     async def claim(self, fits: Fits) -> Claim | None:
-        """The first waiting job that `fits`, now running: by priority, then by deadline, then by arrival."""
+        """Set the first waiting job that `fits` running: by priority, then by deadline, then by arrival."""
         ...
 
     async def renew(self, claims: Sequence[Claim]) -> set[str]:
-        """Prolong leases, and show that this worker lives. Returns the ids of jobs that are no longer the worker's."""
+        """Prolong leases, and show that this worker lives. Returns the ids of jobs whose leases are lost."""
         ...
 
     async def record(self, progress: Progress) -> None:
-        """Note a running job's progress. Nothing happens if the lease is lost."""
+        """Store a running job's progress. Nothing happens if the lease is lost."""
         ...
 
     async def add_preview(self, preview: Preview) -> None:
-        """Likewise."""
+        """Add a preview to a running job's events. Nothing happens if the lease is lost."""
         ...
 
-    async def end(self, ending: Ending) -> Job | None:
-        """The job as it has ended; None if the lease was lost or the job had ended before."""
+    async def end(self, ending: Ending) -> JobSnapshot | None:
+        """End a claimed job; None if the lease was lost or the job had ended before."""
         ...
 
     async def release(self, claim: Claim) -> None:
-        """Put a job back to its place in the queue. Nothing happens if the lease is lost."""
+        """Return a job to its place in the queue. Nothing happens if the lease is lost."""
         ...
 
-    async def cancel(self, job_id: str) -> tuple[Job, bool]:
-        """The job, and whether this call cancelled it: one that has ended stays as it is. Raises JobNotFound."""
+    async def cancel(self, job_id: str) -> tuple[JobSnapshot, bool]:
+        """The job, and whether this call cancelled it. A job that has ended stays as it is. Raises JobNotFound."""
         ...
 
-    async def fail(self, job_id: str, failure: Failure) -> Job | None:
-        """End a job that nobody makes; None if it had ended before."""
+    async def fail(self, job_id: str, failure: Failure) -> JobSnapshot | None:
+        """End a job that no worker holds; None if it had ended before."""
         ...
 
     async def recover(self) -> Recovery:
-        """Queue the jobs of dead workers again, or fail those that were claimed too often."""
+        """Queue the jobs of dead workers again; fail the jobs that were claimed too often."""
         ...
 
-    async def take_webhook(self) -> tuple[Job, int] | None:
-        """An ended job whose webhook is due, and how often it was taken before. Nobody else gets it for a minute."""
+    async def take_webhook(self) -> tuple[JobSnapshot, int] | None:
+        """An ended job whose webhook is due, and how often it was taken before.
+
+        No other call gets it for WEBHOOK_HELD_S.
+        """
         ...
 
     async def settle_webhook(self, job_id: str, retry_in_s: float | None) -> None:
-        """The webhook that was taken is due again in so many seconds, or done."""
+        """Make a webhook that was taken due again in `retry_in_s`; None is never."""
         ...
 
     async def events(self, job_id: str, after: str) -> list[Event]:
-        """What happened to a job after the event `after`; "0-0" is before all. Raises JobNotFound."""
+        """The events of a job after the event `after`; "0-0" is before the first. Raises JobNotFound."""
         ...
 
-    async def live_jobs(self) -> list[Job]:
+    async def live_jobs(self) -> list[JobSnapshot]:
         """Queued and running jobs."""
         ...
 
     async def backlog_s(self) -> float:
-        """Predicted seconds of work in all queued and running jobs, for each worker that lives."""
+        """Predicted seconds of work in all queued and running jobs, divided by the number of living workers."""
         ...
 
     async def num_waiting(self) -> Counter[str]:
@@ -216,10 +223,8 @@ class JobStore(Protocol):
 
 @dataclass(slots=True)
 class Changes:
-    """Tells this process's waiting sides that something happened, here or in another process."""
+    """Wakes the tasks of this process that wait for news of a job."""
 
-    on_queued: Callable[[], None] = lambda: None
-    on_cancelled: Callable[[str], None] = lambda job_id: None
     _waiting: dict[str, set[asyncio.Event]] = field(default_factory=dict)
 
     def notify(self, job_id: str) -> None:
@@ -228,7 +233,7 @@ class Changes:
 
     @contextmanager
     def of(self, job_id: str) -> Iterator[asyncio.Event]:
-        """An event that is set whenever something happens to this job."""
+        """An event that is set whenever the job changes."""
         changed = asyncio.Event()
         self._waiting.setdefault(job_id, set()).add(changed)
         try:
@@ -240,9 +245,9 @@ class Changes:
 
 
 async def follow(store: JobStore, job_id: str, after: str = _BEGINNING) -> AsyncIterator[Event]:
-    """A job's events after `after`, as they come, up to its end. Raises JobNotFound.
+    """The events of a job after the event `after`, as they happen, up to its end. Raises JobNotFound.
 
-    While the store can't be reached it waits, and raises StoreUnavailable only if that lasts.
+    Retries an unreachable store for a minute, then raises StoreUnavailable.
     """
     lost_since: float | None = None
     has_ended = False
@@ -252,15 +257,15 @@ async def follow(store: JobStore, job_id: str, after: str = _BEGINNING) -> Async
             try:
                 events = await store.events(job_id, after)
                 if not events and has_ended:
-                    if after == _BEGINNING:  # its events are forgotten already
-                        yield Event("0-1", EventName.ENDED, {"status": (await store.get(job_id)).status})
+                    if after == _BEGINNING:  # its events have been deleted
+                        yield Event("0-1", EventName.ENDED, {"status": (await store.get(job_id)).state.status})
                     return
-                # An end that came between the two is read in the next round.
-                has_ended = not events and (await store.get(job_id)).status.is_terminal
+                # The next round reads the event of an end that came between the two calls.
+                has_ended = not events and (await store.get(job_id)).state.status.is_terminal
                 lost_since = None
             except StoreUnavailable:
                 lost_since = lost_since or time.monotonic()
-                if time.monotonic() - lost_since > _PATIENCE_S:
+                if time.monotonic() - lost_since > _RETRY_S:
                     raise
                 events = []
             for event in events:
@@ -271,12 +276,12 @@ async def follow(store: JobStore, job_id: str, after: str = _BEGINNING) -> Async
             if has_ended:
                 continue
             with suppress(TimeoutError):
-                async with asyncio.timeout(_LOOK_AGAIN_S):
+                async with asyncio.timeout(_POLL_S):
                     await changed.wait()
 
 
-async def ended(store: JobStore, job_id: str) -> Job:
-    """The job, once it has ended. Raises JobNotFound."""
+async def ended(store: JobStore, job_id: str) -> JobSnapshot:
+    """Wait until the job has ended. Raises JobNotFound."""
     async for _ in follow(store, job_id):
         pass
     return await store.get(job_id)

@@ -1,4 +1,4 @@
-/* The playground uses the public API only: GET /v1/models, and POST /v1/images and /v1/meshes with "stream". */
+/* The playground uses only the public API: GET /v1/models, and POST /v1/images and /v1/meshes with "stream". */
 
 const byId = (id) => document.getElementById(id);
 const form = byId("form");
@@ -19,7 +19,7 @@ async function call(path, options = {}) {
   throw new ApiError(answer?.error?.message ?? `${response.status} ${response.statusText}`);
 }
 
-/** The server-sent events of a streaming call, as the objects of their data. */
+/** The data of each server-sent event of a streaming call, parsed. */
 async function* eventsOf(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
@@ -44,7 +44,7 @@ async function generate(path, body, signal, show) {
     show(event);
     if (event.type.endsWith(".completed")) return;
   }
-  throw new ApiError("the connection was lost before the result came");
+  throw new ApiError("The connection was lost before the result arrived.");
 }
 
 // The form
@@ -61,7 +61,7 @@ function budgetOf() {
 const labelOf = (budget) =>
   budget.preset ?? Object.entries(budget).map(([kind, value]) => `${kind} ${value}`).join(", ");
 
-/** The calibrated point that a budget leads to, or just above it; none where the server chooses at every step. */
+/** The cheapest calibrated point that satisfies a budget; undefined if the server adapts the thresholds at every step. */
 function pointOf({ preset, quality }, curve) {
   if (preset) return curve.find((point) => point.preset === preset);
   const cheapestFirst = [...curve].sort((a, b) => a.compute_ratio - b.compute_ratio);
@@ -77,7 +77,7 @@ function showExpectation() {
     ? `On average${byId("budget").value === "preset" ? "" : " at most"}: ${percent(point.compute_ratio)} of the full compute, ` +
       `${point.quality.toFixed(3)} ${MEASURES[model.quality_metric] ?? model.quality_metric} to the exact result, ` +
       `${point.expected_seconds.toFixed(2)} s of denoising.`
-    : "The server chooses thresholds again at every step, from what is left.";
+    : "The server adapts the thresholds at every step, to the compute or the time that is left.";
 }
 
 function showBudget() {
@@ -87,15 +87,49 @@ function showBudget() {
 
 function showModel() {
   const model = chosenModel();
-  if (model.modality === "mesh") import("/playground/vendor/model-viewer.min.js"); // large, and no use for pictures
+  if (model.modality === "mesh") import("/playground/vendor/model-viewer.min.js"); // large, and only meshes need it
   for (const part of form.querySelectorAll("[data-modality]")) part.hidden = part.dataset.modality !== model.modality;
   for (const part of form.querySelectorAll("[data-guidance]")) part.hidden = part.dataset.guidance !== model.guidance;
   byId("about").textContent = `${model.family}, licence ${model.license}`;
   const presets = model.curve.filter((point) => point.preset).map((point) => new Option(point.preset));
   byId("preset").replaceChildren(...presets);
   if (presets.some((option) => option.value === "balanced")) byId("preset").value = "balanced";
-  for (const [field, value] of Object.entries(model.defaults)) byId(field).placeholder = value;
+  showDefaults(model.defaults);
   showBudget();
+}
+
+const knownField = (field) => byId("more").querySelector(`:scope > label > #${CSS.escape(field)}`);
+
+/** Shows each default in its field. A default that this page has no field for gets a plain text field. */
+function showDefaults(defaults) {
+  byId("other_fields").replaceChildren();
+  for (const [field, value] of Object.entries(defaults)) (knownField(field) ?? addField(field)).placeholder = textOf(value);
+}
+
+const textOf = (value) => (typeof value === "string" ? value : JSON.stringify(value));
+
+function addField(field) {
+  const label = document.createElement("label");
+  const input = document.createElement("input");
+  input.name = field;
+  label.append(`${field} `, input);
+  byId("other_fields").append(label);
+  return input;
+}
+
+/** The filled fields that this page does not know. A value has the type of its default. */
+function otherFields(defaults) {
+  const filled = [...byId("other_fields").querySelectorAll("input")].filter((input) => input.value !== "");
+  return Object.fromEntries(filled.map(({ name, value }) => [name, valueOf(name, value, defaults[name])]));
+}
+
+function valueOf(name, text, example) {
+  if (typeof example === "string") return text;
+  try {
+    return JSON.parse(text);
+  } catch {
+    throw new ApiError(`${name} must look like its default, ${textOf(example)}.`);
+  }
 }
 
 const base64Of = (file) =>
@@ -108,8 +142,9 @@ const base64Of = (file) =>
 
 async function bodyOf(model) {
   const seed = numberOf("seed") ?? Math.floor(Math.random() * MAX_SEED);
-  if (!Number.isSafeInteger(seed)) throw new ApiError("A browser can write whole seeds of up to 2^53 - 1 only.");
+  if (!Number.isSafeInteger(seed)) throw new ApiError("A browser can send only whole seeds up to 2^53 - 1.");
   const shared = {
+    ...otherFields(model.defaults),
     model: model.id,
     seed,
     num_inference_steps: numberOf("num_inference_steps"),
@@ -126,7 +161,7 @@ async function bodyOf(model) {
       size: byId("size").value || undefined,
     };
   const [file] = byId("input_image").files;
-  if (!file) throw new ApiError("Choose a picture first.");
+  if (!file) throw new ApiError("Choose an image first.");
   return {
     ...shared,
     input_image: await base64Of(file),
@@ -180,24 +215,24 @@ class Run {
     } else if (event.type === "job.started") {
       this.part(".status").textContent = "running";
     } else if (event.type.endsWith(".completed")) {
-      this.showMade(event.data[0].b64_json, "result");
+      this.showArtifact(event.data[0].b64_json, "result");
       this.showReceipt(event.receipt, event.data[0].seed);
       this.part(".status").textContent = event.id;
     } else if (event.b64_json) {
-      this.showMade(event.b64_json, "preview");
+      this.showArtifact(event.b64_json, "preview");
     }
   }
 
-  /** Shows a preview, or the result in its place. The view stays the same: model-viewer goes on from mesh to mesh. */
-  showMade(b64, kind) {
+  /** Shows a preview or the result. It reuses one element, so that model-viewer keeps its camera from mesh to mesh. */
+  showArtifact(b64, kind) {
     const isImage = this.model.modality === "image";
     const bytes = Uint8Array.from(atob(b64), (character) => character.charCodeAt(0));
     const url = URL.createObjectURL(new Blob([bytes], { type: isImage ? "image/png" : "model/gltf-binary" }));
-    const view = this.part(".made").firstElementChild ?? document.createElement(isImage ? "img" : "model-viewer");
+    const view = this.part(".artifact").firstElementChild ?? document.createElement(isImage ? "img" : "model-viewer");
     const attributes = { class: kind, alt: `${kind}: ${this.body.prompt ?? "a mesh"}`, src: url };
     const look = isImage ? {} : { "camera-controls": "", "auto-rotate": "", exposure: "0.7" };
     for (const [name, value] of Object.entries({ ...look, ...attributes })) view.setAttribute(name, value);
-    if (!view.isConnected) this.part(".made").append(view);
+    if (!view.isConnected) this.part(".artifact").append(view);
     if (kind !== "result") return;
     const link = document.createElement("a");
     link.href = url;
@@ -211,7 +246,7 @@ class Run {
     const lines = {
       Compute: percent(receipt.compute_ratio),
       Denoising: `${receipt.seconds.denoise.toFixed(2)} s`,
-      Total: `${receipt.seconds.total.toFixed(2)} s, ${receipt.seconds.queue.toFixed(2)} s of it waiting`,
+      Total: `${receipt.seconds.total.toFixed(2)} s, ${receipt.seconds.queue.toFixed(2)} s of it in the queue`,
       Blocks: `${run} run, ${reused} re-used, ${skipped} skipped`,
       "MLP width": percent(receipt.mean_mlp_width),
       Seed: seed,
@@ -228,7 +263,7 @@ class Run {
     if (receipt.decisions) this.showDecisions(receipt.decisions);
   }
 
-  /** One cell a block and step, of the first guidance branch. */
+  /** One cell for each block and step, of the first guidance branch. */
   showDecisions(steps) {
     const canvas = this.part("canvas");
     const branch = steps[0][0].branch;
@@ -258,7 +293,7 @@ async function submit(event) {
     const body = await bodyOf(model);
     const budgets = [budgetOf()];
     if (byId("compare").checked && labelOf(budgets[0]) !== "exact") budgets.push({ preset: "exact" });
-    // One after the other: together they would share steps, and their seconds would not be their own.
+    // One after the other: together they would share steps, and each would take longer.
     for (const run of budgets.map((budget) => new Run(model, { ...body, budget }))) await run.finish();
   } catch (error) {
     byId("notice").textContent = error.message;
@@ -270,7 +305,7 @@ async function loadModels() {
     models = (await (await call("/v1/models")).json()).data;
     byId("notice").textContent = "";
   } catch (error) {
-    byId("notice").textContent = `${error.message} (an API key can be given under More)`;
+    byId("notice").textContent = `${error.message} (enter an API key under More)`;
     return;
   }
   byId("model").replaceChildren(...models.map((model) => new Option(model.id)));

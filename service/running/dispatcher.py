@@ -1,4 +1,4 @@
-"""Between the job store and the worker: claims what the worker has room for, keeps its leases, stores what it makes."""
+"""Between the job store and the worker: claims jobs, keeps their leases, and stores what the worker reports."""
 
 import asyncio
 import logging
@@ -13,59 +13,58 @@ from typing import TypeVar
 
 from models.card import ModelCard
 from service.errors import Draining, JobNotFound, StoreUnavailable
-from service.jobs.job import Failure, FailureReason, Job, log_fields
+from service.jobs.job import Failure, FailureReason, JobSnapshot, log_fields
 from service.jobs.store import Claim, Ending, JobStore, Preview, Progress
 from service.metrics import Metrics
-from service.running.publisher import Report
+from service.running.inbox import Inbox
 from service.running.worker import Worker
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# A notice of a new job that was lost is made up for by looking again.
-_LOOK_AGAIN_S = 1.0
+POLL_S = 1.0
+"""Notifications can be lost, so the queue and the webhooks are also polled at this interval."""
 _RETRY_S = 0.5
 RETRY_DELAYS_S = (1, 5, 30, 120, 600)
-"""Between the calls of a webhook. After so many failures it is given up; the job can still be asked for."""
-# How long `drain` waits, after the grace, for a denoise step that is still running.
+"""Delays between the calls of a webhook, which is given up after the last. Clients can still ask for the job."""
 LAST_STEP_S = 5.0
+"""How long `drain` waits, after the grace period, for a denoise step that is still running."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """`lease_s` is how long a job stays with a worker that says nothing, `grace_s` for finishing at the end."""
+    """`lease_s`: how long a job stays with a silent worker. `grace_s`: how long jobs may finish at shutdown."""
 
     lease_s: float
     grace_s: float
 
 
 class Dispatcher:
-    """Used by one event loop, from `running` to its end; `worker` has been started.
+    """Runs in one event loop, within `running`; the caller has started the `worker`, which reports to `inbox`.
 
-    `tell_webhook` says whether the client of a job that has ended could be told so; without it nobody is told.
+    `deliver_webhook` calls the webhook of an ended job, and returns whether that succeeded. Without it, none is called.
     """
 
     def __init__(
         self,
         store: JobStore,
         worker: Worker,
+        inbox: Inbox,
         metrics: Metrics,
         timing: Timing,
         *,
         clock: Callable[[], float],
-        tell_webhook: Callable[[Job], Awaitable[bool]] | None = None,
+        deliver_webhook: Callable[[JobSnapshot], Awaitable[bool]] | None = None,
     ) -> None:
         self.store = store
         self.worker = worker
         self.metrics = metrics
         self.timing = timing
         self.has_drained = asyncio.Event()
-        self._tell_webhook = tell_webhook
+        self._inbox = inbox
+        self._deliver_webhook = deliver_webhook
         self._clock = clock
-        self._wake = asyncio.Event()
-        self._reports: asyncio.Queue[Report] = asyncio.Queue()
-        self._unstored: dict[str, Claim] = {}  # by lease: jobs that have ended, but the store does not know yet
         self._drain: asyncio.Task[None] | None = None
         self._background: set[asyncio.Future[object]] = set()
 
@@ -75,21 +74,11 @@ class Dispatcher:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Claim and store until the end, which drains."""
-        loop = asyncio.get_running_loop()
-
-        def hear(report: Report) -> None:
-            loop.call_soon_threadsafe(self._hear, report)
-
-        def wake() -> None:
-            loop.call_soon_threadsafe(self._wake.set)
-
-        self.worker.report, self.worker.on_room = hear, wake
-        self.store.changes.on_queued = self._wake.set
-        self.store.changes.on_cancelled = self.worker.drop
+        """Claim jobs and store results while the context lasts; drain at its end."""
+        self._inbox.connect()
         self.metrics.declare(self.cards.values())
-        await self.store.open()
-        loops = (self._claim, self._keep_leases, self._store_reports, self._tell_webhooks)
+        await self.store.open(on_queued=self._inbox.news.set, on_cancelled=self.worker.drop)
+        loops = (self._claim, self._keep_leases, self._store_reports, self._call_webhooks)
         tasks: list[asyncio.Future[object]] = [asyncio.create_task(run()) for run in loops]
         for task in tasks:
             task.add_done_callback(self._drain_if_broken)
@@ -97,12 +86,11 @@ class Dispatcher:
             yield
         finally:
             await self.drain()
-            tasks += self._background  # what still waits for a store that is away
+            tasks += self._background  # tasks that still wait for an unreachable store
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            # A step that has not ended yet has nobody to tell any more.
-            self.worker.report, self.worker.on_room = (lambda report: None), (lambda: None)
+            self._inbox.disconnect()  # reports of a step that is still running are dropped
             await self.store.close()
 
     def check_accepting(self) -> None:
@@ -110,16 +98,19 @@ class Dispatcher:
         if self._drain is not None or self.has_drained.is_set():
             raise Draining("the server is shutting down", math.ceil(self.timing.grace_s))
 
-    async def cancel(self, job_id: str) -> Job:
-        """A queued job never runs, a running one leaves before its next step; one that has ended stays as it is."""
-        job, is_news = await self.store.cancel(job_id)
-        if is_news:
+    async def cancel(self, job_id: str) -> JobSnapshot:
+        """Cancel a job: a queued job never runs, a running job stops before its next step.
+
+        A job that has ended stays as it is. Raises JobNotFound, StoreUnavailable.
+        """
+        snapshot, is_cancelled_now = await self.store.cancel(job_id)
+        if is_cancelled_now:
             self.worker.drop(job_id)
-            self._tell_end(job)
-        return job
+            self._record_end(snapshot)
+        return snapshot
 
     def cancel_soon(self, job_id: str) -> None:
-        """The same for a client that has gone: if the store can't be reached now, then as soon as it can."""
+        """Cancel the job of a client that has disconnected, as soon as the store can be reached."""
 
         async def cancel() -> None:
             with suppress(JobNotFound):
@@ -129,13 +120,13 @@ class Dispatcher:
         self.in_background(cancel())
 
     def _drain_if_broken(self, task: asyncio.Future[object]) -> None:
-        """A server in which one of the loops has ended would accept jobs and never make them."""
+        """Drain if one of the loops has failed: the server would accept jobs that it never finishes."""
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("the dispatcher stopped", exc_info=error)
             self.in_background(self.drain())
 
     def in_background(self, work: Awaitable[object]) -> None:
-        """Do `work` beside everything else; what is not done at the end is cancelled."""
+        """Run `work` as a task; it is cancelled if it is not done when the dispatcher ends."""
         task = asyncio.ensure_future(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
@@ -145,9 +136,9 @@ class Dispatcher:
         return Counter(claim.job.model for claim in self.worker.held())
 
     async def drain(self) -> None:
-        """Finish what was accepted, for the grace at most; what is left goes back to a shared queue, or fails.
+        """Finish the accepted jobs within the grace period; release the others to a shared queue, or fail them.
 
-        Whoever calls again waits for the same end.
+        All calls wait for one and the same draining.
         """
         if self._drain is None:
             self._drain = asyncio.create_task(self._finish_or_give_back())
@@ -155,7 +146,7 @@ class Dispatcher:
 
     async def _finish_or_give_back(self) -> None:
         grace_ends = time.monotonic() + self.timing.grace_s
-        self._wake.set()
+        self._inbox.news.set()
         while self.worker.is_alive and time.monotonic() < grace_ends and await self._has_work():
             await asyncio.sleep(0.02)
         left = self.worker.held()
@@ -165,32 +156,32 @@ class Dispatcher:
             async with asyncio.timeout(LAST_STEP_S):
                 await self._give_back(left)
         except (TimeoutError, StoreUnavailable):
-            logger.warning("the store can't be reached; %d jobs come back when their leases end", len(left))
+            logger.warning("the store can't be reached; %d jobs are queued again when their leases end", len(left))
         if not await asyncio.to_thread(self.worker.stop, LAST_STEP_S):
-            logger.warning("the worker is still in a step after the grace of %g s", self.timing.grace_s)
+            logger.warning("the worker is still in a step after the grace period of %g s", self.timing.grace_s)
         self.has_drained.set()
 
     async def _has_work(self) -> bool:
         if self.worker.held():
             return True
-        await asyncio.sleep(0)  # for what the worker told just before it let go
-        return bool(self._unstored) or (not self.store.is_shared and bool(await self.store.live_jobs()))
+        await asyncio.sleep(0)  # receive what the worker reported just before it let go of its last job
+        return bool(self._inbox.unstored) or (not self.store.is_shared and bool(await self.store.live_jobs()))
 
     async def _give_back(self, left: list[Claim]) -> None:
         if self.store.is_shared:
             for claim in left:
                 await self.store.release(claim)
             return
-        for job in await self.store.live_jobs():
-            failure = Failure(FailureReason.DRAINING, f"the server shut down before job {job.id} was finished")
-            failed = await self.store.fail(job.id, failure)
+        for live in await self.store.live_jobs():
+            failure = Failure(FailureReason.DRAINING, f"the server shut down before job {live.job.id} was finished")
+            failed = await self.store.fail(live.job.id, failure)
             if failed is not None:
-                self._tell_end(failed)
+                self._record_end(failed)
 
     async def _claim(self) -> None:
-        """Claim while there is room, whenever there is news of either."""
+        """Claim jobs while the worker has room, and again whenever a job arrives or room becomes free."""
         while True:
-            self._wake.clear()
+            self._inbox.news.clear()
             if not self.worker.is_alive and self._drain is None:
                 self.in_background(self.drain())
             try:
@@ -199,45 +190,38 @@ class Dispatcher:
             except StoreUnavailable as error:
                 logger.warning("nothing can be claimed: %s", error)
                 await asyncio.sleep(_RETRY_S)
-            # Not wait_for, which forgets that it was cancelled when the event comes at the same time (Python 3.11).
+            # Not wait_for, which loses a cancellation that comes together with the event (Python 3.11).
             with suppress(TimeoutError):
-                async with asyncio.timeout(_LOOK_AGAIN_S):
-                    await self._wake.wait()
+                async with asyncio.timeout(POLL_S):
+                    await self._inbox.news.wait()
 
     def _may_claim(self) -> bool:
-        # What a draining server leaves in a shared queue, others take.
+        # Other servers claim the jobs that a draining server leaves in a shared queue.
         return self.worker.is_alive and (self._drain is None or not self.store.is_shared)
 
     async def _keep_leases(self) -> None:
-        """Renew what the worker holds, drop what it has lost, and queue again what others have lost."""
+        """Renew the leases of this worker, drop the jobs whose lease is lost, and recover jobs of dead workers."""
         while True:
             try:
-                for job_id in await self.store.renew([*self.worker.held(), *self._unstored.values()]):
+                for job_id in await self.store.renew([*self.worker.held(), *self._inbox.unstored]):
                     logger.warning("the lease was lost", extra={"job_id": job_id})
                     self.worker.drop(job_id)
                 recovery = await self.store.recover()
                 self.metrics.observe_recovery(len(recovery.requeued))
                 for job_id in recovery.requeued:
                     logger.warning("queued again after its worker died", extra={"job_id": job_id})
-                for job in recovery.failed:
-                    self._tell_end(job)
+                for failed in recovery.failed:
+                    self._record_end(failed)
             except StoreUnavailable as error:
                 logger.warning("leases can't be renewed: %s", error)
                 await asyncio.sleep(_RETRY_S)
                 continue
             await asyncio.sleep(self.timing.lease_s / 4)
 
-    def _hear(self, report: Report) -> None:
-        if isinstance(report, Ending):
-            self._unstored[report.claim.lease] = report.claim
-        self._reports.put_nowait(report)
-
     async def _store_reports(self) -> None:
-        """Store what the worker makes, in its order, however long the store can't be reached."""
+        """Store what the worker reports, in order. Ends wait for an unreachable store; progress and previews do not."""
         while True:
-            reports = [await self._reports.get()]
-            while not self._reports.empty():
-                reports.append(self._reports.get_nowait())
+            reports = await self._inbox.next_reports()
             latest = {report.claim.lease: report for report in reports if isinstance(report, Progress)}
             for report in reports:
                 match report:
@@ -249,12 +233,12 @@ class Dispatcher:
                             await self.store.add_preview(report)
                     case Ending():
                         await self._until_stored(partial(self._end, report))
-                        self._unstored.pop(report.claim.lease, None)
+                        self._inbox.settle(report.claim)
 
     async def _end(self, ending: Ending) -> None:
-        job = await self.store.end(ending)
-        if job is not None:
-            self._tell_end(job)
+        snapshot = await self.store.end(ending)
+        if snapshot is not None:
+            self._record_end(snapshot)
 
     async def _until_stored(self, call: Callable[[], Awaitable[T]]) -> T:
         while True:
@@ -264,25 +248,25 @@ class Dispatcher:
                 logger.warning("waiting for the store: %s", error)
                 await asyncio.sleep(_RETRY_S)
 
-    async def _tell_webhooks(self) -> None:
-        """Tell clients of their jobs' ends, one after the other, and again after a while if they don't listen."""
-        while self._tell_webhook is not None:
+    async def _call_webhooks(self) -> None:
+        """Call the webhooks of ended jobs, one after the other. Failed calls are repeated after RETRY_DELAYS_S."""
+        while self._deliver_webhook is not None:
             try:
                 while (taken := await self.store.take_webhook()) is not None:
-                    job, num_failures = taken
-                    if await self._tell_webhook(job) or num_failures == len(RETRY_DELAYS_S):
-                        await self.store.settle_webhook(job.id, None)
-                    else:
-                        await self.store.settle_webhook(job.id, RETRY_DELAYS_S[num_failures])
+                    snapshot, num_failures = taken
+                    is_over = await self._deliver_webhook(snapshot) or num_failures == len(RETRY_DELAYS_S)
+                    retry_in_s = None if is_over else RETRY_DELAYS_S[num_failures]
+                    await self.store.settle_webhook(snapshot.job.id, retry_in_s)
             except (StoreUnavailable, JobNotFound) as error:
-                logger.warning("no webhooks can be told: %s", error)
-            await asyncio.sleep(_LOOK_AGAIN_S)
+                logger.warning("webhooks can't be called: %s", error)
+            await asyncio.sleep(POLL_S)
 
-    def _tell_end(self, job: Job) -> None:
-        self.metrics.observe_end(job)
-        seconds = self._clock() - job.created_at
+    def _record_end(self, snapshot: JobSnapshot) -> None:
+        """Count and log an ended job."""
+        job, state = snapshot.job, snapshot.state
+        self.metrics.observe_end(snapshot)
         logger.info(
-            "job ended model=%s pictures=%d status=%s seconds=%.3f",
-            *(job.model, len(job.requests), job.status, seconds),
+            "job ended model=%s artifacts=%d status=%s seconds=%.3f",
+            *(job.model, len(job.requests), state.status, self._clock() - job.created_at),
             extra=log_fields(job),
         )

@@ -1,4 +1,4 @@
-"""From a result and its request to its file."""
+"""Encodes a result as an artifact: the file of an image or a mesh."""
 
 import json
 
@@ -17,7 +17,7 @@ from models.request import (
     PresetBudget,
     QualityBudget,
 )
-from service.jobs.job import Output
+from service.order import Output
 
 
 def encode_output(result: NDArray[np.uint8] | CleanMesh, request: GenerationRequest, output: Output) -> bytes:
@@ -26,12 +26,12 @@ def encode_output(result: NDArray[np.uint8] | CleanMesh, request: GenerationRequ
         return encode_mesh(result.mesh, output.format)
     assert isinstance(request, ImageRequest)
     assert isinstance(output.format, OutputFormat)
-    metadata = picture_metadata(request) if output.has_metadata else None
+    metadata = image_metadata(request) if output.has_metadata else None
     return encode_picture(result, output.format, metadata=metadata, quality=output.compression_quality)
 
 
-def picture_metadata(request: ImageRequest) -> dict[str, str]:
-    """What a picture's file says about how it was made: enough to ask for it again."""
+def image_metadata(request: ImageRequest) -> dict[str, str]:
+    """Metadata of an image file, from which the image can be requested again."""
     metadata = {
         "prompt": request.prompt,
         "seed": str(request.seed),

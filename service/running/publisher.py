@@ -1,4 +1,4 @@
-"""How jobs end: results are decoded, files encoded, and whoever asked for them is told."""
+"""How jobs end: results are decoded and encoded as artifacts, and the ends are reported."""
 
 import logging
 import time
@@ -23,12 +23,12 @@ from service.running.output import encode_output
 logger = logging.getLogger(__name__)
 
 Report = Progress | Preview | Ending
-"""What a worker tells of the jobs that it holds."""
+"""What a worker reports about the jobs that it holds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Denoised:
-    """A picture or mesh of a job, number `index`, after its last step. `decode` gives it; any thread may call it."""
+    """The result of request `index` of a job after its last step. `decode` may be called in any thread."""
 
     claim: Claim
     index: int
@@ -41,8 +41,8 @@ class Denoised:
 
 
 @dataclass(frozen=True, slots=True)
-class Sketched:
-    """The same before its last step: what it will be as far as `decode` can tell, number `number` of such."""
+class PendingPreview:
+    """Preview `number` of the unfinished result of request `index`, before it is decoded and encoded."""
 
     claim: Claim
     index: int
@@ -50,15 +50,20 @@ class Sketched:
     decode: Callable[[], NDArray[np.uint8] | CleanMesh]
 
 
-class _EndedAlready(Exception):
-    """Nobody waits for this result any more."""
+class _NotWanted(Exception):
+    """The job has ended, so nobody waits for this artifact."""
+
+
+_Encoded = Future[tuple[bytes, Receipt]]
+"""An artifact with its receipt, or why there is none."""
 
 
 class Publisher:
-    """Used by the worker's thread. What it makes it hands to `report`; `is_wanted` says whether to make it still.
+    """Used by the worker's thread. It reports previews and ends to `report`; `is_wanted` says if a claim still holds.
 
-    Decoding and encoding run in a thread for each model: most of a mesh's time is its decoding, and neither the next
-    steps nor the pictures of another model wait for it. diffusers' AutoencoderKLQwenImage could not do two at once.
+    Decoding and encoding run in one thread for each model: most of a mesh's time is its decoding, and neither the next
+    steps nor the artifacts of another model wait for it. diffusers' AutoencoderKLQwenImage cannot decode in two threads
+    at once.
     """
 
     def __init__(
@@ -76,47 +81,47 @@ class Publisher:
         self._pools: defaultdict[str, ThreadPoolExecutor] = defaultdict(
             partial(ThreadPoolExecutor, 1, thread_name_prefix="publisher")
         )
-        self._files: dict[str, dict[int, Future[tuple[bytes, Receipt]]]] = {}  # by lease
+        self._artifacts: dict[str, dict[int, _Encoded]] = {}  # lease -> index of the request -> artifact
         self._claims: dict[str, Claim] = {}
         self._finish_s: dict[str, float] = {}
-        self._unfinished: list[Future[tuple[bytes, Receipt]]] = []
+        self._unfinished: list[_Encoded] = []
 
-    def publish(self, denoised: Denoised, on_file: Callable[[], None]) -> None:
-        """Make a result's file, then call `on_file` in some thread; the last one of a job also ends the job."""
+    def publish(self, denoised: Denoised, on_artifact: Callable[[], None]) -> None:
+        """Decode and encode a result, then call `on_artifact` in some thread. The last result of a job ends the job."""
         claim, job = denoised.claim, denoised.claim.job
         self._metrics.observe_stage(job.model, "denoise", denoised.denoise_s)
-        file = self._pools[job.model].submit(self._make_file, denoised)
-        file.add_done_callback(lambda _: on_file())
-        self._unfinished = [*(file for file in self._unfinished if not file.done()), file]
+        artifact = self._pools[job.model].submit(self._make_artifact, denoised)
+        artifact.add_done_callback(lambda _: on_artifact())
+        self._unfinished = [*(other for other in self._unfinished if not other.done()), artifact]
         self._claims[claim.lease] = claim
-        files = self._files.setdefault(claim.lease, {})
-        files[denoised.index] = file
-        if len(files) == len(job.requests):
+        artifacts = self._artifacts.setdefault(claim.lease, {})
+        artifacts[denoised.index] = artifact
+        if len(artifacts) == len(job.requests):
             self._forget(claim.lease)
-            # After the job's files in the thread's queue, so that it waits for nothing.
-            self._pools[job.model].submit(self._succeed, claim, [files[index] for index in sorted(files)])
+            # Queued behind the job's artifacts in the same thread, so it never blocks on them.
+            self._pools[job.model].submit(self._succeed, claim, [artifacts[index] for index in sorted(artifacts)])
 
-    def sketch(self, sketched: Sketched) -> None:
-        """Make a preview's file, unless the job ends before its turn."""
-        self._pools[sketched.claim.job.model].submit(self._make_preview, sketched)
+    def preview(self, pending: PendingPreview) -> None:
+        """Decode, encode and report a preview, unless the job ends first."""
+        self._pools[pending.claim.job.model].submit(self._make_preview, pending)
 
     @property
     def num_unfinished(self) -> int:
-        """Results that are not files yet: their latents are still in memory. Any thread may ask."""
-        return sum(not file.done() for file in self._unfinished)
+        """Results that are not encoded yet: their latents are still in memory. Any thread may ask."""
+        return sum(not artifact.done() for artifact in self._unfinished)
 
     def finish_seconds(self, model: str) -> float:
-        """What decoding and encoding took of the model's last result; 0 before the first. Any thread may ask."""
+        """How long decoding and encoding the model's last result took; 0 before the first. Any thread may ask."""
         return self._finish_s.get(model, 0.0)
 
     def drop_unwanted(self) -> None:
-        """Let go of the files of jobs that ended before their last picture."""
+        """Forget the artifacts of jobs that ended before their last result."""
         for lease, claim in list(self._claims.items()):
             if not self._is_wanted(claim):
                 self._forget(lease)
 
     def fail(self, claim: Claim, error: Exception) -> None:
-        """End a job because of `error`. What only our log may know is not told to the client."""
+        """End a job because of `error`. Details of unexpected errors go to the log only, not to the client."""
         job = claim.job
         match error:
             case InvalidRequest():
@@ -130,18 +135,18 @@ class Publisher:
         self._report(Ending(claim, JobStatus.FAILED, failure=failure))
 
     def close(self) -> None:
-        """Return when everything that was published has ended."""
+        """Return when all decoding and encoding has ended."""
         for pool in self._pools.values():
             pool.shutdown()
 
     def _forget(self, lease: str) -> None:
         self._claims.pop(lease, None)
-        self._files.pop(lease, None)
+        self._artifacts.pop(lease, None)
 
-    def _make_file(self, denoised: Denoised) -> tuple[bytes, Receipt]:
+    def _make_artifact(self, denoised: Denoised) -> tuple[bytes, Receipt]:
         job = denoised.claim.job
         if not self._is_wanted(denoised.claim):
-            raise _EndedAlready
+            raise _NotWanted
         began = time.perf_counter()
         result = denoised.decode()
         decoded = time.perf_counter()
@@ -168,30 +173,30 @@ class Publisher:
         )
         return data, receipt
 
-    def _make_preview(self, sketched: Sketched) -> None:
-        """What can't be shown yet is not: a preview is no promise."""
-        job = sketched.claim.job
-        if not self._is_wanted(sketched.claim):
+    def _make_preview(self, pending: PendingPreview) -> None:
+        """A preview that fails is left out: no client relies on it."""
+        job = pending.claim.job
+        if not self._is_wanted(pending.claim):
             return
         try:
-            result = sketched.decode()
-            # In the format that shows it best, whatever the result's: no metadata, no loss.
+            result = pending.decode()
+            # Previews are lossless and without metadata, in one format whatever the format of the result.
             output_format = MeshFormat.GLB if isinstance(result, CleanMesh) else OutputFormat.PNG
             output = replace(job.output, format=output_format, compression_quality=None, has_metadata=False)
-            file = encode_output(result, job.requests[sketched.index], output)
+            file = encode_output(result, job.requests[pending.index], output)
         except EmptySurface as error:
             logger.info("no preview yet: %s", error, extra=log_fields(job))
         except Exception:
             logger.exception("a preview failed", extra=log_fields(job))
         else:
-            self._report(Preview(sketched.claim, sketched.index, sketched.number, file))
+            self._report(Preview(pending.claim, pending.index, pending.number, file))
 
-    def _succeed(self, claim: Claim, files: list[Future[tuple[bytes, Receipt]]]) -> None:
+    def _succeed(self, claim: Claim, encoded: list[_Encoded]) -> None:
         try:
-            pictures, receipts = zip(*(file.result() for file in files), strict=True)
-        except _EndedAlready:
+            artifacts, receipts = zip(*(artifact.result() for artifact in encoded), strict=True)
+        except _NotWanted:
             return
         except Exception as error:
             self.fail(claim, error)
             return
-        self._report(Ending(claim, JobStatus.SUCCEEDED, receipts=receipts, files=pictures))
+        self._report(Ending(claim, JobStatus.SUCCEEDED, receipts=receipts, artifacts=artifacts))

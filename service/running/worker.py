@@ -1,4 +1,4 @@
-"""The loop that turns claimed jobs into pictures and meshes: start, step, publish. One thread owns the steps."""
+"""The loop that runs claimed jobs: start, step, publish. One thread runs all steps."""
 
 import logging
 import time
@@ -10,12 +10,13 @@ from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING
 
 from models.card import ModelCard
+from models.report import StepReport
 from models.request import GenerationRequest
 from service.jobs.job import Job, Priority
 from service.jobs.store import Claim, Ending, Progress
 from service.metrics import Metrics
-from service.running.publisher import Denoised, Publisher, Report, Sketched
-from service.scheduling.batching import Candidate, Turns, form_groups, shape_of
+from service.running.publisher import Denoised, PendingPreview, Publisher, Report
+from service.scheduling.batching import Candidate, FairShare, form_groups, shape_of
 from service.scheduling.cost import BlockSeconds, block_seconds, dense_step_seconds
 from service.scheduling.deadline import point_for
 
@@ -30,15 +31,15 @@ _WEIGHTS = {Priority.LOW: 0.5, Priority.NORMAL: 1.0, Priority.HIGH: 2.0}
 
 @dataclass(frozen=True, slots=True)
 class WorkerLimits:
-    """`max_batch_size` results share a step, `max_running` are in memory."""
+    """At most `max_batch_size` requests share a step, and at most `max_running` are in memory."""
 
     max_batch_size: int
     max_running: int
 
 
 @dataclass(slots=True, eq=False)
-class _Held:
-    """A claimed job. `unstarted` are the numbers of its pictures that wait for room."""
+class _HeldJob:
+    """A claimed job. `unstarted` are the indices of its requests that wait for room."""
 
     claim: Claim
     shape: str
@@ -46,41 +47,53 @@ class _Held:
     began: float = field(default_factory=time.perf_counter)
     steps_done: int = 0
 
-    def request(self, index: int) -> GenerationRequest:
-        return self.claim.job.requests[index]
+    @property
+    def job(self) -> Job:
+        return self.claim.job
 
 
 @dataclass(slots=True, eq=False)
 class _Running:
-    """A picture between its start and its last step. `denoise_began` is of the performance counter.
+    """Request `index` of a held job between its start and its last step.
 
-    `service` is the weighted time that it has had of the device; see `scheduling.batching`.
+    `denoise_began` and `last_step_ended` are times of the performance counter. `virtual_time` is the weighted device
+    time that the request has had, see `scheduling.batching.FairShare`. `batch_size_sum` adds up the batch sizes of its
+    steps. `pace` is how much longer than predicted its last step took, including the steps of other requests.
     """
 
-    held: _Held
+    held: _HeldJob
     index: int
     state: "DenoiseState"
     queue_s: float
     encode_s: float
     denoise_began: float
-    service: float
+    virtual_time: float
     block_seconds: BlockSeconds
-    num_companions: int = 0  # the sum of batch sizes over its steps, itself included
-    pace: float = 1.0  # how much longer than predicted its last step took, others' turns included
+    batch_size_sum: int = 0
+    pace: float = 1.0
     last_step_ended: float | None = None
 
     @property
+    def claim(self) -> Claim:
+        return self.held.claim
+
+    @property
     def job(self) -> Job:
-        return self.held.claim.job
+        return self.held.job
+
+    @property
+    def request(self) -> GenerationRequest:
+        return self.job.requests[self.index]
 
     def as_candidate(self) -> Candidate:
-        return Candidate(self.state.batch_key, self.service, self.state.expected_runs, self.block_seconds)
+        return Candidate(self.state.batch_key, self.virtual_time, self.state.expected_runs, self.block_seconds)
 
 
 class Worker:
-    """Makes the jobs that it is given, in a thread of its own, from `start` to `stop`.
+    """Runs the jobs that it takes, in a thread of its own, from `start` to `stop`.
 
-    What becomes of them it tells by `report`, called from any thread; `on_room` is called when it could take more.
+    It reports progress, previews and ends to `report`, and calls `on_room` when it could take more. Both may be called
+    from any thread.
     """
 
     def __init__(
@@ -89,12 +102,14 @@ class Worker:
         metrics: Metrics,
         limits: WorkerLimits,
         *,
+        report: Callable[[Report], None],
+        on_room: Callable[[], None],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.limits = limits
         self.cards: Mapping[str, ModelCard] = {}
-        self.report: Callable[[Report], None] = lambda report: None
-        self.on_room: Callable[[], None] = lambda: None
+        self._report = report
+        self._on_room = on_room
         self._metrics = metrics
         self._load_engine = load_engine
         self._clock = clock
@@ -103,13 +118,13 @@ class Worker:
         self._thread = Thread(target=self._run, name="worker", daemon=True)
         self._wake = Event()
         self._is_stopping = False
-        self._lock = Lock()  # over what several threads look at: the jobs that are held, and what runs
-        self._held: dict[str, _Held] = {}
+        self._lock = Lock()  # protects the attributes that several threads use: `_held` and `_running`
+        self._held: dict[str, _HeldJob] = {}
         self._running: list[_Running] = []
-        self._turns = Turns()
+        self._fair_share = FairShare()
 
     def start(self) -> None:
-        """Load the engine and begin. Raises what loading raises."""
+        """Load the engine and start the thread. Raises the errors of loading."""
         self._thread.start()
         self._loaded.result()
 
@@ -118,7 +133,7 @@ class Worker:
         return self._thread.is_alive()
 
     def stop(self, timeout_s: float) -> bool:
-        """Take no further step, and wait for the one that is running; whether it ended in time."""
+        """Start no further step and wait for the one that is running. Returns whether it ended in time."""
         self._is_stopping = True
         self._wake.set()
         if self.is_alive:
@@ -126,35 +141,35 @@ class Worker:
         return not self.is_alive
 
     def can_take(self, model: str, shape: str) -> bool:
-        """Whether a picture of this shape could start now, with none of the same shape before it."""
+        """Whether a request of this shape could start now, before any waiting request of this worker."""
         with self._lock:
             waiting = [held.shape for held in self._held.values() for _ in held.unstarted]
             return model in self.cards and self._has_room(model, shape, waiting)
 
     def take(self, claim: Claim) -> None:
-        """Make this job, which was claimed because it could be taken."""
+        """Run this job, which was claimed because `can_take` allowed it."""
         job = claim.job
         with self._lock:
-            self._held[job.id] = _Held(claim, shape_of(job.requests[0]), list(range(len(job.requests))))
+            self._held[job.id] = _HeldJob(claim, shape_of(job.requests[0]), list(range(len(job.requests))))
         self._wake.set()
 
     def drop(self, job_id: str) -> None:
-        """Let go of a job before its next step; one that is not held changes nothing."""
+        """Stop a job before its next step. Nothing happens if the worker does not hold it."""
         with self._lock:
             self._held.pop(job_id, None)
         self._wake.set()
 
     def held(self) -> list[Claim]:
-        """The jobs that it has taken and that have not ended."""
+        """The jobs that it has taken and not ended."""
         with self._lock:
             return [held.claim for held in self._held.values()]
 
     def finish_seconds(self, model: str) -> float:
-        """What came after the steps of the model's last result."""
+        """How long decoding and encoding the model's last result took; 0 before the first."""
         return self._publisher.finish_seconds(model)
 
     def is_held(self, claim: Claim) -> bool:
-        """Whether anybody still wants this job from this worker."""
+        """Whether this worker still runs the job under this claim."""
         with self._lock:
             held = self._held.get(claim.job.id)
         return held is not None and held.claim is claim
@@ -174,10 +189,10 @@ class Worker:
             logger.exception("the worker stopped")
         finally:
             self._publisher.close()
-            self.on_room()
+            self._on_room()
 
     def _take_turn(self, engine: "Engine") -> None:
-        self._wake.clear()  # before looking, so that what arrives while we look wakes us again
+        self._wake.clear()  # first, so that anything that arrives from here on wakes the loop again
         self._drop_unwanted()
         self._start_what_fits(engine)
         if self._running:
@@ -188,12 +203,12 @@ class Worker:
             self._wake.wait()
 
     def _drop_unwanted(self) -> None:
-        """Let go of pictures whose job was cancelled or has failed, and with them of their memory."""
-        kept = [running for running in self._running if self.is_held(running.held.claim)]
+        """Free the memory of requests whose job was cancelled or has failed."""
+        kept = [running for running in self._running if self.is_held(running.claim)]
         if len(kept) < len(self._running):
             with self._lock:
                 self._running = kept
-            self.on_room()
+            self._on_room()
         self._publisher.drop_unwanted()
 
     def _start_what_fits(self, engine: "Engine") -> None:
@@ -201,14 +216,14 @@ class Worker:
             waiting = [(held, index) for held in self._held.values() for index in held.unstarted]
         for held, index in waiting:
             with self._lock:
-                has_room = self._has_room(held.claim.job.model, held.shape, [])
+                has_room = self._has_room(held.job.model, held.shape, [])
                 if has_room and index in held.unstarted:
                     held.unstarted.remove(index)
             if has_room:
                 self._start(engine, held, index)
 
     def _has_room(self, model: str, shape: str, waiting: Sequence[str]) -> bool:
-        """Whether one more could start, those of the shapes `waiting` being started already. Under the lock."""
+        """Whether one more request could start if the requests of the shapes `waiting` had started. Needs the lock."""
         shapes = [*waiting, *(running.held.shape for running in self._running)]
         is_full = len(shapes) + self._publisher.num_unfinished >= self.limits.max_running
         return not is_full and shapes.count(shape) < self._max_batch_size(model)
@@ -216,21 +231,29 @@ class Worker:
     def _max_batch_size(self, model: str) -> int:
         return min(self.limits.max_batch_size, self.cards[model].max_batch_size)
 
-    def _start(self, engine: "Engine", held: _Held, index: int) -> None:
-        job = held.claim.job
-        if not self.is_held(held.claim):  # an earlier picture of the same job has failed
+    def _start(self, engine: "Engine", held: _HeldJob, index: int) -> None:
+        if not self.is_held(held.claim):  # an earlier request of the job has failed
             return
+        job, request = held.job, held.job.requests[index]
         queue_s = self._clock() - job.created_at
         began = time.perf_counter()
         try:
-            state = engine.start(held.request(index))
+            state = engine.start(request)
         except Exception as error:
             self._publisher.fail(held.claim, error)
             return
         now = time.perf_counter()
         self._metrics.observe_stage(job.model, "encode", now - began)
-        cost = block_seconds(held.request(index), self.cards[job.model])
-        running = _Running(held, index, state, queue_s, now - began, now, self._turns.at_start, cost)
+        running = _Running(
+            held=held,
+            index=index,
+            state=state,
+            queue_s=queue_s,
+            encode_s=now - began,
+            denoise_began=now,
+            virtual_time=self._fair_share.at_start,
+            block_seconds=block_seconds(request, self.cards[job.model]),
+        )
         with self._lock:
             self._running.append(running)
 
@@ -241,7 +264,7 @@ class Worker:
         return batch[: self._max_batch_size(batch[0].job.model)]
 
     def _step(self, engine: "Engine", batch: Sequence[_Running]) -> None:
-        """One denoise step of `batch`. If it fails, each member steps alone, and only those that fail again fail."""
+        """Run one denoise step of `batch`. If it fails, repeat it for each request alone: only the culprits fail."""
         for running in batch:
             self._keep_deadline(running)
         expected = [running.as_candidate() for running in batch]
@@ -250,33 +273,38 @@ class Worker:
         except Exception as error:
             if len(batch) == 1:
                 self._let_go(batch[0])
-                self._publisher.fail(batch[0].held.claim, error)
+                self._publisher.fail(batch[0].claim, error)
                 return
-            logger.warning("a step of %d pictures failed; each steps alone now", len(batch), exc_info=error)
+            logger.warning("a step of %d requests failed; each steps alone now", len(batch), exc_info=error)
             for running in batch:
                 self._step(engine, [running])
             return
         self._metrics.observe_step(batch[0].job.model, report)
         self._metrics.observe_memory(engine.memory_bytes())
-        now = time.perf_counter()
-        services = self._turns.after_step(expected, [_weight(running.job) for running in batch], report.seconds)
-        for running, service in zip(batch, services, strict=True):
-            self._measure_pace(running, now)
-            running.service = service
-            running.num_companions += report.batch_size
-            running.held.steps_done += 1
+        self._account(batch, expected, report)
         for held in dict.fromkeys(running.held for running in batch):
             self._tell(self._progress(held))
         for running in batch:
             self._preview_if_due(engine, running)
 
+    def _account(self, batch: Sequence[_Running], expected: Sequence[Candidate], report: StepReport) -> None:
+        """Charge a step to its requests."""
+        now = time.perf_counter()
+        weights = [_weight(running.job) for running in batch]
+        virtual_times = self._fair_share.after_step(expected, weights, report.seconds)
+        for running, virtual_time in zip(batch, virtual_times, strict=True):
+            self._measure_pace(running, now)
+            running.virtual_time = virtual_time
+            running.batch_size_sum += report.batch_size
+            running.held.steps_done += 1
+
     def _keep_deadline(self, running: _Running) -> None:
-        """Under a deadline, choose the coming step's place on the curve from the time that is left."""
+        """For a job with a deadline, choose the curve point of the coming steps from the time that is left."""
         job, state = running.job, running.state
         if job.deadline_at is None:
             return
         point = point_for(
-            running.held.request(running.index),
+            running.request,
             self.cards[job.model],
             time_left_s=job.deadline_at - self._clock() - self.finish_seconds(job.model),
             steps_left=state.num_steps - state.step_index,
@@ -285,16 +313,16 @@ class Worker:
         state.move_to(point)
 
     def _measure_pace(self, running: _Running, now: float) -> None:
-        request, card = running.held.request(running.index), self.cards[running.job.model]
-        predicted_s = dense_step_seconds(request, card) * running.state.point.relative_seconds
+        card = self.cards[running.job.model]
+        predicted_s = dense_step_seconds(running.request, card) * running.state.point.relative_seconds
         running.pace = (now - (running.last_step_ended or running.denoise_began)) / predicted_s
         running.last_step_ended = now
 
-    def _progress(self, held: _Held) -> Progress:
-        """What a job's pictures have had so far, and how long the rest will take if it goes on like that."""
+    def _progress(self, held: _HeldJob) -> Progress:
+        """The progress of a job; `eta_s` assumes that the remaining steps take as long as those so far."""
         states = [running.state for running in self._running if running.held is held]
         elapsed_s = time.perf_counter() - held.began
-        num_left = held.claim.job.num_steps - held.steps_done
+        num_left = held.job.num_steps - held.steps_done
         return Progress(
             held.claim,
             steps_done=held.steps_done,
@@ -303,44 +331,50 @@ class Worker:
         )
 
     def _preview_if_due(self, engine: "Engine", running: _Running) -> None:
-        """Previews are spread evenly over the steps, none of them after the last one."""
-        state, wanted = running.state, running.held.claim.job.num_previews
-        for number in range(wanted):
-            if state.step_index == max(1, round((number + 1) * state.num_steps / (wanted + 1))) < state.num_steps:
-                self._publisher.sketch(Sketched(running.held.claim, running.index, number, engine.preview(state)))
+        steps = preview_steps(running.job.num_previews, running.state.num_steps)
+        for number, step in enumerate(steps):
+            if step == running.state.step_index:
+                preview = PendingPreview(running.claim, running.index, number, engine.preview(running.state))
+                self._publisher.preview(preview)
 
     def _publish_done(self, engine: "Engine") -> None:
-        """Hand those that took their last step to the publisher."""
+        """Hand the requests that took their last step to the publisher."""
         for running in [running for running in self._running if running.state.is_done]:
             denoised = Denoised(
-                claim=running.held.claim,
+                claim=running.claim,
                 index=running.index,
                 decode=partial(engine.finish, running.state),
                 summary=running.state.summary(),
                 queue_s=running.queue_s,
                 encode_s=running.encode_s,
                 denoise_s=time.perf_counter() - running.denoise_began,
-                batch_size_mean=running.num_companions / running.state.num_steps,
+                batch_size_mean=running.batch_size_sum / running.state.num_steps,
             )
-            self._publisher.publish(denoised, on_file=self._look_for_room)
+            self._publisher.publish(denoised, on_artifact=self._look_for_room)
             self._let_go(running)
 
     def _let_go(self, running: _Running) -> None:
         with self._lock:
             self._running.remove(running)
-        self.on_room()
+        self._on_room()
 
     def _look_for_room(self) -> None:
         self._wake.set()
-        self.on_room()
+        self._on_room()
 
     def _tell(self, report: Report) -> None:
-        """Report; a job that has ended is held no longer."""
-        self.report(report)
+        """Report. A job that has ended is no longer held."""
+        self._report(report)
         if isinstance(report, Ending):
             self.drop(report.claim.job.id)
 
 
+def preview_steps(num_previews: int, num_steps: int) -> list[int]:
+    """The step after which each preview is due: spread evenly over the steps, none after the last step."""
+    due = [max(1, round((number + 1) * num_steps / (num_previews + 1))) for number in range(num_previews)]
+    return [step for step in due if step < num_steps]
+
+
 def _weight(job: Job) -> float:
-    """What a second counts of those that it is given: a deadline makes haste too."""
+    """Scheduling weight. A deadline counts as high priority."""
     return _WEIGHTS[job.priority if job.deadline_at is None else Priority.HIGH]

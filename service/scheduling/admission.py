@@ -1,21 +1,88 @@
-"""Whether a job may join the backlog."""
+"""Whether an order is accepted, and what is promised. Pure: the clock and the backlog are passed in."""
 
 import math
+from dataclasses import dataclass, replace
 
+from models.budget import point_of_quality
+from models.card import ModelCard
+from models.request import LatencyBudget, QualityBudget
 from service.errors import Overloaded
+from service.order import Order
+from service.scheduling.cost import predicted_seconds
+from service.scheduling.deadline import check_reachable
+from service.scheduling.load import lowered_quality
 
 
-def admit(cost_s: float, *, backlog_s: float, max_backlog_s: float) -> None:
-    """Raise Overloaded if `cost_s` more would make the backlog longer than `max_backlog_s`.
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """Work before an order: predicted seconds for each worker, and the most that is accepted.
 
-    An idle server takes any job, however long, since waiting would not make it shorter.
+    `finish_s` is how long encoding and decoding take a result of the order's model.
     """
-    excess_s = backlog_s + cost_s - max_backlog_s
-    if backlog_s <= 0 or excess_s <= 0:
+
+    seconds: float
+    max_seconds: float
+    finish_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """An accepted order. `is_degraded` says that load lowered its quality, within its `min_quality`.
+
+    `latency_s` is the promised time from arrival to result, None if the order has no deadline.
+    """
+
+    order: Order
+    predicted_seconds: float
+    is_degraded: bool
+    latency_s: float | None
+
+
+def admit(order: Order, card: ModelCard, backlog: Backlog) -> Admission:
+    """Accept `order`, with a deadline or a lowered quality where its budget allows one.
+
+    Raises DeadlineUnreachable if even the lowest quality allowed takes too long, Overloaded if the backlog would become
+    too long.
+    """
+    request = order.requests[0]
+    latency_s = None
+    wanted = order
+    if isinstance(request.budget, LatencyBudget):
+        latency_s = request.budget.latency_s
+        check_reachable(
+            request, card, num_results=len(order.requests), backlog_s=backlog.seconds, finish_s=backlog.finish_s
+        )
+    else:
+        order = _lowered(order, card, backlog)
+    seconds = sum(predicted_seconds(request, card) for request in order.requests)
+    _check_room(seconds, backlog)
+    return Admission(order, seconds, order != wanted, latency_s)
+
+
+def _lowered(order: Order, card: ModelCard, backlog: Backlog) -> Order:
+    """The order at the quality that load leaves of it."""
+    if order.min_quality is None:
+        return order
+    wanted = order.point.quality
+    quality = lowered_quality(wanted, order.min_quality, backlog_s=backlog.seconds, max_backlog_s=backlog.max_seconds)
+    point = point_of_quality(quality, card.curve)
+    if point.quality >= wanted:
+        return order
+    budget = QualityBudget(quality)
+    return replace(order, requests=tuple(replace(request, budget=budget, point=point) for request in order.requests))
+
+
+def _check_room(cost_s: float, backlog: Backlog) -> None:
+    """Raise Overloaded if `cost_s` more would make the backlog too long.
+
+    An idle server takes any order, however long, since waiting would not make it shorter.
+    """
+    excess_s = backlog.seconds + cost_s - backlog.max_seconds
+    if backlog.seconds <= 0 or excess_s <= 0:
         return
-    retry_after_s = max(1, math.ceil(min(excess_s, backlog_s)))
+    retry_after_s = max(1, math.ceil(min(excess_s, backlog.seconds)))
     raise Overloaded(
-        f"the server has {backlog_s:.1f} s of work and this request would add {cost_s:.1f} s, more than the "
-        f"{max_backlog_s:g} s it accepts; try again in {retry_after_s} s",
+        f"the server has {backlog.seconds:.1f} s of work and this request would add {cost_s:.1f} s, more than the "
+        f"{backlog.max_seconds:g} s it accepts; try again in {retry_after_s} s",
         retry_after_s,
     )

@@ -13,12 +13,12 @@ _TOLERANCE = 1.1  # for predictions
 class Candidate:
     """A started result. Those of one `batch_key` can share a step.
 
-    `service` is what it has had of the device so far, see `Turns`. `expected_runs` says how many of its rows the coming
-    step will probably run in each block, which take `block_seconds`.
+    `virtual_time` is what it has had of the device so far, see `FairShare`. `expected_runs` says how many of its rows
+    the coming step will probably run in each block, which take `block_seconds`.
     """
 
     batch_key: Hashable
-    service: float
+    virtual_time: float
     expected_runs: Sequence[float]
     block_seconds: BlockSeconds
 
@@ -58,12 +58,12 @@ class _Step:
 def form_groups(candidates: Sequence[Candidate]) -> list[list[int]]:
     """Indices of the candidates in groups that share a step, the one whose turn it is first.
 
-    The leader of a group has had the least service. Others join it, the most alike first, as long as the leader's step
+    The leader of a group has the least virtual time. Others join it, the most alike first, as long as the leader's step
     ends no later than its fair share of the device would let it: n members take at most n times what it takes alone. So
     requests of like sparsity go together, a light one may join a dense one's step, which it would have to wait for, but
     dense ones join light ones only where batching makes up for it. Any first part of a group is a group too.
     """
-    left = sorted(range(len(candidates)), key=lambda index: candidates[index].service)
+    left = sorted(range(len(candidates)), key=lambda index: candidates[index].virtual_time)
     seconds = {index: candidates[index].step_seconds for index in left}
     groups = []
     while left:
@@ -80,34 +80,33 @@ def form_groups(candidates: Sequence[Candidate]) -> list[list[int]]:
     return groups
 
 
-class Turns:
-    """Fair shares of the device: seconds of service, those of a step being divided by what its members need alone.
+class FairShare:
+    """Fair shares of the device, as virtual times: the seconds of a step are divided by what its members need alone.
 
-    Seconds count less the greater a request's weight. A new one begins with the service that the last leader has now
+    Seconds count less the greater a request's weight. A new one begins with the virtual time of the last leader
     (self-clocked fair queueing, Golestani 1994, https://doi.org/10.1109/INFCOM.1994.337677), so it neither makes up for
     time before it came nor is overtaken by those who come later: nobody starves.
     """
 
     def __init__(self) -> None:
         self.at_start = 0.0
-        """Service of one that starts now."""
+        """Virtual time of one that starts now."""
 
     def after_step(self, members: Sequence[Candidate], weights: Sequence[float], seconds: float) -> list[float]:
-        """The members' service after a step that took `seconds`; its leader comes first."""
+        """The members' virtual times after a step that took `seconds`; its leader comes first."""
         needed = [member.step_seconds for member in members]
-        services = [
-            member.service + seconds * own / sum(needed) / weight
+        virtual_times = [
+            member.virtual_time + seconds * own / sum(needed) / weight
             for member, own, weight in zip(members, needed, weights, strict=True)
         ]
-        self.at_start = max(self.at_start, services[0])
-        return services
+        self.at_start = max(self.at_start, virtual_times[0])
+        return virtual_times
 
 
 def shape_of(request: GenerationRequest) -> str:
-    """Requests of equal shape can share steps: what can be told of a `batch_key` before the request is started."""
+    """Requests of equal shape can share steps: a request's `batch_key` before it is started."""
     match request:
         case ImageRequest():
-            guided = " guided" if request.true_cfg_scale > 1 else ""
-            return f"{request.model} {request.width}x{request.height}{guided}"
+            return f"{request.model} {request.width}x{request.height}"
         case _:
             return request.model

@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-from models.budget import fastest_enough, resolve
-from models.card import Guidance, ImageCard, MeshCard, ModelCard
+from models.budget import fastest_enough
+from models.card import ImageCard, ModelCard
 from models.request import GenerationRequest, ImageRequest, LatencyBudget
 
 
@@ -16,7 +16,7 @@ def predicted_seconds(request: GenerationRequest, card: ModelCard) -> float:
     if isinstance(request.budget, LatencyBudget):
         share = request.budget.latency_s / dense_s
         return dense_s * fastest_enough(card.curve, request.budget.min_quality, share).relative_seconds
-    return dense_s * resolve(request.budget, card.curve).relative_seconds
+    return dense_s * request.point.relative_seconds
 
 
 def dense_step_seconds(request: GenerationRequest, card: ModelCard) -> float:
@@ -25,7 +25,7 @@ def dense_step_seconds(request: GenerationRequest, card: ModelCard) -> float:
     True classifier-free guidance runs every step on two rows, and the card's time is of the default guidance.
     """
     call, row = block_seconds(request, card)
-    return len(card.blocks) * (call + _num_rows(request, card) * row)
+    return len(card.blocks) * (call + request.num_branches * row)
 
 
 class BlockSeconds(NamedTuple):
@@ -41,7 +41,8 @@ def block_seconds(request: GenerationRequest, card: ModelCard) -> BlockSeconds:
     A row's time grows with the pixels; that is low for very large pictures, whose attention grows with their square.
     """
     block_s = card.dense_step_seconds / len(card.blocks)
-    row_s = block_s * (1 - card.call_share) / _num_rows_at(card.default_guidance_scale, card)
+    num_rows = 2 if card.is_guided(card.default_guidance_scale) else 1
+    row_s = block_s * (1 - card.call_share) / num_rows
     return BlockSeconds(block_s * card.call_share, row_s * _relative_size(request, card))
 
 
@@ -50,18 +51,3 @@ def _relative_size(request: GenerationRequest, card: ModelCard) -> float:
     if isinstance(request, ImageRequest) and isinstance(card, ImageCard):
         return request.height * request.width / (card.default_height * card.default_width)
     return 1.0
-
-
-def _num_rows(request: GenerationRequest, card: ModelCard) -> int:
-    """Rows of every step: true guidance runs it with and without the prompt or the picture."""
-    match request:
-        case ImageRequest() if card.guidance is not Guidance.TRUE:
-            return 2 if request.true_cfg_scale > 1 else 1
-        case _:
-            return _num_rows_at(request.guidance_scale, card)
-
-
-def _num_rows_at(guidance_scale: float, card: ModelCard) -> int:
-    """At what the model calls `guidance_scale`. diffusers guides above 1, Hunyuan3D at any scale but 1."""
-    is_guided = guidance_scale != 1 if isinstance(card, MeshCard) else guidance_scale > 1
-    return 2 if card.guidance is Guidance.TRUE and is_guided else 1

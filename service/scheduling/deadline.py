@@ -1,8 +1,9 @@
 """Deadlines: whether they can be met, and how good each step may be so that they are."""
 
-from models.budget import fastest_enough, resolve
-from models.card import CurvePoint, ModelCard
-from models.request import GenerationRequest, LatencyBudget, QualityBudget
+from models.budget import fastest_enough, point_of_quality
+from models.card import ModelCard
+from models.curve import CurvePoint
+from models.request import GenerationRequest, LatencyBudget
 from service.errors import DeadlineUnreachable
 from service.scheduling.cost import dense_step_seconds
 
@@ -18,7 +19,7 @@ def check_reachable(
     `backlog_s` is the work that comes before, `finish_s` what encoding and decoding take.
     """
     assert isinstance(request.budget, LatencyBudget)
-    floor = resolve(QualityBudget(request.budget.min_quality), card.curve)
+    floor = point_of_quality(request.budget.min_quality, card.curve)
     dense_s = num_results * request.num_inference_steps * dense_step_seconds(request, card)
     predicted_s = backlog_s + dense_s * floor.relative_seconds + finish_s
     if predicted_s > request.budget.latency_s:

@@ -1,14 +1,61 @@
+from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.batching import Load, measure
+import pytest
+
+from benchmarks import batching
+from benchmarks.batching import Group, Load, measure, one_group, serve
+from benchmarks.engine import requests_for
+from models.curve import Preset
+from models.engine import Engine
+from models.request import GenerationRequest, PresetBudget
 from models.zoo import load_engine
+from service.scheduling.batching import Candidate, form_groups
+from training.scenes.prompts import complex_scenes
+
+MODEL = "tiny-flux"
 
 
-def test_row_has_ratios_of_the_kinds_that_there_are() -> None:
-    engine = load_engine([Path("checkpoints/tiny-flux")], device="cpu", router_weights=Path("router_weights"))
-    row = measure(engine, "tiny-flux", 64, Load(0, 2), num_rounds=1)
-    assert (row["side"], row["dense"], row["light"], row["dense_ratio"]) == (64, 0, 2, None)
-    for ratio in ("light_ratio", "all_ratio"):
-        value = row[ratio]
-        assert isinstance(value, float)
-        assert 0.1 < value < 10
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return load_engine([Path("checkpoints/tiny-flux")], device="cpu", router_weights=Path("router_weights"))
+
+
+def test_ratios_are_times_under_our_batcher_over_times_in_one_group(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ends(_: Engine, requests: Sequence[GenerationRequest], group: Group) -> list[float]:
+        assert [request.budget for request in requests] == [PresetBudget(Preset.EXACT), PresetBudget(Preset.DRAFT)]
+        return [6.0, 1.0] if group is form_groups else [8.0, 4.0]
+
+    monkeypatch.setattr(batching, "serve", ends)
+    row = measure(engine, MODEL, 64, Load(1, 1), num_rounds=3)
+    assert row == {
+        "side": 64,
+        "dense": 1,
+        "light": 1,
+        "dense_ratio": 0.75,
+        "light_ratio": 0.25,
+        "all_ratio": 0.75,
+        "all_seconds": 6.0,
+    }
+
+
+def test_load_of_one_kind_has_no_ratio_of_the_other(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "serve", lambda *_: [1.0, 1.0])
+    row = measure(engine, MODEL, 64, Load(0, 2), num_rounds=1)
+    assert (row["dense_ratio"], row["light_ratio"], row["all_ratio"]) == (None, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(("is_shared", "num_turns"), [(True, 20), (False, 40)])
+def test_batcher_decides_how_many_requests_share_a_step(engine: Engine, is_shared: bool, num_turns: int) -> None:
+    turns: list[int] = []
+
+    def group(candidates: Sequence[Candidate]) -> list[list[int]]:
+        turns.append(len(candidates))
+        return one_group(candidates) if is_shared else [[place] for place in range(len(candidates))]
+
+    requests = requests_for(engine, MODEL, complex_scenes(2), PresetBudget(Preset.DRAFT), 64)
+    first_end, second_end = serve(engine, requests, group)
+    assert len(turns) == num_turns
+    assert 0 < first_end <= second_end

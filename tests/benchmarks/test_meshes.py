@@ -10,13 +10,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from benchmarks import field, meshes
+from models.curve import Preset
 from models.families.hunyuan3d.checkpoint import load_checkpoint
 from models.families.hunyuan3d.conditioner import SingleImageEncoder
 from models.families.hunyuan3d.plain_dit import HunYuanDiTPlain
 from models.families.hunyuan3d.shape_vae import ShapeVAE
-from models.request import Preset, PresetBudget
+from models.request import PresetBudget
 from models.zoo import load_engine
-from training.shape_vae import VAE_PARAMS
+from training.solids.shape_vae import VAE_PARAMS
 
 DENOISER = {
     "in_channels": VAE_PARAMS["embed_dim"],
@@ -43,7 +44,7 @@ CONDITIONER = {"main_image_encoder": {"type": "DinoImageEncoder", "kwargs": {"co
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory with random weights, and a field that has a surface."""
+    """A model directory with random weights, whose field has a surface."""
     directory = tmp_path_factory.mktemp("models") / "random-hunyuan3d"
     directory.mkdir()
     torch.manual_seed(0)
@@ -73,8 +74,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_the_stock_loop_gives_what_the_engine_gives_at_exact(model: Path) -> None:
-    """Else a time over it would say nothing. Two in a batch, as they are timed."""
+def test_the_plain_loop_gives_the_engines_exact_result(model: Path) -> None:
+    """Otherwise a ratio of their times would mean nothing. Two requests share a batch, as in the timed runs."""
     engine = load_engine([model], device="cpu", router_weights=model.parent / "none")
     requests = meshes.requests_for(engine, model.name, meshes.held_out_solids(2), PresetBudget(Preset.EXACT))
     states = [engine.start(request) for request in requests]
@@ -84,9 +85,9 @@ def test_the_stock_loop_gives_what_the_engine_gives_at_exact(model: Path) -> Non
     torch.testing.assert_close(torch.cat([state.latents for state in states]), latents, atol=1e-4, rtol=1e-4)
 
 
-def test_a_shape_without_surface_counts_as_none_at_all() -> None:
-    likeness = meshes.compare(None, meshes.held_out_solids(1)[0])
-    assert (likeness.iou, likeness.f_score) == (0, 0)
+def test_shape_without_a_surface_has_similarity_zero() -> None:
+    similarity = meshes.compare(None, meshes.held_out_solids(1)[0])
+    assert (similarity.iou, similarity.f_score) == (0, 0)
 
 
 def run(module: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
@@ -96,7 +97,7 @@ def run(module: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return result
 
 
-def test_meshes_are_timed_and_judged_and_drawn(
+def test_meshes_are_timed_judged_and_drawn(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = (
@@ -113,15 +114,15 @@ def test_meshes_are_timed_and_judged_and_drawn(
     (taught,) = result["quality_of_taught_combinations"]
     assert 0 <= exact["iou_true"] < 1
     assert 0 <= taught["iou_true"] < 1
-    with Image.open(sheet) as picture:
-        assert picture.width > 3 * 192
+    with Image.open(sheet) as image:
+        assert image.width > 3 * 192
 
 
 @pytest.mark.parametrize("of", ["true", "model"])
-def test_coarse_to_fine_is_timed_and_held_against_the_dense_grid(
+def test_coarse_to_fine_is_timed_and_compared_with_the_dense_grid(
     of: str, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At 128, the least at which it saves anything. The random decoder's field may be as rough as it likes."""
+    """At 128, the lowest resolution at which it saves anything. A random decoder's field may be arbitrarily rough."""
     options = ["--resolutions", "128", "--solids", "1", "--device", "cpu"]
     if of == "model":
         options += ["--model", str(model)]

@@ -9,31 +9,27 @@ from torch import Tensor
 from benchmarks import real_size
 from benchmarks.real_size import (
     SHARES,
-    SUBJECTS,
-    FluxSubject,
     ForcedRule,
-    QwenImageSubject,
-    Scale,
     counted_waits,
     forced_plans,
     measure,
     start,
 )
-from models.card import Policy
+from benchmarks.real_size_models import MODELS, Scale, Subject
 from models.elastic.compute import BlockCost
-from models.elastic.plan import REUSE, RowView
+from models.elastic.plan import REUSE, Policy, RowView
 from models.engine import Engine
 from models.report import Decision
 
 SMALL = {"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 48, "axes_dims_rope": (4, 6, 6)}
 TINY = {
-    FluxSubject: Scale(
+    "flux": Scale(
         {**SMALL, "guidance_embeds": True, "pooled_projection_dim": 24, "num_layers": 2, "num_single_layers": 3},
         {"cond": 7},
         (64,),
         (1, 2),
     ),
-    QwenImageSubject: Scale({**SMALL, "num_layers": 5}, {"cond": 9, "uncond": 3}, (64,), (1, 2)),
+    "qwen-image": Scale({**SMALL, "num_layers": 5}, {"cond": 9, "uncond": 3}, (64,), (1, 2)),
 }
 COLUMNS = [
     "name",
@@ -57,15 +53,14 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="module", params=[*TINY])
-def subject(request: pytest.FixtureRequest) -> FluxSubject | QwenImageSubject:
-    built: FluxSubject | QwenImageSubject = request.param(TINY[request.param], torch.device("cpu"), torch.float32)
-    return built
+def subject(request: pytest.FixtureRequest) -> Subject:
+    return MODELS[request.param].build(TINY[request.param], torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("num_blocks", [57, 60])
 def test_forced_plans_leave_the_share_in_the_stated_mix(share: float, num_blocks: int) -> None:
-    # FLUX.1-dev's at 1024x1024 nearly, with cheaper blocks from the 20th on.
+    # Nearly those of FLUX.1-dev at 1024x1024, with cheaper blocks from the 20th on.
     costs = [BlockCost(1.2, 0.7) if i < 19 else BlockCost(0.7, 0.9) for i in range(num_blocks)]
     dense = sum(cost.dense for cost in costs)
     saved = dict.fromkeys(Decision, 0.0)
@@ -86,19 +81,19 @@ def test_forced_reuse_runs_where_nothing_is_stored() -> None:
     assert ForcedRule([REUSE]).plan(replace(view, num_reuses=0), Policy()) == REUSE
 
 
-def test_stock_steps_and_our_exact_step_agree(subject: FluxSubject | QwenImageSubject) -> None:
+def test_stock_steps_and_our_exact_step_agree(subject: Subject) -> None:
     ours = start(subject, 64, 2)
-    stock: dict[str, list[Tensor]] = {name: step(ours) for name, step in subject.stock_steps().items()}
-    Engine({subject.model_id: subject}, {}).step(ours)
+    stock: dict[str, list[Tensor]] = {name: step(ours) for name, step in subject.stock_steps.items()}
+    Engine({subject.family.model_id: subject.family}, {}).step(ours)
     for latents in stock.values():
         for state, expected in zip(ours, latents, strict=True):
             torch.testing.assert_close(state.latents, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(ours[0].latents, start(subject, 64, 1)[0].latents, atol=1e-3)
 
 
-def test_measurement_counts_compute_waits_and_stored_residuals(subject: FluxSubject | QwenImageSubject) -> None:
+def test_measurement_counts_compute_waits_and_stored_residuals(subject: Subject) -> None:
     rows = {str(row["name"]): row for row in measure(subject, 64, 2, num_rounds=1)}
-    num_blocks = len(subject.blocks)
+    num_blocks = len(subject.family.blocks)
     assert all([*row] == COLUMNS for row in rows.values())
     assert rows["exact"]["compute_ratio"] == rows["routers"]["compute_ratio"] == rows["stock"]["compute_ratio"] == 1
     assert rows["exact"]["waits"] == rows["stock"]["waits"] == 0
@@ -114,7 +109,7 @@ def test_measurement_counts_compute_waits_and_stored_residuals(subject: FluxSubj
         assert isinstance(rows[f"{share} mixed"]["gather_cost"], float)
 
 
-def test_waits_are_calls_that_read_on_a_cpu() -> None:
+def test_waits_on_a_cpu_are_calls_that_read_a_tensor() -> None:
     tensor = torch.arange(2)
     with counted_waits(torch.device("cpu")) as waits:
         assert tensor.tolist() == [0, 1]
@@ -126,13 +121,13 @@ def test_waits_are_calls_that_read_on_a_cpu() -> None:
 def test_command_ends_in_one_line_of_json(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    for cls, scale in TINY.items():
-        monkeypatch.setattr(cls, "reduced", scale)
+    tiny = {name: replace(model, reduced=TINY[name]) for name, model in MODELS.items()}
+    monkeypatch.setattr(real_size, "MODELS", tiny)
     path = tmp_path / "results" / "real.json"
     command = f"real_size --device cpu --reduced --rounds 1 --batches 1 --json {path}"
     monkeypatch.setattr("sys.argv", command.split())
     real_size.main()
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result == json.loads(path.read_text())
-    assert {step["model"] for step in result["steps"]} == set(SUBJECTS)
+    assert {step["model"] for step in result["steps"]} == set(MODELS)
     assert {step["side"] for step in result["steps"]} == {64}

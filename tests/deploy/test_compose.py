@@ -1,4 +1,4 @@
-"""The image and the compose file say what is meant, as far as that can be told without an engine."""
+"""Checks of the Dockerfile and the compose file that need no Docker engine."""
 
 import re
 import subprocess
@@ -23,7 +23,7 @@ VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
 
 
 def instructions(name: str) -> list[str]:
-    """The arguments of each such instruction, with its continuation lines joined."""
+    """The arguments of each instruction of this name, with continuation lines joined."""
     joined = re.sub(r"\\\n\s*", " ", DOCKERFILE)
     return re.findall(rf"^\s*{name} (.*)$", joined, re.MULTILINE)
 
@@ -43,30 +43,30 @@ def test_compose_file_follows_the_specification() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_dockerfile_pleases_the_linter() -> None:
+def test_dockerfile_passes_the_linter() -> None:
     hadolint = Path(sys.executable).with_name("hadolint")
     result = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout == ""
 
 
-def test_services_are_those_that_the_guide_describes() -> None:
+def test_services_are_api_worker_redis_prometheus_and_grafana() -> None:
     assert set(SERVICES) == {"api", "worker", "redis", "prometheus", "grafana"}
     assert OURS == ["api", "worker"]
     assert [name for name, service in SERVICES.items() if "profiles" in service] == ["worker"]
 
 
-def test_nothing_is_published_beyond_this_machine() -> None:
+def test_ports_are_published_on_this_machine_only() -> None:
     published = [with_defaults(port) for service in SERVICES.values() for port in service.get("ports", ())]
     assert published == ["127.0.0.1:8000:8000", "127.0.0.1:9090:9090", "127.0.0.1:3000:3000"]
 
 
-def test_redis_is_reached_by_those_who_work_with_it_only() -> None:
+def test_only_servers_and_workers_share_the_network_of_redis() -> None:
     assert COMPOSE["networks"]["queue"]["internal"] is True
     assert {name for name, service in SERVICES.items() if "queue" in service["networks"]} == {"redis", *OURS}
 
 
-def test_redis_loses_and_evicts_nothing() -> None:
+def test_redis_syncs_every_write_and_evicts_nothing() -> None:
     command = " ".join(SERVICES["redis"]["command"])
     for flags in ("--appendonly yes", "--appendfsync always", "--maxmemory-policy noeviction"):
         assert flags in command
@@ -75,14 +75,14 @@ def test_redis_loses_and_evicts_nothing() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in SERVICES if name not in OURS])
-def test_images_of_others_are_pinned_and_have_health_checks(name: str) -> None:
+def test_third_party_images_are_pinned_and_have_health_checks(name: str) -> None:
     image, _, tag = SERVICES[name]["image"].partition(":")
     assert image
     assert re.match(r"v?\d+\.\d+", tag), SERVICES[name]["image"]
     assert SERVICES[name]["healthcheck"]["test"]
 
 
-def test_files_that_are_mounted_exist() -> None:
+def test_mounted_files_exist() -> None:
     mounts = [volume.split(":")[0] for service in SERVICES.values() for volume in service.get("volumes", ())]
     paths = [ROOT / mount for mount in mounts if mount.startswith("./")]
     assert len(paths) == 3
@@ -90,7 +90,7 @@ def test_files_that_are_mounted_exist() -> None:
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_processes_wait_for_redis_and_may_finish_what_they_accepted(name: str) -> None:
+def test_processes_wait_for_redis_and_have_time_to_finish_accepted_jobs(name: str) -> None:
     service, environment = SERVICES[name], SERVICES[name]["environment"]
     assert environment["ELASTIC_REDIS_URL"] == "redis://redis:6379/0"
     assert service["depends_on"] == {"redis": {"condition": "service_healthy"}}
@@ -106,13 +106,13 @@ def test_every_setting_exists(name: str) -> None:
 
 
 @pytest.mark.parametrize("command", [["serve"], *(SERVICES[name]["command"][1:] for name in OURS[1:])])
-def test_every_command_is_understood(command: list[str]) -> None:
+def test_every_command_is_one_of_the_command_line(command: list[str]) -> None:
     group = typer.main.get_command(cli.app)
     assert isinstance(group, typer.core.TyperGroup)
     group.commands[command[0]].make_context(command[0], command[1:])
 
 
-def test_image_is_built_with_what_the_compose_file_passes() -> None:
+def test_compose_file_passes_the_arguments_of_the_image() -> None:
     arguments = {name for name, _, _ in (argument.partition("=") for argument in instructions("ARG"))}
     for name in OURS:
         assert set(SERVICES[name]["build"]["args"]) == arguments
@@ -121,9 +121,9 @@ def test_image_is_built_with_what_the_compose_file_passes() -> None:
     assert with_defaults(SERVICES["api"]["build"]["args"]["PYTHON_IMAGE"]) == default
 
 
-def test_image_runs_as_nobody_in_particular_and_is_asked_whether_it_lives() -> None:
+def test_image_runs_as_an_unprivileged_user_and_has_a_health_check() -> None:
     (user,) = instructions("USER")
-    assert re.fullmatch(r"[1-9]\d+:[1-9]\d+", user)  # numbers, which Kubernetes can tell from root
+    assert re.fullmatch(r"[1-9]\d+:[1-9]\d+", user)  # numeric, so that Kubernetes can tell that it is not root
     assert instructions("EXPOSE") == ["8000"]
     assert instructions("STOPSIGNAL") == ["SIGTERM"]
     assert instructions("CMD")[-1] == '["elastic-dit", "serve"]'
@@ -132,23 +132,26 @@ def test_image_runs_as_nobody_in_particular_and_is_asked_whether_it_lives() -> N
     assert "curl" not in check
 
 
-def test_image_has_what_the_server_needs_and_gets_nothing_else() -> None:
+def test_build_context_holds_what_the_image_copies_and_nothing_else() -> None:
     copied = {source for line in instructions("COPY") for source in line.split()[:-1]}
     allowed = {
         line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")
     }
     assert copied == allowed
-    assert {path.parts[0] for path in Settings.model_fields["models"].default} <= copied
+    assert {"checkpoints", "router_weights"} <= copied
+    assert [
+        model for model in Settings.model_fields["models"].default if not (ROOT / "checkpoints" / model).is_dir()
+    ] == []
     assert [name for name in copied if not (ROOT / name).exists()] == []
 
 
-def test_no_secret_is_in_the_file() -> None:
+def test_compose_file_holds_no_secret() -> None:
     for service in SERVICES.values():
         for name, value in service.get("environment", {}).items():
             assert not re.search(r"PASSWORD|SECRET|TOKEN|KEY", name) or value.startswith("${"), name
 
 
-def test_the_guide_names_the_variables_and_services_that_there_are() -> None:
+def test_guide_names_all_variables_and_services() -> None:
     guide = (ROOT / "docs/deployment.md").read_text()
     _, table = guide.split("| variable | default | |\n", 1)
     named = set(re.findall(r"`([A-Z_]+)`", table.split("\n\n")[0]))
@@ -156,7 +159,7 @@ def test_the_guide_names_the_variables_and_services_that_there_are() -> None:
     assert set(re.findall(r"^\| `([a-z]+)` \|", guide, re.MULTILINE)) == set(SERVICES)
 
 
-def test_the_guides_example_of_an_override_changes_what_exists() -> None:
+def test_example_override_of_the_guide_uses_existing_services_and_settings() -> None:
     (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/deployment.md").read_text(), re.DOTALL)
     for name, service in yaml.safe_load(example)["services"].items():
         assert name in OURS

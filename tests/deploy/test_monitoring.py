@@ -1,4 +1,4 @@
-"""Prometheus's rules and Grafana's dashboard ask for metrics that exist."""
+"""Prometheus's rules and Grafana's dashboard query metrics that exist."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ PANELS: list[dict[str, Any]] = [panel for panel in DASHBOARD["panels"] if panel[
 ALERTS: dict[str, Any] = yaml.safe_load((DEPLOY / "prometheus/alerts.yml").read_text())
 RULES: list[dict[str, Any]] = [rule for group in ALERTS["groups"] for rule in group["rules"]]
 METRIC = re.compile(r"\belastic_[a-z0-9_]+")
-# The contract of /metrics, with the labels of each.
+# The metrics of /metrics, with their labels.
 CONTRACT = {
     "elastic_block_decisions_total": {"model", "block", "decision"},
     "elastic_block_latency_seconds": {"model", "block"},
@@ -50,7 +50,7 @@ LABELS_OF_PROMETHEUS = {"job", "instance", "le"}
 
 
 def series_name(metric: str) -> str:
-    """Without what a histogram's series are called besides."""
+    """The metric of a series, without the suffixes of a histogram."""
     return re.sub(r"_(bucket|sum|count)$", "", metric)
 
 
@@ -79,15 +79,15 @@ def run(*command: str) -> str:
     return result.stdout
 
 
-def test_prometheus_understands_its_configuration(promtool: str) -> None:
+def test_prometheus_accepts_its_configuration(promtool: str) -> None:
     assert f"{len(RULES)} rules found" in run(promtool, "check", "config", "prometheus.yml")
 
 
-def test_alerts_go_off_when_they_should_and_only_then(promtool: str) -> None:
+def test_alerts_fire_when_they_should_and_only_then(promtool: str) -> None:
     assert "SUCCESS" in run(promtool, "test", "rules", "alerts_test.yml")
 
 
-def test_every_alert_is_tested_both_ways() -> None:
+def test_every_alert_has_a_test_that_fires_and_one_that_does_not() -> None:
     tests = yaml.safe_load((DEPLOY / "prometheus/alerts_test.yml").read_text())["tests"]
     cases = [case for test in tests for case in test["alert_rule_test"]]
     names = {rule["alert"] for rule in RULES}
@@ -95,7 +95,7 @@ def test_every_alert_is_tested_both_ways() -> None:
     assert {case["alertname"] for case in cases if "exp_alerts" not in case} == names
 
 
-def test_prometheus_asks_both_kinds_of_process_on_their_port() -> None:
+def test_prometheus_scrapes_servers_and_workers_on_their_port() -> None:
     config = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())
     api, worker = config["scrape_configs"]
     assert (api["job_name"], api["static_configs"]) == ("api", [{"targets": ["api:8000"]}])
@@ -105,7 +105,7 @@ def test_prometheus_asks_both_kinds_of_process_on_their_port() -> None:
 
 
 def test_every_query_parses(promtool: str, tmp_path: Path) -> None:
-    """As recording rules, since promtool of Prometheus 2 has no other way to check a query."""
+    """Queries are checked as recording rules: promtool of Prometheus 2 has no other way."""
     variables = {"$model": ".*", "$__rate_interval": "1m", "$__range": "1h"}
     rules = []
     for index, query in enumerate(queries()):
@@ -117,13 +117,13 @@ def test_every_query_parses(promtool: str, tmp_path: Path) -> None:
     run(promtool, "check", "rules", str(tmp_path / "rules.yml"))
 
 
-def test_every_metric_is_in_the_contract_and_served() -> None:
+def test_every_queried_metric_is_declared_and_served() -> None:
     used = {series_name(metric) for query in queries() for metric in METRIC.findall(query)}
     assert used <= CONTRACT.keys()
     assert used <= served_names()
 
 
-def test_every_label_is_one_of_the_metric() -> None:
+def test_every_queried_label_belongs_to_its_metric() -> None:
     for query in queries():
         metrics = [series_name(metric) for metric in METRIC.findall(query)]
         known = set.union(*(CONTRACT[metric] for metric in metrics)) if metrics else set()
@@ -134,17 +134,17 @@ def test_every_label_is_one_of_the_metric() -> None:
         assert used <= known | LABELS_OF_PROMETHEUS, query
 
 
-def test_the_dashboard_is_what_its_script_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dashboard_is_the_output_of_its_script(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = importlib.util.spec_from_file_location("dashboard", DEPLOY / "grafana/dashboard.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look up their module there
     spec.loader.exec_module(module)
     assert module.text() == module.OUT.read_text(), "run python deploy/grafana/dashboard.py"
 
 
-def test_panels_have_ids_of_their_own_and_do_not_overlap() -> None:
+def test_panels_have_unique_ids_and_do_not_overlap() -> None:
     ids = [panel["id"] for panel in DASHBOARD["panels"]]
     assert sorted(ids) == list(range(1, len(ids) + 1))
     taken: set[tuple[int, int]] = set()
@@ -156,7 +156,7 @@ def test_panels_have_ids_of_their_own_and_do_not_overlap() -> None:
         taken |= cells
 
 
-def test_panels_obey_the_variables() -> None:
+def test_panels_use_the_dashboards_variables() -> None:
     assert [variable["name"] for variable in DASHBOARD["templating"]["list"]] == ["datasource", "model"]
     for panel in PANELS:
         assert panel["datasource"]["uid"] == "${datasource}"
@@ -167,7 +167,7 @@ def test_panels_obey_the_variables() -> None:
                 assert ('model=~"$model"' in matcher) == has_model, target["expr"]
 
 
-def test_grafana_is_given_the_data_source_and_the_dashboard() -> None:
+def test_grafana_is_provisioned_with_data_source_and_dashboard() -> None:
     provisioning = DEPLOY / "grafana/provisioning"
     (source,) = yaml.safe_load((provisioning / "datasources/prometheus.yml").read_text())["datasources"]
     (provider,) = yaml.safe_load((provisioning / "dashboards/elastic-dit.yml").read_text())["providers"]

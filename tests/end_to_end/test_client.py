@@ -1,4 +1,4 @@
-"""The Python client with the server as people run it."""
+"""The Python client with a real server process."""
 
 import signal
 import subprocess
@@ -14,9 +14,9 @@ import torch
 import trimesh
 from PIL import Image
 
-from service.client import ApiError, Client
-from training.prepared_pictures import picture_file
-from training.solids import sample_solid
+from elastic_dit_client import ApiError, Client
+from training.solids.images import picture_file
+from training.solids.solids import sample_solid
 
 PROMPT = "a red circle above a blue square"
 
@@ -27,17 +27,17 @@ def client(server: str) -> Iterator[Client]:
         yield client
 
 
-def test_picture_of_a_seed_is_the_same_however_it_is_asked_for(client: Client) -> None:
+def test_image_of_a_seed_is_the_same_from_generate_stream_and_submit(client: Client) -> None:
     fields = {"seed": 7, "budget": {"preset": "fast"}}
     result = client.generate_image(PROMPT, **fields)
     events = list(client.stream_image(PROMPT, partial_images=2, **fields))
     waited = client.wait(client.submit_image(PROMPT, **fields).id, timeout_s=300)
     streamed = events[-1].result
     assert streamed is not None
-    pictures = [np.asarray(Image.open(BytesIO(made.files[0]))).astype(int) for made in (result, streamed, waited)]
-    # Together with others or alone, a picture differs by rounding at most.
-    assert all(np.abs(picture - pictures[0]).max() <= 1 for picture in pictures)
-    assert pictures[0].std() > 0
+    images = [np.asarray(Image.open(BytesIO(answer.files[0]))).astype(int) for answer in (result, streamed, waited)]
+    # In any batch, an image differs by rounding at most.
+    assert all(np.abs(image - images[0]).max() <= 1 for image in images)
+    assert images[0].std() > 0
     previews = [Image.open(BytesIO(event.file)) for event in events if "partial" in event.name and event.file]
     assert len(previews) == 2
     assert [event.data["step"] for event in events if event.name == "job.progress"][-1] > 0
@@ -45,7 +45,7 @@ def test_picture_of_a_seed_is_the_same_however_it_is_asked_for(client: Client) -
     assert client.job(waited.job_id).receipt == waited.receipt
 
 
-def test_mesh_is_made(client: Client) -> None:
+def test_mesh_is_watertight(client: Client) -> None:
     torch.set_num_threads(1)
     result = client.generate_mesh(picture_file(sample_solid(3), 1), seed=7, octree_resolution=64)
     mesh = trimesh.load(BytesIO(result.files[0]), file_type=result.output_format, force="mesh")
@@ -69,16 +69,16 @@ def test_cancelled_job_and_abandoned_stream_end(client: Client) -> None:
 
 
 def test_call_that_is_interrupted_by_ctrl_c_cancels_its_job(client: Client, server: str) -> None:
-    """While it waits for an answer that has not begun, and knows no job's id; the server has room for its asking."""
+    """The client is interrupted before the answer begins, so it does not know the id of its job yet."""
     code = (
-        # A shell lets what it starts in the background ignore Ctrl-C, and children inherit that.
+        # Processes that a shell starts in the background ignore Ctrl-C, and so do their children.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "import sys; from service.client import Client; "
+        "import sys; from elastic_dit_client import Client; "
         f"Client(sys.argv[1]).generate_image({PROMPT!r}, num_inference_steps=100, n=8, budget={{'preset': 'exact'}})"
     )
     num_cancelled = metric(server, "elastic_requests_total", 'status="cancelled"')
     process = subprocess.Popen([sys.executable, "-c", code, server], stderr=subprocess.PIPE, text=True)
-    while metric(server, "elastic_requests_running") == 0:  # each question takes a millisecond or more
+    while metric(server, "elastic_requests_running") == 0:  # each request takes a millisecond or more
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert "KeyboardInterrupt" in process.communicate(timeout=120)[1]
@@ -86,6 +86,6 @@ def test_call_that_is_interrupted_by_ctrl_c_cancels_its_job(client: Client, serv
 
 
 def metric(server: str, name: str, label: str = "") -> float:
-    """Its sum over all series with the label."""
+    """The metric's sum over all series with the label."""
     lines = [line for line in httpx2.get(f"{server}/metrics").text.splitlines() if line.startswith(f"{name}{{")]
     return sum(float(line.split()[-1]) for line in lines if label in line)

@@ -15,7 +15,7 @@ from diffusers import QwenImagePipeline
 from numpy.typing import NDArray
 from PIL import Image
 
-from training.judge import load_judge
+from training.scenes.judge import load_judge
 
 ROOT = Path(__file__).parents[2]
 FLUX, QWEN = "tiny-flux", "tiny-qwen-image"

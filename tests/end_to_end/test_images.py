@@ -1,8 +1,7 @@
-"""Pictures over HTTP, from the real model in a real server process."""
+"""Images over HTTP, from a trained model in a server process."""
 
 import base64
 import json
-import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -16,11 +15,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from models.file_formats import read_metadata
+from tests.fixtures.forked_server import ForkedElasticDit
+from tests.fixtures.waiting import wait_until
 
-StartServer = Callable[..., tuple[subprocess.Popen[str], str]]
+StartServer = Callable[..., ForkedElasticDit]
 
 PROMPT: dict[str, Any] = {"prompt": "a red circle above a blue square", "seed": 7}
-TIMEOUT_S, STOP_S = 300, 60
+TIMEOUT_S = 300
+FLUX_ALONE = {"ELASTIC_MODELS": "checkpoints/tiny-flux"}
 
 
 def post(server: str, **fields: Any) -> httpx2.Response:
@@ -28,22 +30,22 @@ def post(server: str, **fields: Any) -> httpx2.Response:
 
 
 def pixels_of(data: bytes) -> NDArray[np.uint8]:
-    with Image.open(BytesIO(data)) as picture:
-        return np.asarray(picture.convert("RGB"))
+    with Image.open(BytesIO(data)) as image:
+        return np.asarray(image.convert("RGB"))
 
 
-def test_openai_client_makes_a_picture_unchanged(server: str) -> None:
+def test_unchanged_openai_client_makes_an_image(server: str) -> None:
     with openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S) as client:
         model = client.models.list().data[0].id
         answer = client.images.generate(model=model, prompt=PROMPT["prompt"], n=1, size="auto", quality="low")
     assert answer.data is not None
     assert answer.data[0].b64_json is not None
-    picture = pixels_of(base64.b64decode(answer.data[0].b64_json))
-    assert f"{picture.shape[1]}x{picture.shape[0]}" == answer.size
-    assert picture.std() > 0
+    pixels = pixels_of(base64.b64decode(answer.data[0].b64_json))
+    assert f"{pixels.shape[1]}x{pixels.shape[0]}" == answer.size
+    assert pixels.std() > 0
 
 
-def test_every_response_format_has_the_same_picture(server: str) -> None:
+def test_every_response_format_has_the_same_image(server: str) -> None:
     in_json = base64.b64decode(post(server).json()["data"][0]["b64_json"])
     behind_url = httpx2.get(post(server, response_format="url").json()["data"][0]["url"]).content
     itself = post(server, response_format="binary")
@@ -56,8 +58,8 @@ def test_every_response_format_has_the_same_picture(server: str) -> None:
 def test_every_output_format_can_be_opened(output_format: str, server: str) -> None:
     response = post(server, response_format="binary", output_format=output_format)
     assert response.headers["content-type"] == f"image/{output_format}"
-    with Image.open(BytesIO(response.content)) as picture:
-        assert picture.format == output_format.upper()
+    with Image.open(BytesIO(response.content)) as image:
+        assert image.format == output_format.upper()
     if output_format != "jpeg":
         assert read_metadata(response.content)["prompt"] == PROMPT["prompt"]
 
@@ -89,7 +91,7 @@ def test_compute_ratio_is_a_cap(server: str) -> None:
     assert receipt["quality_requested"] is None
 
 
-def test_true_guidance_changes_the_picture(server: str) -> None:
+def test_true_guidance_changes_the_image(server: str) -> None:
     plain = post(server, response_format="binary")
     guided = post(server, response_format="binary", negative_prompt="a blue square", true_cfg_scale=3)
     assert guided.status_code == 200
@@ -105,7 +107,7 @@ def test_requests_that_come_together_share_steps(server: str) -> None:
     assert 'elastic_block_decisions_total{block="double.00",decision="run",model="tiny-flux"}' in page
 
 
-def test_refusals_are_in_our_shape(server: str) -> None:
+def test_every_refusal_has_the_error_schema(server: str) -> None:
     answers = {
         422: post(server, size="1000x10"),
         404: httpx2.get(f"{server}/v1/jobs/nothing"),
@@ -119,29 +121,27 @@ def test_refusals_are_in_our_shape(server: str) -> None:
 
 
 def test_sigterm_finishes_the_request_that_is_running(own_server: StartServer) -> None:
-    process, url = own_server()
+    server = own_server(**FLUX_ALONE)
     with ThreadPoolExecutor(1) as client:
-        answer = client.submit(post, url, num_inference_steps=100, budget={"preset": "exact"})
-        wait_until_running(url)
-        process.terminate()
+        answer = client.submit(post, server.url, num_inference_steps=100, budget={"preset": "exact"})
+        wait_until_running(server.url)
+        assert server.stop() == 0
         assert answer.result().status_code == 200
-    assert process.wait(STOP_S) == 0
 
 
-def test_sigterm_answers_what_the_grace_does_not_suffice_for(own_server: StartServer) -> None:
-    process, url = own_server(ELASTIC_GRACE_S="0")
+def test_sigterm_answers_503_to_requests_that_outlast_the_grace_period(own_server: StartServer) -> None:
+    server = own_server(**FLUX_ALONE, ELASTIC_GRACE_S="0")
     with ThreadPoolExecutor(1) as client:
-        answer = client.submit(post, url, num_inference_steps=100, n=8, budget={"preset": "exact"})
-        wait_until_running(url)
-        process.terminate()
+        answer = client.submit(post, server.url, num_inference_steps=100, n=8, budget={"preset": "exact"})
+        wait_until_running(server.url)
+        assert server.stop() == 0
         response = answer.result()
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "draining"
     assert response.headers["retry-after"]
-    assert process.wait(STOP_S) == 0
 
 
 def wait_until_running(server: str) -> None:
-    """Return when the server has taken a denoise step; each question takes a millisecond or more."""
-    while 'elastic_step_latency_seconds_count{model="tiny-flux"}' not in httpx2.get(f"{server}/metrics").text:
-        pass
+    """Return when the server has taken a denoise step."""
+    series = 'elastic_step_latency_seconds_count{model="tiny-flux"}'
+    wait_until(lambda: series in httpx2.get(f"{server}/metrics", timeout=TIMEOUT_S).text)

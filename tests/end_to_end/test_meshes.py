@@ -16,9 +16,9 @@ import trimesh
 from PIL import Image
 
 from models.mesh.surface import Mesh
-from training.mesh_judge import volume_iou
-from training.prepared_pictures import picture_file
-from training.solids import Solid, sample_solid
+from training.solids.images import picture_file
+from training.solids.judge import volume_iou
+from training.solids.solids import Solid, sample_solid
 
 ROOT = Path(__file__).parents[2]
 MODEL = "tiny-hunyuan3d"

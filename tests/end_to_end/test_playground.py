@@ -1,10 +1,9 @@
-"""The front page in a real browser, at a real server."""
+"""The playground in Chromium, with a real server."""
 
 import base64
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from io import BytesIO
@@ -16,7 +15,9 @@ import numpy as np
 import pytest
 import trimesh
 from PIL import Image
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Route, expect, sync_playwright
+
+from tests.fixtures.forked_server import ForkedElasticDit
 
 ROOT = Path(__file__).parents[2]
 GENERATION_MS = 120_000
@@ -46,7 +47,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    """A page of its own. A test fails if anything went wrong in it unseen, or it asked other hosts."""
+    """A new page. The test fails if the page reports an error in its console or sends a request to another host."""
     page = browser.new_page()
     hosts, complaints = set(), []
     page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
@@ -59,7 +60,7 @@ def page(browser: Browser) -> Iterator[Page]:
 
 
 def is_complaint(message: ConsoleMessage) -> bool:
-    """Chromium also logs every answer that is an error; of those the page has to tell."""
+    """Chromium also logs every answer with an error status. The page shows those, so they do not count."""
     return message.type == "error" and "Failed to load" not in message.text
 
 
@@ -89,7 +90,7 @@ def file_of(page: Page, run: Locator, folder: Path) -> bytes:
     return path.read_bytes()
 
 
-def test_a_picture_at_a_budget_beside_the_exact_one(server: str, page: Page, tmp_path: Path) -> None:
+def test_image_at_a_budget_is_shown_beside_the_exact_one(server: str, page: Page, tmp_path: Path) -> None:
     opened(page, server, "tiny-flux")
     page.locator("#prompt").fill("a green triangle below a red circle")
     page.locator("#preset").select_option("fast")
@@ -103,13 +104,13 @@ def test_a_picture_at_a_budget_beside_the_exact_one(server: str, page: Page, tmp
     assert int(receipts[0]["Compute"].removesuffix(" %")) < 70
     assert receipts[0]["Seed"] == receipts[1]["Seed"] == "3"
     for run in (fast, exact):
-        picture = run.locator("img.result")
-        expect(picture).to_have_js_property("naturalWidth", 128)
-    # Not the page's own doing: the API gives the same.
+        image = run.locator("img.result")
+        expect(image).to_have_js_property("naturalWidth", 128)
+    # A direct call of the API gives the same image and decisions.
     body = {"model": "tiny-flux", "prompt": "a green triangle below a red circle", "seed": 3}
     answer = httpx2.post(f"{server}/v1/images", json={**body, "budget": {"preset": "fast"}}, timeout=120).json()
-    pictures = file_of(page, fast, tmp_path), base64.b64decode(answer["data"][0]["b64_json"])
-    seen, given = (np.asarray(Image.open(BytesIO(data)), int) for data in pictures)
+    images = file_of(page, fast, tmp_path), base64.b64decode(answer["data"][0]["b64_json"])
+    seen, given = (np.asarray(Image.open(BytesIO(data)), int) for data in images)
     assert np.abs(seen - given).max() <= 1
     blocks = answer["receipt"]["blocks"]
     assert receipts[0]["Blocks"] == f"{blocks['run']} run, {blocks['reused']} re-used, {blocks['skipped']} skipped"
@@ -120,7 +121,7 @@ def test_a_picture_at_a_budget_beside_the_exact_one(server: str, page: Page, tmp
 
 
 def decisions_shown(run: Locator) -> dict[str, int]:
-    """How many cells of a run's picture have the colour that its legend gives each decision; run has many shades."""
+    """The cells of a run's chart by decision, from the legend's colours. `run` has many shades, so it is the rest."""
     data = run.locator("canvas").evaluate("canvas => canvas.toDataURL()")
     with Image.open(BytesIO(base64.b64decode(data.split(",")[1]))) as file:
         pixels = np.asarray(file.convert("RGBA"))[::6, ::8].reshape(-1, 4)
@@ -138,13 +139,13 @@ def test_previews_and_progress_come_before_the_result(server: str, page: Page) -
         """() => {
             window.seen = [];
             const note = () => {
-                for (const media of document.querySelectorAll(".made > *")) window.seen.push(media.className);
+                for (const media of document.querySelectorAll(".artifact > *")) window.seen.push(media.className);
                 for (const status of document.querySelectorAll(".status")) window.seen.push(status.textContent);
             };
             new MutationObserver(note).observe(document.getElementById("runs"), { childList: true, subtree: true });
         }"""
     )
-    page.get_by_label("Make the exact result").uncheck()
+    page.get_by_label("Also generate the exact result").uncheck()
     generate(page)
     receipt_of(page.locator("article"))
     seen = page.evaluate("() => window.seen")
@@ -152,10 +153,10 @@ def test_previews_and_progress_come_before_the_result(server: str, page: Page) -
     assert any(re.match(r"step \d+ of \d+, \d+ % of the full compute", text) for text in seen)
 
 
-def test_a_mesh_that_can_be_turned(server: str, page: Page, tmp_path: Path) -> None:
+def test_mesh_is_shown_in_a_viewer(server: str, page: Page, tmp_path: Path) -> None:
     opened(page, server, "tiny-hunyuan3d")
-    page.get_by_label("Picture of one object").set_input_files(ROOT / "docs/images/solid.png")
-    page.get_by_label("Make the exact result").uncheck()
+    page.get_by_label("Image of one object").set_input_files(ROOT / "docs/images/solid.png")
+    page.get_by_label("Also generate the exact result").uncheck()
     page.get_by_text("More", exact=True).click()
     page.get_by_label("Grid cells").fill("64")
     generate(page)
@@ -163,9 +164,9 @@ def test_a_mesh_that_can_be_turned(server: str, page: Page, tmp_path: Path) -> N
     receipt = receipt_of(run)
     viewer = run.locator("model-viewer.result")
     expect(viewer).to_have_js_property("loaded", True, timeout=GENERATION_MS)
-    with Image.open(BytesIO(viewer.screenshot())) as picture:
-        width, height = picture.size
-        middle = picture.convert("L").crop((width // 4, height // 4, 3 * width // 4, 3 * height // 4))
+    with Image.open(BytesIO(viewer.screenshot())) as image:
+        width, height = image.size
+        middle = image.convert("L").crop((width // 4, height // 4, 3 * width // 4, 3 * height // 4))
     assert np.asarray(middle, int).std() > 5  # the background is of one colour
     mesh = trimesh.load(BytesIO(file_of(page, run, tmp_path)), file_type="glb", force="mesh")
     assert isinstance(mesh, trimesh.Trimesh)
@@ -186,25 +187,53 @@ def test_every_kind_of_budget_reaches_the_server(
     opened(page, server, "tiny-flux")
     page.locator("#budget").select_option(kind)
     page.locator(f"#{kind}").fill(value)
-    page.get_by_label("Make the exact result").uncheck()
+    page.get_by_label("Also generate the exact result").uncheck()
     generate(page)
     receipt = receipt_of(run_of(page, f"{kind} {value}"))
     assert re.fullmatch(expected, receipt[line])
 
 
-def test_what_is_wrong_is_said_where_it_was_asked(server: str, page: Page) -> None:
+def test_errors_are_shown_at_the_form_or_at_the_run(server: str, page: Page) -> None:
     opened(page, server, "tiny-flux")
     page.get_by_text("More", exact=True).click()
     page.get_by_label("Size").fill("13x128")
-    page.get_by_label("Make the exact result").uncheck()
+    page.get_by_label("Also generate the exact result").uncheck()
     generate(page)
     expect(page.locator("article .error")).to_contain_text("width 13 is not within", timeout=GENERATION_MS)
     page.get_by_label("Seed").fill("9007199254740993")  # which a browser would round
     generate(page)
-    expect(page.locator("#notice")).to_contain_text("seeds of up to 2^53 - 1")
+    expect(page.locator("#notice")).to_contain_text("seeds up to 2^53 - 1")
     opened(page, server, "tiny-hunyuan3d")
     generate(page)
-    expect(page.locator("#notice")).to_have_text("Choose a picture first.")
+    expect(page.locator("#notice")).to_have_text("Choose an image first.")
+
+
+def test_default_without_a_field_of_its_own_gets_a_plain_one(server: str, page: Page) -> None:
+    def add_unknown_defaults(route: Route) -> None:
+        answer = route.fetch()
+        models = answer.json()
+        models["data"][0]["defaults"] |= {"shift": 3.0, "sampler": "euler", "preset": "an id of the page itself"}
+        route.fulfill(response=answer, json=models)
+
+    page.route("**/v1/models", add_unknown_defaults)
+    opened(page, server, "tiny-flux")
+    page.get_by_text("More", exact=True).click()
+    expect(page.get_by_label("sampler")).to_have_attribute("placeholder", "euler")
+    expect(page.get_by_label("Steps")).to_have_attribute("placeholder", re.compile(r"\d+"))
+    page.get_by_label("Also generate the exact result").uncheck()
+    page.get_by_label("shift").fill("two")
+    generate(page)
+    expect(page.locator("#notice")).to_have_text("shift must look like its default, 3.")
+    page.get_by_label("shift").fill("2.5")
+    with page.expect_request("**/v1/images") as sent:
+        generate(page)
+    body = sent.value.post_data_json
+    assert body is not None
+    assert body["shift"] == 2.5
+    assert "sampler" not in body
+    expect(page.locator("article .error")).to_contain_text("shift")
+    page.get_by_label("Model").select_option("tiny-qwen-image")
+    expect(page.get_by_label("sampler")).to_have_count(0)
 
 
 def test_cancelling_stops_the_job(server: str, page: Page) -> None:
@@ -232,17 +261,15 @@ def test_cancelling_stops_the_job(server: str, page: Page) -> None:
     assert num_cancelled() == before + 1
 
 
-def test_a_server_with_keys_asks_for_one(
-    own_server: Callable[..., tuple[subprocess.Popen[str], str]], page: Page
-) -> None:
+def test_server_with_keys_asks_for_one(own_server: Callable[..., ForkedElasticDit], page: Page) -> None:
     entry = {"id": "test", "sha256": sha256(b"a-key-of-the-test").hexdigest(), "scopes": ["generate"]}
-    _, url = own_server(ELASTIC_API_KEYS=json.dumps([entry]), ELASTIC_MODELS="checkpoints/tiny-flux")
+    url = own_server(ELASTIC_API_KEYS=json.dumps([entry]), ELASTIC_MODELS="tiny-flux").url
     page.goto(url)
     expect(page.locator("#notice")).to_contain_text("API key")
     page.get_by_text("More", exact=True).click()
     page.get_by_label("API key").fill("a-key-of-the-test")
     page.get_by_label("API key").press("Tab")
     expect(page.locator("#notice")).to_be_empty()
-    page.get_by_label("Make the exact result").uncheck()
+    page.get_by_label("Also generate the exact result").uncheck()
     generate(page)
     receipt_of(page.locator("article"))

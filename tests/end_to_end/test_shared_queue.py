@@ -1,7 +1,6 @@
-"""Several processes on one Redis, and what happens when one of them goes."""
+"""Several processes share one Redis; some of them die."""
 
 import base64
-import time
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -14,32 +13,33 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.chaos import MAX_DIFFERENCE, run
-from benchmarks.processes import ElasticDit, RedisServer
+from benchmarks.processes import RedisServer
+from tests.fixtures.forked_server import ForkedElasticDit
+from tests.fixtures.waiting import wait_until
 
 pytestmark = pytest.mark.redis
 
 PROMPT: dict[str, Any] = {"prompt": "a red circle above a blue square", "seed": 7}
 LONG: dict[str, Any] = {**PROMPT, "num_inference_steps": 60, "n": 2, "budget": {"preset": "exact"}}
 ASYNC = {"Prefer": "respond-async"}
-TIMEOUT_S = 120
+TIMEOUT_S = 300
 
-Start = Callable[..., ElasticDit]
+Start = Callable[..., ForkedElasticDit]
 
 
 @pytest.fixture
 def start(redis_server: RedisServer, tmp_path: Path) -> Iterator[Start]:
-    """Start a process on the shared Redis, in a database of the test's own."""
-    started = []
+    """Start a process on the shared Redis."""
+    started: list[ForkedElasticDit] = []
 
-    def begin(command: str, **environment: str) -> ElasticDit:
+    def begin(command: str, **environment: str) -> ForkedElasticDit:
         environment = {
             "ELASTIC_REDIS_URL": redis_server.url,
             "ELASTIC_MODELS": "checkpoints/tiny-flux",
             "ELASTIC_LEASE_S": "2",
-            "OMP_NUM_THREADS": "1",
             **environment,
         }
-        started.append(ElasticDit(command, tmp_path / f"{command}{len(started)}.log", **environment))
+        started.append(ForkedElasticDit(command, tmp_path / f"{command}{len(started)}.log", **environment))
         return started[-1]
 
     yield begin
@@ -48,14 +48,17 @@ def start(redis_server: RedisServer, tmp_path: Path) -> Iterator[Start]:
 
 
 def wait_for(server: str, job_id: str, status: str) -> dict[str, Any]:
-    deadline = time.monotonic() + TIMEOUT_S
-    while True:
-        job: dict[str, Any] = httpx2.get(f"{server}/v1/jobs/{job_id}").json()
-        if job["status"] == status:
-            return job
-        assert job["status"] in ("queued", "running"), job
-        assert time.monotonic() < deadline, job
-        time.sleep(0.02)
+    def current() -> dict[str, Any]:
+        job: dict[str, Any] = httpx2.get(f"{server}/v1/jobs/{job_id}", timeout=TIMEOUT_S).json()
+        assert job["status"] in ("queued", "running", status), job
+        return job
+
+    wait_until(lambda: current()["status"] == status)
+    return current()
+
+
+def is_idle(process: ForkedElasticDit) -> bool:
+    return 'elastic_requests_running{model="tiny-flux"} 0.0' in httpx2.get(f"{process.url}/metrics").text
 
 
 def pixels_of(data: bytes) -> NDArray[np.int16]:
@@ -63,12 +66,12 @@ def pixels_of(data: bytes) -> NDArray[np.int16]:
         return np.asarray(opened.convert("RGB"), dtype=np.int16)
 
 
-def picture(server: str, job_id: str) -> bytes:
+def image_file(server: str, job_id: str) -> bytes:
     return httpx2.get(f"{server}/v1/jobs/{job_id}/content").raise_for_status().content
 
 
 def test_job_outlives_its_worker_and_is_seen_from_any_server(start: Start) -> None:
-    """A worker dies in the middle, another one makes the picture that the seed gives; a second server streams it."""
+    """A worker dies in mid-job, another makes the image of the seed, and a second server streams its events."""
     first, second, worker = start("serve"), start("serve"), start("worker")
     urls = [process.wait_until_ready() for process in (first, second)]
     worker.wait_until_ready()
@@ -87,7 +90,7 @@ def test_job_outlives_its_worker_and_is_seen_from_any_server(start: Start) -> No
     alone = httpx2.post(f"{urls[1]}/v1/images", json={**LONG, "n": 1}, timeout=TIMEOUT_S).json()["data"][0]["b64_json"]
     expected = pixels_of(base64.b64decode(alone))
     for job_id in jobs:
-        assert np.abs(pixels_of(picture(urls[1], job_id)) - expected).max() <= MAX_DIFFERENCE
+        assert np.abs(pixels_of(image_file(urls[1], job_id)) - expected).max() <= MAX_DIFFERENCE
 
 
 def test_drained_server_gives_unfinished_jobs_back(start: Start) -> None:
@@ -99,7 +102,7 @@ def test_drained_server_gives_unfinished_jobs_back(start: Start) -> None:
     url = start("serve").wait_until_ready()
     job = wait_for(url, job_id, "succeeded")
     assert job["progress"]["step"] == LONG["num_inference_steps"]
-    assert picture(url, job_id)
+    assert image_file(url, job_id)
 
 
 def test_cancel_reaches_the_worker_across_servers(start: Start) -> None:
@@ -112,15 +115,12 @@ def test_cancel_reaches_the_worker_across_servers(start: Start) -> None:
     ]
     for job_id in jobs:
         assert httpx2.delete(f"{url}/v1/jobs/{job_id}").json()["status"] == "cancelled"
-    deadline = time.monotonic() + TIMEOUT_S
-    for process in (first, worker):
-        while 'elastic_requests_running{model="tiny-flux"} 0.0' not in httpx2.get(f"{process.url}/metrics").text:
-            assert time.monotonic() < deadline
+    wait_until(lambda: is_idle(first) and is_idle(worker))
 
 
 @pytest.mark.slow
 def test_nothing_is_lost_or_made_twice_while_processes_are_killed() -> None:
-    outcome = run(24, seed=5, mean_s=4, num_servers=1, num_workers=1)
+    outcome = run(24, seed=5, mean_s=1, max_kills=5, num_servers=1, num_workers=1)
     assert outcome.faults == []
-    assert sum(outcome.kills.values()) > 0
+    assert 0 < sum(outcome.kills.values()) <= 5
     assert outcome.statuses["succeeded"] >= 20

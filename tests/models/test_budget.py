@@ -6,13 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.budget import resolve
-from models.card import EXACT, CurvePoint, Policy
+from models.curve import EXACT, CurvePoint, Preset
 from models.errors import InvalidRequest
-from models.request import Budget, ComputeBudget, Preset, PresetBudget, QualityBudget
+from models.request import Budget, ComputeBudget, PresetBudget, QualityBudget
+from models.rules.router import RouterPolicy
 
 ROUNDING = 1e-9
-HIGH = CurvePoint("router", Policy(skip_threshold=0.2, max_reuses=2), 0.8, 0.9, 0.96, Preset.HIGH)
-FAST = CurvePoint("router", Policy(skip_threshold=0.6, max_reuses=5), 0.4, 0.5, 0.8, Preset.FAST)
+HIGH = CurvePoint(RouterPolicy(skip_threshold=0.2, max_reuses=2), 0.8, 0.9, 0.96, Preset.HIGH)
+FAST = CurvePoint(RouterPolicy(skip_threshold=0.6, max_reuses=5), 0.4, 0.5, 0.8, Preset.FAST)
 CURVE = (EXACT, HIGH, FAST)
 
 shares = st.floats(0.01, 0.99)
@@ -29,7 +30,7 @@ def curves(draw: st.DrawFn) -> list[CurvePoint]:
     return [
         EXACT,
         *(
-            CurvePoint("router", Policy(skip_threshold=threshold), ratio, ratio, similarity)
+            CurvePoint(RouterPolicy(skip_threshold=threshold), ratio, ratio, similarity)
             for threshold, ratio, similarity in zip(thresholds, compute, quality, strict=True)
         ),
     ]
@@ -89,7 +90,7 @@ def test_everything_asked_for_is_exact(budget: Budget) -> None:
 def test_between_two_points_thresholds_are_mixed() -> None:
     upper, lower = (replace(point, policy=replace(point.policy, max_reuses=3)) for point in (HIGH, FAST))
     answer = resolve(ComputeBudget(0.6), (EXACT, upper, lower))
-    assert answer.policy == Policy(skip_threshold=pytest.approx(0.4), max_reuses=3)
+    assert answer.policy == RouterPolicy(skip_threshold=pytest.approx(0.4), max_reuses=3)
     assert answer.quality == pytest.approx(0.88)
     assert answer.relative_seconds == pytest.approx(0.7)
     assert answer.preset is None

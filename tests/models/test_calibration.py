@@ -7,15 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.calibration import calibrate, efficient, name_presets, settings_of, thinned
-from models.card import EXACT, CurvePoint, Policy
+from models.calibration import calibrate, efficient, name_presets, thinned
+from models.curve import EXACT, CurvePoint, Preset
 from models.engine import Engine
-from models.request import GenerationRequest, Preset
+from models.request import GenerationRequest
+from models.rules import ladder
+from models.rules.router import RouterPolicy
 
 points = st.builds(
     CurvePoint,
-    rule=st.just("router"),
-    policy=st.just(Policy()),
+    policy=st.just(RouterPolicy()),
     compute_ratio=st.floats(0, 1) | st.sampled_from([0.25, 0.5, 1.0]),
     relative_seconds=st.just(1.0),
     quality=st.floats(0, 1) | st.sampled_from([0.25, 0.5, 1.0]),
@@ -58,7 +59,7 @@ def test_thinned_curve_has_no_near_twins_and_a_better_point_for_each_that_went(m
 
 @given(st.lists(st.floats(0.01, 0.99), max_size=8, unique=True))
 def test_a_faster_preset_never_costs_more(ratios: list[float]) -> None:
-    curve = name_presets([CurvePoint("router", Policy(), ratio, ratio, ratio) for ratio in sorted(ratios)[::-1]])
+    curve = name_presets([CurvePoint(RouterPolicy(), ratio, ratio, ratio) for ratio in sorted(ratios)[::-1]])
     cost = {point.preset: point.compute_ratio for point in curve if point.preset}
     named = [cost[preset] for preset in Preset if preset in cost]
     assert named == sorted(named, reverse=True)
@@ -73,22 +74,25 @@ def test_each_preset_names_at_most_one_point(measured: list[CurvePoint]) -> None
 
 def test_presets_name_the_points_nearest_to_their_compute() -> None:
     ratios = [0.95, 0.82, 0.7, 0.6, 0.47, 0.4, 0.3]
-    curve = [CurvePoint("router", Policy(), ratio, ratio, ratio) for ratio in ratios]
+    curve = [CurvePoint(RouterPolicy(), ratio, ratio, ratio) for ratio in ratios]
     named = {point.compute_ratio: point.preset for point in name_presets(curve) if point.preset}
     assert named == {0.82: Preset.HIGH, 0.6: Preset.BALANCED, 0.47: Preset.FAST, 0.3: Preset.DRAFT}
 
 
-PUBLISHED = (Policy(skip_threshold=0.5, reuse_band=0.05, max_reuses=7, reuse_from_step=3), Policy(0.33, 0.2, 5))
+PUBLISHED = (
+    RouterPolicy(skip_threshold=0.5, reuse_band=0.05, max_reuses=7, reuse_from_step=3),
+    RouterPolicy(0.33, 0.2, 5),
+)
 
 
 @pytest.mark.parametrize(("rule", "published"), [("router", ()), ("router", PUBLISHED), ("residual_cache", ())])
-def test_no_setting_is_tried_twice(rule: str, published: tuple[Policy, ...]) -> None:
-    settings = settings_of(rule, published)
+def test_no_setting_is_tried_twice(rule: str, published: tuple[RouterPolicy, ...]) -> None:
+    settings = ladder(rule, published)
     assert len(set(settings)) == len(settings)
 
 
 def test_published_policies_are_tried_as_they_are_and_at_other_thresholds() -> None:
-    added = [policy for policy in settings_of("router", PUBLISHED) if policy not in settings_of("router")]
+    added = [policy for policy in ladder("router", PUBLISHED) if policy not in ladder("router", ())]
     for policy in PUBLISHED:
         assert policy in added
         of_it = [replace(other, skip_threshold=policy.skip_threshold) for other in added]
@@ -99,7 +103,7 @@ def test_calibration_measures_a_descending_curve(
     engine: Engine, ask: Callable[..., GenerationRequest], capsys: pytest.CaptureFixture[str]
 ) -> None:
     curve = calibrate(engine, [ask()], rule="router")
-    assert len(capsys.readouterr().out.splitlines()) == len(settings_of("router"))
+    assert len(capsys.readouterr().out.splitlines()) == len(ladder("router", ()))
     assert curve[0].preset == Preset.EXACT
     assert (curve[0].rule, curve[0].compute_ratio, curve[0].quality) == ("dense", 1, 1)
     assert len(curve) > 1

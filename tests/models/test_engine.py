@@ -20,12 +20,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import models.zoo
-from models.card import EXACT, CurvePoint, Policy
+from models.curve import EXACT, CurvePoint, Preset
 from models.engine import Engine
 from models.errors import UnknownModel, WeightsError
 from models.families.family import Family
 from models.report import Decision
-from models.request import Budget, ComputeBudget, GenerationRequest, Preset, PresetBudget, QualityBudget
+from models.request import Budget, ComputeBudget, GenerationRequest, PresetBudget, QualityBudget
+from models.rules.residual_cache import ResidualCachePolicy
+from models.rules.router import RouterPolicy
 from models.state import DenoiseState
 from models.zoo import load_engine
 
@@ -34,8 +36,8 @@ Guided = Callable[..., dict[str, Any]]
 Denoise = Callable[..., DenoiseState]
 StockResult = Callable[..., Any]
 
-ROUTED = CurvePoint("router", Policy(0.3, 0.3, 2, width_bias=0.5), 0.5, 0.5, 0.5)
-CACHED = CurvePoint("residual_cache", Policy(residual_threshold=0.95, max_reuses=2), 0.5, 0.5, 0.5)
+ROUTED = CurvePoint(RouterPolicy(0.3, 0.3, 2, width_bias=0.5), 0.5, 0.5, 0.5)
+CACHED = CurvePoint(ResidualCachePolicy(residual_threshold=0.95, max_reuses=2), 0.5, 0.5, 0.5)
 
 
 SHAPES = pytest.mark.parametrize(
@@ -382,7 +384,7 @@ def test_blocks_see_exactly_the_rows_that_run_at_their_width(
 
 @pytest.mark.parametrize(
     "point",
-    [EXACT, ROUTED, CurvePoint("residual_cache", Policy(residual_threshold=1.3, max_reuses=2), 0.5, 0.5, 0.5)],
+    [EXACT, ROUTED, CurvePoint(ResidualCachePolicy(residual_threshold=1.3, max_reuses=2), 0.5, 0.5, 0.5)],
     ids=lambda point: point.rule,
 )
 def test_compute_ratio_is_what_torch_counts_in_the_blocks(
@@ -418,7 +420,7 @@ def test_compute_ratio_is_what_torch_counts_in_the_blocks(
 
 
 def test_block_that_nobody_runs_is_not_called(open_engine: Engine, calls: BlockCalls, ask: Ask) -> None:
-    state = open_engine.start(ask(), CurvePoint("router", Policy(skip_threshold=1.1), 0.0, 0.0, 0.0))
+    state = open_engine.start(ask(), CurvePoint(RouterPolicy(skip_threshold=1.1), 0.0, 0.0, 0.0))
     report = open_engine.step([state])
     assert calls.num_calls == 0
     assert [block.num_skipped for block in report.blocks] == [1] * len(open_engine.cards[state.request.model].blocks)
@@ -427,7 +429,7 @@ def test_block_that_nobody_runs_is_not_called(open_engine: Engine, calls: BlockC
 
 
 def test_reused_blocks_are_not_called(open_engine: Engine, calls: BlockCalls, ask: Ask) -> None:
-    everything = CurvePoint("router", Policy(0.0, 1.0, 2, width_bias=-1e6), 0.0, 0.0, 0.0)
+    everything = CurvePoint(RouterPolicy(0.0, 1.0, 2, width_bias=-1e6), 0.0, 0.0, 0.0)
     state = open_engine.start(ask(num_inference_steps=6), everything)
     num_calls = []
     for _ in range(6):
@@ -456,9 +458,9 @@ def test_step_report_tells_what_the_rows_did(open_engine: Engine, visitors: list
     "point",
     [
         EXACT,
-        CurvePoint("router", Policy(skip_threshold=0.3), 0.5, 0.5, 0.5),
-        CurvePoint("router", Policy(skip_threshold=0.3, reuse_band=0.3), 0.5, 0.5, 0.5),
-        CurvePoint("residual_cache", Policy(residual_threshold=0.8), 0.5, 0.5, 0.5),
+        CurvePoint(RouterPolicy(skip_threshold=0.3), 0.5, 0.5, 0.5),
+        CurvePoint(RouterPolicy(skip_threshold=0.3, reuse_band=0.3), 0.5, 0.5, 0.5),
+        CurvePoint(ResidualCachePolicy(residual_threshold=0.8), 0.5, 0.5, 0.5),
     ],
     ids=["exact", "no band", "no router re-use", "no cache re-use"],
 )

@@ -92,7 +92,7 @@ def test_shards_give_what_one_file_gives(tiny_flux: Path, tmp_path: Path) -> Non
 
 
 def test_modules_that_a_class_keeps_in_float32_stay_so(folder: Path) -> None:
-    class Careful(FluxTransformer2DModel):
+    class Careful(FluxTransformer2DModel):  # type: ignore[misc]  # diffusers is read without types
         _keep_in_fp32_modules: ClassVar = ["norm_out"]
 
     careful = stream_module(Careful, folder, "cpu", torch.bfloat16)
@@ -184,7 +184,7 @@ class HostMemory(TorchDispatchMode):
     """The most bytes of host tensors that operators made, or read from a file, and that lived at the same time."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it without types
         self.alive: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.peak = 0
 

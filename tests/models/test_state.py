@@ -7,12 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.budget import resolve
-from models.card import EXACT, CurvePoint, Policy
+from models.curve import EXACT, CurvePoint, Preset
 from models.engine import Engine
 from models.errors import InvalidRequest
 from models.families.family import Family
 from models.report import Decision
-from models.request import ComputeBudget, GenerationRequest, LatencyBudget, Preset, PresetBudget
+from models.request import ComputeBudget, GenerationRequest, LatencyBudget, PresetBudget
+from models.rules.residual_cache import ResidualCachePolicy
+from models.rules.router import RouterPolicy
 from models.state import DenoiseState
 
 Ask = Callable[..., GenerationRequest]
@@ -108,19 +110,21 @@ def test_compute_is_never_over_the_cap(
 @st.composite
 def curves(draw: st.DrawFn) -> list[CurvePoint]:
     """Curves that say anything at all about what a policy costs: the cap must hold even where they are wrong."""
-    rule = draw(st.sampled_from(["router", "residual_cache"]))
     ratios = sorted(draw(st.lists(st.floats(0.01, 0.99), min_size=1, max_size=3, unique=True)), reverse=True)
-    policies = st.builds(
-        Policy,
+    protected = {"protected_first": st.integers(0, 2), "protected_last": st.integers(0, 2)}
+    routed = st.builds(
+        RouterPolicy,
         skip_threshold=st.floats(0, 1),
         reuse_band=st.sampled_from([0.0, 0.3]),
         max_reuses=st.integers(0, 3),
         width_bias=st.floats(-3, 3),
-        residual_threshold=st.floats(0, 2),
-        protected_first=st.integers(0, 2),
-        protected_last=st.integers(0, 2),
+        **protected,
     )
-    return [EXACT, *(CurvePoint(rule, draw(policies), ratio, ratio, ratio) for ratio in ratios)]
+    cached = st.builds(
+        ResidualCachePolicy, residual_threshold=st.floats(0, 2), max_reuses=st.integers(0, 3), **protected
+    )
+    policies = draw(st.sampled_from([routed, cached]))
+    return [EXACT, *(CurvePoint(draw(policies), ratio, ratio, ratio) for ratio in ratios)]
 
 
 @settings(max_examples=25)
@@ -164,13 +168,14 @@ def test_thresholds_move_with_what_is_left(engine: Engine, ask: Ask, denoise: De
     assert len(set(state.thresholds)) > 2
 
 
-def test_cap_is_refused_where_nothing_was_calibrated(plain_engine: Engine, ask: Ask) -> None:
+def test_cap_is_refused_where_nothing_was_calibrated(plain_engine: Engine) -> None:
+    (card,) = plain_engine.cards.values()
     with pytest.raises(InvalidRequest, match=r"compute_ratio 0\.5 is not possible"):
-        plain_engine.start(ask(budget=ComputeBudget(0.5)))
+        resolve(ComputeBudget(0.5), card.curve)
 
 
 def test_state_that_moves_takes_each_step_where_it_is_then(engine: Engine, ask: Ask) -> None:
-    cheap = CurvePoint("router", Policy(skip_threshold=0.4, reuse_band=0.3, max_reuses=2), 0.4, 0.5, 0.6)
+    cheap = CurvePoint(RouterPolicy(skip_threshold=0.4, reuse_band=0.3, max_reuses=2), 0.4, 0.5, 0.6)
     state = engine.start(ask(num_inference_steps=4, budget=LatencyBudget(1.0)))
     alone = engine.start(ask(num_inference_steps=4), EXACT)
     for step, point in enumerate((EXACT, EXACT, cheap, EXACT)):
@@ -186,7 +191,7 @@ def test_state_that_moves_takes_each_step_where_it_is_then(engine: Engine, ask: 
 
 
 def test_companions_do_not_matter_to_a_state_that_moves(engine: Engine, ask: Ask) -> None:
-    cheap = CurvePoint("router", Policy(skip_threshold=0.4, reuse_band=0.3, max_reuses=2), 0.4, 0.5, 0.6)
+    cheap = CurvePoint(RouterPolicy(skip_threshold=0.4, reuse_band=0.3, max_reuses=2), 0.4, 0.5, 0.6)
     states = [engine.start(ask(num_inference_steps=4, budget=LatencyBudget(1.0))) for _ in range(2)]
     companion = engine.start(ask(num_inference_steps=4, seed=9), cheap)
     for point in (cheap, EXACT, cheap, cheap):

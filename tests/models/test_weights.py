@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.card import EXACT, CurvePoint, Policy
+from models.curve import EXACT, CurvePoint, Preset
 from models.elastic.router import RouterStack
 from models.errors import WeightsError
-from models.request import Preset
+from models.rules import policy_entry
+from models.rules.residual_cache import ResidualCachePolicy
+from models.rules.router import RouterPolicy
 from models.weights import (
     CheckpointTraits,
     Manifest,
@@ -152,8 +154,12 @@ def test_manifest_may_tell_traits_of_the_checkpoint(
 
 
 def test_manifest_may_tell_published_policies(tmp_path: Path) -> None:
-    write_manifest(tmp_path, published_policies=[{"skip_threshold": 0.5, "max_reuses": 3}, {}])
-    assert read_manifest(tmp_path).published_policies == (Policy(skip_threshold=0.5, max_reuses=3), Policy())
+    published = RouterPolicy(skip_threshold=0.5, max_reuses=3), RouterPolicy()
+    write_manifest(tmp_path, published_policies=[policy_entry(policy) for policy in published])
+    assert read_manifest(tmp_path).published_policies == (
+        RouterPolicy(skip_threshold=0.5, max_reuses=3),
+        RouterPolicy(),
+    )
 
 
 @pytest.mark.parametrize(
@@ -205,8 +211,8 @@ def test_unreadable_manifest_is_refused_by_name(folder: Path) -> None:
 def test_curve_survives_a_round_trip(tmp_path: Path) -> None:
     curve = (
         EXACT,
-        CurvePoint("router", Policy(0.1, 0.2, 3, 4, 0.5, 0.0, 1, 2), 0.7, 0.8, 0.9, Preset.FAST),
-        CurvePoint("residual_cache", Policy(residual_threshold=0.3, max_reuses=4), 0.3, 0.4, 0.5),
+        CurvePoint(RouterPolicy(0.1, 0.2, 3, 4, 0.5, 1, 2), 0.7, 0.8, 0.9, Preset.FAST),
+        CurvePoint(ResidualCachePolicy(residual_threshold=0.3, max_reuses=4), 0.3, 0.4, 0.5),
     )
     write_curve(tmp_path / "new", curve, "iou", {"device": "cpu"})
     assert read_curve(tmp_path / "new", "iou") == curve

@@ -1,4 +1,4 @@
-"""Reading recordings, from the folder that PARITY_DIR names or from `data`."""
+"""Reads recordings from the folder that PARITY_DIR names, or else from `data`."""
 
 import json
 import os
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -16,7 +15,7 @@ FOLDER = Path(os.environ.get("PARITY_DIR") or Path(__file__).parent / "data")
 
 
 class Recording(NamedTuple):
-    """`settings` is the .json, `tensors` are inputs and outputs, `weights` have their official names."""
+    """`settings` is the .json file, `tensors` are inputs and outputs, `weights` are under their official names."""
 
     settings: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -32,7 +31,7 @@ def read(name: str) -> Recording:
 
 @pytest.fixture(scope="session")
 def recorded() -> Callable[[str], Recording]:
-    """The recording of a name; a test that asks for one that is not there is skipped."""
+    """Reads the recording of a name. Skips the test if its files are missing."""
 
     def recorded(name: str) -> Recording:
         for file in (FOLDER / f"{name}.json", FOLDER / f"{name}.safetensors"):
@@ -41,8 +40,3 @@ def recorded() -> Callable[[str], Recording]:
         return read(name)
 
     return recorded
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)

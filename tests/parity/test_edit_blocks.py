@@ -1,8 +1,8 @@
 """`edit_blocks`: blocks and routers over many steps, run by our runner under the official policy.
 
-Requests that a clean engine must reproduce are compared outright. The others were recorded with the official program's
-quirks: counters that lag where a block was skipped, a branch's bank found by counting calls, one decision for a batch,
-state that outlives a request. Ours must differ there, and only there.
+Some requests do not depend on the official program's quirks; our results must equal their recordings. The others were
+recorded with quirks: counters lag after a skipped block, a branch's bank is found by counting calls, one decision holds
+for a whole batch, and state outlives a request. Our results must differ from these recordings exactly there.
 """
 
 import re
@@ -18,10 +18,8 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.card import Policy
 from models.elastic.compute import BlockCost
-from models.elastic.plan import RowPlan, RowView
-from models.elastic.router import MLP_WIDTHS
+from models.elastic.plan import MLP_WIDTHS, Policy, RowPlan, RowView
 from models.elastic.row import Allowance, Row
 from models.elastic.runner import ElasticBlock, run_block
 from models.families.qwen_image import adapter
@@ -39,11 +37,9 @@ NEAR: dict[str, Any] = {"atol": 5e-5, "rtol": 1e-4}
 
 @dataclass
 class Watched:
-    """The router rule, which remembers what it was shown."""
+    """The router rule; it records the views that it was given."""
 
-    name: str = "router"
     needs_scores: bool = True
-    needs_residual_change: bool = False
     seen: list[RowView] = field(default_factory=list)
 
     def plan(self, row: RowView, policy: Policy) -> RowPlan:
@@ -61,7 +57,7 @@ class Model:
 
 @dataclass
 class Branch:
-    """A row and what happened to it; lists are by step, then by block."""
+    """A row with its outputs and decisions. Lists are indexed by step, then by block."""
 
     row: Row
     text: Tensor
@@ -100,7 +96,7 @@ def policy_of(scenario: dict[str, Any]) -> Policy:
 
 
 def denoise(model: Model, requests: Sequence[Request], delays: Sequence[int]) -> None:
-    """Run requests together, each from another turn on. Every step's inputs are given: nothing else carries over."""
+    """Run requests together, each starting after its delay. Each step's inputs are given, so only rows carry state."""
     for turn in range(max(request.num_steps + delay for request, delay in zip(requests, delays, strict=True))):
         active = [
             (request, turn - delay, branch)
@@ -172,7 +168,7 @@ def calls(recording: Any) -> Callable[[str], dict[tuple[int, str, int], dict[str
 def recorded_outputs(
     recording: Any, request: Request, branch: str, step: int, block: int
 ) -> tuple[Tensor, Tensor] | None:
-    """Image and text of the request's sample after a block; None where nothing was recorded."""
+    """Image and text of the request's sample after a block; None if nothing was recorded there."""
     image, text = (recording.tensors[f"out/{request.case}/{branch}/{name}"][step] for name in ("image", "text"))
     if request.scenario["per_block_outputs"]:
         return image[block][request.sample], text[block][request.sample]
@@ -181,7 +177,7 @@ def recorded_outputs(
 
 
 def assert_as_recorded(recording: Any, request: Request, calls: dict[tuple[int, str, int], dict[str, Any]]) -> None:
-    """Every decision, width, probability and tensor."""
+    """Compare every decision, width, probability and tensor with the recording."""
     assert len(calls) == sum(len(branch.row.trace) for branch in request.branches.values())
     for (step, name, block), call in calls.items():
         branch = request.branches[name]
@@ -212,7 +208,7 @@ def test_official_policy_is_that_of_the_recorded_program(recording: Any) -> None
         (float(np.nextafter(np.float32(0.515), np.float32(1))), Decision.RUN),
     ],
 )
-def test_both_ends_of_the_official_band_belong_to_it(prob: float, decision: Decision) -> None:
+def test_official_band_includes_both_of_its_ends(prob: float, decision: Decision) -> None:
     """The official program compares a float32 probability, read as a Python float, with 0.5 and 0.515."""
     view = RowView(OFFICIAL.reuse_from_step, 30, 0, prob, (0.0, 0.0, 0.0, 1.0), 0, None)
     assert RULES["router"].plan(view, OFFICIAL).decision is decision
@@ -246,7 +242,7 @@ def test_requests_in_one_batch_are_as_recorded_alone(
 
 
 def test_request_after_another_is_as_if_alone(recording: Any, model: Model, calls: Callable[[str], Any]) -> None:
-    """The official program's second request re-uses what the first left behind, from its first step on."""
+    """In the official program, the second request re-uses residuals of the first one from its first step on."""
     first, second = Request(recording, "cfg_unequal", model), Request(recording, "second_fresh", model)
     denoise(model, [first], [0])
     denoise(model, [second], [0])
@@ -284,11 +280,11 @@ Entry = tuple[int, str, int]
 def compare_up_to_quirks(
     recording: Any, request: Request, calls: dict[tuple[int, str, int], dict[str, Any]]
 ) -> Counter[str]:
-    """Check every call of a request against what a clean engine must do, and against the record where that is clean.
+    """Check every call of a request against a clean engine, and against the recording where no quirk decided.
 
-    Every step's inputs are recorded, so what follows a quirk is another computation until the end of its step, and
-    where a residual from then is used. Elsewhere probabilities, widths, decisions and tensors must be as recorded.
-    Returns the quirks that decided.
+    Every step's inputs are recorded. After a quirk, the computations differ until the end of the step, and wherever a
+    residual of that time is used. Everywhere else, probabilities, widths, decisions and tensors must be as recorded.
+    Returns the quirks that decided, counted.
     """
     policy, own_bank = request.policy, {"cond": 1, "uncond": 2}
     upper = policy.skip_threshold + policy.reuse_band
@@ -303,14 +299,14 @@ def compare_up_to_quirks(
         assert view.width_logits is not None
         has_parted = has_parted and block > 0
 
-        # What a clean engine decides: by the sampler's step, the branch's own residual, the sample's own probability
+        # The decision of a clean engine: by the sampler's step, the branch's own residual, the sample's own probability
         may_reuse, own = step >= policy.reuse_from_step, ours.get((block, name))
         clean = state_of(view.depth_prob, policy.skip_threshold, upper)
         if clean is Decision.REUSE and not (may_reuse and own and own[2] < policy.max_reuses):
             clean = Decision.RUN
         assert done.decision is clean, (step, name, block)
 
-        # What the official program decided, and by which quirk
+        # The decision of the official program, and its quirk
         bank = (block, call["bank"])
         if not has_parted:
             prob = recording.tensors[f"out/{request.case}/{name}/prob"][step, block, request.sample].item()
@@ -327,7 +323,7 @@ def compare_up_to_quirks(
                 elif call["bank"] != own_bank[name]:
                     quirk = "took the other branch's bank"
                 elif theirs.get(bank) != own:
-                    quirk = "found what an earlier quirk had left"
+                    quirk = "used a residual left by an earlier quirk"
             if quirk is None and (clean is not Decision.REUSE or (block, name) not in tainted):
                 assert call["decision"] == clean, (step, name, block)
                 if clean is Decision.RUN:
@@ -354,5 +350,5 @@ def compare_up_to_quirks(
 
 
 def state_of(prob: float, threshold: float, upper: float) -> Decision:
-    """What a probability asks for, if there is something to re-use."""
+    """The decision of a probability, if there is a residual to re-use."""
     return Decision.SKIP if prob < threshold else Decision.REUSE if prob <= upper else Decision.RUN

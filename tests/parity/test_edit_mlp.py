@@ -1,8 +1,8 @@
 """`edit_mlp`: the image MLP with prefix widths, under official weights.
 
-The official MLP chooses its width itself, from logits of several shapes. Ours is told by the runner, which has one set
-of logits a row. So logits for a whole batch are given to each of its rows; of logits for every token the mean is given,
-which our router takes before its heads; and an input without tokens has one.
+The official MLP chooses its width itself, from logits of several shapes. In our code the runner chooses it, from one
+set of logits per row. So logits for a whole batch are given to each of its rows. Logits per token are averaged, as our
+router averages before its heads. An input without a token axis counts as one token.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,9 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.card import Policy
 from models.elastic.compute import BlockCost
-from models.elastic.router import MLP_WIDTHS, Router, Scores
+from models.elastic.plan import MLP_WIDTHS
+from models.elastic.router import Router, Scores
 from models.elastic.row import Row
 from models.elastic.runner import ElasticBlock, run_block
 from models.elastic.streams import Streams
@@ -25,6 +25,7 @@ from models.families.qwen_image.pipeline import set_activation
 from models.families.wrapping import elastic_blocks
 from models.report import Decision
 from models.rules import RULES
+from models.rules.router import RouterPolicy
 from models.weights import MlpActivation
 from training.backbones import QwenImageBackbone
 from training.routers import hard_width, install_masks, prefix_mask
@@ -33,7 +34,7 @@ NEAR: dict[str, Any] = {"atol": 5e-5, "rtol": 1e-4}
 
 
 class Told(Router):
-    """A router that lets every row run, with these width logits `(batch, 4)`."""
+    """A router that lets every row run, with the given width logits `(batch, 4)`."""
 
     def __init__(self, width_logits: Tensor) -> None:
         super().__init__(channels=1, hidden=1)
@@ -50,7 +51,7 @@ def recording(recorded: Callable[[str], Any]) -> Any:
 
 @pytest.fixture
 def transformer(recording: Any) -> QwenImageTransformer2DModel:
-    """One block, of which only the image MLP matters."""
+    """A transformer of one block, whose image MLP is the recorded one."""
     dim = recording.settings["config"]["dim"]
     transformer = QwenImageTransformer2DModel(
         in_channels=4,
@@ -74,9 +75,9 @@ def block(transformer: QwenImageTransformer2DModel) -> ElasticBlock:
 
 
 def run_mlp(block: ElasticBlock, x: Tensor, width_logits: Tensor | None) -> tuple[Tensor, list[float]]:
-    """The runner with the image MLP for a block, on `x` `(batch, tokens, channels)`. Returns its output and the widths.
+    """Run the image MLP as a block on `x` `(batch, tokens, channels)`. Returns the output and the widths.
 
-    Without logits there is no router, and everything runs.
+    Without logits there is no router, and every row runs in full.
     """
 
     def call(module: Any, streams: Streams) -> tuple[Tensor, Tensor]:
@@ -84,7 +85,7 @@ def run_mlp(block: ElasticBlock, x: Tensor, width_logits: Tensor | None) -> tupl
 
     router = None if width_logits is None else Told(width_logits)
     rule = RULES["router" if router else "dense"]
-    rows = [Row(rule, Policy(skip_threshold=0.5), "cond", 1, {block.name: BlockCost(1, 1)}) for _ in x]
+    rows = [Row(rule, RouterPolicy(skip_threshold=0.5), "cond", 1, {block.name: BlockCost(1, 1)}) for _ in x]
     streams, modulation = Streams(x, x[:, :0], x[:, 0]), x[:, 0]
     result = run_block(ElasticBlock(block.name, block.variants, call, router), 0, streams, modulation, rows)
     trace = [row.journal.trace[0] for row in rows]
@@ -93,9 +94,7 @@ def run_mlp(block: ElasticBlock, x: Tensor, width_logits: Tensor | None) -> tupl
 
 
 @pytest.mark.parametrize("case", ["batch", "vec", "tok", "flat"])
-def test_every_row_gets_the_width_and_the_output_that_were_recorded(
-    recording: Any, block: ElasticBlock, case: str
-) -> None:
+def test_every_row_has_the_recorded_width_and_output(recording: Any, block: ElasticBlock, case: str) -> None:
     x, logits = (recording.tensors[f"in/{case}/{name}"] for name in ("x", "width_logits"))
     expected = recording.tensors[f"out/{case}/y"].reshape(len(x), -1, x.shape[-1])
     if logits.ndim == 3:
@@ -117,7 +116,7 @@ def test_each_width_keeps_the_recorded_prefix(recording: Any, block: ElasticBloc
     torch.testing.assert_close(y, recording.tensors[f"out/width{index}/y"], **NEAR)
 
 
-def test_without_logits_the_mlp_is_whole(recording: Any, block: ElasticBlock) -> None:
+def test_without_logits_the_mlp_runs_in_full(recording: Any, block: ElasticBlock) -> None:
     y, widths = run_mlp(block, recording.tensors["in/batch/x"], None)
     assert set(widths) == {1.0}
     torch.testing.assert_close(y, recording.tensors["out/none/y"], **NEAR)

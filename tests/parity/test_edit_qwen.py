@@ -1,4 +1,4 @@
-"""`edit_qwen`: the whole model, as the engine runs it under the official policy and the checkpoint's traits."""
+"""`edit_qwen`: the whole model, run by the engine under the official policy and with the checkpoint's traits."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,10 +9,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
 from torch import Tensor
 
-from models.card import CurvePoint, Policy
+from models.curve import EXACT, CurvePoint, Preset
 from models.diffusion.sampling import flow_schedule
-from models.elastic.plan import RowPlan, RowView, Rule
-from models.elastic.router import MLP_WIDTHS
+from models.elastic.plan import MLP_WIDTHS, Policy, RowPlan, RowView, Rule
 from models.elastic.row import Row
 from models.elastic.runner import run_block
 from models.engine import Engine
@@ -20,7 +19,7 @@ from models.families.qwen_image import adapter
 from models.families.qwen_image.conversion import router_tensors
 from models.families.qwen_image.pipeline import QwenImageFamily
 from models.report import Decision
-from models.request import ImageRequest, Preset, PresetBudget
+from models.request import ImageRequest, PresetBudget
 from models.rules import RULES
 from models.rules.router import OFFICIAL
 from models.state import BranchInputs, DenoiseState
@@ -31,11 +30,9 @@ NEAR: dict[str, Any] = {"atol": 5e-5, "rtol": 1e-4}
 
 @dataclass
 class Watched:
-    """The router rule, which remembers what it was shown."""
+    """The router rule; it records the views that it was given."""
 
-    name: str = "router"
     needs_scores: bool = True
-    needs_residual_change: bool = False
     seen: list[RowView] = field(default_factory=list)
 
     def plan(self, row: RowView, policy: Policy) -> RowPlan:
@@ -98,10 +95,10 @@ def state_of(recording: Any) -> Callable[..., DenoiseState]:
         latents: Tensor,
         prompts: dict[str, Tensor],
         schedule: tuple[Tensor, Tensor],
-        rule: Callable[[], Rule],
+        rule: Callable[[], Rule[Any]],
         guidance_scale: float = 1.0,
     ) -> DenoiseState:
-        """A request whose prompts are encoded already. `latents` is `(1, channels, height, width)`."""
+        """The state of a request with encoded prompts. `latents` is `(1, channels, height, width)`."""
         sigmas, timesteps = schedule
         request = ImageRequest(
             model="qwen",
@@ -112,6 +109,8 @@ def state_of(recording: Any) -> Callable[..., DenoiseState]:
             guidance_scale=guidance_scale,
             seed=0,
             budget=PresetBudget(Preset.EXACT),
+            point=EXACT,
+            is_guided=guidance_scale > 1,
         )
         rows = [
             Row(
@@ -133,7 +132,7 @@ def state_of(recording: Any) -> Callable[..., DenoiseState]:
             rows=rows,
             inputs=[BranchInputs(adapter.embed_prompt(family.transformer, prompt)) for prompt in prompts.values()],
             curve=(),
-            point=CurvePoint("router", OFFICIAL, 1.0, 1.0, 1.0),
+            point=CurvePoint(OFFICIAL, 1.0, 1.0, 1.0),
             dense_flops=1.0,
             compute_cap=None,
         )
@@ -147,7 +146,7 @@ def pack(latents: Tensor) -> Tensor:
 
 
 def velocities(family: QwenImageFamily, states: Sequence[DenoiseState]) -> Tensor:
-    """One call of the model, `(rows, tokens, channels)`, as a step of the engine makes it."""
+    """Velocities `(rows, tokens, channels)` of one call of the model, as in a step of the engine."""
     for state in states:
         state.prepare_step()
     rows = [row for state in states for row in state.rows]
@@ -163,12 +162,12 @@ def velocities(family: QwenImageFamily, states: Sequence[DenoiseState]) -> Tenso
 
 @pytest.fixture(scope="module")
 def single_states(recording: Any, state_of: Callable[..., DenoiseState]) -> Callable[..., list[DenoiseState]]:
-    """The calls of `single`: one a timestep, each from fresh state."""
+    """The calls of the recording `single`: one per timestep, each with fresh state."""
 
-    def single_states(family: QwenImageFamily, rule: Callable[[], Rule], branch: str) -> list[DenoiseState]:
+    def single_states(family: QwenImageFamily, rule: Callable[[], Rule[Any]], branch: str) -> list[DenoiseState]:
         prompts = {branch: recording.tensors[f"in/single/prompt_{branch}"]}
         latents, timesteps = (recording.tensors[f"in/single/{name}"] for name in ("latents", "timestep"))
-        # No schedule ends a call, so it is not the last of a request.
+        # The schedule has a second step, so that the call is not the last one of its request.
         return [
             state_of(family, noisy, prompts, (torch.ones(3), timestep.expand(2)), rule)
             for noisy, timestep in zip(latents, timesteps, strict=True)
@@ -177,7 +176,7 @@ def single_states(recording: Any, state_of: Callable[..., DenoiseState]) -> Call
     return single_states
 
 
-def test_packed_latents_are_those_of_the_recorded_program(recording: Any) -> None:
+def test_packed_latents_are_as_recorded(recording: Any) -> None:
     for latents, packed in zip(
         recording.tensors["in/single/latents"], recording.tensors["in/single/packed"], strict=True
     ):
@@ -220,7 +219,7 @@ def test_dense_call_is_as_recorded(
 
 @pytest.fixture(scope="module")
 def start(recording: Any, family: QwenImageFamily, state_of: Callable[..., DenoiseState]) -> Callable[[], DenoiseState]:
-    """The request of `denoise`."""
+    """The request of the recording `denoise`."""
 
     def start() -> DenoiseState:
         settings = recording.settings["denoise"]
@@ -256,7 +255,7 @@ def test_sampling_run_is_as_recorded(
 def test_each_branch_and_their_guided_velocity_are_as_recorded(
     recording: Any, family: QwenImageFamily, start: Callable[[], DenoiseState]
 ) -> None:
-    """The same run from the recorded latents of every step, so that nothing adds up."""
+    """Every step starts from the recorded latents, so that differences do not accumulate."""
     state = start()
     recorded = {name: recording.tensors[f"out/denoise/{name}"] for name in ("cond_pred", "uncond_pred", "noise_pred")}
     for step, latents in enumerate(recording.tensors["out/denoise/latents"]):
@@ -264,14 +263,14 @@ def test_each_branch_and_their_guided_velocity_are_as_recorded(
         torch.testing.assert_close(both[:1], pack(recorded["cond_pred"][step]), **NEAR)
         torch.testing.assert_close(both[1:], pack(recorded["uncond_pred"][step]), **NEAR)
         guided = family.guide(state.request, both)
-        # Guidance multiplies what the two branches differ by.
+        # Guidance multiplies the difference of the two branches.
         near: dict[str, Any] = {"atol": NEAR["atol"] * state.request.guidance_scale, "rtol": NEAR["rtol"]}
         torch.testing.assert_close(guided, pack(recorded["noise_pred"][step]), **near)
         state.latents, state.step_index = pack(latents), step + 1
 
 
 def assert_decisions(row: Row, calls: Sequence[dict[str, Any]]) -> None:
-    """Decisions, widths and probabilities of a row are those of its calls in a trace."""
+    """Assert that a row's decisions, widths and probabilities are those of its recorded calls."""
     assert isinstance(row.rule, Watched)
     for view, done, call in zip(row.rule.seen, row.trace, calls, strict=True):
         assert done.decision == call["decision"]

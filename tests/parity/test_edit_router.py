@@ -1,4 +1,4 @@
-"""`edit_router`: our router with official weights."""
+"""`edit_router`: our router with the official weights."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +28,7 @@ def test_router_scores_as_recorded(recording: Any, router: Router) -> None:
     assert cases
     for case in cases:
         text, image, temb = (recording.tensors[f"in/{case}/{name}"] for name in ("text", "image", "temb"))
-        # A row's time embedding is its own, since rows of a batch may be at different steps.
+        # Each row has its own time embedding, because rows of a batch may be at different steps.
         modulation = router.modulation(temb.expand(len(image), -1))
         means: list[Tensor] = []
         handle = router.gate_head.register_forward_pre_hook(lambda _, args, means=means: means.append(args[0]))
@@ -52,6 +52,6 @@ def test_training_gate_has_the_recorded_values_and_gradients(recording: Any) -> 
     (gate * cotangent[:, 0]).sum().backward()
     assert logit.grad is not None
     torch.testing.assert_close(logit.grad, recording.tensors["out/train/gate_logit_grad"])
-    # On the threshold itself the official program skips in training and runs in inference; ours runs in both.
+    # Exactly at the threshold, the official program skips in training and runs in inference; ours runs in both.
     expected = torch.where(prob == 0.5, 1.0, expected)
     torch.testing.assert_close(gate.detach(), expected)

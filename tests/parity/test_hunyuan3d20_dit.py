@@ -1,7 +1,8 @@
-"""`hunyuan3d20_dit`: Hunyuan3D-2.0's denoiser, each of its parts, with blocks left out, in a whole sampling run."""
+"""`hunyuan3d20_dit`: Hunyuan3D-2.0's denoiser: each part, passes without some blocks, and a sampling run."""
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -35,10 +36,10 @@ def inputs(recording: Any, model: Hunyuan3DDiT) -> tuple[Tensor, Tensor, Tensor,
 
 @pytest.fixture
 def recorded_features(recording: Any, model: Hunyuan3DDiT) -> Iterator[None]:
-    """The recorded sines and cosines instead of our own, for tests of one pass.
+    """Replaces our sines and cosines with the recorded ones, for tests of one pass.
 
-    Their arguments reach 5000, where the processor's rounding of exp in the last place moves an output of the model by
-    as much as the tolerance.
+    Their arguments reach 5000. There, a processor's rounding of exp in the last place moves the model's output by as
+    much as the tolerance.
     """
 
     def features(name: str) -> Callable[..., tuple[Tensor]]:
@@ -58,10 +59,18 @@ def test_sines_and_cosines_are_as_recorded(
 ) -> None:
     for name, embedder, scalar in (("time", model.time_in, inputs[1]), ("guidance", model.guidance_in, inputs[3])):
         if embedder is not None and scalar is not None:
-            # One unit in the last place of a frequency, times what it is multiplied by.
+            # One unit in the last place of a frequency, times its factor.
             atol = NEAR["atol"] + torch.finfo(torch.float32).eps * 1000 * scalar.max().item()
             features = scalar_features(scalar, embedder.max_period)
             torch.testing.assert_close(features, recording.tensors[f"out/{name}_sincos"], atol=atol, rtol=0)
+
+
+def double_outputs(index: int, output: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    return {f"double.{index}.txt": output[0], f"double.{index}.img": output[1]}
+
+
+def single_output(index: int, output: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    return {f"single.{index}": torch.cat(output, dim=1)}
 
 
 @pytest.mark.usefixtures("recorded_features")
@@ -80,9 +89,9 @@ def test_every_part_of_a_pass_is_as_recorded(
     keep(model.latent_in, lambda output: {"latent_in": output})
     keep(model.cond_in, lambda output: {"cond_in": output})
     for i, block in enumerate(model.double_blocks):
-        keep(block, lambda output, i=i: {f"double.{i}.txt": output[0], f"double.{i}.img": output[1]})
+        keep(block, partial(double_outputs, i))
     for i, block in enumerate(model.single_blocks):
-        keep(block, lambda output, i=i: {f"single.{i}": torch.cat(output, dim=1)})
+        keep(block, partial(single_output, i))
     computed["final"] = model(*inputs)
     for handle in handles:
         handle.remove()
@@ -91,11 +100,11 @@ def test_every_part_of_a_pass_is_as_recorded(
     assert parts == {f"out/{name}" for name in computed}
     for name, value in computed.items():
         expected = recording.tensors[f"out/{name}"]
-        torch.testing.assert_close(value, expected, **NEAR, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(value, expected, **NEAR, msg=partial("{}: {}".format, name))
 
 
 @pytest.mark.usefixtures("recorded_features")
-def test_pass_with_blocks_left_out_is_as_recorded(
+def test_pass_without_some_blocks_is_as_recorded(
     recording: Any, model: Hunyuan3DDiT, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None]
 ) -> None:
     latents, timestep, context, guidance = inputs

@@ -1,7 +1,8 @@
-"""`hunyuan3d21_dit`: Hunyuan3D-2.1's denoiser, each of its parts, with blocks left out, in a guided sampling run."""
+"""`hunyuan3d21_dit`: Hunyuan3D-2.1's denoiser: each part, passes without some blocks, and a guided sampling run."""
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.diffusion.sampling import classifier_free_guidance, consistency_schedule, euler_step, rising_flow_schedule
-from models.families.hunyuan3d.plain_dit import HunYuanDiTPlain, MixtureOfExperts, time_features
+from models.families.hunyuan3d.plain_dit import HunYuanDiTBlock, HunYuanDiTPlain, MixtureOfExperts, time_features
 
 NEAR: dict[str, Any] = {"atol": 5e-5, "rtol": 1e-4}
 
@@ -74,23 +75,24 @@ def test_every_part_of_a_pass_is_as_recorded(recording: Any, computed: dict[str,
     assert parts == {f"out/{name}" for name in computed}
     for name, value in computed.items():
         expected = recording.tensors[f"out/{name}"]
-        torch.testing.assert_close(value, expected, **NEAR, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(value, expected, **NEAR, msg=partial("{}: {}".format, name))
 
 
-def test_pass_with_blocks_left_out_but_for_their_fuse_is_as_recorded(
+def test_pass_without_some_blocks_but_with_their_fuse_is_as_recorded(
     recording: Any, model: HunYuanDiTPlain, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     velocity = model(*inputs, left_out=set(recording.settings["skip_blocks"]))
     torch.testing.assert_close(velocity, recording.tensors["out/skip_keep_fuse/final"], **NEAR)
 
 
-def test_pass_with_blocks_left_out_with_their_fuse_is_as_recorded(
+def test_pass_without_some_blocks_and_their_fuse_is_as_recorded(
     recording: Any, model: HunYuanDiTPlain, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     latents, timestep, context = inputs
     hidden_states = model.embed(latents, timestep)
-    outputs = []
+    outputs: list[Tensor] = []
     for i, block in enumerate(model.blocks):
+        assert isinstance(block, HunYuanDiTBlock)
         if i not in recording.settings["skip_blocks"]:
             source = model.skip_source(i)
             if source is not None:

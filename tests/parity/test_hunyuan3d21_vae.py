@@ -1,7 +1,8 @@
-"""`hunyuan3d21_vae`: the shape VAE's decoder, field and encoder; the grids and the mesh that come of its field."""
+"""`hunyuan3d21_vae`: the shape VAE's decoder, field and encoder, and the grids and the mesh of its field."""
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from models.families.hunyuan3d.shape_vae import Field, ShapeVAE, geometry_of
 
-# Five times closer than other recordings need: a norm's epsilon, 1e-6 or 1e-5, shows by less than 1e-4.
+# Five times tighter than for other recordings: a wrong norm epsilon, 1e-6 or 1e-5, changes results by less than 1e-4.
 NEAR: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 
 
@@ -31,7 +32,7 @@ def vae(recording: Any) -> ShapeVAE:
 
 @pytest.fixture(scope="module")
 def field(recording: Any, vae: ShapeVAE) -> Field:
-    """The field of the latents that a pipeline would have made."""
+    """The field of the recorded pipeline latents."""
     return vae.field(recording.tensors["in/pipeline_latents"] / vae.scale_factor)
 
 
@@ -65,7 +66,7 @@ def computed(recording: Any, vae: ShapeVAE) -> dict[str, Tensor]:
     return computed
 
 
-# Those whose grids and mesh have a test of their own, and the Fourier features, which react to rounding.
+# Outputs with a test of their own: grids, mesh, and the Fourier features, which are sensitive to rounding.
 APART = {"grid_logits", "mesh_vertices", "mesh_faces", "hier_grid_logits", "flash_grid_logits", "fourier"}
 
 
@@ -73,11 +74,11 @@ def test_every_recorded_intermediate_is_as_recorded(recording: Any, computed: di
     expected = {key.removeprefix("out/"): value for key, value in recording.tensors.items() if key.startswith("out/")}
     assert expected.keys() >= {"post_kl", "transformer.0", "decoded", "query_proj", "geo_attn", "geo_cross_attn"}
     for name in expected.keys() - APART:
-        torch.testing.assert_close(computed[name], expected[name], **NEAR, msg=lambda why, name=name: f"{name}: {why}")
+        torch.testing.assert_close(computed[name], expected[name], **NEAR, msg=partial("{}: {}".format, name))
 
 
 def test_fourier_features_are_as_recorded(recording: Any, vae: ShapeVAE) -> None:
-    # The highest frequency multiplies the rounding of a place.
+    # The highest frequency multiplies the rounding error of a position.
     num_freqs = (vae.geo_decoder.query_proj.in_features // 3 - 1) // 2
     near = {"atol": NEAR["atol"] + 2**num_freqs * torch.finfo(torch.float32).eps, "rtol": NEAR["rtol"]}
     torch.testing.assert_close(vae.features(recording.tensors["in/points"]), recording.tensors["out/fourier"], **near)
@@ -86,7 +87,7 @@ def test_fourier_features_are_as_recorded(recording: Any, vae: ShapeVAE) -> None
         torch.testing.assert_close(features, recording.tensors[f"in/enc_{name}"], **near)
 
 
-def test_geometry_decoder_is_told_by_the_recorded_weights(recording: Any) -> None:
+def test_geometry_decoder_settings_follow_from_the_recorded_weights(recording: Any) -> None:
     geometry = geometry_of(recording.weights)
     config = recording.settings["config"]
     assert geometry == {**geometry, **{name: config[name] for name in geometry.keys() & config.keys()}}
@@ -94,14 +95,14 @@ def test_geometry_decoder_is_told_by_the_recorded_weights(recording: Any) -> Non
 
 
 def settings_of(recording: Any, grid: str) -> Any:
-    """How `grid` was decoded; a test of one that the recording lacks is skipped."""
+    """How `grid` was decoded. Skips the test if the recording lacks this grid."""
     if grid not in recording.settings:
         pytest.skip(f"the recording has no {grid}")
     return recording.settings[grid]
 
 
 def grid_points(side: int, bounds: float) -> Tensor:
-    """`(side, side, side, 3)`, x slowest."""
+    """Points `(side, side, side, 3)`; x varies slowest."""
     axis = torch.linspace(-bounds, bounds, side)
     return torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1)
 
@@ -118,13 +119,13 @@ def test_dense_grid_is_as_recorded(recording: Any, grid_logits: Tensor) -> None:
     torch.testing.assert_close(grid_logits, recording.tensors["out/grid_logits"][0], **NEAR)
 
 
-def test_mesh_of_our_grid_is_the_recorded_one(recording: Any, grid_logits: Tensor) -> None:
+def test_mesh_of_our_grid_is_as_recorded(recording: Any, grid_logits: Tensor) -> None:
     settings = settings_of(recording, "grid")
     vertices, faces, _, _ = marching_cubes(grid_logits.numpy(), settings["mc_level"])
-    # As upstream has it; exact would be to divide by the number of cells.
+    # As in the official program; dividing by the number of cells would be exact.
     spacing = 2 * settings["bounds"] / (settings["octree_resolution"] + 1)
     ours = torch.from_numpy(vertices.copy()) * spacing - settings["bounds"]
-    # A grid's error moves a vertex, along its edge, by a share of the change of the field over that edge.
+    # An error of the grid moves a vertex along its edge, by the error over the change of the field along that edge.
     error = (grid_logits - recording.tensors["out/grid_logits"][0]).abs().max().item()
     change = smallest_change_over_a_crossed_edge(grid_logits - settings["mc_level"])
     near = {"atol": 1e-6 + 2 * spacing * error / change, "rtol": 0}
@@ -143,7 +144,7 @@ def smallest_change_over_a_crossed_edge(logits: Tensor) -> float:
     return smallest
 
 
-def test_points_that_coarse_to_fine_decoding_visits_have_the_field_s_values(recording: Any, field: Field) -> None:
+def test_field_has_the_recorded_values_at_points_of_coarse_to_fine_decoding(recording: Any, field: Field) -> None:
     settings = settings_of(recording, "hier")
     expected = recording.tensors["out/hier_grid_logits"][0]
     visited = ~expected.isnan()
@@ -152,16 +153,16 @@ def test_points_that_coarse_to_fine_decoding_visits_have_the_field_s_values(reco
     torch.testing.assert_close(field(points[visited]), expected[visited], **NEAR)
 
 
-def test_flashvdm_is_our_field_with_most_latents_left_out_block_by_block(recording: Any, vae: ShapeVAE) -> None:
-    """FlashVDM, which is not offered here, lets a head see a third of the latents, chosen for each block of points.
+def test_flashvdm_equals_our_field_on_its_choice_of_latents(recording: Any, vae: ShapeVAE) -> None:
+    """FlashVDM (not offered here) lets an attention head see a third of the latents, chosen for each block of points.
 
-    Held to that choice, our geometry decoder gives its values; so what it approximates is our field.
+    With that choice, our geometry decoder gives FlashVDM's values. So FlashVDM approximates our field.
     """
     settings, decoder = settings_of(recording, "flash"), vae.geo_decoder
     block, attention = decoder.cross_attn_decoder, decoder.cross_attn_decoder.attn
     latents = recording.tensors["in/pipeline_latents"] / vae.scale_factor
     keys, values = decoder.keys_and_values(vae.decode(latents))
-    # How many it keeps of any number but the published 3072 and 512.
+    # FlashVDM keeps a third for any number of latents but the published 3072 and 512.
     num_latents = keys.shape[2]
     assert num_latents not in (3072, 512)
     expected = recording.tensors["out/flash_grid_logits"][0]
@@ -181,7 +182,7 @@ def test_flashvdm_is_our_field_with_most_latents_left_out_block_by_block(recordi
         torch.testing.assert_close(ours.view(logits.shape), logits, **NEAR)
 
 
-def test_permuted_latents_leave_the_field_as_it_is(recording: Any, vae: ShapeVAE) -> None:
+def test_permuting_latents_does_not_change_the_field(recording: Any, vae: ShapeVAE) -> None:
     latents, points = recording.tensors["in/latents"], recording.tensors["in/points"]
     order = torch.randperm(latents.shape[1], generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(vae.field(latents[:, order])(points), recording.tensors["out/logits"][..., 0], **NEAR)

@@ -1,6 +1,7 @@
-"""`hunyuan3d21_cond`, `hunyuan3d20_cond`: how a picture is prepared and what DINOv2 makes of it."""
+"""`hunyuan3d21_cond`, `hunyuan3d20_cond`: the preparation of an image, and its DINOv2 tokens."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,41 +34,41 @@ def conditioner(recording: Any) -> SingleImageEncoder:
     return conditioner.requires_grad_(False)
 
 
-def picture_of(recording: Any, mode: str) -> Image.Image:
+def image_of(recording: Any, mode: str) -> Image.Image:
     return Image.fromarray(recording.tensors[f"in/image_{mode}"].numpy())
 
 
 @pytest.mark.parametrize("mode", ["rgba", "rgb"])
-def test_picture_is_prepared_as_recorded(recording: Any, settings: ImageSettings, mode: str) -> None:
+def test_image_is_prepared_as_recorded(recording: Any, settings: ImageSettings, mode: str) -> None:
     expected = {name: recording.tensors[f"out/{mode}/{name}"] for name in ("recentered", "recentered_mask", "image")}
-    picture = picture_of(recording, mode)
-    canvas = recentre(to_rgba(picture), settings.border_ratio)
+    image = image_of(recording, mode)
+    canvas = recentre(to_rgba(image), settings.border_ratio)
     np.testing.assert_array_equal(canvas[..., 3:], expected["recentered_mask"].numpy())
     np.testing.assert_array_equal(on_white(canvas), expected["recentered"].numpy())
-    prepared = prepare_image(picture, settings, BackgroundRemoval.NEVER)
-    # OpenCV's resize may round halves otherwise on another CPU: some few values by one of their 255 levels.
+    prepared = prepare_image(image, settings, BackgroundRemoval.NEVER)
+    # OpenCV's resize may round halves differently on another CPU: a few values differ by one of 255 levels.
     difference = (prepared - expected["image"]).abs()
     assert difference.max() < 1.01 * 2 / 255
     assert (difference > 1e-6).float().mean() < 1e-3
 
 
-def test_image_tokens_are_those_recorded(recording: Any, conditioner: SingleImageEncoder) -> None:
-    picture = recording.tensors["out/rgba/image"]
+def test_image_tokens_are_as_recorded(recording: Any, conditioner: SingleImageEncoder) -> None:
+    image = recording.tensors["out/rgba/image"]
     encoder = conditioner.main_image_encoder
-    made = {"pixel_values": encoder.pixel_values(picture)}
+    computed = {"pixel_values": encoder.pixel_values(image)}
 
     def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda _, __, output: made.update({name: output})
+        return lambda _, __, output: computed.update({name: output})
 
     encoder.model.embeddings.register_forward_hook(keep("embeddings"))
     for i, layer in enumerate(encoder.model.encoder.layer):
         layer.register_forward_hook(keep(f"layer.{i}"))
-    made["cond"] = conditioner(picture)
+    computed["cond"] = conditioner(image)
     recorded = {
         name.removeprefix("out/"): tensor
         for name, tensor in recording.tensors.items()
         if name.startswith(("out/layer", "out/cond", "out/embeddings", "out/pixel_values"))
     }
-    assert made.keys() == recorded.keys()
+    assert computed.keys() == recorded.keys()
     for name, tensor in recorded.items():
-        torch.testing.assert_close(made[name], tensor, **NEAR, msg=lambda told, name=name: f"{name}: {told}")
+        torch.testing.assert_close(computed[name], tensor, **NEAR, msg=partial("{}: {}".format, name))

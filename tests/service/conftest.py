@@ -5,6 +5,7 @@
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -20,15 +21,18 @@ from fastapi.testclient import TestClient
 from numpy.typing import NDArray
 
 from models.budget import resolve
-from models.card import EXACT, CurvePoint, Guidance, ImageCard, MeshCard, ModelCard, Policy, SizeLimits
+from models.card import Guidance, ImageCard, MeshCard, ModelCard, SizeLimits
+from models.curve import EXACT, CurvePoint, Preset
 from models.errors import EmptySurface, InvalidRequest
 from models.mesh.cleanup import CleanMesh, clean
 from models.mesh.surface import Mesh
 from models.report import BlockReport, Decision, GenerationSummary, StepDecision, StepReport
-from models.request import ImageRequest, LatencyBudget, MeshRequest, Preset, QualityBudget
+from models.request import ImageRequest, LatencyBudget, MeshRequest, QualityBudget
+from models.rules.router import RouterPolicy
 from service.app import build_dispatcher, create_app
-from service.jobs.job import Job, JobStatus, Outcome, Output, Priority
+from service.jobs.job import FinishedJob, Job, JobSnapshot, JobStatus, Priority
 from service.jobs.store import ended
+from service.order import Output
 from service.running.dispatcher import Dispatcher
 from service.settings import Settings
 
@@ -39,10 +43,10 @@ T = TypeVar("T")
 
 CURVE = (
     EXACT,
-    CurvePoint("router", Policy(skip_threshold=0.2), 0.8, 0.82, 0.97, Preset.HIGH),
-    CurvePoint("router", Policy(skip_threshold=0.4), 0.6, 0.64, 0.9, Preset.BALANCED),
-    CurvePoint("router", Policy(skip_threshold=0.5), 0.5, 0.55, 0.8, Preset.FAST),
-    CurvePoint("router", Policy(skip_threshold=0.7), 0.4, 0.46, 0.6, Preset.DRAFT),
+    CurvePoint(RouterPolicy(skip_threshold=0.2), 0.8, 0.82, 0.97, Preset.HIGH),
+    CurvePoint(RouterPolicy(skip_threshold=0.4), 0.6, 0.64, 0.9, Preset.BALANCED),
+    CurvePoint(RouterPolicy(skip_threshold=0.5), 0.5, 0.55, 0.8, Preset.FAST),
+    CurvePoint(RouterPolicy(skip_threshold=0.7), 0.4, 0.46, 0.6, Preset.DRAFT),
 )
 
 DRAWN_CARD = ImageCard(
@@ -102,7 +106,7 @@ class DrawnState:
 
     @property
     def point(self) -> CurvePoint:
-        return self.moves[-1] if self.moves else resolve(self.request.budget, CURVE)
+        return self.moves[-1] if self.moves else self.request.point
 
     def move_to(self, point: CurvePoint) -> None:
         self.moves.append(point)
@@ -261,22 +265,31 @@ class Service:
         self.run(self._running.__aenter__())
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Do something in the loop, and wait for it."""
+        """Run a coroutine in the event loop, and wait for its result."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
 
-    def submit(self, job: Job) -> "Future[Outcome]":
+    def submit(self, job: Job) -> "Future[FinishedJob]":
         """Queue a job; the future is done when it has ended."""
         self.run(self.store.add(job))
-        return asyncio.run_coroutine_threadsafe(self._outcome(job.id), self._loop)
+        return asyncio.run_coroutine_threadsafe(self._finished(job.id), self._loop)
 
-    async def _outcome(self, job_id: str) -> Outcome:
-        job = await ended(self.store, job_id)
-        return await self.store.content(job_id) if job.status is JobStatus.SUCCEEDED else Outcome(job, ())
+    async def _finished(self, job_id: str) -> FinishedJob:
+        snapshot = await ended(self.store, job_id)
+        if snapshot.state.status is JobStatus.SUCCEEDED:
+            return await self.store.content(job_id)
+        return FinishedJob(snapshot.job, snapshot.state, ())
 
-    def job(self, job_id: str) -> Job:
+    def get(self, job_id: str) -> JobSnapshot:
         return self.run(self.store.get(job_id))
 
-    def cancel(self, job_id: str) -> Job:
+    def wait_until_taken(self, *job_ids: str) -> None:
+        """Wait until the worker holds these jobs."""
+        deadline = time.monotonic() + 60
+        while not set(job_ids) <= {claim.job.id for claim in self.dispatcher.worker.held()}:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    def cancel(self, job_id: str) -> JobSnapshot:
         return self.run(self.dispatcher.cancel(job_id))
 
     def drain_soon(self) -> None:
@@ -352,7 +365,7 @@ def client(start_client: Callable[..., TestClient], settings: Settings) -> TestC
 
 @pytest.fixture
 def make_request() -> Callable[..., ImageRequest]:
-    def make(**fields: Any) -> ImageRequest:
+    def make(*, card: ImageCard = DRAWN_CARD, **fields: Any) -> ImageRequest:
         defaults: dict[str, Any] = {
             "model": "drawn",
             "prompt": "a red circle",
@@ -363,7 +376,9 @@ def make_request() -> Callable[..., ImageRequest]:
             "seed": 0,
             "budget": QualityBudget(0.9),
         }
-        return ImageRequest(**{**defaults, **fields})
+        asked = {**defaults, **fields}
+        is_guided = card.is_guided(asked["guidance_scale"], asked.get("true_cfg_scale", 1.0))
+        return ImageRequest(**{"point": resolve(asked["budget"], CURVE), "is_guided": is_guided, **asked})
 
     return make
 

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from models.request import ComputeBudget, LatencyBudget, Preset, PresetBudget, QualityBudget
+from models.curve import Preset
+from models.request import ComputeBudget, LatencyBudget, PresetBudget, QualityBudget
 from service.api.validation import invalid_request
 from service.budget import BudgetBody, budget_fields
 

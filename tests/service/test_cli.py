@@ -1,8 +1,14 @@
+import json
+import re
+import tomllib
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import typer
 
-from service.cli import main
+from service.cli import app, main
+from service.settings import Settings
 
 
 @pytest.mark.parametrize(
@@ -16,6 +22,11 @@ from service.cli import main
         (["generate"], "Missing option '--prompt'."),
         (["generate", "--prompt", "a", "--out", "a.gif"], "--out a.gif must end in .png, .webp, .jpeg"),
         (["generate", "--prompt", "a", "--model", "nothing"], "there is no model directory 'nothing'"),
+        (["serve", "--models", "nothing"], "there is no model directory 'nothing'"),
+        (["generate", "--prompt", "a", "--out", "no/a.png"], "--out no/a.png: there is no folder no; create it"),
+        (["generate", "--prompt", "a", "--receipt", "no/a.json"], "--receipt no/a.json: there is no folder no"),
+        (["mesh", "--image", "a.png", "--out", "no/a.glb"], "--out no/a.glb: there is no folder no; create it"),
+        (["mesh", "--image", "a.png", "--receipt", "no/a.json"], "--receipt no/a.json: there is no folder no"),
         (["generate", "--prompt", "", "--model", "."], "prompt is empty"),
         (["generate", "--prompt", "a", "--model", ".", "--budget", "quick"], "budget.preset 'quick' is not one of"),
         (["generate", "--prompt", "a", "--model", ".", "--budget", "quality=2"], "budget.quality 2.0 is above 1"),
@@ -49,6 +60,53 @@ def test_broken_settings_file_is_one_line(tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", ["serve", "worker"])
+def test_options_show_the_description_and_default_of_their_setting(command: str) -> None:
+    group = typer.main.get_command(app)
+    assert isinstance(group, typer.core.TyperGroup)
+    shown = {parameter.name: getattr(parameter, "help", "") for parameter in group.commands[command].params}
+    assert set(shown) == {"host", "port", "models", "device", "config"}
+    for name in set(shown) - {"config"}:
+        field = Settings.model_fields[name]
+        assert field.description
+        assert field.description in shown[name]
+    assert shown["models"].endswith("[default: tiny-flux,tiny-qwen-image,tiny-hunyuan3d]")
+    assert shown["port"].endswith("[default: 8000]")
+
+
+def test_serve_finds_models_by_name_from_any_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server would not end, so the models are followed by a mistake that is found after them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ELASTIC_API_KEYS", "broken")
+    assert main(["serve", "--models", "tiny-flux,tiny-hunyuan3d"]) == 2
+    error = capsys.readouterr().err
+    assert "model" not in error
+    assert "api_keys" in error.lower()
+
+
+def test_image_made_in_another_folder_uses_the_routers_and_prints_no_warnings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--prompt", "a red circle", "--seed", "1", "--budget", "fast", "--receipt", "receipt.json"]
+    assert main(["generate", *arguments]) == 0
+    assert json.loads((tmp_path / "receipt.json").read_text())["compute_ratio"] < 1
+    assert (tmp_path / "image.png").is_file()
+    output = capfd.readouterr()
+    assert re.fullmatch(r"image\.png: \d+% of the dense compute, \d+\.\d+ s\n", output.out)
+    assert [line for line in output.err.splitlines() if line and "denoising" not in line] == []
+
+
+def test_new_key_prints_the_key_and_its_entry(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["new-key", "--id", "ci", "--scope", "generate", "--scope", "metrics"]) == 0
+    output = capsys.readouterr().out
+    entry = tomllib.loads(output[output.index("[[keys]]") :])["keys"][0]
+    (secret,) = re.findall(r"^elastic_\S+$", output, re.MULTILINE)
+    assert entry == {"id": "ci", "sha256": sha256(secret.encode()).hexdigest(), "scopes": ["generate", "metrics"]}
+
+
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     output = capsys.readouterr().out
@@ -56,7 +114,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert "generate" in output
 
 
-def test_calibrate_names_the_picture_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibrate_names_the_image_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "notes.txt").write_text("no picture")
-    assert main(["calibrate", "--pictures", str(tmp_path)]) == 2
-    assert "notes.txt: input_image is no picture" in capsys.readouterr().err
+    assert main(["calibrate", "--images", str(tmp_path)]) == 2
+    assert "notes.txt: input_image is not a readable image" in capsys.readouterr().err

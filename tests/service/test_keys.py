@@ -87,9 +87,9 @@ def test_admin_may_do_everything_and_others_what_they_are_for() -> None:
         ({"id": "ci", "sha256": HASH, "scopes": ["all"]}, "scopes.0: input should be 'generate', 'metrics' or 'admin'"),
         ({"id": "c i", "sha256": HASH, "scopes": ["admin"]}, "entry 2 ('c i'): id must be 1 to 64 letters"),
         ({"id": "ci", "sha256": HASH, "scopes": ["admin"], "key": "elastic_s3cret"}, "('ci'): key: extra inputs"),
-        ({"id": "ci", "sha256": HASH, "scopes": ["admin"], "rate_limit": "often"}, "rate_limit: 'often' is no rate"),
-        ({"id": "ok", "sha256": HASH, "scopes": ["admin"]}, "the id of 'ok' is that of an earlier entry"),
-        ({"id": "ci", "sha256": "b" * 64, "scopes": ["admin"]}, "the sha256 of 'ci' is that of an earlier entry"),
+        ({"id": "ci", "sha256": HASH, "scopes": ["admin"], "rate_limit": "often"}, "rate_limit: 'often' is not a rate"),
+        ({"id": "ok", "sha256": HASH, "scopes": ["admin"]}, "the id of 'ok' is also that of an earlier entry"),
+        ({"id": "ci", "sha256": "b" * 64, "scopes": ["admin"]}, "the sha256 of 'ci' is also that of an earlier entry"),
         ("elastic_s3cret", "entry 2: the entry: input should be a valid dictionary"),
     ],
 )
@@ -106,10 +106,10 @@ def test_fault_in_the_file_names_the_entry_and_shows_no_secret(
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("keys.json", "[", "keys.json is no JSON"),
+        ("keys.json", "[", "keys.json is not JSON"),
         ("keys.json", "{}", "must be a JSON list"),
         ("keys.json", "[]", "has no keys"),
-        ("keys.toml", "keys = 1 2", "keys.toml is no TOML"),
+        ("keys.toml", "keys = 1 2", "keys.toml is not TOML"),
         ("keys.toml", "", r"has no \[\[keys\]\]"),
         ("keys.toml", "keys = []", "has no keys"),
     ],

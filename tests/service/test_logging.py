@@ -1,5 +1,6 @@
 import json
 import logging
+import subprocess
 import sys
 from typing import Any
 
@@ -49,3 +50,14 @@ def test_lines_while_a_request_is_handled_have_its_id(formatter: logging.Formatt
     assert "request-1" in formatter.format(inside)
     assert "other" in formatter.format(named)
     assert "request-1" not in formatter.format(named)
+
+
+def test_only_the_warning_about_torchvision_is_dropped() -> None:
+    """In a fresh interpreter, since transformers logs it once in a process."""
+    code = (
+        "from service.logging import ignore_torchvision_fallback; ignore_torchvision_fallback(); "
+        "from transformers import CLIPImageProcessor; from transformers.utils import import_utils; "
+        "import_utils.logger.warning('another')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stderr.splitlines() == ["[transformers] another"]

@@ -1,6 +1,7 @@
 """What the OpenAPI document says is what the server does: `benchmarks.contract` with few cases."""
 
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -58,6 +59,10 @@ def test_faults_of_a_server_and_of_its_document_are_found() -> None:
         ("status_code_conformance", "GET /undocumented"),
         ("not_a_server_error", "GET /broken"),
     }
+
+
+def test_document_has_the_version_of_the_distribution(client: TestClient) -> None:
+    assert client.get("/openapi.json").json()["info"]["version"] == version("elastic-dit-serve")
 
 
 def test_links_name_operations_and_parameters_that_exist(client: TestClient) -> None:

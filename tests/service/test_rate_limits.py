@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from service.errors import StoreUnavailable
-from service.rate_limits import RateLimits, Standing, parse_rate_limit
+from service.rate_limits import RateLimits, RateLimitStatus, parse_rate_limit
 from service.settings import Settings
 
 
@@ -47,7 +47,7 @@ async def use_up(redis_url: str | None) -> None:
     assert [standing.is_allowed for standing in standings] == [True, True, False]
     assert [standing.remaining for standing in standings] == [1, 0, 0]
     assert all(standing.limit == 2 and 50 <= standing.reset_s <= 61 for standing in standings)
-    assert other == Standing(is_allowed=True, limit=2, remaining=1, reset_s=other.reset_s)
+    assert other == RateLimitStatus(is_allowed=True, limit=2, remaining=1, reset_s=other.reset_s)
     # And Redis is what servers share
     assert elsewhere.is_allowed is (redis_url is None)
 
@@ -63,7 +63,7 @@ def test_servers_share_the_count_in_redis(redis_server: str) -> None:
 
 @pytest.mark.redis
 def test_burst_is_counted_whole(redis_server: str) -> None:
-    async def burst() -> list[Standing]:
+    async def burst() -> list[RateLimitStatus]:
         limits, limit = RateLimits(redis_server), parse_rate_limit("150/minute")
         standings = await asyncio.gather(*(limits.count(limit, "key", "a") for _ in range(300)))
         await limits.close()
@@ -94,7 +94,7 @@ def test_redis_that_is_away_is_an_error_and_a_warning(caplog: pytest.LogCaptureF
 
 @pytest.mark.parametrize("text", ["often", "", "0/minute", "1/second;60/minute", "60"])
 def test_what_is_no_limit_is_no_setting(text: str) -> None:
-    with pytest.raises(ValueError, match="is no rate limit"):
+    with pytest.raises(ValueError, match="is not a rate limit"):
         parse_rate_limit(text)
     with pytest.raises(ValidationError, match="rate_limit"):
         Settings(rate_limit=text)

@@ -4,7 +4,10 @@ import pytest
 from pydantic import ValidationError
 
 from service.budget import BudgetBody
+from service.errors import BadConfiguration
 from service.settings import Settings, load_settings
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -51,7 +54,36 @@ def test_mistakes_are_not_passed_over(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_default_models_are_one_of_each_family_flux_first() -> None:
     names = ("tiny-flux", "tiny-qwen-image", "tiny-hunyuan3d")
-    assert Settings().models == tuple(Path("checkpoints") / name for name in names)
+    assert Settings().models == tuple(Path(name) for name in names)
+
+
+def test_defaults_are_found_from_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = Settings()
+    for directory in settings.model_directories:
+        assert directory == ROOT / "checkpoints" / directory.name
+        assert (settings.router_weights / directory.name / "manifest.json").is_file()
+
+
+def test_relative_paths_are_relative_to_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny-flux").mkdir()
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    settings = Settings.model_validate({"models": "tiny-flux, models/mine", "router_weights": "routers"})
+    assert [path.resolve() for path in settings.model_directories] == [tmp_path / "tiny-flux", tmp_path / "models/mine"]
+    assert settings.router_weights.resolve() == tmp_path / "routers"
+
+
+def test_environment_may_name_a_model_among_the_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ELASTIC_MODELS", "tiny-hunyuan3d,checkpoints/tiny-flux")
+    monkeypatch.chdir(ROOT)
+    names = [path.resolve() for path in load_settings().model_directories]
+    assert names == [ROOT / "checkpoints" / "tiny-hunyuan3d", ROOT / "checkpoints" / "tiny-flux"]
+
+
+def test_missing_model_is_named_with_the_places_where_it_was_looked_for() -> None:
+    with pytest.raises(BadConfiguration, match=r"no model directory 'nothing' or '.*checkpoints/nothing'"):
+        _ = Settings(models=(Path("nothing"),)).model_directories
 
 
 def test_every_setting_is_documented() -> None:

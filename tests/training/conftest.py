@@ -11,10 +11,10 @@ from models.families.hunyuan3d.conditioner import SingleImageEncoder
 from models.families.hunyuan3d.plain_dit import HunYuanDiTPlain
 from training.backbones import Backbone, FluxBackbone, Hunyuan3DBackbone, QwenImageBackbone
 from training.lesson import Lesson
-from training.scene_lesson import SceneLesson
-from training.scenes import Scene
-from training.solid_lesson import SolidLesson
-from training.text import MAX_SEQUENCE_LENGTH, QWEN_SEQUENCE_LENGTH, Text
+from training.scenes.lesson import SceneLesson
+from training.scenes.scenes import Scene
+from training.scenes.text import MAX_SEQUENCE_LENGTH, QWEN_SEQUENCE_LENGTH, Text
+from training.solids.lesson import SolidLesson
 
 NUM_BLOCKS = 5
 TEXT_CHANNELS = 24

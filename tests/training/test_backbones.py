@@ -17,7 +17,7 @@ from training.backbones import (
 )
 from training.base import run_all
 from training.lesson import Lesson
-from training.text import MAX_SEQUENCE_LENGTH, QWEN_SEQUENCE_LENGTH, Text
+from training.scenes.text import MAX_SEQUENCE_LENGTH, QWEN_SEQUENCE_LENGTH, Text
 
 
 @pytest.mark.parametrize("family", ["flux", "qwen_image", "hunyuan3d"])

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.card import Policy
 from models.elastic.compute import BlockCost
 from models.elastic.router import RouterStack
 from models.elastic.row import Row
@@ -16,12 +15,13 @@ from models.families.qwen_image import adapter as qwen_image
 from models.families.wrapping import elastic_blocks, mlp_name, permute_neurons
 from models.report import Decision
 from models.rules import RULES
+from models.rules.router import RouterPolicy
 from models.weights import RouterWeights
 from training.backbones import Backbone, FluxBackbone, Hunyuan3DBackbone, QwenImageBackbone
 from training.base import run_all
 from training.lesson import Lesson
 from training.routers import Knobs, RouterObjective, elastic_forward, install_masks, neuron_orders
-from training.text import Text
+from training.scenes.text import Text
 
 BATCH = 5
 ADAPTERS = {FluxBackbone: flux, QwenImageBackbone: qwen_image, Hunyuan3DBackbone: hunyuan3d}
@@ -53,7 +53,7 @@ def test_training_forward_gives_what_serving_gives(
     backbone: Backbone, routers: RouterStack, streams: Streams, knobs: Knobs
 ) -> None:
     # Given what serving does under the same settings
-    policy = Policy(skip_threshold=knobs.skip_threshold, width_bias=knobs.width_bias)
+    policy = RouterPolicy(skip_threshold=knobs.skip_threshold, width_bias=knobs.width_bias)
     blocks = elastic_blocks(backbone.transformer, ADAPTERS[type(backbone)], RouterWeights(routers, {}))
     costs = dict.fromkeys(backbone.blocks, BlockCost(1.0, 1.0))
     rows = [Row(RULES["router"], policy, "cond", 1, costs) for _ in range(BATCH)]

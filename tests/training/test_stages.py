@@ -9,16 +9,16 @@ from models.card import MeshCard
 from models.elastic.router import RouterStack
 from models.weights import RouterWeights, load_router_weights, read_manifest, save_router_weights
 from models.zoo import load_engine
-from training.picture_encoder import build_conditioner
-from training.picture_recipe import PictureParts, PictureRecipe
-from training.prompts import calibration_scenes
-from training.scenes import Scene
-from training.shape_vae import build_shape_vae
+from training.scenes.prompts import calibration_scenes
+from training.scenes.recipe import PictureParts, PictureRecipe
+from training.scenes.scenes import Scene
+from training.scenes.text import Text
+from training.scenes.tiny_flux import TinyFlux
+from training.scenes.tiny_qwen_image import TinyQwenImage
+from training.solids.image_encoder import build_conditioner
+from training.solids.shape_vae import build_shape_vae
+from training.solids.tiny_hunyuan3d import TinyHunyuan3D
 from training.stages import describe_routers, paths
-from training.text import Text
-from training.tiny_flux import TinyFlux
-from training.tiny_hunyuan3d import TinyHunyuan3D
-from training.tiny_qwen_image import TinyQwenImage
 
 
 class Captions:
@@ -65,7 +65,7 @@ def test_serving_reads_what_training_says_of_its_routers(
 def test_an_assembled_shape_model_is_served_with_its_routers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Given trained parts, and routers
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("training.tiny_hunyuan3d._NUM_CALIBRATION", 2)
+    monkeypatch.setattr("training.solids.tiny_hunyuan3d._NUM_CALIBRATION", 2)
     recipe = TinyHunyuan3D()
     run_dir, checkpoint, folder = paths(recipe)
     run_dir.mkdir(parents=True)

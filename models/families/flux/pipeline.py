@@ -85,8 +85,8 @@ class FluxFamily(ImageFamily):
 
     def _branches(self, request: ImageRequest) -> Sequence[Branch]:
         branches = [Branch("cond", request.prompt, "prompt")]
-        if request.true_cfg_scale > 1 and request.negative_prompt is not None:
-            branches.append(Branch("uncond", request.negative_prompt, "negative_prompt"))
+        if request.is_guided:
+            branches.append(Branch("uncond", request.negative_prompt or "", "negative_prompt"))
         return branches
 
     def _encode(self, branch: Branch, request: ImageRequest) -> BranchInputs:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml  # type: ignore[import-untyped]  # published without types
+import yaml
 
 from models.errors import WeightsError
 from models.families.entry import NamedClass

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from models.card import CurvePoint, Guidance, MeshCard, ModelCard, basics_of
+from models.card import Guidance, MeshCard, ModelCard, basics_of
+from models.curve import EXACT, CurvePoint, Preset
 from models.diffusion.sampling import classifier_free_guidance
 from models.elastic.compute import BlockCost
 from models.elastic.streams import Streams
@@ -27,7 +28,7 @@ from models.families.wrapping import Adapter
 from models.mesh.cleanup import CleanMesh, clean
 from models.mesh.surface import BOUNDS, Mesh, extract_surface
 from models.mesh.volume import decode_coarse_to_fine
-from models.request import GenerationRequest, MeshRequest, Preset, PresetBudget
+from models.request import GenerationRequest, MeshRequest, PresetBudget
 from models.state import BranchInputs, DenoiseState
 from models.weights import CheckpointTraits, Manifest, RouterWeights
 
@@ -106,6 +107,8 @@ class Hunyuan3DFamily(Family):
             guidance_scale=card.default_guidance_scale,
             seed=0,
             budget=PresetBudget(Preset.EXACT),
+            point=EXACT,
+            is_guided=card.is_guided(card.default_guidance_scale),
             input_image=file.getvalue(),
             octree_resolution=card.default_octree_resolution,
         )
@@ -149,8 +152,7 @@ class Hunyuan3DFamily(Family):
             guidance = torch.full((1,), request.guidance_scale, device=context.device)
             return [BranchStart("cond", BranchInputs(context, guidance=guidance), self.block_costs(num_tokens))]
         branches = [BranchStart("cond", BranchInputs(context), self.block_costs(num_tokens))]
-        # At a scale of 1 the unconditional row cancels out. Below 1 it does not: only this family guides there too.
-        if request.guidance_scale != 1:
+        if request.is_guided:
             # In 2.1 attention to zeros is a constant, so the context can be empty.
             has_context = not self._is_plain
             costs = self.block_costs(num_tokens, has_context)

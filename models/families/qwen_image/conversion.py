@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from models.elastic.router import RouterStack
 from models.errors import WeightsError
 from models.loading import TensorHead, misfit, read_heads
+from models.rules import policy_entry
 from models.rules.router import OFFICIAL, PAPER
 from models.weights import MlpActivation, read_json, sha256, write_manifest
 
@@ -33,7 +33,7 @@ _MANIFEST = {
     # Those of the official program's infer.py.
     "defaults": {"num_inference_steps": 30, "guidance_scale": 4.0, "height": 1328, "width": 1328},
     "traits": {"mlp_activation": MlpActivation.GELU_SIGMOID, "rescales_guidance": False},
-    "published_policies": [asdict(OFFICIAL), asdict(PAPER)],
+    "published_policies": [policy_entry(OFFICIAL), policy_entry(PAPER)],
 }
 
 

@@ -103,7 +103,7 @@ class QwenImageFamily(ImageFamily):
 
     def _branches(self, request: ImageRequest) -> Sequence[Branch]:
         branches = [Branch("cond", request.prompt, "prompt")]
-        if request.guidance_scale > 1:
+        if request.is_guided:
             # Without a negative prompt the stock pipeline drops guidance, with a warning. Here it is empty.
             branches.append(Branch("uncond", request.negative_prompt or "", "negative_prompt"))
         return branches

@@ -97,5 +97,5 @@ def test_consistency_schedule_takes_evenly_from_the_known_times() -> None:
 def test_consistency_schedule_has_no_step_without_length(steps: int, known: int) -> None:
     sigmas = consistency_schedule(steps, known)
     assert (sigmas.shape, sigmas.dtype) == ((steps + 1,), torch.float32)
-    assert (sigmas[0], sigmas[-1]) == (0, 1)
+    assert (sigmas[0].item(), sigmas[-1].item()) == (0, 1)
     assert (sigmas.diff() > 0).all()

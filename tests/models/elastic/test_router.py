@@ -3,7 +3,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.elastic.router import MLP_WIDTHS, Router, RouterStack
+from models.elastic.plan import MLP_WIDTHS
+from models.elastic.router import Router, RouterStack
 
 CHANNELS, HIDDEN = 12, 8
 

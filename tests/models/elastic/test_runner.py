@@ -5,9 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.card import Policy
 from models.elastic.compute import BlockCost
-from models.elastic.plan import REUSE, RUN_IN_FULL, SKIP, RowPlan, RowView
+from models.elastic.plan import REUSE, RUN_IN_FULL, SKIP, Policy, RowPlan, RowView
 from models.elastic.router import Router
 from models.elastic.row import Allowance, Residual, Row
 from models.elastic.runner import ElasticBlock, run_block
@@ -25,9 +24,7 @@ class Scripted:
     """Returns the given plans, one a call, and records the views."""
 
     plans: Sequence[RowPlan]
-    name: str = "scripted"
     needs_scores: bool = False
-    needs_residual_change: bool = False
     seen: list[RowView] = field(default_factory=list)
 
     def plan(self, row: RowView, policy: Policy) -> RowPlan:
@@ -190,7 +187,8 @@ def test_step_that_does_not_end_changes_nothing_about_the_row(block: ElasticBloc
 def test_change_of_the_first_residual_is_relative_to_the_last_computed_step(variants: dict[float, Mixing]) -> None:
     """Step 1 re-uses, so steps 1 and 2 are both compared with step 0."""
     first, second = (ElasticBlock(name, variants, call, None) for name in ("first", "second"))
-    rule = Scripted([RUN_IN_FULL, KEEP, RUN_IN_FULL, REUSE, RUN_IN_FULL, KEEP], needs_residual_change=True)
+    measured = RowPlan(Decision.RUN, measures_change=True)
+    rule = Scripted([measured, KEEP, measured, REUSE, measured, KEEP])
     row = Row(rule, Policy(), "cond", 9, {"first": COST, "second": COST})
     added = []
     for step in range(3):

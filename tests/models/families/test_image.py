@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.card import EXACT
+from models.curve import EXACT
 from models.families.image import ImageFamily
 from models.request import ImageRequest
 
@@ -60,7 +60,8 @@ def test_position_factors_of_other_sizes_and_lengths_are_not_mixed_up(family: Im
     for _ in range(3):  # more than are kept
         for length, height, width, state in keys:
             ours = family._rotary_embedding([state], length)
-            expected = family.adapter.rotary_embedding(family.transformer, length, height // 16, width // 16)
+            adapter: Any = family.adapter
+            expected = adapter.rotary_embedding(family.transformer, length, height // 16, width // 16)
             assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
     assert len(family._rotary) <= 64
 

@@ -2,45 +2,40 @@
 
 import json
 from collections.abc import Callable
-from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from models.curve import EXACT, Preset
 from models.diffusion.sampling import classifier_free_guidance, euler_step
 from models.engine import Engine
 from models.errors import WeightsError
 from models.families import FAMILIES
-from models.request import ImageRequest, Preset, PresetBudget
+from models.request import ImageRequest, PresetBudget
 from models.state import DenoiseState
 from models.zoo import load_engine
+from tests.models.families import toy_family
+from tests.models.families.toy_family.pipeline import letters_of
+from tests.models.families.toy_family.transformer import ToyTransformer
 
 Denoise = Callable[..., DenoiseState]
 
 
 @pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The new family's model, before its line is in the table."""
-    monkeypatch.syspath_prepend(Path(__file__).parent)
-    return import_module("toy_family.transformer")
-
-
-@pytest.fixture
-def directory(toy: Any, tmp_path: Path) -> Path:
+def directory(tmp_path: Path) -> Path:
     directory = tmp_path / "tiny-toy"
     torch.manual_seed(0)
-    toy.ToyTransformer().save_pretrained(directory / "transformer")
+    ToyTransformer().save_pretrained(directory / "transformer")
     (directory / "model_index.json").write_text(json.dumps({"_class_name": "ToyPipeline"}))
     return directory
 
 
 @pytest.fixture
 def toy_engine(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    monkeypatch.setitem(FAMILIES, "toy", import_module("toy_family").ENTRY)  # type: ignore[arg-type]  # it is a dict
+    monkeypatch.setitem(FAMILIES, "toy", toy_family.ENTRY)
     return load_engine([directory], device="cpu", router_weights=tmp_path / "router_weights")
 
 
@@ -50,7 +45,7 @@ def test_directory_of_a_family_that_is_not_in_the_table_is_refused(directory: Pa
 
 
 def test_one_line_of_the_table_serves_a_new_family_exactly(
-    toy: Any, directory: Path, toy_engine: Engine, denoise: Denoise
+    directory: Path, toy_engine: Engine, denoise: Denoise
 ) -> None:
     # Given a request for the new model, as its card describes it
     card = toy_engine.cards["tiny-toy"]
@@ -65,12 +60,13 @@ def test_one_line_of_the_table_serves_a_new_family_exactly(
         guidance_scale=2.0,
         seed=5,
         budget=PresetBudget(Preset.EXACT),
+        point=EXACT,
+        is_guided=card.is_guided(2.0),
     )
     # When the engine serves it
     state = denoise(toy_engine, request)
     # Then the result is that of the plain model, bit for bit
-    transformer = toy.ToyTransformer.from_pretrained(directory / "transformer").requires_grad_(False)
-    letters_of = import_module("toy_family.pipeline").letters_of
+    transformer = ToyTransformer.from_pretrained(directory / "transformer").requires_grad_(False)
     letters = torch.cat([letters_of(prompt) for prompt in ("a red circle", "blue")])
     latents = torch.randn(1, 12, 3, generator=torch.Generator().manual_seed(5))
     for sigma, next_sigma in pairwise(torch.linspace(1, 0, 4)):

@@ -12,13 +12,14 @@ import trimesh
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from models.card import CurvePoint, Policy
+from models.curve import EXACT, CurvePoint, Preset
 from models.engine import Engine
 from models.errors import EmptySurface
 from models.families.preview import apply_colour_map, fit_colour_map, fitting_images
 from models.mesh.cleanup import CleanMesh
 from models.mesh.surface import BOUNDS
-from models.request import GenerationRequest, ImageRequest, MeshRequest, Preset, PresetBudget
+from models.request import GenerationRequest, ImageRequest, MeshRequest, PresetBudget
+from models.rules.router import RouterPolicy
 from models.state import DenoiseState
 from models.weights import CheckpointTraits
 from models.zoo import load_engine
@@ -29,7 +30,7 @@ Denoise = Callable[..., DenoiseState]
 Result = NDArray[np.uint8] | CleanMesh
 
 ROOT = Path(__file__).parents[3]
-ROUTED = CurvePoint("router", Policy(0.3, 0.3, 2, width_bias=0.5), 0.5, 0.5, 0.5)
+ROUTED = CurvePoint(RouterPolicy(0.3, 0.3, 2, width_bias=0.5), 0.5, 0.5, 0.5)
 
 only_images = pytest.mark.parametrize("kind", ["flux", "qwen_image"], indirect=True, scope="session")
 only_meshes = pytest.mark.parametrize("kind", ["hunyuan3d_plain", "hunyuan3d_stream"], indirect=True, scope="session")
@@ -40,6 +41,8 @@ def assert_same(a: Result, b: Result) -> None:
         assert np.array_equal(a.mesh.vertices, b.mesh.vertices)
         assert np.array_equal(a.mesh.faces, b.mesh.faces)
     else:
+        assert isinstance(a, np.ndarray)
+        assert isinstance(b, np.ndarray)
         assert np.array_equal(a, b)
 
 
@@ -78,6 +81,7 @@ def test_prediction_is_where_the_guided_velocity_leads(engine: Engine, ask: Ask,
         velocity = (state.latents - before) / (next_sigma - sigma)
         assert state.prediction is not None
         torch.testing.assert_close(state.prediction, before + (state.sigmas[-1] - sigma) * velocity)
+    assert state.prediction is not None
     assert torch.equal(state.prediction, state.latents)
 
 
@@ -103,7 +107,9 @@ def test_colours_hardly_differ_in_bfloat16(
 
 @only_meshes
 def test_last_preview_of_a_mesh_is_the_result_on_a_coarse_grid(engine: Engine, ask: Ask, denoise: Denoise) -> None:
-    state = denoise(engine, replace(ask(), octree_resolution=32))
+    request = ask()
+    assert isinstance(request, MeshRequest)
+    state = denoise(engine, replace(request, octree_resolution=32))
     assert_same(engine.preview(state)(), engine.finish(state))
 
 
@@ -147,12 +153,16 @@ def test_previews_of_a_trained_model_look_ever_more_like_its_image(model: str) -
         guidance_scale=3.0,
         seed=7,
         budget=PresetBudget(Preset.EXACT),
+        point=EXACT,
+        is_guided=model == "tiny-qwen-image",
     )
     state = engine.start(request)
     previews = []
     while not state.is_done:
         engine.step([state])
-        previews.append(engine.preview(state)())
+        preview = engine.preview(state)()
+        assert isinstance(preview, np.ndarray)
+        previews.append(preview)
     pixels = engine.finish(state)
     assert isinstance(pixels, np.ndarray)
     downsampled = pixels.reshape(16, 8, 16, 8, 3).mean((1, 3))
@@ -170,6 +180,8 @@ def test_last_preview_of_a_trained_model_has_the_form_of_its_mesh() -> None:
         guidance_scale=2.0,
         seed=7,
         budget=PresetBudget(Preset.EXACT),
+        point=EXACT,
+        is_guided=True,
         input_image=(ROOT / "docs/images/solid.png").read_bytes(),
         octree_resolution=64,
     )

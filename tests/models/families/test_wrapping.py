@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.elastic.router import MLP_WIDTHS
+from models.elastic.plan import MLP_WIDTHS
 from models.elastic.streams import Streams
 from models.errors import WeightsError
 from models.families.family import Family

@@ -1,3 +1,5 @@
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -9,11 +11,12 @@ from models.errors import EmptySurface
 from models.mesh.cleanup import CleanMesh, clean
 from models.mesh.surface import Mesh, extract_surface
 from models.request import MIN_TARGET_FACES
-from training.solids import Solid, SolidBatch, sample_solids
+from training.solids.solids import Solid, SolidBatch, sample_solids
 
 
 def as_mesh(*bodies: trimesh.Trimesh) -> Mesh:
     body = trimesh.util.concatenate([*bodies])
+    assert isinstance(body, trimesh.Trimesh)
     return Mesh(np.asarray(body.vertices, np.float32), np.asarray(body.faces, np.int32))
 
 
@@ -32,6 +35,7 @@ def bipyramid(num_sides: int, centre: float = 3.0) -> trimesh.Trimesh:
     return trimesh.Trimesh(vertices, faces, process=False)
 
 
+@cache
 def solid_mesh(solid: Solid, num_cells: int = 96) -> Mesh:
     axis = np.linspace(-1.01, 1.01, num_cells + 1, dtype=np.float32)
     points = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(1, -1, 3)

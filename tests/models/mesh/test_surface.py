@@ -92,7 +92,7 @@ def test_cells_with_a_point_not_evaluated_are_left_out() -> None:
 def test_a_solid_cut_off_by_the_border_is_closed_flat_there(axis: int, sign: int) -> None:
     centre = np.zeros(3)
     centre[axis] = sign * BOUNDS
-    body = as_body(extract_surface(ball(40, 0.5, tuple(centre))))
+    body = as_body(extract_surface(ball(40, 0.5, (centre[0], centre[1], centre[2]))))
     assert body.is_watertight
     assert body.volume == pytest.approx(2 / 3 * np.pi * 0.5**3, rel=0.03)
     assert sign * body.vertices[:, axis].max() <= BOUNDS

@@ -3,22 +3,20 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.spatial import cKDTree
 from torch import Tensor
 
 from models.errors import EmptySurface
 from models.mesh.surface import BOUNDS, extract_surface
 from models.mesh.volume import Field, decode_coarse_to_fine, decode_dense
-from training.solids import Solid, SolidBatch, sample_solids
+from training.solids.solids import Solid, SolidBatch, sample_solids
 
 CPU = torch.device("cpu")
 POINTS_PER_CALL = 2**16
 
 
 def clipped(distance: Callable[[Tensor], Tensor], saturation: float = 0.1) -> Field:
-    """As a decoder's field: it saturates away from the surface."""
+    """A field like a decoder's: it saturates away from the surface."""
     return lambda points: (distance(points) / saturation).clamp(-1, 1)
 
 
@@ -27,7 +25,7 @@ def ball(centre: tuple[float, float, float], radius: float) -> Callable[[Tensor]
 
 
 def slab(thickness: float) -> Callable[[Tensor], Tensor]:
-    """Across a direction that no axis has; it reaches through the whole grid."""
+    """A slab across the whole grid, parallel to no axis."""
     normal = torch.tensor((0.36, 0.48, 0.8))
     return lambda points: thickness / 2 - (points @ normal).abs()
 
@@ -113,17 +111,16 @@ def test_coarse_to_fine_gives_the_dense_grids_surface(field: Field) -> None:
 
 
 @pytest.mark.parametrize(
-    "solid", sample_solids(range(12)) + sample_solids(range(12), held_out=True), ids=lambda s: f"{s.operation}"
+    "solid", sample_solids(range(6)) + sample_solids(range(6), held_out=True), ids=lambda s: f"{s.operation}"
 )
 def test_coarse_to_fine_gives_the_dense_grids_surface_of_solids(solid: Solid) -> None:
     field = clipped(of(solid))
     assert_same_surface(fine(field, 128), dense(field, 128))
 
 
-@given(st.integers(1, 126) | st.integers(127, 200))
-@settings(max_examples=8, deadline=None)
+@pytest.mark.parametrize("octree_resolution", [1, 2, 3, 4, 5, 63, 64, 127, 128, 129, 130, 131, 143, 167])
 def test_any_resolution_gives_the_dense_grids_surface(octree_resolution: int) -> None:
-    """Two levels begin at 127 cells. Odd numbers cannot be halved: the last cell of the coarser level is smaller."""
+    """From 127 on there is a coarser level; where the resolution is odd, the last cell of that level is smaller."""
     field = clipped(bumpy_ball, saturation=2.0)
     if octree_resolution < 4:
         assert torch.equal(fine(field, octree_resolution), dense(field, octree_resolution))
@@ -141,8 +138,7 @@ def test_at_256_a_fifteenth_of_the_points_is_evaluated_and_the_surface_is_the_de
 
 def test_another_level_moves_the_surface() -> None:
     field = clipped(ball((0.0, 0.0, 0.0), 0.5), saturation=1.0)
-    options = {"points_per_call": POINTS_PER_CALL, "device": CPU}
-    fine_grid = decode_coarse_to_fine(field, 128, **options, iso_level=0.2)
+    fine_grid = decode_coarse_to_fine(field, 128, points_per_call=POINTS_PER_CALL, device=CPU, iso_level=0.2)
     radii = np.linalg.norm(extract_surface(fine_grid.numpy(), iso_level=0.2).vertices, axis=1)
     np.testing.assert_allclose(radii, 0.3, atol=0.002)
 

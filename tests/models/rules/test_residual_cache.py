@@ -2,13 +2,12 @@ import math
 
 import pytest
 
-from models.card import Policy
 from models.elastic.plan import RowView
 from models.report import Decision
-from models.rules.residual_cache import ResidualCacheRule
+from models.rules.residual_cache import ResidualCachePolicy, ResidualCacheRule
 
 RULE = ResidualCacheRule()
-POLICY = Policy(residual_threshold=0.1, max_reuses=2)
+POLICY = ResidualCachePolicy(residual_threshold=0.1, max_reuses=2)
 
 
 def row(change: float | None, *, num_reuses: int | None = 0, block_index: int = 1, step: int = 3) -> RowView:
@@ -44,14 +43,14 @@ def test_first_block_always_runs_in_full_and_keeps_nothing() -> None:
 
 @pytest.mark.parametrize(("step", "decision"), [(0, "run"), (1, "reuse"), (5, "reuse"), (6, "run"), (7, "run")])
 def test_protected_steps_run(step: int, decision: str) -> None:
-    policy = Policy(residual_threshold=0.1, max_reuses=2, protected_first=1, protected_last=2)
+    policy = ResidualCachePolicy(residual_threshold=0.1, max_reuses=2, protected_first=1, protected_last=2)
     assert RULE.plan(row(0.0, step=step), policy).decision == decision
 
 
 def test_protected_first_step_keeps_residuals_for_the_next() -> None:
-    policy = Policy(residual_threshold=0.1, max_reuses=2, protected_first=1)
+    policy = ResidualCachePolicy(residual_threshold=0.1, max_reuses=2, protected_first=1)
     assert RULE.plan(row(None, step=0, num_reuses=None), policy).keeps_residual
 
 
 def test_threshold_zero_reuses_nothing_even_without_change() -> None:
-    assert RULE.plan(row(0.0), Policy(max_reuses=9)).decision is Decision.RUN
+    assert RULE.plan(row(0.0), ResidualCachePolicy(max_reuses=9)).decision is Decision.RUN

@@ -5,15 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.card import Policy
-from models.elastic.plan import RowView
-from models.elastic.router import MLP_WIDTHS
+from models.elastic.plan import MLP_WIDTHS, RowView
 from models.report import Decision
-from models.rules.router import RouterRule, mlp_width
+from models.rules.router import RouterPolicy, RouterRule, mlp_width
 
 RULE = RouterRule()
 FULL, HALF = (0.0, 0.0, 0.0, 1.0), (0.0, 1.0, 0.0, 0.0)
-BAND = Policy(skip_threshold=0.5, reuse_band=0.25, max_reuses=2)
+BAND = RouterPolicy(skip_threshold=0.5, reuse_band=0.25, max_reuses=2)
 
 
 def row(
@@ -59,37 +57,37 @@ def test_residual_is_used_at_most_as_often_as_the_policy_says(num_reuses: int | 
 
 @pytest.mark.parametrize(("step", "decision"), [(2, Decision.RUN), (3, Decision.REUSE)])
 def test_reuse_begins_at_its_step(step: int, decision: Decision) -> None:
-    policy = Policy(skip_threshold=0.5, reuse_band=0.25, max_reuses=2, reuse_from_step=3)
+    policy = RouterPolicy(skip_threshold=0.5, reuse_band=0.25, max_reuses=2, reuse_from_step=3)
     assert RULE.plan(row(0.6, step=step, num_reuses=0), policy).decision is decision
 
 
 @pytest.mark.parametrize(("step", "keeps"), [(2, False), (3, True), (6, True), (7, False)])
 def test_residual_is_kept_from_the_first_step_of_reuse_to_the_last_but_one(step: int, keeps: bool) -> None:
-    policy = Policy(skip_threshold=0.5, reuse_band=0.25, max_reuses=2, reuse_from_step=3)
+    policy = RouterPolicy(skip_threshold=0.5, reuse_band=0.25, max_reuses=2, reuse_from_step=3)
     assert RULE.plan(row(0.9, step=step), policy).keeps_residual is keeps
 
 
 def test_without_a_band_nothing_is_reused_or_kept() -> None:
-    plan = RULE.plan(row(0.5, num_reuses=0), Policy(skip_threshold=0.5, max_reuses=2))
+    plan = RULE.plan(row(0.5, num_reuses=0), RouterPolicy(skip_threshold=0.5, max_reuses=2))
     assert plan.decision is Decision.RUN
     assert not plan.keeps_residual
 
 
 @pytest.mark.parametrize(("step", "decision"), [(0, "run"), (1, "run"), (2, "skip"), (6, "skip"), (7, "run")])
 def test_protected_steps_run_whatever_the_router_says(step: int, decision: str) -> None:
-    policy = Policy(skip_threshold=0.5, protected_first=2, protected_last=1)
+    policy = RouterPolicy(skip_threshold=0.5, protected_first=2, protected_last=1)
     assert RULE.plan(row(0.1, step=step), policy).decision == decision
 
 
 def test_protected_step_runs_at_full_width() -> None:
-    policy = Policy(protected_first=1, width_bias=9.0)
+    policy = RouterPolicy(protected_first=1, width_bias=9.0)
     assert RULE.plan(row(0.9, step=0, width_logits=HALF), policy).mlp_width == 1
 
 
 @pytest.mark.parametrize("width", MLP_WIDTHS)
 def test_width_is_that_of_the_highest_logit(width: float) -> None:
     logits = tuple(float(w == width) for w in MLP_WIDTHS)
-    assert RULE.plan(row(0.9, width_logits=logits), Policy()).mlp_width == width
+    assert RULE.plan(row(0.9, width_logits=logits), RouterPolicy()).mlp_width == width
 
 
 @pytest.mark.parametrize(("bias", "width"), [(-1e6, 1.0), (1e6, 0.25)])
@@ -108,5 +106,5 @@ def test_more_bias_is_never_wider(logits: tuple[float, ...], biases: list[float]
 
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
 def test_higher_threshold_never_runs_more(depth_prob: float, a: float, b: float) -> None:
-    low, high = (RULE.plan(row(depth_prob), Policy(skip_threshold=t)).decision for t in sorted((a, b)))
+    low, high = (RULE.plan(row(depth_prob), RouterPolicy(skip_threshold=t)).decision for t in sorted((a, b)))
     assert (low, high) != (Decision.SKIP, Decision.RUN)

@@ -1,4 +1,4 @@
-"""What every rule keeps to; a new one is tested by standing in the table."""
+"""What every rule keeps to. A rule is tested as soon as it stands in the table and here has two policies."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -9,28 +9,37 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.card import CurvePoint, Policy
-from models.elastic.plan import RowView, Rule
-from models.elastic.router import MLP_WIDTHS
+from models.curve import CurvePoint
+from models.elastic.plan import MLP_WIDTHS, Policy, RowView
 from models.engine import Engine
+from models.errors import WeightsError
 from models.report import Decision
 from models.request import GenerationRequest
-from models.rules import RULES
+from models.rules import RULES, ladder, policy_entry, policy_of
+from models.rules.dense import DensePolicy
+from models.rules.residual_cache import ResidualCachePolicy
+from models.rules.router import RouterPolicy
 from models.state import DenoiseState
 
 EVERYTHING: Mapping[str, Policy] = {
-    "dense": Policy(),
-    "router": Policy(skip_threshold=0.0, width_bias=-1e6),
-    "residual_cache": Policy(residual_threshold=0.0, max_reuses=9),
+    "dense": DensePolicy(),
+    "router": RouterPolicy(skip_threshold=0.0, width_bias=-1e6),
+    "residual_cache": ResidualCachePolicy(residual_threshold=0.0, max_reuses=9),
 }
-"""Settings under which a rule leaves nothing out."""
+"""Policies under which a rule leaves nothing out."""
 
 LIGHT: Mapping[str, Policy] = {
-    "dense": Policy(),
-    "router": Policy(0.5, 0.3, 2, width_bias=1.0),
-    "residual_cache": Policy(residual_threshold=1.3, max_reuses=2),
+    "dense": DensePolicy(),
+    "router": RouterPolicy(0.5, 0.3, 2, width_bias=1.0),
+    "residual_cache": ResidualCachePolicy(residual_threshold=1.3, max_reuses=2),
 }
-"""Settings under which a rule leaves out much of what it can."""
+"""Policies under which a rule leaves out much of what it can."""
+
+REUSING: Mapping[str, tuple[Policy, RowView]] = {
+    "router": (RouterPolicy(0.3, 0.4, 2), RowView(3, 8, 4, 0.5, (0.0,) * len(MLP_WIDTHS), 1, None)),
+    "residual_cache": (ResidualCachePolicy(0.1, 2), RowView(3, 8, 4, None, None, 1, 0.05)),
+}
+"""A policy and a row that re-uses under it, of each rule that can re-use."""
 
 probs = st.floats(0, 1)
 
@@ -49,71 +58,117 @@ def row_views(draw: st.DrawFn) -> RowView:
     )
 
 
-policies = st.builds(
-    Policy,
-    skip_threshold=probs,
-    reuse_band=probs,
-    max_reuses=st.integers(0, 4),
-    reuse_from_step=st.integers(0, 4),
-    width_bias=st.floats(-9, 9),
-    residual_threshold=probs,
-    protected_first=st.integers(0, 4),
-    protected_last=st.integers(0, 4),
-)
+POLICIES: Mapping[str, st.SearchStrategy[Policy]] = {
+    "dense": st.just(DensePolicy()),
+    "router": st.builds(
+        RouterPolicy,
+        skip_threshold=probs,
+        reuse_band=probs,
+        max_reuses=st.integers(0, 4),
+        reuse_from_step=st.integers(0, 4),
+        width_bias=st.floats(-9, 9),
+        protected_first=st.integers(0, 4),
+        protected_last=st.integers(0, 4),
+    ),
+    "residual_cache": st.builds(
+        ResidualCachePolicy,
+        residual_threshold=probs,
+        max_reuses=st.integers(0, 4),
+        protected_first=st.integers(0, 4),
+        protected_last=st.integers(0, 4),
+    ),
+}
 
-rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 names = pytest.mark.parametrize("name", RULES)
+reusing_names = pytest.mark.parametrize("name", REUSING)
 
 
-def point(rule: str, policy: Policy) -> CurvePoint:
-    return CurvePoint(rule, policy, 1.0, 1.0, 1.0)
+def point(policy: Policy) -> CurvePoint:
+    return CurvePoint(policy, 1.0, 1.0, 1.0)
 
 
 @names
-def test_rule_stands_under_its_name(name: str) -> None:
-    assert RULES[name].name == name
+def test_rule_stands_in_the_table_under_the_name_of_its_policies(name: str) -> None:
+    assert RULES[name].policy_type.rule == name
 
 
-@rules
-@given(row=row_views(), policy=policies)
-def test_same_view_and_policy_give_the_same_plan(rule: Rule, row: RowView, policy: Policy) -> None:
-    assert rule.plan(row, policy) == rule.plan(row, policy)
+@names
+@given(data=st.data(), row=row_views())
+def test_width_is_one_that_blocks_can_run(name: str, data: st.DataObject, row: RowView) -> None:
+    assert RULES[name].plan(row, data.draw(POLICIES[name])).mlp_width in MLP_WIDTHS
 
 
-@rules
-@given(row=row_views(), policy=policies)
-def test_width_is_one_that_blocks_can_run(rule: Rule, row: RowView, policy: Policy) -> None:
-    assert rule.plan(row, policy).mlp_width in MLP_WIDTHS
+@reusing_names
+def test_row_reuses_its_residual_until_its_uses_are_spent(name: str) -> None:
+    policy, row = REUSING[name]
+    decisions = [RULES[name].plan(replace(row, num_reuses=uses), policy).decision for uses in (None, 0, 1, 2)]
+    assert decisions == [Decision.RUN, Decision.REUSE, Decision.REUSE, Decision.RUN]
 
 
-@rules
-@given(row=row_views(), policy=policies)
-def test_reuse_needs_a_stored_residual_with_uses_left(rule: Rule, row: RowView, policy: Policy) -> None:
-    if rule.plan(row, policy).decision is Decision.REUSE:
-        assert row.num_reuses is not None
-        assert row.num_reuses < policy.max_reuses
+@reusing_names
+@pytest.mark.parametrize(
+    ("step", "decision"),
+    [(0, Decision.RUN), (2, Decision.RUN), (3, Decision.REUSE), (6, Decision.REUSE), (7, Decision.RUN)],
+)
+def test_protected_steps_run_in_full_where_others_reuse(name: str, step: int, decision: Decision) -> None:
+    policy, row = REUSING[name]
+    protecting: Any = replace(policy, **{"protected_first": 3, "protected_last": 1})
+    plan = RULES[name].plan(replace(row, step=step), protecting)
+    assert (plan.decision, plan.mlp_width) == (decision, 1.0)
 
 
-@rules
-@given(row=row_views(), policy=policies)
-def test_protected_steps_run_in_full(rule: Rule, row: RowView, policy: Policy) -> None:
-    if row.step < policy.protected_first or row.step >= row.num_steps - policy.protected_last:
-        plan = rule.plan(row, policy)
-        assert (plan.decision, plan.mlp_width) == (Decision.RUN, 1.0)
+@reusing_names
+def test_residual_is_kept_for_a_later_step_alone(name: str) -> None:
+    policy, row = REUSING[name]
+    running = replace(row, num_reuses=None)
+    assert RULES[name].plan(running, policy).keeps_residual
+    assert not RULES[name].plan(replace(running, step=7), policy).keeps_residual
 
 
-@rules
-@given(row=row_views(), policy=policies)
-def test_residual_is_kept_only_from_a_run_and_for_a_later_step(rule: Rule, row: RowView, policy: Policy) -> None:
-    if rule.plan(row, policy).keeps_residual:
-        assert rule.plan(row, policy).decision is Decision.RUN
-        assert row.step + 1 < row.num_steps
+@names
+@given(data=st.data(), row=row_views())
+def test_only_blocks_that_run_keep_their_residual_or_measure_its_change(
+    name: str, data: st.DataObject, row: RowView
+) -> None:
+    plan = RULES[name].plan(row, data.draw(POLICIES[name]))
+    assert plan.decision is Decision.RUN or not (plan.keeps_residual or plan.measures_change)
 
 
-@rules
-@given(row=row_views(), policy=policies.map(lambda policy: replace(policy, max_reuses=0)))
-def test_no_residual_is_kept_that_may_never_be_used(rule: Rule, row: RowView, policy: Policy) -> None:
-    assert not rule.plan(row, policy).keeps_residual
+@reusing_names
+@given(data=st.data(), row=row_views())
+def test_no_residual_is_kept_that_may_never_be_used(name: str, data: st.DataObject, row: RowView) -> None:
+    policy: Any = data.draw(POLICIES[name])
+    assert not RULES[name].plan(row, replace(policy, max_reuses=0)).keeps_residual
+
+
+@names
+@given(data=st.data())
+def test_policy_survives_its_entry(name: str, data: st.DataObject) -> None:
+    policy = data.draw(POLICIES[name])
+    assert policy_of(policy_entry(policy)) == policy
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"rule": "nobody's", "policy": {}}, "there is no rule 'nobody's'; there are: dense, router, residual_cache"),
+        ({"policy": {}}, "there is no rule 'None'"),
+        ({"rule": "dense", "policy": {"skip_threshold": 0.5}}, "skip_threshold"),
+        ({"rule": "router", "policy": {"residual_threshold": 0.5}}, "residual_threshold"),
+        ({"rule": "router", "policy": None}, "do not fit"),
+    ],
+)
+def test_entry_of_no_policy_is_refused(entry: dict[str, Any], message: str) -> None:
+    with pytest.raises(WeightsError, match=message):
+        policy_of(entry)
+
+
+@names
+def test_ladder_has_policies_of_its_own_rule_alone(name: str) -> None:
+    policies = ladder(name, list(LIGHT.values()))
+    assert {policy.rule for policy in policies} <= {name}
+    assert bool(policies) == (name != "dense")
+    assert len(set(policies)) == len(policies)
 
 
 @names
@@ -124,7 +179,7 @@ def test_rule_that_leaves_nothing_out_equals_dense_bit_for_bit(
     denoise: Callable[..., DenoiseState],
 ) -> None:
     request = ask(num_inference_steps=5, height=80)
-    elastic = denoise(engine, request, point(name, EVERYTHING[name]))
+    elastic = denoise(engine, request, point(EVERYTHING[name]))
     assert torch.equal(elastic.latents, denoise(engine, request).latents)
     assert elastic.summary().compute_ratio == 1
 
@@ -138,7 +193,7 @@ def test_counted_compute_is_that_of_the_decisions(
     denoise: Callable[..., DenoiseState],
 ) -> None:
     request = ask(num_inference_steps=6, **guided())
-    state = denoise(open_engine, request, point(name, LIGHT[name]))
+    state = denoise(open_engine, request, point(LIGHT[name]))
     summary = state.summary()
     costs = {row.branch: row.costs for row in state.rows}
     assert summary.decisions is not None
@@ -146,4 +201,5 @@ def test_counted_compute_is_that_of_the_decisions(
     ran += 6 * sum(cost.always for branch in costs.values() for cost in branch.values())
     dense = 6 * sum(cost.dense for branch in costs.values() for cost in branch.values())
     assert summary.compute_ratio == pytest.approx(ran / dense, rel=1e-9)
-    assert summary.compute_ratio == 1 if name == "dense" else summary.compute_ratio < 0.9
+    assert (summary.compute_ratio == 1) == (name == "dense")
+    assert name == "dense" or summary.compute_ratio < 0.9

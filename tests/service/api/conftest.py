@@ -1,16 +1,17 @@
-"""A small application behind the real entrance, so that its doors are tested without what is behind them."""
+"""A small application inside the real middlewares, so that they are tested without a worker."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 import pytest
-from fastapi import Body, FastAPI, Request
+from fastapi import Body, Depends, FastAPI
 from starlette.responses import HTMLResponse
 
-from service.api.auth import require
-from service.api.entrance import Entrance
+from service.api.access import Access
+from service.api.dependencies import CallerOfRequest
 from service.api.errors import add_error_handlers
+from service.api.middlewares import Middlewares
 from service.keys import Scope
 from service.settings import Settings
 
@@ -24,27 +25,27 @@ def rejections() -> list[str]:
 @pytest.fixture
 def build_small_app(rejections: list[str]) -> Callable[[Settings], FastAPI]:
     def build(settings: Settings) -> FastAPI:
-        entrance = Entrance(settings)
+        middlewares = Middlewares(settings)
 
         @asynccontextmanager
         async def lifespan(_: FastAPI) -> AsyncIterator[None]:
             yield
-            await entrance.close()
+            await middlewares.close()
 
-        app = FastAPI(lifespan=lifespan, telemetry=entrance.telemetry, redirect_slashes=False)
+        app = FastAPI(lifespan=lifespan, telemetry=middlewares.telemetry, redirect_slashes=False)
 
-        @app.post("/v1/images/generations", dependencies=[require(Scope.GENERATE)])
-        async def create_image(request: Request, body: Annotated[dict[str, Any], Body()]) -> dict[str, Any]:
-            request.state.job_id = "job_1"
+        @app.post("/v1/images/generations", dependencies=[Depends(Access(Scope.GENERATE, is_rate_limited=True))])
+        async def create_image(caller: CallerOfRequest, body: Annotated[dict[str, Any], Body()]) -> dict[str, Any]:
+            caller.job_id = "job_1"
             if body["prompt"] == "break":
                 raise RuntimeError("a bug")
             return {"created": 1, "data": [{"b64_json": "AA=="}]}
 
-        @app.get("/v1/jobs/{job_id}", dependencies=[require(Scope.GENERATE)])
-        async def show_job(job_id: str, request: Request) -> dict[str, Any]:
-            return {"id": job_id, "key": request.state.key and request.state.key.id}
+        @app.get("/v1/jobs/{job_id}", dependencies=[Depends(Access(Scope.GENERATE))])
+        async def show_job(job_id: str, caller: CallerOfRequest) -> dict[str, Any]:
+            return {"id": job_id, "key": caller.owner}
 
-        @app.get("/metrics", dependencies=[require(Scope.METRICS)])
+        @app.get("/metrics", dependencies=[Depends(Access(Scope.METRICS))])
         async def show_metrics() -> str:
             return ""
 
@@ -56,7 +57,7 @@ def build_small_app(rejections: list[str]) -> Callable[[Settings], FastAPI]:
         async def show_page() -> HTMLResponse:
             return HTMLResponse("<p>page</p>", headers={"Referrer-Policy": "origin"})
 
-        entrance.add_to(app, rejections.append)
+        middlewares.add_to(app, rejections.append)
         add_error_handlers(app)
         return app
 

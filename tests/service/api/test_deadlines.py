@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from models.curve import Preset
+from service.budget import BudgetBody
 from service.settings import Settings
 
 PROMPT: dict[str, Any] = {"prompt": "a red circle", "seed": 3}
@@ -94,3 +96,23 @@ def test_load_lowers_quality_only_where_and_as_far_as_the_client_allows(
     assert (receipt["quality_applied"], receipt["degraded"]) == (quality, is_degraded)
     page = client.get("/metrics").text
     assert ('elastic_quality_degraded_total{model="drawn"} 1.0' in page) is is_degraded
+
+
+@pytest.mark.parametrize(
+    ("fields", "quality", "is_degraded"),
+    [({}, 0.6, True), ({"quality": "auto"}, 0.6, True), ({"quality": "high"}, 0.97, False)],
+)
+def test_floor_of_the_default_budget_is_for_requests_that_name_none(
+    fields: dict[str, Any], quality: float, is_degraded: bool, engine: Any, start_client: Callable[..., TestClient]
+) -> None:
+    """The word `high` means the default budget's preset here, but is the client's own wish."""
+    budget = BudgetBody(preset=Preset.HIGH, min_quality=0.6)
+    client = start_client(Settings(max_backlog_s=10, default_budget=budget))
+    engine.gate.clear()
+    for _ in range(4):  # 8 s of work
+        client.post("/v1/images", json={**PROMPT, "budget": {"preset": "exact"}}, headers=ASYNC)
+    job_id = client.post("/v1/images", json={**PROMPT, **fields}, headers=ASYNC).json()["id"]
+    engine.gate.set()
+    client.get(f"/v1/jobs/{job_id}/events")
+    receipt = client.get(f"/v1/jobs/{job_id}").json()["receipt"]
+    assert (receipt["quality_applied"], receipt["degraded"]) == (quality, is_degraded)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.api.input_image import KEPT_SIDE, checked_picture, decode_base64_picture
+from service.api.input_image import KEPT_SIDE, checked_image, decode_base64_image
 from service.errors import InvalidImage
 
 MAX_PIXELS = 4_000_000
@@ -19,7 +19,7 @@ MAX_PIXELS = 4_000_000
 
 def opened(data: bytes) -> Image.Image:
     """The picture that comes out, which must be a plain PNG."""
-    picture = Image.open(BytesIO(checked_picture(data, max_pixels=MAX_PIXELS)))
+    picture = Image.open(BytesIO(checked_image(data, max_pixels=MAX_PIXELS)))
     picture.load()
     assert picture.format == "PNG"
     assert picture.mode in ("RGB", "RGBA")
@@ -52,8 +52,8 @@ def test_hostile_pictures_are_refused_or_become_plain_ones(hostile_pictures: dic
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("50,000 pixels a side", "too large, 4000000 pixels at most"),
-        ("webp canvas", "too large, 4000000 pixels at most"),
+        ("50,000 pixels a side", "too large; at most 4000000 pixels"),
+        ("webp canvas", "too large; at most 4000000 pixels"),
         ("50,000 of one", "50000x8"),
         ("one pixel", "1x1"),
         ("animated png", "2 frames"),
@@ -67,7 +67,7 @@ def test_hostile_pictures_are_refused_or_become_plain_ones(hostile_pictures: dic
         ("many segments", "more than 500 segments"),
         ("exif in pieces", "more than 500 segments"),
         ("fill bytes", "more than 500 segments"),
-        ("unknown segments", "bytes before its pixels; 262144 at most"),
+        ("unknown segments", "bytes before its pixels; at most 262144"),
         ("many chunks", "more than [0-9]+ chunks"),
         ("many pieces of pixels", "more than [0-9]+ chunks"),
         ("palette before size", "begin with its size"),
@@ -75,7 +75,7 @@ def test_hostile_pictures_are_refused_or_become_plain_ones(hostile_pictures: dic
 )
 def test_refusals_say_what_is_wrong(hostile_pictures: dict[str, bytes], name: str, says: str) -> None:
     with pytest.raises(InvalidImage, match=says):
-        checked_picture(hostile_pictures[name], max_pixels=MAX_PIXELS)
+        checked_image(hostile_pictures[name], max_pixels=MAX_PIXELS)
 
 
 @pytest.mark.parametrize(
@@ -97,9 +97,9 @@ def test_largest_picture_takes_a_few_times_its_pixels(file_format: str, options:
         options["exif"][0x112] = 6
     data = saved(Image.new("RGB", (4000, 4000), (9, 99, 200)), file_format, **options)
     script = (
-        "import resource, sys; from service.api.input_image import checked_picture; data = sys.stdin.buffer.read();"
+        "import resource, sys; from service.api.input_image import checked_image; data = sys.stdin.buffer.read();"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024; before = peak();"
-        "checked_picture(data, max_pixels=16_000_000); print(peak() - before)"
+        "checked_image(data, max_pixels=16_000_000); print(peak() - before)"
     )
     done = subprocess.run([sys.executable, "-c", script], input=data, capture_output=True, check=True)
     assert int(done.stdout) < 3.5 * 4 * 16_000_000
@@ -189,16 +189,16 @@ def test_large_pictures_are_made_smaller_in_proportion() -> None:
 
 
 def test_nothing_but_pixels_passes_on(hostile_pictures: dict[str, bytes]) -> None:
-    made = checked_picture(hostile_pictures["polyglot"], max_pixels=MAX_PIXELS)
+    made = checked_image(hostile_pictures["polyglot"], max_pixels=MAX_PIXELS)
     assert made.endswith(b"IEND\xaeB`\x82")
     assert b"script" not in made
 
 
 def test_base64_and_data_urls_are_read() -> None:
     text = base64.b64encode(b"picture").decode()
-    assert decode_base64_picture(text) == b"picture"
-    assert decode_base64_picture(f"data:image/png;base64,{text}") == b"picture"
-    assert decode_base64_picture(f"{text[:4]}\n{text[4:]}\n") == b"picture"
+    assert decode_base64_image(text) == b"picture"
+    assert decode_base64_image(f"data:image/png;base64,{text}") == b"picture"
+    assert decode_base64_image(f"{text[:4]}\n{text[4:]}\n") == b"picture"
 
 
 @pytest.mark.parametrize(
@@ -206,4 +206,4 @@ def test_base64_and_data_urls_are_read() -> None:
 )
 def test_what_is_no_base64_is_refused_by_its_field(text: str) -> None:
     with pytest.raises(InvalidImage, match="input_image"):
-        decode_base64_picture(text)
+        decode_base64_image(text)

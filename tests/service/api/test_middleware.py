@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from starlette.datastructures import Headers
 
-from service.api.middleware import request_id_of
+from service.api.request_log import request_id_of
 from service.keys import Scope, new_key
 from service.logging import add_request_id
 from service.settings import Settings
@@ -209,7 +209,7 @@ def test_every_request_is_one_line_with_its_route(small: TestClient, caplog: pyt
     small.post(PATH, json={"prompt": "a"})
     small.post(PATH, json={"prompt": "break"})
     small.get("/s3cret")
-    lines = [vars(record) for record in caplog.records if record.name == "service.api.middleware"]
+    lines = [vars(record) for record in caplog.records if record.name == "service.api.request_log"]
     assert [(line["method"], line["route"], line["status"], line["job_id"]) for line in lines] == [
         ("GET", "/v1/jobs/{job_id}", 200, None),
         ("POST", PATH, 200, "job_1"),

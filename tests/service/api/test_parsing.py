@@ -5,20 +5,30 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from models.card import EXACT, Guidance, ImageCard, SizeLimits
+from models.budget import resolve
+from models.card import Guidance, ImageCard, SizeLimits
+from models.curve import EXACT, Preset
 from models.errors import InvalidRequest
 from models.file_formats import OutputFormat
-from models.request import Budget, ComputeBudget, ImageRequest, Preset, PresetBudget, QualityBudget
-from service.api.parsing import nearest_size, parse_output, parse_requests, quality_of
+from models.request import Budget, ImageRequest, PresetBudget, QualityBudget
+from service.api.parsing import nearest_size, parse_image_body
 from service.api.schemas import ImageBody
-from service.jobs.job import Output
+from service.budget import BudgetBody
+from service.order import Order, Output
 
 DEFAULT = QualityBudget(0.9)
+DEFAULT_BODY = BudgetBody(quality=0.9, min_quality=0.7)
+
+
+def order(card: ImageCard, **fields: Any) -> Order:
+    body = ImageBody.model_validate({"prompt": "a red circle", **fields})
+    return parse_image_body(body, card, default_budget=DEFAULT_BODY, random_seed=77)
 
 
 def parse(card: ImageCard, **fields: Any) -> tuple[ImageRequest, ...]:
-    body = ImageBody.model_validate({"prompt": "a red circle", **fields})
-    return parse_requests(body, card, default_budget=DEFAULT, random_seed=77)
+    requests = order(card, **fields).requests
+    assert all(isinstance(request, ImageRequest) for request in requests)
+    return requests  # type: ignore[return-value]  # asserted above
 
 
 def test_defaults_are_the_models_and_the_servers(drawn_card: ImageCard) -> None:
@@ -31,6 +41,8 @@ def test_defaults_are_the_models_and_the_servers(drawn_card: ImageCard) -> None:
         guidance_scale=3.5,
         seed=77,
         budget=DEFAULT,
+        point=resolve(DEFAULT, drawn_card.curve),
+        is_guided=False,
     )
     assert parse(drawn_card) == (expected,)
 
@@ -160,23 +172,58 @@ def test_preset_must_be_on_the_models_curve(drawn_card: ImageCard) -> None:
         parse(replace(drawn_card, curve=(EXACT,)), budget={"preset": "fast"})
 
 
-def test_output_follows_the_format() -> None:
-    assert parse_output(ImageBody(prompt="a")) == Output()
-    body = ImageBody(prompt="a", output_format=OutputFormat.WEBP, output_compression=40, metadata=False)
-    assert parse_output(body) == Output(OutputFormat.WEBP, 40, has_metadata=False)
+def test_output_follows_the_format(drawn_card: ImageCard) -> None:
+    assert order(drawn_card).output == Output()
+    fields = {"output_format": "webp", "output_compression": 40, "metadata": False}
+    assert order(drawn_card, **fields).output == Output(OutputFormat.WEBP, 40, has_metadata=False)
     with pytest.raises(InvalidRequest, match="applies to webp and jpeg"):
-        parse_output(ImageBody(prompt="a", output_compression=40))
+        order(drawn_card, output_compression=40)
 
 
-def test_binary_answers_one_picture() -> None:
+def test_binary_answers_one_image(drawn_card: ImageCard) -> None:
     with pytest.raises(InvalidRequest, match="not n = 2"):
-        parse_output(ImageBody.model_validate({"prompt": "a", "n": 2, "response_format": "binary"}))
+        order(drawn_card, n=2, response_format="binary")
 
 
-def test_quality_that_was_asked_for(drawn_card: ImageCard) -> None:
-    assert quality_of(QualityBudget(0.3), drawn_card) == 0.3
-    assert quality_of(PresetBudget(Preset.FAST), drawn_card) == 0.8
-    assert quality_of(ComputeBudget(0.3), drawn_card) is None
+@pytest.mark.parametrize(
+    ("budget", "quality"), [({"quality": 0.3}, 0.3), ({"preset": "fast"}, 0.8), ({"compute_ratio": 0.3}, None)]
+)
+def test_quality_requested_is_the_one_that_the_budget_names(
+    budget: dict[str, Any], quality: float | None, drawn_card: ImageCard
+) -> None:
+    assert order(drawn_card, budget=budget).quality_requested == quality
+
+
+@pytest.mark.parametrize(
+    ("fields", "min_quality"),
+    [
+        ({}, 0.7),
+        ({"quality": "auto"}, 0.7),
+        ({"quality": "high"}, None),
+        ({"quality": "medium"}, None),
+        ({"budget": {"quality": 0.9}}, None),
+        ({"budget": {"quality": 0.9, "min_quality": 0.4}}, 0.4),
+    ],
+)
+def test_load_may_lower_a_quality_only_where_the_budget_in_use_says_so(
+    fields: dict[str, Any], min_quality: float | None, drawn_card: ImageCard
+) -> None:
+    assert order(drawn_card, **fields).min_quality == min_quality
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_branches"),
+    [({}, 1), ({"true_cfg_scale": 1.0}, 1), ({"true_cfg_scale": 1.5, "negative_prompt": ""}, 2)],
+)
+def test_true_guidance_adds_a_branch(fields: dict[str, Any], num_branches: int, drawn_card: ImageCard) -> None:
+    assert order(drawn_card, **fields).num_branches == num_branches
+
+
+@pytest.mark.parametrize(("scale", "num_branches"), [(0.5, 1), (1.0, 1), (1.1, 2), (4.0, 2)])
+def test_guidance_scale_is_true_guidance_where_the_model_says_so(
+    scale: float, num_branches: int, guided_card: ImageCard
+) -> None:
+    assert order(guided_card, guidance_scale=scale).num_branches == num_branches
 
 
 @given(

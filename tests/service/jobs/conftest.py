@@ -1,9 +1,9 @@
-"""The stores and the places of results that there are, each with the same contract."""
+"""All job stores and results stores: each is tested for the contract."""
 
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -20,11 +20,16 @@ _names = itertools.count()
 
 @dataclass
 class Bench:
-    """What is tested, and a way to let time pass: a fake clock's, or where the place has its own, the real one."""
+    """A store under test. `elapse` lets time pass: that of a fake clock, or real time where Redis keeps the clock.
+
+    `queued` is set when a job joins the queue; `cancelled` has the ids of the cancelled jobs that the store announced.
+    """
 
     store: JobStore
     results: Results
     elapse: Callable[[float], Awaitable[None]]
+    queued: asyncio.Event = field(default_factory=asyncio.Event)
+    cancelled: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
 
 
 class Clock:
@@ -70,6 +75,7 @@ async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
             results = MemoryResults(**limits, clock=clock)
         store = MemoryStore(results, **rules)
         elapse = clock.elapse
-    await store.open()
-    yield Bench(store, results, elapse)
+    bench = Bench(store, results, elapse)
+    await store.open(on_queued=bench.queued.set, on_cancelled=bench.cancelled.put_nowait)
+    yield bench
     await store.close()

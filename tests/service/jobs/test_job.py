@@ -1,25 +1,32 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
-from service.jobs.job import TRANSITIONS, IllegalTransition, Job, JobStatus
+from models.curve import EXACT
+from models.request import ComputeBudget, MeshRequest
+from service.jobs.job import IllegalTransition, Job, JobSnapshot, JobState, JobStatus, Priority
+
+LEGAL_MOVES = {
+    ("queued", "running"),
+    ("queued", "failed"),
+    ("queued", "cancelled"),
+    ("running", "queued"),
+    ("running", "succeeded"),
+    ("running", "failed"),
+    ("running", "cancelled"),
+}
 
 
 @pytest.mark.parametrize("status", JobStatus)
 @pytest.mark.parametrize("target", JobStatus)
-def test_job_moves_only_where_the_table_says(
-    status: JobStatus, target: JobStatus, make_job: Callable[..., Job]
-) -> None:
-    job = make_job("a")
-    for step in {JobStatus.QUEUED: (), JobStatus.RUNNING: (JobStatus.RUNNING,)}.get(
-        status, (JobStatus.RUNNING, status)
-    ):
-        job = job.moved_to(step)
-    if target in TRANSITIONS[status]:
-        assert job.moved_to(target).status is target
+def test_state_makes_legal_moves_and_no_others(status: JobStatus, target: JobStatus) -> None:
+    state = JobState(status, steps_done=3)
+    if (status, target) in LEGAL_MOVES:
+        assert state.moved_to(target) == JobState(target, steps_done=3)
     else:
         with pytest.raises(IllegalTransition, match=f"from {status} to {target}"):
-            job.moved_to(target)
+            state.moved_to(target)
 
 
 def test_only_ends_are_terminal() -> None:
@@ -29,4 +36,33 @@ def test_only_ends_are_terminal() -> None:
 def test_remaining_seconds_shrink_with_the_steps(make_job: Callable[..., Job]) -> None:
     job = make_job("a", seeds=(0, 1))
     assert job.num_steps == 8
-    assert job.remaining_seconds == job.predicted_seconds
+    remaining = [JobSnapshot(job, JobState(steps_done=steps)).remaining_seconds for steps in (0, 2, 8)]
+    assert remaining == [job.predicted_seconds, job.predicted_seconds * 0.75, 0.0]
+
+
+def test_place_goes_by_priority_then_by_deadline(make_job: Callable[..., Job]) -> None:
+    early, late = (replace(make_job(name), created_at=at) for name, at in (("early", 100.0), ("late", 101.0)))
+    urgent = replace(late, deadline_at=159.0)  # a job without a deadline sorts as if due 60 s after its arrival
+    patient = replace(early, deadline_at=162.0)
+    high, low = replace(late, priority=Priority.HIGH), replace(early, priority=Priority.LOW, deadline_at=0.0)
+    assert sorted((low, patient, late, early, urgent, high), key=lambda job: job.place) == [
+        *(high, urgent, early, late, patient, low)
+    ]
+
+
+def test_without_input_images_changes_only_mesh_requests(make_job: Callable[..., Job]) -> None:
+    image_job = make_job("a")
+    assert image_job.without_input_images() == image_job
+    mesh = MeshRequest(
+        model="ball",
+        num_inference_steps=4,
+        guidance_scale=1.5,
+        seed=0,
+        budget=ComputeBudget(0.5),
+        point=EXACT,
+        is_guided=True,
+        input_image=b"png",
+        octree_resolution=32,
+    )
+    mesh_job = replace(image_job, requests=(mesh,))
+    assert mesh_job.without_input_images() == replace(mesh_job, requests=(replace(mesh, input_image=b""),))

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from models.curve import Preset
 from models.errors import WeightsError
-from models.request import LatencyBudget, Preset, PresetBudget
+from models.request import LatencyBudget, PresetBudget
 from service.app import build_dispatcher
 from service.errors import Draining
 from service.jobs.job import FailureReason, Job, JobStatus, Priority
@@ -21,11 +22,11 @@ TIMEOUT_S = 20
 
 
 def test_job_is_made_with_one_receipt_for_each_picture(service: Any, make_job: MakeJob) -> None:
-    outcome = service.submit(make_job("a", seeds=(5, 6, 7))).result(TIMEOUT_S)
-    assert outcome.job.status is JobStatus.SUCCEEDED
-    assert len(set(outcome.pictures)) == len(outcome.job.receipts) == 3
-    assert outcome.job.steps_done == 12
-    assert [receipt.batch_size_mean for receipt in outcome.job.receipts] == [3, 3, 3]
+    finished = service.submit(make_job("a", seeds=(5, 6, 7))).result(TIMEOUT_S)
+    assert finished.state.status is JobStatus.SUCCEEDED
+    assert len(set(finished.artifacts)) == len(finished.state.receipts) == 3
+    assert finished.state.steps_done == 12
+    assert [receipt.batch_size_mean for receipt in finished.state.receipts] == [3, 3, 3]
 
 
 def test_requests_of_one_shape_share_steps_as_they_come(service: Any, engine: Any, make_job: MakeJob) -> None:
@@ -33,6 +34,7 @@ def test_requests_of_one_shape_share_steps_as_they_come(service: Any, engine: An
     first = service.submit(make_job("a", seeds=(1,)))
     assert engine.stepping.wait(TIMEOUT_S)
     second = service.submit(make_job("b", seeds=(2,), num_inference_steps=2))
+    service.wait_until_taken("a", "b")
     engine.gate.set()
     first.result(TIMEOUT_S)
     second.result(TIMEOUT_S)
@@ -42,13 +44,13 @@ def test_requests_of_one_shape_share_steps_as_they_come(service: Any, engine: An
 def test_companions_do_not_change_a_picture(service: Any, make_job: MakeJob) -> None:
     alone = service.submit(make_job("a", seeds=(1,))).result(TIMEOUT_S)
     together = service.submit(make_job("b", seeds=(0, 1, 2))).result(TIMEOUT_S)
-    assert together.pictures[1] == alone.pictures[0]
+    assert together.artifacts[1] == alone.artifacts[0]
 
 
 def test_batch_is_limited_and_the_rest_follows(start_service: StartService, engine: Any, make_job: MakeJob) -> None:
     service = start_service(Settings(max_batch_size=3))
-    outcome = service.submit(make_job("a", seeds=range(8))).result(TIMEOUT_S)
-    assert len(outcome.pictures) == 8
+    finished = service.submit(make_job("a", seeds=range(8))).result(TIMEOUT_S)
+    assert len(finished.artifacts) == 8
     assert max(len(batch) for batch in engine.batches) == 3
 
 
@@ -59,12 +61,13 @@ def test_models_own_batch_limit_counts_too(service: Any, engine: Any, make_job: 
 
 def test_other_shapes_take_turns(service: Any, engine: Any, make_job: MakeJob) -> None:
     engine.gate.clear()
-    outcomes = [service.submit(make_job("a", seeds=(1,), num_inference_steps=20))]
+    waiting = [service.submit(make_job("a", seeds=(1,), num_inference_steps=20))]
     assert engine.stepping.wait(TIMEOUT_S)
-    outcomes += [service.submit(make_job("b", seeds=(2,), width=128)), service.submit(make_job("c", seeds=(3,)))]
+    waiting += [service.submit(make_job("b", seeds=(2,), width=128)), service.submit(make_job("c", seeds=(3,)))]
+    service.wait_until_taken("a", "b", "c")
     engine.gate.set()
-    for outcome in outcomes:
-        outcome.result(TIMEOUT_S)
+    for finished in waiting:
+        finished.result(TIMEOUT_S)
     wide_turns = [turn for turn, batch in enumerate(engine.batches) if batch == [2]]
     assert len(wide_turns) == 4
     # As two shapes of three pictures: the two that share steps get two for each of the other's.
@@ -74,12 +77,13 @@ def test_other_shapes_take_turns(service: Any, engine: Any, make_job: MakeJob) -
 def test_a_light_request_takes_steps_without_dense_ones(service: Any, engine: Any, make_job: MakeJob) -> None:
     engine.gate.clear()
     exact, draft = PresetBudget(Preset.EXACT), PresetBudget(Preset.DRAFT)
-    outcomes = [service.submit(make_job("dense", seeds=(1,), num_inference_steps=20, budget=exact))]
+    waiting = [service.submit(make_job("dense", seeds=(1,), num_inference_steps=20, budget=exact))]
     assert engine.stepping.wait(TIMEOUT_S)
-    outcomes.append(service.submit(make_job("light", seeds=(2,), num_inference_steps=20, budget=draft)))
+    waiting.append(service.submit(make_job("light", seeds=(2,), num_inference_steps=20, budget=draft)))
+    service.wait_until_taken("dense", "light")
     engine.gate.set()
-    for outcome in outcomes:
-        outcome.result(TIMEOUT_S)
+    for finished in waiting:
+        finished.result(TIMEOUT_S)
     # The light one needs 0.4 of the time, so it has five steps while the dense one has two, which it shares.
     light_turns = [turn for turn, batch in enumerate(engine.batches) if 2 in batch]
     num_dense = sum(1 in batch for batch in engine.batches[light_turns[0] : light_turns[-1]])
@@ -94,14 +98,15 @@ def test_urgent_pictures_get_twice_the_device(
 ) -> None:
     engine.gate.clear()
     exact = PresetBudget(Preset.EXACT)
-    outcomes = [service.submit(make_job("a", seeds=(1,), num_inference_steps=20, budget=exact))]
+    waiting = [service.submit(make_job("a", seeds=(1,), num_inference_steps=20, budget=exact))]
     assert engine.stepping.wait(TIMEOUT_S)
     budget = LatencyBudget(latency_s=1e12) if "deadline_at" in urgency else exact
     urgent = make_job("b", seeds=(2,), width=128, num_inference_steps=12, budget=budget)
-    outcomes.append(service.submit(replace(urgent, **urgency)))
+    waiting.append(service.submit(replace(urgent, **urgency)))
+    service.wait_until_taken("a", "b")
     engine.gate.set()
-    for outcome in outcomes:
-        outcome.result(TIMEOUT_S)
+    for finished in waiting:
+        finished.result(TIMEOUT_S)
     last = max(turn for turn, batch in enumerate(engine.batches) if batch == [2])
     assert engine.batches[:last].count([1]) == pytest.approx(6, abs=1.5)
 
@@ -109,13 +114,13 @@ def test_urgent_pictures_get_twice_the_device(
 def test_high_priority_overtakes_the_queue(start_service: StartService, engine: Any, make_job: MakeJob) -> None:
     service = start_service(Settings(max_batch_size=1))
     engine.gate.clear()
-    outcomes = [service.submit(make_job("running", seeds=(0,)))]
+    waiting = [service.submit(make_job("running", seeds=(0,)))]
     assert engine.stepping.wait(TIMEOUT_S)
     for seed, priority in enumerate(("low", "normal", "high", "normal"), start=1):
-        outcomes.append(service.submit(make_job(priority + str(seed), seeds=(seed,), priority=Priority(priority))))
+        waiting.append(service.submit(make_job(priority + str(seed), seeds=(seed,), priority=Priority(priority))))
     engine.gate.set()
-    for outcome in outcomes:
-        outcome.result(TIMEOUT_S)
+    for finished in waiting:
+        finished.result(TIMEOUT_S)
     assert engine.started == [0, 3, 2, 4, 1]
 
 
@@ -140,19 +145,20 @@ def test_failure_hits_only_its_own_job_and_the_worker_goes_on(
     assert engine.stepping.wait(TIMEOUT_S)
     broken = service.submit(make_job("broken", seeds=(2, 3), prompt=f"break at {stage}"))
     companion = service.submit(make_job("companion", seeds=(4,)))
+    service.wait_until_taken("first", "broken", "companion")
     engine.gate.set()
     failed = broken.result(TIMEOUT_S)
-    assert failed.job.status is JobStatus.FAILED
-    assert failed.job.failure is not None
-    assert failed.job.failure.reason is FailureReason.GENERATION_FAILED
-    assert "broken" in failed.job.failure.message
-    assert "secret" not in failed.job.failure.message
-    assert first.result(TIMEOUT_S).job.status is companion.result(TIMEOUT_S).job.status is JobStatus.SUCCEEDED
-    assert service.submit(make_job("next")).result(TIMEOUT_S).job.status is JobStatus.SUCCEEDED
+    assert failed.state.status is JobStatus.FAILED
+    assert failed.state.failure is not None
+    assert failed.state.failure.reason is FailureReason.GENERATION_FAILED
+    assert "broken" in failed.state.failure.message
+    assert "secret" not in failed.state.failure.message
+    assert first.result(TIMEOUT_S).state.status is companion.result(TIMEOUT_S).state.status is JobStatus.SUCCEEDED
+    assert service.submit(make_job("next")).result(TIMEOUT_S).state.status is JobStatus.SUCCEEDED
 
 
 def test_engines_refusal_is_the_clients_fault(service: Any, make_job: MakeJob) -> None:
-    failure = service.submit(make_job("a", prompt="refuse")).result(TIMEOUT_S).job.failure
+    failure = service.submit(make_job("a", prompt="refuse")).result(TIMEOUT_S).state.failure
     assert failure is not None
     assert failure.reason is FailureReason.INVALID_REQUEST
     assert failure.param == "prompt"
@@ -162,8 +168,8 @@ def test_picture_that_cannot_be_encoded_fails_its_job(
     service: Any, engine: Any, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "finish", lambda state: "no pixels")
-    outcome = service.submit(make_job("a", seeds=(1, 2))).result(TIMEOUT_S)
-    assert outcome.job.status is JobStatus.FAILED
+    finished = service.submit(make_job("a", seeds=(1, 2))).result(TIMEOUT_S)
+    assert finished.state.status is JobStatus.FAILED
 
 
 def test_cancelled_running_job_leaves_at_the_next_step(service: Any, engine: Any, make_job: MakeJob) -> None:
@@ -171,12 +177,12 @@ def test_cancelled_running_job_leaves_at_the_next_step(service: Any, engine: Any
     unwanted = service.submit(make_job("a", seeds=(1,), num_inference_steps=50))
     assert engine.stepping.wait(TIMEOUT_S)
     service.cancel("a")
-    assert unwanted.result(TIMEOUT_S).job.status is JobStatus.CANCELLED
+    assert unwanted.result(TIMEOUT_S).state.status is JobStatus.CANCELLED
     engine.gate.set()
     service.submit(make_job("b", seeds=(2,))).result(TIMEOUT_S)
     assert engine.batches == [[1]] + [[2]] * 4
     service.cancel("b")
-    assert service.job("b").status is JobStatus.SUCCEEDED
+    assert service.get("b").state.status is JobStatus.SUCCEEDED
 
 
 def test_cancelled_queued_job_never_runs(start_service: StartService, engine: Any, make_job: MakeJob) -> None:
@@ -197,15 +203,15 @@ def test_stopping_finishes_running_and_queued_jobs_and_refuses_new_ones(
 ) -> None:
     service = start_service(Settings(max_batch_size=1, grace_s=20))
     engine.gate.clear()
-    outcomes = [service.submit(make_job("a")), service.submit(make_job("b"))]
+    waiting = [service.submit(make_job("a")), service.submit(make_job("b"))]
     service.drain_soon()
     with pytest.raises(Draining) as caught:
-        service.running.dispatcher.check_accepting()
+        service.dispatcher.check_accepting()
     assert caught.value.retry_after_s == 20
     engine.gate.set()
     service.drain()
-    assert not service.running.dispatcher.worker.is_alive
-    assert [outcome.result(TIMEOUT_S).job.status for outcome in outcomes] == ["succeeded", "succeeded"]
+    assert not service.dispatcher.worker.is_alive
+    assert [finished.result(TIMEOUT_S).state.status for finished in waiting] == ["succeeded", "succeeded"]
 
 
 def test_what_the_grace_does_not_suffice_for_fails_as_draining(
@@ -213,12 +219,12 @@ def test_what_the_grace_does_not_suffice_for_fails_as_draining(
 ) -> None:
     service = start_service(Settings(max_batch_size=1, grace_s=0))
     engine.gate.clear()
-    outcomes = [service.submit(make_job("a")), service.submit(make_job("b"))]
+    waiting = [service.submit(make_job("a")), service.submit(make_job("b"))]
     assert engine.stepping.wait(TIMEOUT_S)
     service.drain_soon()
     engine.gate.set()
-    for outcome in outcomes:
-        failure = outcome.result(TIMEOUT_S).job.failure
+    for finished in waiting:
+        failure = finished.result(TIMEOUT_S).state.failure
         assert failure is not None
         assert failure.reason is FailureReason.DRAINING
 
@@ -229,20 +235,20 @@ def test_step_that_never_ends_does_not_hold_up_the_end(
     monkeypatch.setattr("service.running.dispatcher.LAST_STEP_S", 0.2)
     service = start_service(Settings(grace_s=0))
     engine.gate.clear()
-    outcome = service.submit(make_job("a"))
+    finished = service.submit(make_job("a"))
     assert engine.stepping.wait(TIMEOUT_S)
     service.drain()
-    assert outcome.result(TIMEOUT_S).job.status is JobStatus.FAILED
+    assert finished.result(TIMEOUT_S).state.status is JobStatus.FAILED
 
 
 def test_bug_in_the_loop_ends_all_jobs_instead_of_leaving_them_waiting(
-    service: Any, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    service: Any, engine: Any, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(service.running.dispatcher.worker, "_next_batch", lambda: 1 / 0)
-    assert service.submit(make_job("a")).result(TIMEOUT_S).job.status is JobStatus.FAILED
+    monkeypatch.setattr(engine, "memory_bytes", lambda: 1 / 0)
+    assert service.submit(make_job("a")).result(TIMEOUT_S).state.status is JobStatus.FAILED
     service.drain()
     with pytest.raises(Draining):
-        service.running.dispatcher.check_accepting()
+        service.dispatcher.check_accepting()
     assert "the worker stopped" in caplog.text
 
 
@@ -273,7 +279,7 @@ def test_bug_in_the_dispatcher_ends_the_server_instead_of_leaving_jobs_waiting(
 ) -> None:
     service = start_service(Settings(grace_s=0.2))
     monkeypatch.setattr(service.store, "claim", lambda fits: 1 / 0)
-    assert service.submit(make_job("a")).result(TIMEOUT_S).job.status is JobStatus.FAILED
+    assert service.submit(make_job("a")).result(TIMEOUT_S).state.status is JobStatus.FAILED
     assert "the dispatcher stopped" in caplog.text
     with pytest.raises(Draining):
-        service.running.dispatcher.check_accepting()
+        service.dispatcher.check_accepting()

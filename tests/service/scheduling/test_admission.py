@@ -1,30 +1,101 @@
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.errors import Overloaded
-from service.scheduling.admission import admit
+from models.card import ImageCard
+from models.curve import Preset
+from models.request import Budget, ComputeBudget, ImageRequest, LatencyBudget, PresetBudget, QualityBudget
+from service.errors import DeadlineUnreachable, Overloaded
+from service.order import Order, Output
+from service.scheduling.admission import Backlog, admit
+
+MakeOrder = Callable[..., Order]
 
 seconds = st.floats(min_value=0.01, max_value=1e6)
 
 
-def test_full_server_says_when_to_come_back() -> None:
+@pytest.fixture
+def make_order(make_request: Callable[..., ImageRequest]) -> MakeOrder:
+    def make(budget: Budget, *, steps: int = 4, n: int = 1, min_quality: float | None = None) -> Order:
+        request = make_request(budget=budget, num_inference_steps=steps)
+        return Order(tuple(replace(request, seed=seed) for seed in range(n)), Output(), None, min_quality)
+
+    return make
+
+
+def backlog(seconds: float, max_seconds: float = 60.0, finish_s: float = 0.0) -> Backlog:
+    return Backlog(seconds, max_seconds, finish_s)
+
+
+# A dense step of the card takes 0.5 s.
+EXACT = PresetBudget(Preset.EXACT)
+
+
+def test_full_server_says_when_to_come_back(make_order: MakeOrder, drawn_card: ImageCard) -> None:
     with pytest.raises(
         Overloaded, match=r"55\.0 s of work.*would add 10\.0 s.*60 s it accepts; try again in 5 s"
     ) as caught:
-        admit(10, backlog_s=55, max_backlog_s=60)
+        admit(make_order(EXACT, steps=20), drawn_card, backlog(55))
     assert caught.value.retry_after_s == 5
 
 
-def test_idle_server_takes_any_job() -> None:
-    admit(1000, backlog_s=0, max_backlog_s=60)
+def test_idle_server_takes_any_order(make_order: MakeOrder, drawn_card: ImageCard) -> None:
+    admission = admit(make_order(EXACT, steps=2000), drawn_card, backlog(0))
+    assert admission.predicted_seconds == pytest.approx(1000)
 
 
-@given(cost_s=seconds, backlog_s=seconds, max_backlog_s=seconds)
-def test_after_the_wait_the_job_is_admitted(cost_s: float, backlog_s: float, max_backlog_s: float) -> None:
-    retry_after_s = 0
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=st.integers(1, 10_000), backlog_s=seconds, max_backlog_s=seconds)
+def test_order_is_admitted_after_the_wait(
+    steps: int, backlog_s: float, max_backlog_s: float, make_order: MakeOrder, drawn_card: ImageCard
+) -> None:
+    order, retry_after_s = make_order(EXACT, steps=steps), 0
     try:
-        admit(cost_s, backlog_s=backlog_s, max_backlog_s=max_backlog_s)
+        admit(order, drawn_card, backlog(backlog_s, max_backlog_s))
     except Overloaded as error:
         retry_after_s = error.retry_after_s or 0
-    admit(cost_s, backlog_s=max(0.0, backlog_s - retry_after_s), max_backlog_s=max_backlog_s)
+    admit(order, drawn_card, backlog(max(0.0, backlog_s - retry_after_s), max_backlog_s))
+
+
+def test_cost_of_every_result_counts(make_order: MakeOrder, drawn_card: ImageCard) -> None:
+    admission = admit(make_order(QualityBudget(0.9), n=3), drawn_card, backlog(0))
+    assert admission.predicted_seconds == pytest.approx(3 * 4 * 0.5 * 0.64)
+
+
+def test_deadline_is_promised_if_it_can_be_met(make_order: MakeOrder, drawn_card: ImageCard) -> None:
+    assert admit(make_order(LatencyBudget(1.5)), drawn_card, backlog(0.5)).latency_s == 1.5
+    with pytest.raises(DeadlineUnreachable):
+        admit(make_order(LatencyBudget(1.5)), drawn_card, backlog(0.5, finish_s=0.2))
+    assert admit(make_order(EXACT), drawn_card, backlog(0.5)).latency_s is None
+
+
+@pytest.mark.parametrize(
+    ("budget", "min_quality", "load", "quality", "is_degraded"),
+    [
+        (EXACT, 0.8, 0.2, 1.0, False),
+        (EXACT, 0.8, 0.5, 0.9, True),
+        (EXACT, 0.8, 0.9, 0.8, True),
+        (EXACT, None, 0.9, 1.0, False),
+        (QualityBudget(0.9), 0.9, 0.9, 0.9, False),
+        (ComputeBudget(0.8), 0.6, 0.9, 0.6, True),
+    ],
+)
+def test_load_lowers_quality_down_to_the_floor_and_no_further(
+    budget: Budget,
+    min_quality: float | None,
+    load: float,
+    quality: float,
+    is_degraded: bool,
+    make_order: MakeOrder,
+    drawn_card: ImageCard,
+) -> None:
+    order = make_order(budget, min_quality=min_quality, n=2)
+    admission = admit(order, drawn_card, backlog(load * 100, max_seconds=100))
+    assert admission.is_degraded is is_degraded
+    assert admission.order.point.quality == pytest.approx(quality)
+    assert {request.point for request in admission.order.requests} == {admission.order.point}
+    if not is_degraded:
+        assert admission.order is order

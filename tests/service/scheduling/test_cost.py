@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 
 from models.card import ImageCard
-from models.request import ImageRequest, Preset, PresetBudget
+from models.curve import Preset
+from models.request import ImageRequest, PresetBudget
 from service.scheduling.cost import block_seconds, dense_step_seconds, predicted_seconds
 
 EXACT = PresetBudget(Preset.EXACT)
@@ -57,5 +58,5 @@ def test_cost_of_true_guidance_is_relative_to_the_default_guidance(
     guided_card: ImageCard,
 ) -> None:
     card = replace(guided_card, default_guidance_scale=default_guidance_scale)
-    request = make_request(budget=EXACT, guidance_scale=guidance_scale)
+    request = make_request(card=card, budget=EXACT, guidance_scale=guidance_scale)
     assert predicted_seconds(request, card) == pytest.approx(seconds)

@@ -16,7 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models.card import EXACT, CurvePoint, Guidance, MeshCard, Policy
+from models.card import Guidance, MeshCard
+from models.curve import EXACT, CurvePoint
 from models.engine import Engine
 from models.errors import InvalidRequest
 from models.families.hunyuan3d.pipeline import Hunyuan3DFamily
@@ -24,6 +25,7 @@ from models.mesh.cleanup import CleanMesh, clean
 from models.mesh.surface import extract_surface
 from models.mesh.volume import MIN_COARSE_CELLS, decode_dense
 from models.request import MeshRequest
+from models.rules.router import RouterPolicy
 from models.state import DenoiseState
 from models.weights import CheckpointTraits
 from models.zoo import load_engine
@@ -31,7 +33,7 @@ from models.zoo import load_engine
 Ask = Callable[..., MeshRequest]
 Denoise = Callable[..., DenoiseState]
 
-ALL_SKIPPED = CurvePoint("router", Policy(skip_threshold=1.1), 0.0, 0.0, 0.0)
+ALL_SKIPPED = CurvePoint(RouterPolicy(skip_threshold=1.1), 0.0, 0.0, 0.0)
 
 
 @pytest.fixture(scope="session", params=["hunyuan3d_plain", "hunyuan3d_stream"])
@@ -113,7 +115,7 @@ def test_guidance_that_is_distilled_into_the_denoiser_is_an_input_of_it(
         velocity = denoiser(noise, times, context, torch.tensor([scale]))
         assert torch.equal(state.latents, noise + velocity)
         results.append(state.latents)
-    assert not torch.allclose(*results, atol=0.01)
+    assert not torch.allclose(results[0], results[1], atol=0.01)
 
 
 @only_plain
@@ -148,7 +150,7 @@ def test_rows_without_an_image_take_the_shortcut_and_give_the_same(
 
 @only_plain
 def test_companions_do_not_matter_where_some_rows_take_the_shortcut(engine: Engine, ask: Ask, denoise: Denoise) -> None:
-    routed = CurvePoint("router", Policy(0.3, 0.3, 2, width_bias=0.5), 0.5, 0.5, 0.5)
+    routed = CurvePoint(RouterPolicy(0.3, 0.3, 2, width_bias=0.5), 0.5, 0.5, 0.5)
     requests = [
         (ask(seed=i, guidance_scale=scale), point)
         for i, scale, point in zip(count(), (1.0, 5.0, 3.0, 2.0), (routed, routed, EXACT, routed), strict=False)

@@ -6,7 +6,13 @@ from torch import Tensor, nn
 
 from models.elastic.width import narrowed
 from models.errors import WeightsError
-from models.families.hunyuan3d.plain_dit import CrossAttention, HunYuanDiTPlain, MixtureOfExperts, SelfAttention
+from models.families.hunyuan3d.plain_dit import (
+    CrossAttention,
+    HunYuanDiTBlock,
+    HunYuanDiTPlain,
+    MixtureOfExperts,
+    SelfAttention,
+)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -95,7 +101,7 @@ def test_left_out_source_hands_its_reader_what_it_was_given(
 ) -> None:
     """Block 3 reads block 1, which then stands for block 0."""
     latents, timestep, context = inputs
-    blocks = model.blocks
+    blocks: Any = model.blocks
     first = blocks[0](model.embed(latents, timestep), context)
     last = blocks[3](blocks[3].fuse(blocks[2](first, context), first), context)
     assert torch.equal(model(*inputs, left_out={1}), model.final_layer(last))
@@ -169,7 +175,8 @@ def test_pass_and_gradients_under_autocast_are_near_those_in_float32(
     model: HunYuanDiTPlain, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     model.requires_grad_()
-    learned = (model.t_embedder.mlp[0].weight, model.x_embedder.weight, model.final_layer.linear.bias)
+    names = ("t_embedder.mlp.0.weight", "x_embedder.weight", "final_layer.linear.bias")
+    learned = [model.get_parameter(name) for name in names]
 
     def run() -> tuple[Tensor, ...]:
         velocity = model(*inputs)
@@ -199,6 +206,7 @@ def test_narrow_block_is_the_one_whose_other_neurons_are_silent(
 ) -> None:
     latents, timestep, context = inputs
     block, width = model.blocks[index], 80
+    assert isinstance(block, HunYuanDiTBlock)
     layers = {name for name, layer in block.named_modules() if isinstance(layer, nn.Linear)}
     first = {name for name in layers if name.endswith(("fc1", "net.0.proj"))}
     last = {name for name in layers if name.endswith(("fc2", "net.2"))}
@@ -208,7 +216,7 @@ def test_narrow_block_is_the_one_whose_other_neurons_are_silent(
     result = narrow(hidden_states, context)
     assert not torch.allclose(result, block(hidden_states, context))
     for name in last:
-        block.get_submodule(name).weight[:, width:] = 0
+        block.get_parameter(f"{name}.weight")[:, width:] = 0
     torch.testing.assert_close(result, block(hidden_states, context))
 
 

@@ -13,15 +13,16 @@ from diffusers import QwenImagePipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.card import CurvePoint, Policy
 from models.conversion import convert
+from models.curve import EXACT, CurvePoint, Preset
+from models.elastic.plan import Policy
 from models.elastic.router import RouterStack
 from models.engine import Engine
 from models.errors import WeightsError
 from models.families.qwen_image.conversion import router_tensors
 from models.families.qwen_image.pipeline import QwenImageFamily
 from models.report import Decision
-from models.request import ImageRequest, Preset, PresetBudget
+from models.request import ImageRequest, PresetBudget
 from models.rules.router import OFFICIAL, PAPER
 from models.state import DenoiseState
 from models.weights import (
@@ -105,9 +106,11 @@ def generate(engine: Engine, policy: Policy, num_steps: int) -> DenoiseState:
         guidance_scale=4.0,
         seed=0,
         budget=PresetBudget(Preset.EXACT),
+        point=EXACT,
+        is_guided=True,
         wants_trace=True,
     )
-    state = engine.start(request, CurvePoint("router", policy, 1.0, 1.0, 1.0))
+    state = engine.start(request, CurvePoint(policy, 1.0, 1.0, 1.0))
     while not state.is_done:
         engine.step([state])
     return state

@@ -11,12 +11,14 @@ from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 
 import models.zoo
-from models.card import EXACT, CurvePoint, Guidance, Policy, SizeLimits
+from models.card import Guidance, ImageCard, SizeLimits
+from models.curve import EXACT, CurvePoint
 from models.engine import Engine
 from models.errors import InvalidRequest
 from models.families.qwen_image import adapter
 from models.families.qwen_image.pipeline import QwenImageFamily, pad_prompts, set_activation
 from models.request import ImageRequest
+from models.rules.router import RouterPolicy
 from models.state import DenoiseState
 from models.weights import CheckpointTraits, MlpActivation
 from models.zoo import load_engine
@@ -24,7 +26,7 @@ from models.zoo import load_engine
 MODEL = "tiny-qwen-image"
 TEMPLATE_END = 5  # tokens
 LONGEST = " ".join(["red"] * 35)
-REUSING = CurvePoint("router", Policy(0.0, 1.0, 2, width_bias=-1e6), 0.5, 0.5, 0.5)
+REUSING = CurvePoint(RouterPolicy(0.0, 1.0, 2, width_bias=-1e6), 0.5, 0.5, 0.5)
 """Every block runs in every third step and is used again in between."""
 
 Ask = Callable[..., ImageRequest]
@@ -271,6 +273,7 @@ def test_activation_of_the_public_checkpoint_is_left_as_it_is(stock: QwenImagePi
 
 def test_card_has_sizes_defaults_and_guidance(engine: Engine) -> None:
     card = engine.cards[MODEL]
+    assert isinstance(card, ImageCard)
     assert card.family == "qwen_image"
     assert card.guidance is Guidance.TRUE
     assert (card.default_height, card.default_width) == (64, 80)
@@ -285,6 +288,7 @@ def test_defaults_are_those_of_the_stock_pipeline_where_there_is_no_manifest(
     # The time of a step is measured at the default size, which takes seconds.
     monkeypatch.setattr(models.zoo, "_dense_step_seconds", lambda *_: 1.0)
     card = load_engine([directory], device="cpu", router_weights=tmp_path).cards[MODEL]
+    assert isinstance(card, ImageCard)
     assert card.license == "unknown"
     assert (card.default_height, card.default_width) == (1024, 1024)
     assert card.sizes == SizeLimits(multiple_of=16, minimum=64, maximum=2048)

@@ -4,7 +4,7 @@ from models.families.entry import DIFFUSERS, FamilyEntry, Reference
 
 ENTRY = FamilyEntry(
     name="toy",
-    family=Reference("toy_family.pipeline", "ToyFamily"),
+    family=Reference("tests.models.families.toy_family.pipeline", "ToyFamily"),
     layout=DIFFUSERS,
     class_names=("ToyPipeline",),
 )

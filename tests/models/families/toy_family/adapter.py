@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from models.elastic.streams import Streams
 from models.families.wrapping import Mlp
-from toy_family.transformer import ToyBlock, ToyTransformer
+from tests.models.families.toy_family.transformer import ToyBlock, ToyTransformer
 
 
 def prologue(transformer: ToyTransformer, latents: Tensor, timestep: Tensor, context: Tensor) -> Streams:

@@ -9,18 +9,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.card import CurvePoint, Guidance, ImageCard, ModelCard, SizeLimits, basics_of
+from models.card import Guidance, ImageCard, ModelCard, SizeLimits, basics_of
+from models.curve import EXACT, CurvePoint, Preset
 from models.diffusion.sampling import classifier_free_guidance
 from models.elastic.compute import BlockCost
 from models.elastic.streams import Streams
 from models.families.family import BranchStart, Family
 from models.families.wrapping import Adapter
 from models.loading import stream_module
-from models.request import GenerationRequest, ImageRequest, Preset, PresetBudget
+from models.request import GenerationRequest, ImageRequest, PresetBudget
 from models.state import BranchInputs, DenoiseState
 from models.weights import CheckpointTraits, Manifest, RouterWeights
-from toy_family import adapter
-from toy_family.transformer import NUM_LETTERS, ToyTransformer
+from tests.models.families.toy_family import adapter
+from tests.models.families.toy_family.transformer import NUM_LETTERS, ToyTransformer
 
 PROMPT_LENGTH = 8
 PIXELS = 8
@@ -79,6 +80,8 @@ class ToyFamily(Family):
             guidance_scale=card.default_guidance_scale,
             seed=0,
             budget=PresetBudget(Preset.EXACT),
+            point=EXACT,
+            is_guided=card.is_guided(card.default_guidance_scale),
         )
 
     @torch.inference_mode()

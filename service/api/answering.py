@@ -1,0 +1,98 @@
+"""From a recorded job to its HTTP answer: the result, the job, or a stream of events."""
+
+import asyncio
+import math
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+
+from service.api.errors import raise_if_unsuccessful
+from service.api.events import event_stream
+from service.api.generation_route import GenerationHeaders
+from service.api.job_views import base_url, binary_response, job_body, result_body
+from service.api.schemas import GenerationBody, ResponseFormat
+from service.errors import Draining
+from service.jobs.job import Job, JobSnapshot
+from service.jobs.store import ended
+from service.running.dispatcher import Dispatcher
+from service.settings import Settings
+
+# After draining, answers that are about to be sent may take this long.
+_LAST_ANSWER_S = 1.0
+# nginx's status for a client that closed the connection; nobody receives it.
+_CLIENT_CLOSED_REQUEST = 499
+
+
+async def answer(
+    job: Job,
+    body: GenerationBody,
+    headers: GenerationHeaders,
+    request: Request,
+    dispatcher: Dispatcher,
+    settings: Settings,
+) -> Response:
+    """Answer as the client wants: with a stream of events, with the result, or with the job if it takes too long.
+
+    A client that disconnects while it waits cancels its job, unless it gave an idempotency key: with the key it can
+    come back. Raises the error to answer if the job fails or is cancelled, and Draining if this server stops first.
+    """
+    base = base_url(request, settings)
+    cancels = headers.idempotency_key is None
+    if body.stream:
+        return event_stream(job, dispatcher, base, response_format=body.response_format, cancels=cancels)
+    wait_s = headers.wait_s if headers.is_async else None
+    ended_job = None if wait_s == 0 else await _ended_or_gone(job, request, dispatcher, wait_s)
+    if ended_job is not None:
+        raise_if_unsuccessful(ended_job)
+        return await _result(job, body, dispatcher, base)
+    if headers.is_async and not await request.is_disconnected():
+        return await _accepted(job, dispatcher, base)
+    if cancels:
+        dispatcher.cancel_soon(job.id)
+    return Response(status_code=_CLIENT_CLOSED_REQUEST)
+
+
+async def _result(job: Job, body: GenerationBody, dispatcher: Dispatcher, base: str) -> Response:
+    finished = await dispatcher.store.content(job.id)
+    if body.response_format is ResponseFormat.BINARY:
+        return binary_response(finished)
+    result = result_body(finished, body.response_format, base)
+    return JSONResponse(result.model_dump(mode="json", exclude_unset=True), headers={"X-Job-ID": job.id})
+
+
+async def _accepted(job: Job, dispatcher: Dispatcher, base: str) -> JSONResponse:
+    headers = {
+        "X-Job-ID": job.id,
+        "Location": f"/v1/jobs/{job.id}",
+        "Retry-After": str(max(1, math.ceil(await dispatcher.store.backlog_s()))),
+        "Preference-Applied": "respond-async",
+    }
+    body = job_body(await dispatcher.store.get(job.id), base)
+    return JSONResponse(body.model_dump(mode="json", exclude_unset=True), 202, headers)
+
+
+async def _ended_or_gone(
+    job: Job, request: Request, dispatcher: Dispatcher, wait_s: float | None
+) -> JobSnapshot | None:
+    """The job once it has ended; None if its client disconnects first, or after `wait_s`.
+
+    Raises Draining if this server stops first; other servers continue the job.
+    """
+    waits = [asyncio.ensure_future(wait) for wait in (_disconnected(request), dispatcher.has_drained.wait())]
+    ending = asyncio.create_task(ended(dispatcher.store, job.id))
+    try:
+        await asyncio.wait((ending, *waits), timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+        if dispatcher.has_drained.is_set() and not ending.done():
+            await asyncio.wait((ending,), timeout=_LAST_ANSWER_S)
+            if not ending.done():
+                raise Draining(f"the server shuts down; job {job.id} goes on at others", retry_after_s=1)
+        return ending.result() if ending.done() else None
+    finally:
+        for task in (ending, *waits):
+            task.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    """Return when the client has disconnected. The body has been read, so no other message can come."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

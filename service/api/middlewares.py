@@ -1,0 +1,102 @@
+"""The middlewares around every route, built from the settings."""
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+from fastapi.telemetry import TelemetryConfig
+from starlette.middleware.cors import CORSMiddleware
+
+from service.api.auth import Authentication
+from service.api.body_limit import BodyLimit
+from service.api.request_log import AccessLog, RequestId
+from service.api.security_headers import SecurityHeaders
+from service.errors import BadConfiguration
+from service.keys import load_keys
+from service.rate_limits import RateLimits, parse_rate_limit
+from service.settings import Settings
+
+if TYPE_CHECKING:  # from the extra "tracing", which most servers do not install
+    from opentelemetry.sdk.trace import TracerProvider
+
+# Headers that pages of other origins may send and read, besides those that browsers always allow.
+_REQUEST_HEADERS = (
+    "Authorization",
+    "Content-Type",
+    "Idempotency-Key",
+    "Last-Event-ID",
+    "Prefer",
+    "X-Request-ID",
+    "traceparent",
+)
+_RESPONSE_HEADERS = (
+    "Location",
+    "Retry-After",
+    "X-Job-ID",
+    "X-Receipt",
+    "X-Request-ID",
+    "X-Seed",
+    "x-ratelimit-limit-requests",
+    "x-ratelimit-remaining-requests",
+    "x-ratelimit-reset-requests",
+)
+
+
+class Middlewares:
+    """Owns what outlives a request: the keys, the counts of calls, and the traces that wait to be sent."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises BadConfiguration and OSError for settings that cannot work."""
+        self._settings = settings
+        self._keys = load_keys(settings.api_keys_file, settings.api_keys)
+        self._rate_limits = RateLimits(settings.redis_url)
+        self._tracer_provider = None if settings.otlp_endpoint is None else _tracer_provider(settings.otlp_endpoint)
+
+    @property
+    def telemetry(self) -> TelemetryConfig | None:
+        """The value of FastAPI's argument `telemetry`."""
+        if self._tracer_provider is None:
+            return None
+        from service.tracing import telemetry_config
+
+        return telemetry_config(self._tracer_provider)
+
+    def add_to(self, app: FastAPI, count_rejection: Callable[[str], None]) -> None:
+        """`count_rejection` is called with the error code of each request that is refused before it reaches a route."""
+        settings = self._settings
+        # The middleware that is added last is the outermost.
+        app.add_middleware(BodyLimit, settings=settings)
+        app.add_middleware(
+            Authentication,
+            api_keys=self._keys,
+            rate_limits=self._rate_limits,
+            default_limit=None if settings.rate_limit is None else parse_rate_limit(settings.rate_limit),
+            count_rejection=count_rejection,
+        )
+        if settings.cors_origins:
+            app.add_middleware(
+                CORSMiddleware,
+                allow_origins=settings.cors_origins,
+                allow_methods=("GET", "POST", "DELETE"),
+                allow_headers=_REQUEST_HEADERS,
+                expose_headers=_RESPONSE_HEADERS,
+            )
+        app.add_middleware(SecurityHeaders)
+        app.add_middleware(AccessLog)
+        app.add_middleware(RequestId)
+
+    async def close(self) -> None:
+        await self._rate_limits.close()
+        if self._tracer_provider is not None:
+            await asyncio.to_thread(self._tracer_provider.shutdown)
+
+
+def _tracer_provider(otlp_endpoint: str) -> "TracerProvider":
+    try:
+        from service.tracing import tracer_provider
+    except ModuleNotFoundError as error:
+        raise BadConfiguration(
+            f"otlp_endpoint needs the package of {error.name}: pip install 'elastic-dit-serve[tracing]'"
+        ) from error
+    return tracer_provider(otlp_endpoint)

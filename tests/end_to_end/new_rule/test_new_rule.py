@@ -1,0 +1,51 @@
+"""A new rule is its file and one line of the table: all else follows."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+
+from models.calibration import calibrate_model
+from models.rules import RULES
+from models.zoo import load_engine
+from service.app import build_dispatcher, create_app
+from service.settings import Settings
+
+MODEL = Path(__file__).parents[3] / "checkpoints/tiny-flux"
+
+
+@pytest.fixture
+def router_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder without routers, the rule's file being importable and its line in the table."""
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    every_other = importlib.import_module("every_other")
+    monkeypatch.setitem(RULES, "every_other", every_other.EveryOtherRule())  # type: ignore[arg-type]  # a dict
+    return tmp_path
+
+
+def test_rule_is_calibrated_described_and_served(router_weights: Path) -> None:
+    # Given a calibration by the rule's own ladder
+    calibrate_model(MODEL, ["a red circle"], rule="every_other", device="cpu", router_weights=router_weights)
+    settings = Settings(models=(MODEL,), router_weights=router_weights)
+    dispatcher = build_dispatcher(settings, lambda: load_engine([MODEL], device="cpu", router_weights=router_weights))
+    dispatcher.worker.start()
+
+    with TestClient(create_app(settings, dispatcher)) as client:
+        # When the model is described and asked for its cheapest point
+        (model,) = client.get("/v1/models").json()["data"]
+        body = {"prompt": "a red circle", "seed": 1, "budget": {"quality": 0}, "response_format": "url", "trace": True}
+        answer = client.post("/v1/images", json={**body, "num_inference_steps": 6})
+
+    # Then the curve has the rule's policies, and the request ran by the cheaper one
+    assert "every_other" in model["rules"]
+    assert [(point["rule"], point["policy"]) for point in model["curve"]] == [
+        ("dense", {}),
+        ("every_other", {"first_step": 5}),
+        ("every_other", {"first_step": 1}),
+    ]
+    assert answer.status_code == 200, answer.text
+    receipt = answer.json()["receipt"]
+    assert receipt["rule"] == "every_other"
+    reused = [step for step, blocks in enumerate(receipt["decisions"]) if any(b["decision"] == "reuse" for b in blocks)]
+    assert reused == [1, 3, 5]

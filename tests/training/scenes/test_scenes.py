@@ -1,0 +1,185 @@
+import random
+from dataclasses import replace
+
+import pytest
+
+from training.scenes.prompts import calibration_scenes, complex_scenes, evaluation_scenes, simple_scenes
+from training.scenes.scenes import (
+    COLOURS,
+    POSITIONS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    TONES,
+    Scene,
+    SceneObject,
+    sample_scene,
+    training_scenes,
+)
+
+CIRCLE = SceneObject("circle", "red", "large", "top left")
+RING = SceneObject("ring", "blue", "small", "top right")
+PAIR = Scene(
+    objects=(CIRCLE, RING),
+    tone="light",
+    texture="striped",
+    told_sizes=(True, False),
+    told_positions=(True, True),
+    tells_background=True,
+    relation=None,
+    is_terse=False,
+    seed=0,
+)
+
+
+def test_same_seed_gives_the_same_scene() -> None:
+    assert list(training_scenes(40, 20)) == [sample_scene(seed) for seed in range(40, 60)]
+
+
+def test_held_out_combinations_never_occur_in_training_scenes() -> None:
+    assert not any(thing.is_held_out for scene in training_scenes(0, 3000) for thing in scene.objects)
+
+
+def test_held_out_scenes_hold_nothing_but_held_out_combinations() -> None:
+    scenes = [sample_scene(seed, held_out=True) for seed in range(500)]
+    assert all(thing.is_held_out for scene in scenes for thing in scene.objects)
+
+
+def test_training_shows_every_shape_in_every_colour() -> None:
+    shown = {(thing.shape, thing.colour) for scene in training_scenes(0, 2000) for thing in scene.objects}
+    assert shown == {(shape, colour) for shape in SHAPES for colour in COLOURS}
+
+
+def test_objects_of_a_scene_stand_at_different_places() -> None:
+    for scene in training_scenes(0, 2000):
+        places = {thing.position for thing in scene.objects}
+        assert len(places) == len(scene.objects)
+        assert places <= set(POSITIONS)
+
+
+def test_caption_says_what_is_told() -> None:
+    assert (
+        PAIR.caption
+        == "a large red circle at the top left, a blue ring at the top right, on a striped light background"
+    )
+
+
+def test_terse_caption_leaves_the_small_words_out() -> None:
+    terse = replace(PAIR, is_terse=True, tells_background=False, told_positions=(False, True))
+    assert terse.caption == "large red circle, blue ring top right"
+
+
+def test_caption_of_a_relation_names_no_place() -> None:
+    related = replace(PAIR, relation="left of", told_positions=(False, False), tells_background=False)
+    assert related.caption == "a large red circle left of a blue ring"
+
+
+@pytest.mark.parametrize("form", ["caption", "long_caption"])
+def test_caption_that_tells_all_tells_one_scene_from_another(form: str) -> None:
+    captions: dict[str, object] = {}
+    for seed in range(500):
+        scene = sample_scene(seed, tells_all=True)
+        content = (frozenset(scene.objects), scene.tone, scene.texture)
+        assert captions.setdefault(getattr(scene, form), content) == content
+
+
+def test_long_caption_says_what_is_told_in_whole_sentences() -> None:
+    first, second, end = PAIR.long_caption.split(".")
+    assert first.endswith(" a large red circle at the top left and a blue ring at the top right")
+    assert "striped" in second
+    assert "light" in second
+    assert end == ""
+
+
+def test_long_caption_of_a_relation_names_no_place() -> None:
+    related = replace(PAIR, relation="left of", told_positions=(False, False), tells_background=False)
+    assert related.long_caption.endswith(" a large red circle left of a blue ring.")
+    assert related.long_caption.count(".") == 1
+
+
+def test_long_caption_lists_objects_with_one_and() -> None:
+    three = replace(
+        PAIR,
+        objects=(CIRCLE, RING, SceneObject("cross", "black", "small", "bottom left")),
+        told_sizes=(True, True, True),
+        told_positions=(False, False, False),
+        tells_background=False,
+    )
+    assert three.long_caption.endswith(" a large red circle, a small blue ring and a small black cross.")
+
+
+def test_long_caption_tells_what_the_short_one_tells() -> None:
+    """In the same order, and nothing else."""
+    telling = {*COLOURS, *SHAPES, *SIZES, *TEXTURES, *TONES, *" ".join(POSITIONS + RELATIONS).split()} - {"of"}
+
+    def told(text: str) -> list[str]:
+        return [word for word in text.replace(",", "").replace(".", "").split() if word in telling]
+
+    for scene in training_scenes(0, 500):
+        assert told(scene.long_caption) == told(scene.caption)
+
+
+def test_long_captions_are_worded_in_several_ways_and_each_always_the_same() -> None:
+    openings = {replace(PAIR, seed=seed).long_caption.split(" a large")[0] for seed in range(60)}
+    assert len(openings) == 4
+    assert len({replace(PAIR, seed=seed).long_caption.split(".")[1] for seed in range(60)}) == 3
+    assert sample_scene(7).long_caption == sample_scene(7).long_caption
+
+
+def test_mixed_captions_are_long_for_two_in_three() -> None:
+    scenes = list(training_scenes(0, 300))
+    assert sum(scene.mixed_caption == scene.long_caption for scene in scenes) == 200
+    assert sum(scene.mixed_caption == scene.caption for scene in scenes) == 100
+
+
+def test_fragment_is_true_of_its_scene() -> None:
+    rng = random.Random(0)
+    seen = set()
+    for scene in training_scenes(0, 500):
+        fragment = scene.fragment(rng)
+        words = [word for word in fragment.split() if word not in ("a", "objects", "background")]
+        seen.add((len(fragment.split()), len(words)))
+        if "background" in fragment:
+            assert set(words) <= {scene.texture, scene.tone}
+        else:
+            assert any(set(words) <= {thing.shape, thing.colour, thing.size} for thing in scene.objects)
+    assert seen == {(1, 1), (2, 1), (3, 2), (4, 2)}
+
+
+@pytest.mark.parametrize("relation", ["left of", "right of", "above", "below"])
+def test_sampled_relation_holds_between_the_objects(relation: str) -> None:
+    related = [scene for scene in training_scenes(0, 2000) if scene.relation == relation]
+    assert related
+    for scene in related:
+        first, second = (thing.position.split() for thing in scene.objects)
+        if relation in ("left of", "right of"):
+            assert (first[1], second[1]) == (("left", "right") if relation == "left of" else ("right", "left"))
+        else:
+            assert (first[0], second[0]) == (("top", "bottom") if relation == "above" else ("bottom", "top"))
+
+
+def test_prompt_sets_are_held_out_tell_everything_and_share_no_seed() -> None:
+    sets = [evaluation_scenes(20, 30), calibration_scenes(32), simple_scenes(20), complex_scenes(20)]
+    scenes = [scene for part in sets for scene in part]
+    assert len({scene.seed for scene in scenes}) == len(scenes)
+    for scene in scenes:
+        assert all(thing.is_held_out for thing in scene.objects)
+        assert all(scene.told_sizes)
+        assert all(scene.told_positions)
+        assert scene.tells_background
+
+
+def test_prompt_sets_have_the_content_that_their_names_say() -> None:
+    assert [len(scene.objects) for scene in evaluation_scenes(2, 4)] == [1, 1, 2, 3, 4, 2]
+    assert all((len(scene.objects), scene.texture) == (1, "plain") for scene in simple_scenes(10))
+    assert all((len(scene.objects), scene.texture) == (4, "busy") for scene in complex_scenes(10))
+    mixed = [(len(scene.objects), scene.texture) for scene in calibration_scenes(16)]
+    assert set(mixed) == {(number, texture) for number in range(1, 5) for texture in TEXTURES}
+    assert {number for number, _ in mixed[:4]} == {1, 2, 3, 4}
+    assert {texture for _, texture in mixed[:4]} == set(TEXTURES)
+
+
+def test_larger_prompt_set_begins_with_the_smaller_one() -> None:
+    assert calibration_scenes(20)[:8] == calibration_scenes(8)
+    assert evaluation_scenes(10, 0)[:4] == evaluation_scenes(4, 0)

@@ -1,0 +1,157 @@
+import random
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import QwenImagePipeline
+from transformers import CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer
+
+from training.scenes.scenes import POSITIONS, Scene, SceneObject, sample_scene, training_scenes
+from training.scenes.text import (
+    MAX_SEQUENCE_LENGTH,
+    QWEN_SEQUENCE_LENGTH,
+    QwenImageConditioner,
+    build_clip_tokenizer,
+    build_t5_tokenizer,
+)
+
+LONGEST = Scene(
+    objects=tuple(SceneObject("triangle", "purple", "small", place) for place in POSITIONS[:4]),
+    tone="light",
+    texture="striped",
+    told_sizes=(True,) * 4,
+    told_positions=(True,) * 4,
+    tells_background=True,
+    relation=None,
+    is_terse=False,
+    seed=0,
+)
+CAPTIONS = [LONGEST.caption, *(scene.caption for scene in training_scenes(0, 300))]
+ODD_PROMPTS = ["", "Zebra, 3 RED circles & a hat!", "schöne Grüße 日本"]
+
+
+@pytest.fixture(scope="module")
+def t5_tokenizer() -> T5Tokenizer:
+    return build_t5_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def clip_tokenizer() -> CLIPTokenizer:
+    return build_clip_tokenizer()
+
+
+def test_each_word_of_a_caption_is_one_t5_token(t5_tokenizer: T5Tokenizer) -> None:
+    for caption in CAPTIONS:
+        ids = t5_tokenizer(caption).input_ids
+        assert len(ids) == len(caption.split()) + 1  # and the end
+        assert t5_tokenizer.unk_token_id not in ids
+        assert t5_tokenizer.decode(ids, skip_special_tokens=True) == caption
+
+
+def test_unknown_words_are_tokenized_too(t5_tokenizer: T5Tokenizer, clip_tokenizer: CLIPTokenizer) -> None:
+    for tokenizer in (t5_tokenizer, clip_tokenizer):
+        assert len(tokenizer("a zebra").input_ids) > 3
+
+
+def test_t5_tokenizer_survives_a_round_trip(t5_tokenizer: T5Tokenizer, tmp_path: Path) -> None:
+    t5_tokenizer.save_pretrained(tmp_path)
+    loaded = T5Tokenizer.from_pretrained(tmp_path)
+    assert loaded(CAPTIONS + ODD_PROMPTS).input_ids == t5_tokenizer(CAPTIONS + ODD_PROMPTS).input_ids
+    assert loaded.model_max_length == t5_tokenizer.model_max_length
+
+
+def test_clip_tokenizer_survives_a_round_trip(clip_tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
+    clip_tokenizer.save_pretrained(tmp_path)
+    loaded = CLIPTokenizer.from_pretrained(tmp_path)
+    assert loaded(CAPTIONS + ODD_PROMPTS).input_ids == clip_tokenizer(CAPTIONS + ODD_PROMPTS).input_ids
+    assert loaded.model_max_length == clip_tokenizer.model_max_length
+
+
+def test_longest_caption_fits_t5(t5_tokenizer: T5Tokenizer) -> None:
+    assert len(t5_tokenizer(LONGEST.caption).input_ids) <= MAX_SEQUENCE_LENGTH
+
+
+def test_captions_of_one_object_fit_clip(clip_tokenizer: CLIPTokenizer) -> None:
+    captions = [sample_scene(seed, num_objects=1, tells_all=True).caption for seed in range(200)]
+    assert max(len(clip_tokenizer(caption).input_ids) for caption in captions) <= clip_tokenizer.model_max_length
+
+
+def test_clip_tokens_spell_the_caption(clip_tokenizer: CLIPTokenizer) -> None:
+    for caption in CAPTIONS:
+        tokens = "".join(clip_tokenizer.tokenize(caption))
+        assert tokens.replace("</w>", " ").split() == caption.replace(",", " ,").split()
+
+
+@pytest.fixture(scope="module")
+def conditioner() -> QwenImageConditioner:
+    conditioner = QwenImageConditioner()
+    conditioner.encoder.eval().requires_grad_(False)
+    return conditioner
+
+
+def prompt_tokens(conditioner: QwenImageConditioner, prompt: str) -> list[str]:
+    """Of the prompt alone, in its place in the template."""
+    start, end = (len(conditioner.tokenizer(part).input_ids) for part in conditioner.template.split("{}"))
+    tokens: list[str] = conditioner.tokenizer.tokenize(conditioner.template.format(prompt))
+    return tokens[start:-end]
+
+
+def test_each_word_is_one_qwen_token(conditioner: QwenImageConditioner) -> None:
+    rng = random.Random(1)
+    scenes = list(training_scenes(10**6, 200))
+    fragments = [scene.fragment(rng) for scene in scenes]
+    for prompt in [
+        LONGEST.long_caption,
+        *fragments,
+        *(caption for s in scenes for caption in (s.caption, s.long_caption)),
+    ]:
+        assert [token.strip("Ġ") for token in prompt_tokens(conditioner, prompt)] == re.findall(r"\w+|[,.]", prompt)
+
+
+def test_template_begins_with_the_tokens_that_the_pipeline_cuts_off(conditioner: QwenImageConditioner) -> None:
+    beginning = conditioner.template.split("{}")[0]
+    assert len(conditioner.tokenizer(beginning).input_ids) == conditioner.start == 34
+
+
+def test_longest_long_caption_and_the_templates_end_fit_qwen(conditioner: QwenImageConditioner) -> None:
+    longest = max((replace(LONGEST, seed=seed).long_caption for seed in range(200)), key=lambda text: len(text.split()))
+    lengths = [len(conditioner.tokenizer(conditioner.template.format(text)).input_ids) for text in (longest, "")]
+    assert lengths[0] == 34 + QWEN_SEQUENCE_LENGTH == conditioner.tokenizer.model_max_length
+    assert lengths[1] == 34 + 5
+
+
+def test_unknown_words_are_qwen_tokens_too(conditioner: QwenImageConditioner) -> None:
+    tokenizer = conditioner.tokenizer
+    for prompt in ODD_PROMPTS:
+        assert tokenizer.decode(tokenizer(prompt).input_ids) == prompt
+    assert len(tokenizer("a zebra").input_ids) > 2
+
+
+def test_qwen_tokenizer_survives_a_round_trip(conditioner: QwenImageConditioner, tmp_path: Path) -> None:
+    conditioner.tokenizer.save_pretrained(tmp_path)
+    loaded = Qwen2Tokenizer.from_pretrained(tmp_path)
+    prompts = [conditioner.template.format(prompt) for prompt in CAPTIONS + ODD_PROMPTS]
+    assert loaded(prompts).input_ids == conditioner.tokenizer(prompts).input_ids
+    assert loaded.model_max_length == conditioner.tokenizer.model_max_length
+
+
+def test_qwen_conditioner_encodes_as_the_pipeline_does(conditioner: QwenImageConditioner) -> None:
+    pipeline = QwenImagePipeline(None, None, conditioner.encoder, conditioner.tokenizer, None)
+    prompts = ["", "a red circle", LONGEST.long_caption]
+    text = conditioner.encode(prompts)
+    assert text.pooled is None
+    assert text.mask is not None
+    assert text.embeds.shape == (3, QWEN_SEQUENCE_LENGTH, 128)
+    for embeds, mask, prompt in zip(text.embeds, text.mask, prompts, strict=True):
+        expected, _ = pipeline.encode_prompt(
+            prompt, device=torch.device("cpu"), max_sequence_length=QWEN_SEQUENCE_LENGTH
+        )
+        assert mask.tolist() == [i < expected.shape[1] for i in range(QWEN_SEQUENCE_LENGTH)]
+        torch.testing.assert_close(embeds[mask], expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_qwen_image_is_told_long_and_short_captions(conditioner: QwenImageConditioner) -> None:
+    scenes = list(training_scenes(0, 30))
+    assert [conditioner.caption(scene) for scene in scenes] == [scene.mixed_caption for scene in scenes]

@@ -1,0 +1,60 @@
+"""Trains tiny-qwen-image from nothing: `python -m training.scenes.tiny_qwen_image` (see `training.stages`)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
+
+from training import stages
+from training.backbones import QwenImageBackbone, build_qwen_image
+from training.scenes.recipe import PictureRecipe
+from training.scenes.text import QwenImageConditioner
+from training.scenes.vae import PictureVae, qwen_image_vae, wrap_qwen_image_vae
+
+
+class TinyQwenImage:
+    name = "tiny-qwen-image"
+    module = "training.scenes.tiny_qwen_image"
+    text_steps = 700
+    base_steps = 2000
+    defaults: Mapping[str, float] = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": 128, "width": 128}
+    encoders: Sequence[str] = ("text_encoder",)
+
+    def new_vae(self) -> PictureVae:
+        return qwen_image_vae()
+
+    def load_vae(self, folder: Path) -> PictureVae:
+        return wrap_qwen_image_vae(AutoencoderKLQwenImage.from_pretrained(folder))
+
+    def conditioner(self) -> QwenImageConditioner:
+        return QwenImageConditioner()
+
+    def new_backbone(self) -> QwenImageBackbone:
+        return QwenImageBackbone(build_qwen_image())
+
+    def load_backbone(self, folder: Path) -> QwenImageBackbone:
+        return QwenImageBackbone(QwenImageTransformer2DModel.from_pretrained(folder, dtype=torch.float32))
+
+    def pipeline(
+        self,
+        vae: AutoencoderKLQwenImage,
+        conditioner: QwenImageConditioner,
+        transformer: QwenImageTransformer2DModel,
+    ) -> QwenImagePipeline:
+        return QwenImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            vae=vae,
+            text_encoder=conditioner.encoder,
+            tokenizer=conditioner.tokenizer,
+            transformer=transformer,
+        )
+
+
+if __name__ == "__main__":
+    stages.main(PictureRecipe(TinyQwenImage()))

@@ -1,0 +1,79 @@
+"""Points on and around the training solids, drawn once and kept in files: they cost more than learning from them."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from training.solids.solids import SolidBatch, training_solids
+
+BOUNDS = 1.01
+"""Half the side of the cube in which fields are defined."""
+
+BAND = 0.1
+"""Distance at which the field saturates: its logits are signed distances over this, clipped to [-1, 1]."""
+
+CHUNK = 1024
+_POINTS = 1024  # a solid, on the surface and in the field each
+
+
+class SurfacePool:
+    """The first `count` solids of the training stream, in files of `CHUNK` solids in `folder`, made where they lack."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        chunks = [_read_or_draw(folder, number) for number in tqdm(range(-(-count // CHUNK)), desc="solids")]
+        self._surface = [chunk["surface"] for chunk in chunks]
+        self._field = [chunk["field"] for chunk in chunks]
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def surface(self, rows: Tensor, count: int, rng: torch.Generator) -> Tensor:
+        """Points with outward normals, `(batch, count, 6)`, drawn anew from those that are kept."""
+        return _pick(self._surface, rows, count, rng)
+
+    def field(self, rows: Tensor, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Points `(batch, count, 3)`, half of them near the surface, and the right logits there `(batch, count)`."""
+        picked = _pick(self._field, rows, count, rng)
+        return picked[..., :3], picked[..., 3]
+
+
+def draw(seed: int) -> dict[str, Tensor]:
+    """Chunk number `seed`: `surface` `(CHUNK, points, 6)` and `field` `(CHUNK, points, 4)`, in 16 bits."""
+    rng = torch.Generator().manual_seed(seed)
+    surfaces, fields = [], []
+    for start in range(seed * CHUNK, (seed + 1) * CHUNK, 64):
+        batch = SolidBatch(training_solids(start, 64))
+        points, normals = batch.surface_points(_POINTS, rng)
+        surfaces.append(torch.cat((points, normals), dim=-1).half())
+        near = points[:, : _POINTS // 2]
+        # From well within the band to its edge.
+        spread = BAND * torch.rand(*near.shape[:2], 1, generator=rng)
+        near = (near + spread * torch.randn(near.shape, generator=rng)).clamp(-BOUNDS, BOUNDS)
+        anywhere = (2 * torch.rand(near.shape, generator=rng) - 1) * BOUNDS
+        where = torch.cat((near, anywhere), dim=1).half()
+        logits = (batch.signed_distance(where.float()) / BAND).clamp(-1, 1)
+        fields.append(torch.cat((where, logits[..., None].half()), dim=-1))
+    return {"surface": torch.cat(surfaces), "field": torch.cat(fields)}
+
+
+def _read_or_draw(folder: Path, number: int) -> dict[str, Tensor]:
+    path = folder / f"{number:03d}.pt"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        torch.save(draw(number), partial)
+        partial.replace(path)
+    chunk: dict[str, Tensor] = torch.load(path, weights_only=True, mmap=True)
+    return chunk
+
+
+def _pick(chunks: list[Tensor], rows: Tensor, count: int, rng: torch.Generator) -> Tensor:
+    """For each row `count` of its points, in an order of their own."""
+    picked = []
+    for row in rows.tolist():
+        points = chunks[row // CHUNK][row % CHUNK]
+        picked.append(points[torch.randperm(len(points), generator=rng)[:count]])
+    return torch.stack(picked).float()
