@@ -4,7 +4,8 @@ Four measurements in one run of `python -m benchmarks.engine`:
 
 time     the stock diffusers transformer, our loop at `exact`, every preset, and compute caps take turns in every round,
          on the same latents and prompts; a ratio compares within a round, and its median over rounds is reported
-quality  prompt accuracy by the judge, PSNR and SSIM against the exact image of the same seed, on held-out prompts
+quality  prompt accuracy by the judge, PSNR and SSIM against the exact image of the same seed, on held-out prompts;
+         SSIM is `Engine.similarity`, the `quality` of curves and receipts
 effort   compute of one object on a plain background and of four on a busy one, at the same settings
 negative for models with true guidance: how many images have the background that the negative prompt names
 """
@@ -19,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import diffusers.utils.logging
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, QwenImagePipeline
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,10 +37,11 @@ from models.engine import Engine
 from models.report import GenerationSummary
 from models.request import Budget, ImageRequest, PresetBudget
 from models.zoo import load_engine
-from training.scenes.judge import Judge, Reading, load_judge
+from training.scenes.accuracy import Reading
+from training.scenes.judge import SHIPPED_JUDGE, Judge, load_judge
 from training.scenes.prompts import complex_scenes, evaluation_scenes, simple_scenes
 from training.scenes.scenes import TEXTURES, TONES, Scene
-from training.scenes.similarity import psnr, ssim
+from training.scenes.similarity import psnr
 
 _BATCH_SIZE = 8
 _CAPTIONS: Mapping[str, Callable[[Scene], str]] = {
@@ -120,17 +124,30 @@ def measure_time(
 
 def generate(
     engine: Engine, requests: Sequence[ImageRequest], tick: Callable[[int], object]
-) -> tuple[Tensor, list[GenerationSummary]]:
-    """Images `(count, 3, height, width)` in [-1, 1], and the summary of each request."""
+) -> tuple[NDArray[np.uint8], list[GenerationSummary]]:
+    """Images `(count, height, width, 3)` and the summary of each request."""
     images, summaries = [], []
     for first in range(0, len(requests), _BATCH_SIZE):
         states = [engine.start(request) for request in requests[first : first + _BATCH_SIZE]]
         while not states[0].is_done:
             engine.step(states)
-        images += [torch.from_numpy(engine.finish(state)) for state in states]
+        images += [np.asarray(engine.finish(state)) for state in states]
         summaries += [state.summary() for state in states]
         tick(len(states))
-    return torch.stack(images).permute(0, 3, 1, 2).float() / 127.5 - 1, summaries
+    return np.stack(images), summaries
+
+
+def _as_tensor(images: NDArray[np.uint8]) -> Tensor:
+    """Images `(count, height, width, 3)` as `(count, 3, height, width)` in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def similarities(
+    engine: Engine, model: str, images: NDArray[np.uint8], exact: NDArray[np.uint8]
+) -> list[tuple[float, float]]:
+    """PSNR in dB and SSIM of each image against the exact one."""
+    in_db = psnr(_as_tensor(images), _as_tensor(exact)).tolist()
+    return [(p, engine.similarity(model, a, b)) for p, a, b in zip(in_db, images, exact, strict=True)]
 
 
 def measure_quality(
@@ -139,29 +156,30 @@ def measure_quality(
     """One row per contender: compute, decisions, prompt accuracy (one object, several objects), PSNR and SSIM."""
     groups = {"single": evaluation_scenes(num_single, 0), "multi": evaluation_scenes(0, num_multi)}
     rows: list[TableRow] = []
-    exact: dict[str, Tensor] = {}
+    exact: dict[str, NDArray[np.uint8]] = {}
     names = [c for c in names if c.budget]
     with tqdm(total=len(names) * (num_single + num_multi), desc="quality") as bar:
         for contender in names:
             assert contender.budget is not None
             row: TableRow = {"name": contender.name}
-            everything, similarity = [], []
+            everything: list[GenerationSummary] = []
+            pairs: list[tuple[float, float]] = []
             for group, scenes in groups.items():
                 images, summaries = generate(engine, requests_for(engine, model, scenes, contender.budget), bar.update)
                 exact.setdefault(group, images)
-                accuracy = judge.score(scenes, images)
+                accuracy = judge.score(scenes, _as_tensor(images))
                 row[f"{group}_object"], row[f"{group}_scene"] = accuracy.per_object, accuracy.per_scene
                 everything += summaries
-                similarity += list(zip(psnr(images, exact[group]), ssim(images, exact[group]), strict=True))
-            rows.append({**row, **decisions(everything), **_similarity(similarity)})
+                pairs += similarities(engine, model, images, exact[group])
+            rows.append({**row, **decisions(everything), **_similarity(pairs)})
     return rows
 
 
 def _similarity(pairs: Sequence[tuple[float, float]]) -> TableRow:
-    typical = statistics.median(float(p) for p, _ in pairs)
+    typical = statistics.median(p for p, _ in pairs)
     return {
         "psnr": typical if math.isfinite(typical) else "identical",
-        "ssim": statistics.mean(float(s) for _, s in pairs),
+        "ssim": statistics.mean(s for _, s in pairs),
     }
 
 
@@ -191,14 +209,14 @@ def measure_negative(engine: Engine, judge: Judge, model: str, count: int) -> li
 
     The prompts name one object and leave the background open.
     """
-    scenes = [replace(scene, tells_background=False) for scene in evaluation_scenes(count, 0)]
+    scenes = [replace(scene, mentions_background=False) for scene in evaluation_scenes(count, 0)]
     rows: list[TableRow] = []
     for preset in (Preset.EXACT, Preset.FAST):
         requests = requests_for(engine, model, scenes, PresetBudget(preset))
 
         def read(negative_prompt: str | None, requests: Sequence[ImageRequest] = requests) -> list[Reading]:
             with_prompt = [replace(request, negative_prompt=negative_prompt) for request in requests]
-            return judge.read(generate(engine, with_prompt, lambda _: None)[0])
+            return judge.read(_as_tensor(generate(engine, with_prompt, lambda _: None)[0]))
 
         without = read(None)
         for texture, tone in tqdm(list(zip(TEXTURES, (*TONES, TONES[-1]), strict=True)), desc=f"negative at {preset}"):
@@ -219,7 +237,7 @@ def measure_negative(engine: Engine, judge: Judge, model: str, count: int) -> li
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("checkpoints/tiny-flux"))
-    parser.add_argument("--judge", type=Path, default=Path("checkpoints/judge"))
+    parser.add_argument("--judge", type=Path, default=SHIPPED_JUDGE)
     parser.add_argument("--router-weights", type=Path, default=Path("router_weights"))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--sides", type=int, nargs="+", default=[128, 256])

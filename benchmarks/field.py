@@ -32,8 +32,9 @@ from models.families.hunyuan3d.checkpoint import load_checkpoint
 from models.families.hunyuan3d.shape_vae import ShapeVAE
 from models.mesh.surface import BOUNDS, Mesh, extract_surface
 from models.mesh.volume import Field, decode_coarse_to_fine, decode_dense
+from training.solids.sampling import sample_solids
 from training.solids.shape_vae import NUM_DATA_POINTS, build_shape_vae, encode
-from training.solids.solids import Solid, SolidBatch, sample_solids
+from training.solids.solids import Solid, SolidBatch
 from training.solids.surfaces import BAND
 
 _FIRST_SOLID = 3 * 10**9

@@ -45,9 +45,10 @@ from models.mesh.surface import Mesh
 from models.report import GenerationSummary
 from models.request import Budget, ComputeBudget, MeshRequest, PresetBudget
 from models.zoo import load_engine
-from training.solids.images import picture_file
+from training.solids.images import image_file
 from training.solids.judge import Shape, surface_likeness, volume_iou
-from training.solids.solids import Solid, sample_solids
+from training.solids.sampling import sample_solids
+from training.solids.solids import Solid
 
 _BATCH_SIZE = 8
 _FIRST_SOLID = 4 * 10**9
@@ -103,7 +104,7 @@ def requests_for(
             budget=budget,
             point=resolve(budget, card.curve),
             is_guided=card.is_guided(card.default_guidance_scale),
-            input_image=picture_file(solid, seed),
+            input_image=image_file(solid, seed),
             octree_resolution=octree_resolution or card.default_octree_resolution,
         )
         for seed, solid in enumerate(solids)
@@ -275,7 +276,7 @@ def draw(path: Path, solids: Sequence[Solid], judged: Mapping[str, Judged], time
         for name, own in judged.items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    images = [Image.open(BytesIO(picture_file(solid, seed))) for seed, solid in enumerate(solids)]
+    images = [Image.open(BytesIO(image_file(solid, seed))) for seed, solid in enumerate(solids)]
     draw_sheet(solids, images, columns).save(path)
 
 

@@ -1,7 +1,6 @@
 """Settings for all tests, and how they are shared out among pytest's processes."""
 
 import os
-from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -11,7 +10,7 @@ from tests.fixtures.redis import redis_server
 
 __all__ = ["hostile_pictures", "redis_server"]
 
-END_TO_END = Path(__file__).parent / "end_to_end"
+SERVER_FIXTURES = {"server", "own_server", "redis_server"}
 
 # torch reads this when it is imported. Tests and the servers they start run side by side: one thread each.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -24,19 +23,11 @@ settings.load_profile("repeatable")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that start servers, and keep on one process the tests that share something expensive."""
     for item in items:
-        if _starts_a_server(item):
+        if SERVER_FIXTURES & {*_fixtures(item)} or item.get_closest_marker("redis"):
             item.add_marker("server")
         item.add_marker(pytest.mark.xdist_group(_group(item)))
     # The longest groups first: tests of running servers, then those of a whole model.
-    items.sort(key=lambda item: (END_TO_END not in item.path.parents, "kind" not in _parameters(item)))
-
-
-def _starts_a_server(item: pytest.Item) -> bool:
-    return (
-        END_TO_END in item.path.parents
-        or item.get_closest_marker("redis") is not None
-        or "redis_server" in _fixtures(item)
-    )
+    items.sort(key=lambda item: (item.get_closest_marker("server") is None, "kind" not in _parameters(item)))
 
 
 def _group(item: pytest.Item) -> str:

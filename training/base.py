@@ -1,42 +1,41 @@
-"""The tiny diffusion transformers: flow matching on encoded samples, made ready for elasticity and for guidance.
+"""Trains the tiny diffusion transformers: flow matching on encoded samples, prepared for elasticity and guidance.
 
-Three things are taught besides plain flow matching. Half of the batches run with random blocks left out and random MLP
-widths (stochastic depth, Huang et al. 2016; nested widths, Yu et al. 2018), so that routers find something to save. A
-small head reads from the middle of the network which object each token belongs to (cf. representation alignment, Yu et
-al. 2024), which speeds up shape and binding. Where guidance is an input, its embedding is distilled in the last fifth:
-the target of a sample with guidance w is moved by (w - 1) times the network's own difference between prompt and no
-prompt (cf. Meng et al. 2023). Where it is true guidance, some samples are told a fragment instead of their caption, so
-that negative prompts have a meaning.
+Four additions to plain flow matching:
+
+- Half of the batches skip random blocks and use random MLP widths (stochastic depth, Huang et al. 2016; nested widths,
+  Yu et al. 2018), so that routers later find blocks that can be skipped or narrowed.
+- A small head predicts from the middle hidden states which object each token belongs to (cf. representation alignment,
+  Yu et al. 2024). The transformer then learns shapes and their colours sooner.
+- If guidance is an input, the last fifth of the run distils it (cf. Meng et al. 2023). The target of a sample with
+  guidance w is shifted by (w - 1) times the network's own difference between prompt and no prompt.
+- If guidance is classifier-free, some samples get a fragment of their caption, so that negative prompts have a meaning.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.elastic.streams import Streams
-from training.backbones import Backbone
-from training.lesson import Lesson
-from training.loop import run_loop, warm_then_linear
-from training.muon import Muon
+from training.backbone import Backbone, after_block
+from training.lesson import Condition, Lesson
+from training.loop import Stateful, run_loop
+from training.optimizers import ScheduledOptimizers, split_optimizers, warm_then_linear
 from training.precision import autocast
-from training.scenes.text import Text
 
-BATCH_SIZE = 40  # a process
+BATCH_SIZE = 40
+"""Samples of a step in each process."""
 DISTILLATION_SHARE = 0.2
-"""Of the run, at its end, where guidance is an input."""
+"""Share of the run, at its end, that distils guidance."""
 
 
 class WidthMasks:
-    """Prefix masks on the hidden neurons of every MLP that may be narrowed, set between calls.
+    """Prefix masks on the hidden neurons of every MLP that can be narrowed; they are set between calls.
 
-    In training a narrow MLP is a masked one: the same numbers as a sliced one, and one compiled graph for all widths.
+    Training masks an MLP instead of slicing it. The numbers are equal, and one compiled graph serves all widths.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -50,7 +49,7 @@ class WidthMasks:
                 self._masks[-1].append((mask, mlp.column))
 
     def set(self, widths: Sequence[float]) -> None:
-        """`widths` holds the share of hidden neurons of each block that stays."""
+        """Keep the share `widths[i]` of the hidden neurons of block i."""
         for masks, width in zip(self._masks, widths, strict=True):
             for mask, column in masks:
                 end = column + int((len(mask) - column) * width)
@@ -58,8 +57,8 @@ class WidthMasks:
                 mask[end:] = 0
 
 
-class _Objective(nn.Module):
-    """One training step's loss for a batch of samples."""
+class BaseObjective(nn.Module):
+    """The losses of one training step."""
 
     def __init__(self, backbone: Backbone, lesson: Lesson) -> None:
         super().__init__()
@@ -70,10 +69,10 @@ class _Objective(nn.Module):
         self.widths = WidthMasks(backbone)
 
     def velocity(
-        self, latents: Tensor, timestep: Tensor, guidance: Tensor, text: Text, skipped: set[int]
+        self, latents: Tensor, timestep: Tensor, guidance: Tensor, condition: Condition, skipped: set[int]
     ) -> tuple[Tensor, Tensor]:
-        """Returns the velocity and the middle hidden states."""
-        streams = self.backbone.prologue(latents, timestep, guidance, text)
+        """Returns the velocity and the hidden states in the middle of the network."""
+        streams = self.backbone.prologue(latents, timestep, guidance, condition)
         middle = streams.hidden_states
         for i, block in enumerate(self.backbone.blocks.values()):
             streams = self.backbone.enter(i, streams)
@@ -85,53 +84,69 @@ class _Objective(nn.Module):
         return self.backbone.epilogue(streams), middle
 
     def forward(self, rows: list[int], rng: torch.Generator, guided: bool) -> tuple[Tensor, Tensor]:
-        """Returns the flow-matching loss of these samples of the lesson, and the auxiliary one."""
+        """Returns the flow-matching loss and the auxiliary loss of these samples of the lesson.
+
+        If `guided`, guidance is distilled for the first half of the batch.
+        """
         batch = len(rows)
-        num_blocks = len(self.backbone.blocks)
         clean = self.lesson.latents[rows].float()
         noise = self.lesson.noise(clean, rng)
-        # Stratified, so that every batch sees the whole range of noise levels.
+        # Stratified, so that every batch covers the whole range of noise levels.
         uniform = (torch.randperm(batch, generator=rng) + torch.rand(batch, generator=rng)) / batch
         timestep = torch.sigmoid(torch.special.ndtri(uniform.clamp(1e-4, 1 - 1e-4)))
         latents = torch.lerp(clean, noise, timestep[:, None, None])
         target = noise - clean
-        text, told = self.lesson.conditions(rows, rng)
+        condition, is_complete = self.lesson.conditions(rows, rng)
         guidance = torch.ones(batch)
-        self.widths.set([1.0] * num_blocks)
+        self.widths.set([1.0] * len(self.backbone.blocks))
         if guided:
             half = batch // 2
             guidance[:half] = 1 + 4 * torch.rand(half, generator=rng)
             target = target.clone()
-            target[:half] += self._guidance_shift(latents, timestep, guidance, text, told, half)
-        skipped: set[int] = set()
-        if torch.rand(1, generator=rng) < 0.5:
-            skipped = set((torch.rand(num_blocks, generator=rng) < 0.28).nonzero().flatten().tolist())
-            choice = torch.randint(1, 5, (num_blocks,), generator=rng) / 4
-            self.widths.set(torch.where(torch.rand(num_blocks, generator=rng) < 0.5, choice, 1.0).tolist())
+            target[:half] += self._guidance_shift(latents, timestep, guidance, condition, is_complete, half)
+        skipped = self._draw_sparsity(rng)
         with autocast():
-            velocity, middle = self.velocity(latents, timestep, guidance, text, skipped)
+            velocity, middle = self.velocity(latents, timestep, guidance, condition, skipped)
             output = None if self.head is None else self.head(middle)
         flow = F.mse_loss(velocity.float(), target)
-        return flow, flow.new_zeros(()) if output is None else self.lesson.auxiliary_loss(output.float(), rows, told)
+        if output is None:
+            return flow, flow.new_zeros(())
+        return flow, self.lesson.auxiliary_loss(output.float(), rows, is_complete)
+
+    def _draw_sparsity(self, rng: torch.Generator) -> set[int]:
+        """Set random MLP widths and return the blocks to skip; half of the batches run everything."""
+        num_blocks = len(self.backbone.blocks)
+        if torch.rand(1, generator=rng) >= 0.5:
+            return set()
+        skipped = (torch.rand(num_blocks, generator=rng) < 0.28).nonzero().flatten().tolist()
+        choice = torch.randint(1, 5, (num_blocks,), generator=rng) / 4
+        self.widths.set(torch.where(torch.rand(num_blocks, generator=rng) < 0.5, choice, 1.0).tolist())
+        return set(skipped)
 
     @torch.no_grad()
     def _guidance_shift(
-        self, latents: Tensor, timestep: Tensor, guidance: Tensor, text: Text, told: Tensor, half: int
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        guidance: Tensor,
+        condition: Condition,
+        is_complete: Tensor,
+        half: int,
     ) -> Tensor:
-        """(w - 1) (v(prompt) - v(no prompt)), with the network as it is, for the first `half` rows.
+        """(w - 1) (v(prompt) - v(no prompt)) of the current network, for the first `half` rows.
 
-        Both halves go in one call, which keeps the compiled batch size.
+        One call computes both velocities, which keeps the batch size that the blocks are compiled for.
         """
-        pair = [torch.cat((part[:half], part[:half])) for part in (latents, timestep)]
-        texts = text.rows(slice(0, half)).join(self.lesson.no_condition.repeat(half))
+        latents, timestep = (torch.cat((tensor[:half], tensor[:half])) for tensor in (latents, timestep))
+        both = condition.rows(slice(0, half)).join(self.lesson.no_condition.repeat(half))
         with autocast():
-            velocity = self.velocity(pair[0], pair[1], torch.ones(2 * half), texts, set())[0].float()
-        shift = (guidance[:half] - 1) * told[:half]
+            velocity = self.velocity(latents, timestep, torch.ones(2 * half), both, set())[0].float()
+        shift = (guidance[:half] - 1) * is_complete[:half]
         return shift[:, None, None] * (velocity[:half] - velocity[half:])
 
 
 class MovingAverage:
-    """Exponential moving average of a module's parameters, in a module of its own."""
+    """Exponential moving average of a module's parameters, kept in the module `shadow`."""
 
     def __init__(self, module: nn.Module, shadow: nn.Module, decay: float) -> None:
         self.module, self.shadow, self.decay = module, shadow, decay
@@ -155,40 +170,6 @@ class MovingAverage:
         self.shadow.load_state_dict(state["shadow"])
 
 
-def split_optimizers(
-    module: nn.Module, *, matrix_lr: float, lr: float
-) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for everything else. Modulations and gates count as that too."""
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            is_other = any(part in name for part in ("norm", "_mod.", ".gate."))
-            is_inside = ("blocks." in name or ".layer." in name) and parameter.ndim == 2 and not is_other
-            (matrices if is_inside else others).append(parameter)
-    return (
-        Muon(matrices, lr=matrix_lr),
-        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
-    )
-
-
-def average_gradients(parameters: Sequence[nn.Parameter], num_processes: int) -> None:
-    """Average gradients over processes in one exchange; a block that a process left out counts as zero."""
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    if num_processes == 1:
-        return
-    flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-    dist.all_reduce(flat)
-    flat /= num_processes
-    offset = 0
-    for p in parameters:
-        assert p.grad is not None
-        p.grad.copy_(flat[offset : offset + p.numel()].view_as(p))
-        offset += p.numel()
-
-
 def train_base(
     run_dir: Path,
     backbone: Backbone,
@@ -202,47 +183,30 @@ def train_base(
 ) -> None:
     """Train `backbone`, or resume, as process `rank` of `num_processes`; `average_of` gets its moving average.
 
-    `look(step, share)` shows what that can do, `share` of the way through the run.
+    `look(step, share)` draws samples of the average; `share` is the share of the run that is done.
     """
-    latents = lesson.latents
-    objective = _Objective(backbone, lesson)
+    objective = BaseObjective(backbone, lesson)
     average = MovingAverage(backbone.transformer, average_of.transformer, decay=0.999)
     optimizers = split_optimizers(objective, matrix_lr=0.05, lr=2e-3)
-    base_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    parameters = [p for p in objective.parameters() if p.requires_grad]
+    schedule = partial(warm_then_linear, num_steps=num_steps, warm_up=50, hold=0.5, end=0.02)
+    scheduled = ScheduledOptimizers(optimizers, schedule, num_processes=num_processes)
     backbone.compile_blocks()
-    global_batch = BATCH_SIZE * num_processes
 
     def train_step(step: int) -> Mapping[str, float]:
         rng = torch.Generator().manual_seed(step * 64 + rank)
-        epoch, offset = divmod(step * global_batch, len(latents) - global_batch)
-        order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(epoch))
-        rows = order[offset + rank * BATCH_SIZE : offset + (rank + 1) * BATCH_SIZE].tolist()
+        rows = _rows_of_step(step, len(lesson.latents), rank, num_processes)
         guided = backbone.has_guidance_embedding and step >= num_steps * (1 - DISTILLATION_SHARE)
         flow, auxiliary = objective(rows, rng, guided)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        (flow + 0.1 * auxiliary).backward()
-        average_gradients(parameters, num_processes)
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        factor = warm_then_linear(step, num_steps, warm_up=50, hold=0.5, end=0.02)
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        for group, base in zip(groups, base_rates, strict=True):
-            group["lr"] = base * factor
-        for optimizer in optimizers:
-            optimizer.step()
+        scheduled.minimise(flow + 0.1 * auxiliary, step)
         average.update()
         return {"flow": flow.item(), "auxiliary": auxiliary.item()}
 
+    state: dict[str, Stateful] = {"objective": _WithoutCompilation(objective), "average": average}
     run_loop(
         "transformer",
         num_steps,
         train_step,
-        {
-            "objective": _WithoutCompilation(objective),
-            "average": average,
-            **{f"optimizer.{number}": optimizer for number, optimizer in enumerate(optimizers)},
-        },
+        state | {f"optimizer.{number}": optimizer for number, optimizer in enumerate(optimizers)},
         run_dir / "base.pt",
         save_every=250,
         look=(lambda step: look(step, step / num_steps)) if rank == 0 else None,
@@ -250,8 +214,16 @@ def train_base(
     )
 
 
+def _rows_of_step(step: int, num_samples: int, rank: int, num_processes: int) -> list[int]:
+    """The samples of process `rank` at `step`: each epoch visits all samples in an order of its own."""
+    global_batch = BATCH_SIZE * num_processes
+    epoch, offset = divmod(step * global_batch, num_samples - global_batch)
+    order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(epoch))
+    return order[offset + rank * BATCH_SIZE : offset + (rank + 1) * BATCH_SIZE].tolist()
+
+
 class _WithoutCompilation:
-    """A module's state under the names that it has uncompiled."""
+    """A module's state under the names it has before compilation."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -262,49 +234,3 @@ class _WithoutCompilation:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         names = {k.replace("_orig_mod.", ""): k for k in self.module.state_dict()}
         self.module.load_state_dict({names[k]: v for k, v in state.items()})
-
-
-def after_block(backbone: Backbone, block: nn.Module, streams: Streams) -> Streams:
-    """The streams after one block."""
-    text_stream, image_stream = backbone.call_block(block, streams)
-    return replace(streams, hidden_states=image_stream, encoder_hidden_states=text_stream)
-
-
-def run_all(backbone: Backbone, streams: Streams) -> Tensor:
-    """The velocity, every block being run on `streams`."""
-    for i, block in enumerate(backbone.blocks.values()):
-        streams = backbone.leave(i, after_block(backbone, block, backbone.enter(i, streams)))
-    return backbone.epilogue(streams)
-
-
-@torch.no_grad()
-def sample(
-    backbone: Backbone,
-    text: Text,
-    no_prompt: Text | None,
-    shape: tuple[int, int],
-    *,
-    guidance_scale: float,
-    num_steps: int = 20,
-    seed: int = 0,
-) -> Tensor:
-    """Euler sampling for looks during training: latents `(batch, *shape)`, `shape` being their tokens and channels.
-
-    With `no_prompt` guidance is classifier-free, else distilled.
-    """
-    batch = len(text.embeds)
-    latents = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(seed))
-    sigmas = torch.linspace(1, 0, num_steps + 1)
-    scale = torch.full((batch,), 1.0 if no_prompt else guidance_scale)
-
-    def velocity(which: Text, sigma: Tensor) -> Tensor:
-        streams = backbone.prologue(latents, sigma.expand(batch), scale, which)
-        return run_all(backbone, streams)
-
-    for sigma, following in pairwise(sigmas):
-        step = velocity(text, sigma)
-        if no_prompt:
-            other = velocity(no_prompt.repeat(batch), sigma)
-            step = other + guidance_scale * (step - other)
-        latents = latents + (following - sigma) * step
-    return latents

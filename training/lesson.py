@@ -1,36 +1,64 @@
-"""What a small diffusion transformer is taught: encoded samples, and what it is told of each."""
+"""What a tiny diffusion transformer learns: encoded samples and the conditions that describe them."""
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from training.scenes.text import Text
+
+class Condition(NamedTuple):
+    """Encoded prompts or images.
+
+    `embeds` is `(batch, tokens, channels)`, `pooled` `(batch, channels)`, `mask` `(batch, tokens)` and true for real
+    tokens. FLUX has `pooled`, Qwen-Image has `mask`, Hunyuan3D has neither.
+    """
+
+    embeds: Tensor
+    pooled: Tensor | None
+    mask: Tensor | None
+
+    def rows(self, rows: slice) -> "Condition":
+        return self._map(lambda tensor: tensor[rows])
+
+    def join(self, other: "Condition") -> "Condition":
+        """Concatenate this batch and `other`, a batch of the same family."""
+        pooled = None if self.pooled is None or other.pooled is None else torch.cat((self.pooled, other.pooled))
+        mask = None if self.mask is None or other.mask is None else torch.cat((self.mask, other.mask))
+        return Condition(torch.cat((self.embeds, other.embeds)), pooled, mask)
+
+    def repeat(self, batch: int) -> "Condition":
+        """Expand a single row to a batch."""
+        return self._map(lambda tensor: tensor.expand(batch, *tensor.shape[1:]))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Condition":
+        pooled = None if self.pooled is None else change(self.pooled)
+        return Condition(change(self.embeds), pooled, None if self.mask is None else change(self.mask))
 
 
 class Lesson(Protocol):
-    """Samples are known by their row in `latents` `(samples, tokens, channels)`.
+    """Training data of one transformer. A sample is a row of `latents` `(samples, tokens, channels)`.
 
-    `no_condition` is a single row, what the unconditional branch of guidance is given. `head` reads from the middle of
-    the network what `auxiliary_loss` judges; None where there is nothing to read.
+    `no_condition` has one row: the input of the unconditional guidance branch. `head` reads the hidden states in the
+    middle of the network, and `auxiliary_loss` judges its output; `head` is None if the lesson has no auxiliary task.
     """
 
     latents: Tensor
-    no_condition: Text
+    no_condition: Condition
     head: nn.Module | None
 
     def noise(self, clean: Tensor, generator: torch.Generator) -> Tensor:
-        """Where the paths to `clean` `(batch, tokens, channels)` begin: normal noise of its shape."""
+        """Standard normal noise for each sample of `clean` `(batch, tokens, channels)`, where its flow begins."""
         ...
 
-    def conditions(self, rows: list[int], generator: torch.Generator) -> tuple[Text, Tensor]:
-        """What these samples are told in training, and whether it is all there is to tell, `(batch,)`."""
+    def conditions(self, rows: list[int], generator: torch.Generator) -> tuple[Condition, Tensor]:
+        """The conditions these samples are trained with, and whether each one is complete, `(batch,)`."""
         ...
 
-    def full_conditions(self, rows: list[int]) -> Text:
-        """All there is to tell of these samples."""
+    def full_conditions(self, rows: list[int]) -> Condition:
+        """The complete conditions of these samples."""
         ...
 
-    def auxiliary_loss(self, output: Tensor, rows: list[int], told: Tensor) -> Tensor:
-        """Judges the head's output `(batch, tokens, classes)`, where samples were told all."""
+    def auxiliary_loss(self, output: Tensor, rows: list[int], is_complete: Tensor) -> Tensor:
+        """Loss of the head's output `(batch, tokens, classes)`, over the samples whose condition was complete."""
         ...

@@ -1,4 +1,4 @@
-"""The loop that every training run shares: a progress bar, checkpoints to resume from, a look at intervals."""
+"""The loop that every training run shares: progress bar, resumable checkpoints, samples at intervals."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class Stateful(Protocol):
-    """What a checkpoint holds: modules, optimisers, averages."""
+    """Anything a checkpoint can hold: a module, an optimiser, a moving average."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: dict[str, Any], /) -> object: ...
@@ -29,18 +29,18 @@ def run_loop(
     look: Callable[[int], None] | None = None,
     is_main: bool = True,
 ) -> None:
-    """Call `train_step(step)` for every step not done yet; its returned figures are shown, averaged over 50 steps.
+    """Call `train_step(step)` for every remaining step and show the figures it returns, averaged over 50 steps.
 
-    `state` is written to `checkpoint` every `save_every` steps and at the end, and read from there at the start, so an
-    interrupted run goes on where it was. `look(step)` is called after each save, to draw samples or measure.
-    Of several processes only the one with `is_main` writes.
+    `state` is written to `checkpoint` every `save_every` steps and at the end. If `checkpoint` exists, the run resumes
+    from it. `look(step)` is called after each save, to draw samples or measure. With several processes, only the one
+    with `is_main` writes.
     """
     start = 0
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
         start = saved["step"]
-        for key, part in state.items():
-            part.load_state_dict(saved[key])
+        for key, stateful in state.items():
+            stateful.load_state_dict(saved[key])
         logger.info("%s: resumed at step %d", name, start)
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     smooth: dict[str, float] = {}
@@ -59,13 +59,5 @@ def run_loop(
 
 def _save(path: Path, step: int, state: Mapping[str, Stateful]) -> None:
     partial = path.with_suffix(".partial")
-    torch.save({"step": step, **{key: part.state_dict() for key, part in state.items()}}, partial)
+    torch.save({"step": step, **{key: stateful.state_dict() for key, stateful in state.items()}}, partial)
     partial.replace(path)
-
-
-def warm_then_linear(step: int, num_steps: int, *, warm_up: int, hold: float, end: float) -> float:
-    """Learning-rate factor: rises over `warm_up` steps, holds until share `hold` of the run, falls evenly to `end`."""
-    if step < warm_up:
-        return (step + 1) / warm_up
-    progress = (step / num_steps - hold) / (1 - hold)
-    return 1 - (1 - end) * min(max(progress, 0.0), 1.0)

@@ -1,13 +1,14 @@
-"""Routers for the tiny models: which blocks a sample needs at a step, and how wide. The backbone is frozen.
+"""Trains routers for the tiny models: which blocks a sample needs at a step, and how wide. The backbone is frozen.
 
-After the recipe of Elastic Diffusion Transformer (arXiv 2602.13993): hard decisions forward, soft gradients backward,
-every block computed for every sample so that a closed gate still learns. Ours differs where serving wants a whole range
-of budgets from one set of routers: each batch draws a skip threshold and a width bias, and the mean gate and mean width
-that it is held to follow from them. Means are over the batch, so which samples and which noise levels get more is free.
+The recipe follows Elastic Diffusion Transformer (arXiv 2602.13993): hard decisions forward, soft gradients backward.
+All blocks are computed for all samples, so that closed gates still learn. One deviation: serving needs a whole range
+of budgets from one set of routers. So each batch draws a skip threshold and a width bias, and these set the mean gate
+and the mean width to reach. Both are means over the batch, so routers choose which samples and noise levels get more.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,35 +20,36 @@ from models.elastic.router import RouterStack
 from models.elastic.streams import Streams
 from models.families.wrapping import mlp_name, permute_neurons
 from models.weights import RouterWeights
-from training.backbones import Backbone
-from training.base import average_gradients, run_all
+from training.backbone import Backbone, run_all
 from training.lesson import Lesson
-from training.loop import run_loop, warm_then_linear
+from training.loop import run_loop
+from training.optimizers import ScheduledOptimizers, warm_then_linear
 from training.precision import autocast
 
-BATCH_SIZE = 32  # a process
+BATCH_SIZE = 32
+"""Samples of a step in each process."""
 HIDDEN = 32
 MAX_WIDTH_BIAS = 4.0
 GUIDANCE_SCALE = 3.0
-"""The scale at which true guidance is trained for: the tiny models' default."""
+"""The guidance scale that routers of models with classifier-free guidance are trained for: the models' default."""
 SEED = 6
 
 
 @dataclass(frozen=True, slots=True)
 class Knobs:
-    """One batch's settings: what serving will set in a Policy."""
+    """The settings of one batch, as a policy sets them in serving."""
 
     skip_threshold: float
     width_bias: float
 
     @property
     def target_gate(self) -> float:
-        """The share of blocks that should run: nearly all at threshold 0, a fifth at 1."""
+        """The share of blocks to run: nearly all at threshold 0, a fifth at 1."""
         return 1 - 0.8 * self.skip_threshold
 
     @property
     def target_width(self) -> float:
-        """The mean MLP width: nearly full without bias, a bit over a third at the strongest."""
+        """The mean MLP width: nearly full without bias, slightly over a third at the strongest bias."""
         return 0.97 - 0.6 * self.width_bias / MAX_WIDTH_BIAS
 
 
@@ -57,7 +59,7 @@ def elastic_forward(
     streams: Streams,
     knobs: Knobs,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Every block for every sample, gated and masked by its router's hard decision, with soft gradients.
+    """Run every block for every sample, gated and masked by its router's hard decision, with soft gradients.
 
     Returns velocity `(batch, tokens, channels)`, gates `(blocks, batch)` and widths `(blocks, batch)`.
     """
@@ -86,8 +88,8 @@ def elastic_forward(
 def hard_gate(depth_logits: Tensor, skip_threshold: float) -> Tensor:
     """0 or 1, `(batch,)`, with the gradient of the probability.
 
-    Decides as serving does: a probability of exactly the threshold is open. The official training (Elastic-DiT at
-    ce39f1d) has it closed, unlike its own inference.
+    A probability equal to the threshold opens the gate, as in serving. In the official training code (Elastic-DiT at
+    ce39f1d) it closes the gate, unlike in its inference code.
     """
     soft = torch.sigmoid(depth_logits)
     return (soft >= skip_threshold).float() + soft - soft.detach()
@@ -100,75 +102,91 @@ def hard_width(width_logits: Tensor) -> Tensor:
 
 
 def prefix_mask(width: Tensor, hidden: int, column: int) -> Tensor:
-    """Mask `(batch, 1, column + hidden)` from one-hot widths `(batch, 4)`; the first `column` features always stay."""
+    """Mask `(batch, 1, column + hidden)` from one-hot widths `(batch, 4)`; the first `column` features are all kept."""
     quarter = hidden // len(MLP_WIDTHS)
-    # Neuron group k stays at width indices k and above.
+    # A width of index k keeps neuron groups 0 to k.
     kept = width.flip(1).cumsum(1).flip(1).repeat_interleave(quarter, dim=1)
     return torch.cat((kept.new_ones(len(kept), column), kept), dim=1)[:, None]
 
 
 def install_masks(backbone: Backbone) -> None:
-    """Let every MLP that may be narrowed multiply its hidden neurons by its `width_mask`."""
+    """Make every MLP that can be narrowed multiply its hidden neurons by its `width_mask`."""
     for block in backbone.blocks.values():
         for mlp in backbone.mlps(block).values():
             mlp.last.width_mask = torch.ones(())
             mlp.last.register_forward_pre_hook(lambda module, args: (args[0] * module.width_mask,))
 
 
+@dataclass(frozen=True, slots=True)
+class _NoisyBatch:
+    """Samples on their way to noise. `(batch, tokens, channels)` each, but `timestep` and `guidance` `(batch,)`."""
+
+    latents: Tensor
+    velocity: Tensor
+    timestep: Tensor
+    guidance: Tensor
+
+
 class RouterObjective:
-    """One training step's losses for a batch of samples."""
+    """The losses of one training step.
+
+    With classifier-free guidance a batch is paired: its second half are the unconditional branches of its first half.
+    """
 
     def __init__(self, backbone: Backbone, lesson: Lesson, routers: RouterStack) -> None:
         self.backbone = backbone
         self.lesson = lesson
         self.routers = routers
+        self._is_paired = not backbone.has_guidance_embedding
         backbone.transformer.requires_grad_(False)
         install_masks(backbone)
 
     def losses(self, rows: list[int], rng: torch.Generator, knobs: Knobs) -> dict[str, Tensor]:
-        """Flow-matching error, distance to the dense prediction, distance of mean gate and mean width from the target.
+        """The losses of samples `rows` of the lesson.
 
-        `rows` are samples of the lesson. Where guidance is true, the second half of the batch are the first half's
-        unconditional branches, and the distance to the dense prediction counts after guidance too.
+        `flow` is the flow-matching error, `dense` the distance to the dense prediction, `gate` and `width` the squared
+        distances of mean gate and mean width from the targets of `knobs`.
         """
-        batch, half = len(rows), len(rows) // 2
-        paired = not self.backbone.has_guidance_embedding
-        if paired:
+        half = len(rows) // 2
+        if self._is_paired:
             rows = rows[:half] * 2
-        clean = self.lesson.latents[rows].float()
-        noise = self.lesson.noise(clean, rng)
-        # Noise levels as sampling visits them: evenly, stratified over the batch.
-        timestep = (torch.randperm(batch, generator=rng) + torch.rand(batch, generator=rng)) / batch
-        if paired:
-            noise, timestep = (torch.cat((part[:half], part[:half])) for part in (noise, timestep))
-        latents = torch.lerp(clean, noise, timestep[:, None, None])
-        # Half without guidance, for which the data are the right answer; half as served, where the dense model's is.
-        guidance = 1 + 4 * torch.rand(batch, generator=rng)
-        guidance[:half] = 1
+        batch = self._noisy_batch(rows, rng)
         with torch.no_grad():
-            if paired:
-                text = self.lesson.full_conditions(rows[:half]).join(self.lesson.no_condition.repeat(half))
-            else:
-                text = self.lesson.full_conditions(rows)
-            streams = self.backbone.prologue(latents, timestep, guidance, text)
+            streams = self._prologue(rows, batch)
             with autocast():
                 dense = self._dense(streams).float()
         with autocast():
             velocity, gates, widths = elastic_forward(self.backbone, self.routers, streams, knobs)
-        error = velocity.float() - dense
-        distance = error.square().mean()
-        if paired:
-            guided = GUIDANCE_SCALE * error[:half] - (GUIDANCE_SCALE - 1) * error[half:]
-            # As large as the plain distance where the branches' errors have nothing to do with each other.
-            distance = (distance + guided.square().mean() / (GUIDANCE_SCALE**2 + (GUIDANCE_SCALE - 1) ** 2)) / 2
         ran = gates.detach()
         mean_width = (widths * ran).sum() / ran.sum().clamp(min=1)
         return {
-            "flow": F.mse_loss(velocity.float()[:half], (noise - clean)[:half]),
-            "dense": distance,
+            "flow": F.mse_loss(velocity.float()[:half], batch.velocity[:half]),
+            "dense": self._distance(velocity.float() - dense),
             "gate": (gates.mean() - knobs.target_gate).square(),
             "width": (mean_width - knobs.target_width).square(),
         }
+
+    def _noisy_batch(self, rows: list[int], rng: torch.Generator) -> _NoisyBatch:
+        batch, half = len(rows), len(rows) // 2
+        clean = self.lesson.latents[rows].float()
+        noise = self.lesson.noise(clean, rng)
+        # Noise levels are uniform, as in sampling, and stratified over the batch.
+        timestep = (torch.randperm(batch, generator=rng) + torch.rand(batch, generator=rng)) / batch
+        if self._is_paired:
+            noise, timestep = (torch.cat((tensor[:half], tensor[:half])) for tensor in (noise, timestep))
+        # The first half has no guidance, so its right answer is in the data. The second half is guided as in serving;
+        # its right answer is the dense model's.
+        guidance = 1 + 4 * torch.rand(batch, generator=rng)
+        guidance[:half] = 1
+        return _NoisyBatch(torch.lerp(clean, noise, timestep[:, None, None]), noise - clean, timestep, guidance)
+
+    def _prologue(self, rows: list[int], batch: _NoisyBatch) -> Streams:
+        if self._is_paired:
+            half = len(rows) // 2
+            condition = self.lesson.full_conditions(rows[:half]).join(self.lesson.no_condition.repeat(half))
+        else:
+            condition = self.lesson.full_conditions(rows)
+        return self.backbone.prologue(batch.latents, batch.timestep, batch.guidance, condition)
 
     def _dense(self, streams: Streams) -> Tensor:
         for block in self.backbone.blocks.values():
@@ -176,17 +194,27 @@ class RouterObjective:
                 mlp.last.width_mask = torch.ones(())
         return run_all(self.backbone, streams)
 
+    def _distance(self, error: Tensor) -> Tensor:
+        """Mean square of the velocities' error; of a paired batch, the mean of this and of the error after guidance."""
+        distance = error.square().mean()
+        if not self._is_paired:
+            return distance
+        conditional, unconditional = error.chunk(2)
+        guided = GUIDANCE_SCALE * conditional - (GUIDANCE_SCALE - 1) * unconditional
+        # The divisor makes both terms equally large if the branches' errors are independent.
+        return (distance + guided.square().mean() / (GUIDANCE_SCALE**2 + (GUIDANCE_SCALE - 1) ** 2)) / 2
+
 
 def neuron_orders(objective: RouterObjective, rows: list[int], rng: torch.Generator) -> dict[str, Tensor]:
-    """Hidden neurons of each MLP by importance, `(hidden,)` old positions, the most important first.
+    """The hidden neurons of each MLP, the most important first, as their present positions `(hidden,)`.
 
-    A neuron matters by its mean |activation| times the norm of its output column, over all tokens of the samples.
+    Importance is the mean |activation| over all tokens of the samples, times the norm of the output column.
     """
     importance: dict[str, Tensor] = {}
     handles = []
     for name, block in objective.backbone.blocks.items():
-        for part, mlp in objective.backbone.mlps(block).items():
-            order_name = mlp_name(name, part)
+        for mlp_of_block, mlp in objective.backbone.mlps(block).items():
+            order_name = mlp_name(name, mlp_of_block)
 
             def measure(
                 module: nn.Linear, args: tuple[Tensor], name: str = order_name, column: int = mlp.column
@@ -211,14 +239,15 @@ def train_routers(
     num_processes: int,
     num_steps: int,
 ) -> RouterWeights:
-    """Train, or resume, as process `rank` of `num_processes`, for MLP neurons in the order of their importance."""
+    """Train, or resume, as process `rank` of `num_processes`. The backbone's MLP neurons are sorted by importance."""
     torch.manual_seed(SEED)
     routers = RouterStack(len(backbone.blocks), backbone.channels, HIDDEN)
     objective = RouterObjective(backbone, lesson, routers)
     orders = neuron_orders(objective, list(range(2 * BATCH_SIZE)), torch.Generator().manual_seed(SEED))
     permute_neurons(backbone.blocks, orders, backbone.mlps)
     optimizer = torch.optim.AdamW(routers.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    parameters = list(routers.parameters())
+    schedule = partial(warm_then_linear, num_steps=num_steps, warm_up=20, hold=0.5, end=0.02)
+    scheduled = ScheduledOptimizers([optimizer], schedule, num_processes=num_processes)
 
     def train_step(step: int) -> Mapping[str, float]:
         rng = torch.Generator().manual_seed(SEED * 10**6 + step * 64 + rank)
@@ -226,14 +255,7 @@ def train_routers(
         knobs = Knobs(0.02 + 0.96 * threshold, MAX_WIDTH_BIAS * bias)
         rows = torch.randint(len(lesson.latents), (BATCH_SIZE,), generator=rng).tolist()
         losses = objective.losses(rows, rng, knobs)
-        loss = losses["flow"] + losses["dense"] + 8 * (losses["gate"] + losses["width"])
-        optimizer.zero_grad()
-        loss.backward()
-        average_gradients(parameters, num_processes)
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * warm_then_linear(step, num_steps, warm_up=20, hold=0.5, end=0.02)
-        optimizer.step()
+        scheduled.minimise(losses["flow"] + losses["dense"] + 8 * (losses["gate"] + losses["width"]), step)
         return {name: value.item() for name, value in losses.items()}
 
     run_loop(

@@ -1,8 +1,11 @@
-"""The stages that train one tiny model from nothing; each resumes where it was interrupted.
+"""The stages that train one tiny model from scratch. Each stage resumes where it was interrupted.
 
-First those of its recipe, which end in the encoded samples of its lesson; then base (two processes), assemble (writes
-checkpoints/<name>), routers (two processes, writes router_weights/<name> but for calibration.json, which `elastic-dit
-calibrate` measures).
+1. The preparations of the model's recipe; the last one encodes the samples of its lesson.
+2. `base` trains the transformer in two processes.
+3. `assemble` writes checkpoints/<name>.
+4. `routers` trains the routers in two processes and writes router_weights/<name>.
+
+`elastic-dit calibrate` then measures the routers and writes their calibration.json.
 """
 
 import argparse
@@ -21,14 +24,14 @@ from torch.multiprocessing.spawn import spawn
 from models.weights import save_router_weights, write_manifest
 from training import base, routers
 from training.attention import use_matrix_products
-from training.backbones import Backbone
+from training.backbone import Backbone
 from training.lesson import Lesson
 
 NUM_PROCESSES = 2
 
 
 class Recipe(Protocol):
-    """What differs between the tiny models.
+    """The differences between the tiny models.
 
     `module` is the program that trains the model. `defaults` are the settings it is served with. `transformer_file` is
     the file of a checkpoint that holds the transformer. `preparations` are the stages before the transformer's; each
@@ -48,29 +51,29 @@ class Recipe(Protocol):
     def new_backbone(self) -> Backbone: ...
     def load_backbone(self, checkpoint: Path) -> Backbone: ...
     def lesson(self, run_dir: Path, backbone: Backbone, checkpoint: Path | None) -> Lesson:
-        """What the transformer learns or, if there is a `checkpoint`, its routers."""
+        """The lesson of the routers if there is a `checkpoint`, else of the transformer."""
         ...
 
     def look(self, run_dir: Path, backbone: Backbone, lesson: Lesson) -> Callable[[int, float], None]:
-        """Shows what `backbone` can do, at a step and a share of the training."""
+        """A function of the step and the share of the run that is done, which samples from `backbone`."""
         ...
 
     def assemble(self, run_dir: Path, backbone: Backbone, checkpoint: Path) -> None:
-        """Write a model directory, all weights in 16 bits."""
+        """Write the model directory `checkpoint`, all weights in 16 bits."""
         ...
 
     def write_samples(self, folder: Path) -> None:
-        """Write what to calibrate routers on."""
+        """Write the prompts or images that the routers are calibrated on."""
         ...
 
 
 def paths(recipe: Recipe) -> tuple[Path, Path, Path]:
-    """Folders of the run, the checkpoint and the router weights."""
+    """The folders of the run, the checkpoint and the router weights."""
     return Path("runs") / recipe.name, Path("checkpoints") / recipe.name, Path("router_weights") / recipe.name
 
 
 def in_processes(train: Callable[[Any, int], None], recipe: Any) -> None:
-    """Run `train(recipe, rank)` in two processes of one thread each, which do more than one process of two threads."""
+    """Run `train(recipe, rank)` in two processes of one thread each. One process of two threads would be slower."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -120,7 +123,7 @@ def _train_routers(recipe: Recipe, rank: int) -> None:
 
 
 def describe_routers(recipe: Recipe, folder: Path) -> None:
-    """Say where the routers come from and what they fit; beside it the samples to calibrate them on."""
+    """Write the manifest of the routers in `folder`, and the samples to calibrate them on."""
     _, checkpoint, _ = paths(recipe)
     manifest = {
         "source": "trained from nothing by this repository on samples that it draws",
@@ -156,8 +159,10 @@ def _stages(recipe: Recipe) -> Mapping[str, Callable[[], object]]:
 def main(recipe: Recipe) -> None:
     """The command line of `python -m <recipe.module>`."""
     stages = _stages(recipe)
-    parser = argparse.ArgumentParser(description=f"Trains {recipe.name} from nothing.")
-    parser.add_argument("--stage", choices=stages, help="only this one (default: all that are not done, in order)")
+    parser = argparse.ArgumentParser(description=f"Train {recipe.name} from scratch.")
+    parser.add_argument(
+        "--stage", choices=stages, help="run this stage only (default: all unfinished stages, in order)"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     paths(recipe)[0].mkdir(parents=True, exist_ok=True)

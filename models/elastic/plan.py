@@ -6,7 +6,7 @@ from typing import ClassVar, Protocol, TypeVar
 from models.report import Decision
 
 MLP_WIDTHS = (0.25, 0.5, 0.75, 1.0)
-"""Shares of the hidden neurons that a width index keeps."""
+"""The share of hidden neurons that each width index keeps."""
 
 
 @dataclass(frozen=True, slots=True)

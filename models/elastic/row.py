@@ -34,7 +34,7 @@ class Allowance:
 class StepJournal:
     """The changes that one step makes to a row. They take effect at its end, so a failed step can be repeated.
 
-    `residuals` has None where a stored residual is outdated. `stores_residuals` says whether any was stored. Where a
+    `residuals` has None where a stored residual is outdated; `stores_residuals` says whether any was stored. Where a
     plan measures a block's change, `measured_residual` is what that block added to the image stream, and
     `residual_change` its distance from the row's reference.
     """

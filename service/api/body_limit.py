@@ -26,9 +26,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        access = access_of(scope)
-        limit_of = default_max_body_bytes if access is None else access.max_body_bytes
-        limit, timeout_s = limit_of(self.settings), self.settings.body_timeout_s
+        limit, timeout_s = self._limit_of(scope), self.settings.body_timeout_s
         headers = Headers(scope=scope)
         declared = headers.get("content-length", "")
         num_bytes = int(declared) if declared.isdecimal() else 0
@@ -63,6 +61,10 @@ class BodyLimit:
             await send(message)
 
         await self.app(scope, receive_within_limit, send_and_close)
+
+    def _limit_of(self, scope: Scope) -> int:
+        access = access_of(scope)
+        return default_max_body_bytes(self.settings) if access is None else access.max_body_bytes(self.settings)
 
 
 def _too_large(limit: int) -> HTTPException:

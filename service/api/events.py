@@ -9,9 +9,9 @@ from fastapi.sse import format_sse_event
 from pydantic_core import to_json
 
 from models.errors import GenerationError
-from models.request import ImageRequest
 from service.api.errors import raise_if_unsuccessful, status_and_error
 from service.api.job_views import result_body
+from service.api.products import product_of
 from service.api.responses import ErrorBody
 from service.api.schemas import ResponseFormat
 from service.errors import Draining, ServiceError
@@ -20,7 +20,7 @@ from service.jobs.store import Event, EventName, follow
 from service.running.dispatcher import Dispatcher
 
 # Proxies close connections that are silent for about a minute.
-_KEEP_ALIVE_S = 15.0
+KEEP_ALIVE_S = 15.0
 
 # Keeps caches and nginx's buffers from delaying events.
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -70,14 +70,14 @@ async def _lines(
 
 
 async def _until_drained(job: Job, dispatcher: Dispatcher, after: str) -> AsyncIterator[Event | None]:
-    """The job's events, and None after each silence of _KEEP_ALIVE_S. Raises Draining if this server stops first."""
+    """The job's events, and None after each silence of KEEP_ALIVE_S. Raises Draining if this server stops first."""
     events = follow(dispatcher.store, job.id, after)
     drained = asyncio.create_task(dispatcher.has_drained.wait())
     coming: asyncio.Future[Event] | None = None
     try:
         while True:
             coming = coming or asyncio.ensure_future(anext(events))
-            await asyncio.wait((coming, drained), timeout=_KEEP_ALIVE_S, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((coming, drained), timeout=KEEP_ALIVE_S, return_when=asyncio.FIRST_COMPLETED)
             if coming.done():
                 try:
                     event = coming.result()
@@ -99,12 +99,12 @@ async def _public(
     event: Event, job: Job, dispatcher: Dispatcher, base: str, response_format: ResponseFormat | None
 ) -> tuple[str, Mapping[str, Any]]:
     """The name and the data of an event, as clients see them."""
-    product = "image" if isinstance(job.requests[0], ImageRequest) else "mesh"
+    product = product_of(job.requests[0])
     match event.name:
         case EventName.PREVIEW:
-            return f"{product}_generation.partial_{product}", {"id": job.id, **event.data}
+            return product.preview_event, {"id": job.id, **event.data}
         case EventName.ENDED:
-            return await _end(job, dispatcher, base, response_format, f"{product}_generation.completed")
+            return await _end(job, dispatcher, base, response_format, product.completed_event)
         case _:
             return event.name, {"id": job.id, **event.data}
 

@@ -6,8 +6,8 @@ from urllib.parse import quote
 
 from fastapi import Request, Response
 
-from models.request import ImageRequest, MeshRequest
 from service.api.errors import error_of, status_and_error
+from service.api.products import product_of
 from service.api.responses import FileBody, ImageResponse, JobBody, LinksBody, MeshResponse, ProgressBody
 from service.api.schemas import ResponseFormat
 from service.api.views import job_receipt_body, receipt_body
@@ -55,19 +55,17 @@ def result_body(
 ) -> ImageResponse | MeshResponse:
     """The whole result of a job that has succeeded."""
     job = finished.job
-    shared = {
+    product = product_of(job.requests[0])
+    fields = {
         "created": int(job.created_at),
         "id": job.id,
         "model": job.model,
         "data": _file_bodies(finished, response_format, base),
         "output_format": job.output.format,
         "receipt": job_receipt_body(finished.state.receipts),
+        **product.own_fields(job.requests[0]),
     }
-    match job.requests[0]:
-        case ImageRequest(width=width, height=height):
-            return ImageResponse.model_validate({**shared, "size": f"{width}x{height}"})
-        case MeshRequest(octree_resolution=octree_resolution):
-            return MeshResponse.model_validate({**shared, "octree_resolution": octree_resolution})
+    return product.response.model_validate(fields)
 
 
 def binary_response(finished: FinishedJob) -> Response:

@@ -1,19 +1,17 @@
 """Text to image."""
 
 import secrets
-from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
 
 from models.card import ImageCard
-from models.file_formats import OutputFormat
 from service.api.access import Access
 from service.api.answering import answer
 from service.api.dependencies import CallerOfRequest, DispatcherOfApp, SettingsOfApp
 from service.api.errors import error_responses
 from service.api.generation_route import GenerationRoute, HeadersOfGeneration
 from service.api.parsing import RANDOM_SEEDS, parse_image_body
-from service.api.responses import ACCEPTED, EVENT_STREAM, RESULT, ImageResponse
+from service.api.products import IMAGE
 from service.api.schemas import ImageBody
 from service.api.submission import card_of, submit
 from service.keys import Scope
@@ -25,31 +23,13 @@ router = APIRouter(
     responses=error_responses(401, 403, 408, 429),
 )
 
-DOCUMENTED: dict[str, Any] = {
-    "response_model": ImageResponse,
-    "responses": {
-        200: {
-            **RESULT,
-            "description": "The images. With response_format binary: the image file, with the headers `X-Job-ID`, "
-            "`X-Seed` and `X-Receipt`. With stream: the job's events, the last of them `image_generation.completed` "
-            "or `error`.",
-            "content": {
-                **{f"image/{name}": {"schema": {"type": "string", "format": "binary"}} for name in OutputFormat},
-                **EVENT_STREAM,
-            },
-        },
-        202: ACCEPTED,
-        **error_responses(400, 404, 409, 413, 415, 422, 500, 503),
-    },
-}
 
-
-@router.post("/v1/images", summary="Generate images from text", operation_id="create_image", **DOCUMENTED)
+@router.post("/v1/images", summary="Generate images from text", operation_id="create_image", **IMAGE.documentation)
 @router.post(
     "/v1/images/generations",
     summary="Generate images from text, at OpenAI's path",
     operation_id="generate_image",
-    **DOCUMENTED,
+    **IMAGE.documentation,
 )
 async def create_image(
     body: ImageBody,

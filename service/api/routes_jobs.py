@@ -6,13 +6,13 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
 from models.errors import InvalidRequest
-from models.file_formats import MeshFormat, OutputFormat
 from service.api.access import Access
 from service.api.caller import Caller
 from service.api.dependencies import CallerOfRequest, DispatcherOfApp, SettingsOfApp
 from service.api.errors import error_responses
 from service.api.events import event_stream
 from service.api.job_views import base_url, job_body
+from service.api.products import PRODUCTS
 from service.api.responses import EVENT_STREAM, JOB_ID_HEADERS, SHOWN, JobBody, header
 from service.errors import JobNotFound
 from service.jobs.job import JobSnapshot
@@ -87,7 +87,8 @@ async def stream_events(
             "headers": {"Content-Disposition": header("A name for the file.")},
             "content": {
                 file_format.content_type: {"schema": {"type": "string", "format": "binary"}}
-                for file_format in (*OutputFormat, *MeshFormat)
+                for product in PRODUCTS.values()
+                for file_format in product.formats
             },
         },
         **error_responses(404, 409, 410, 422, 503),

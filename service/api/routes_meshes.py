@@ -13,7 +13,6 @@ from starlette.exceptions import HTTPException
 
 from models.card import MeshCard
 from models.errors import InvalidRequest
-from models.file_formats import MeshFormat
 from service.api.access import Access
 from service.api.answering import answer
 from service.api.dependencies import CallerOfRequest, DispatcherOfApp, SettingsOfApp
@@ -21,7 +20,7 @@ from service.api.errors import error_responses
 from service.api.generation_route import GenerationRoute, HeadersOfGeneration, media_type_of
 from service.api.input_image import checked_image, decode_base64_image
 from service.api.parsing import RANDOM_SEEDS, parse_mesh_body
-from service.api.responses import ACCEPTED, EVENT_STREAM, RESULT, MeshResponse
+from service.api.products import MESH
 from service.api.schemas import MeshBody
 from service.api.submission import card_of, submit
 from service.errors import UnsupportedMediaType
@@ -71,25 +70,8 @@ _FORM_SCHEMA = {
     "/v1/meshes",
     summary="Generate a mesh from an image",
     operation_id="create_mesh",
-    response_model=MeshResponse,
-    responses={
-        200: {
-            **RESULT,
-            "description": "The mesh. With response_format binary: the mesh file, with the headers `X-Job-ID`, "
-            "`X-Seed` and `X-Receipt`. With stream: the job's events, the last of them `mesh_generation.completed` "
-            "or `error`.",
-            "content": {
-                **{
-                    mesh_format.content_type: {"schema": {"type": "string", "format": "binary"}}
-                    for mesh_format in MeshFormat
-                },
-                **EVENT_STREAM,
-            },
-        },
-        202: ACCEPTED,
-        **error_responses(400, 404, 409, 413, 415, 422, 500, 503),
-    },
     openapi_extra={"requestBody": {"content": {_FORM: {"schema": _FORM_SCHEMA}}}},
+    **MESH.documentation,
 )
 async def create_mesh(
     body: MeshBody,

@@ -25,7 +25,8 @@ T = TypeVar("T")
 
 POLL_S = 1.0
 """Notifications can be lost, so the queue and the webhooks are also polled at this interval."""
-_RETRY_S = 0.5
+RETRY_S = 0.5
+"""Delay before the next try of a call to an unreachable store."""
 RETRY_DELAYS_S = (1, 5, 30, 120, 600)
 """Delays between the calls of a webhook, which is given up after the last. Clients can still ask for the job."""
 LAST_STEP_S = 5.0
@@ -189,7 +190,7 @@ class Dispatcher:
                     self.worker.take(claim)
             except StoreUnavailable as error:
                 logger.warning("nothing can be claimed: %s", error)
-                await asyncio.sleep(_RETRY_S)
+                await asyncio.sleep(RETRY_S)
             # Not wait_for, which loses a cancellation that comes together with the event (Python 3.11).
             with suppress(TimeoutError):
                 async with asyncio.timeout(POLL_S):
@@ -214,7 +215,7 @@ class Dispatcher:
                     self._record_end(failed)
             except StoreUnavailable as error:
                 logger.warning("leases can't be renewed: %s", error)
-                await asyncio.sleep(_RETRY_S)
+                await asyncio.sleep(RETRY_S)
                 continue
             await asyncio.sleep(self.timing.lease_s / 4)
 
@@ -246,7 +247,7 @@ class Dispatcher:
                 return await call()
             except StoreUnavailable as error:
                 logger.warning("waiting for the store: %s", error)
-                await asyncio.sleep(_RETRY_S)
+                await asyncio.sleep(RETRY_S)
 
     async def _call_webhooks(self) -> None:
         """Call the webhooks of ended jobs, one after the other. Failed calls are repeated after RETRY_DELAYS_S."""

@@ -7,7 +7,8 @@ from benchmarks.mesh_images import draw_mesh
 from models.mesh.surface import Mesh, extract_surface
 from models.mesh.volume import decode_dense
 from training.solids.rendering import render
-from training.solids.solids import SolidBatch, sample_solids
+from training.solids.sampling import sample_solids
+from training.solids.solids import SolidBatch
 
 RED = np.array((0.8, 0.2, 0.2)) * 255
 

@@ -15,8 +15,8 @@ import trimesh
 from PIL import Image
 
 from elastic_dit_client import ApiError, Client
-from training.solids.images import picture_file
-from training.solids.solids import sample_solid
+from training.solids.images import image_file
+from training.solids.sampling import sample_solids
 
 PROMPT = "a red circle above a blue square"
 
@@ -47,7 +47,7 @@ def test_image_of_a_seed_is_the_same_from_generate_stream_and_submit(client: Cli
 
 def test_mesh_is_watertight(client: Client) -> None:
     torch.set_num_threads(1)
-    result = client.generate_mesh(picture_file(sample_solid(3), 1), seed=7, octree_resolution=64)
+    result = client.generate_mesh(image_file(sample_solids([3])[0], 1), seed=7, octree_resolution=64)
     mesh = trimesh.load(BytesIO(result.files[0]), file_type=result.output_format, force="mesh")
     assert isinstance(mesh, trimesh.Trimesh)
     assert mesh.is_watertight

@@ -1,4 +1,4 @@
-"""Meshes from the server as people run it, with the small trained model."""
+"""Meshes over HTTP, from a trained model in a server process."""
 
 import base64
 import json
@@ -16,9 +16,10 @@ import trimesh
 from PIL import Image
 
 from models.mesh.surface import Mesh
-from training.solids.images import picture_file
+from training.solids.images import image_file
 from training.solids.judge import volume_iou
-from training.solids.solids import Solid, sample_solid
+from training.solids.sampling import sample_solids
+from training.solids.solids import Solid
 
 ROOT = Path(__file__).parents[2]
 MODEL = "tiny-hunyuan3d"
@@ -28,16 +29,16 @@ TIMEOUT_S = 300
 @pytest.fixture(scope="session")
 def solid() -> Solid:
     torch.set_num_threads(1)
-    return sample_solid(4)  # a sphere
+    return sample_solids([4])[0]  # a sphere
 
 
 @pytest.fixture(scope="session")
-def picture(solid: Solid) -> bytes:
-    return picture_file(solid, 1)
+def image(solid: Solid) -> bytes:
+    return image_file(solid, 1)
 
 
-def post(server: str, picture: bytes, **fields: Any) -> httpx2.Response:
-    body = {"input_image": base64.b64encode(picture).decode(), "seed": 7, "octree_resolution": 64, **fields}
+def post(server: str, image: bytes, **fields: Any) -> httpx2.Response:
+    body = {"input_image": base64.b64encode(image).decode(), "seed": 7, "octree_resolution": 64, **fields}
     return httpx2.post(f"{server}/v1/meshes", json=body, timeout=TIMEOUT_S)
 
 
@@ -49,16 +50,16 @@ def opened(response: httpx2.Response) -> trimesh.Trimesh:
     return mesh
 
 
-def test_a_mesh_has_the_solids_shape(server: str, solid: Solid, picture: bytes) -> None:
-    response = post(server, picture, budget={"preset": "exact"})
+def test_a_mesh_has_the_solids_shape(server: str, solid: Solid, image: bytes) -> None:
+    response = post(server, image, budget={"preset": "exact"})
     mesh = opened(response)
     assert mesh.is_watertight
     assert volume_iou(Mesh(mesh.vertices, mesh.faces), solid) > 0.97
     assert response.json()["receipt"]["compute_ratio"] == 1
 
 
-def test_cheaper_budgets_spend_less_and_keep_the_shape(server: str, solid: Solid, picture: bytes) -> None:
-    response = post(server, picture, budget={"compute_ratio": 0.6})
+def test_cheaper_budgets_spend_less_and_keep_the_shape(server: str, solid: Solid, image: bytes) -> None:
+    response = post(server, image, budget={"compute_ratio": 0.6})
     receipt = response.json()["receipt"]
     assert receipt["compute_ratio"] <= 0.6
     assert receipt["blocks"]["skipped"] + receipt["blocks"]["reused"] > 0
@@ -66,30 +67,30 @@ def test_cheaper_budgets_spend_less_and_keep_the_shape(server: str, solid: Solid
     assert volume_iou(Mesh(mesh.vertices, mesh.faces), solid) > 0.95
 
 
-def test_pictures_and_meshes_are_made_by_one_process(server: str, picture: bytes) -> None:
+def test_images_and_meshes_are_made_by_one_process(server: str, image: bytes) -> None:
     drawing = {"prompt": "a large red circle in the centre", "seed": 1, "budget": {"preset": "fast"}}
     with ThreadPoolExecutor(4) as pool:
-        meshes = [pool.submit(post, server, picture, seed=seed) for seed in (1, 2)]
-        pictures = [
+        meshes = [pool.submit(post, server, image, seed=seed) for seed in (1, 2)]
+        images = [
             pool.submit(httpx2.post, f"{server}/v1/images", json={**drawing, "model": model}, timeout=TIMEOUT_S)
             for model in ("tiny-flux", "tiny-qwen-image")
         ]
     assert all(opened(mesh.result()).is_watertight for mesh in meshes)
-    assert all(drawn.result().status_code == 200 for drawn in pictures)
-    alone = opened(post(server, picture, seed=1))
+    assert all(answer.result().status_code == 200 for answer in images)
+    alone = opened(post(server, image, seed=1))
     together = opened(meshes[0].result())
     assert abs(alone.volume - together.volume) < 1e-3 * alone.volume
 
 
-def test_background_is_removed_from_opaque_pictures(server: str, solid: Solid, picture: bytes) -> None:
+def test_background_is_removed_from_opaque_images(server: str, solid: Solid, image: bytes) -> None:
     opaque = Image.new("RGB", (160, 160), (90, 160, 90))
-    cut_out = Image.open(BytesIO(picture))
+    cut_out = Image.open(BytesIO(image))
     opaque.paste(cut_out, (20, 30), cut_out)
     file = BytesIO()
     opaque.save(file, "JPEG", quality=95)
     mesh = opened(post(server, file.getvalue()))
     assert volume_iou(Mesh(mesh.vertices, mesh.faces), solid) > 0.75
-    refused = post(server, picture, remove_background=True, input_image=base64.b64encode(_noise()).decode())
+    refused = post(server, image, remove_background=True, input_image=base64.b64encode(_noise()).decode())
     assert refused.status_code == 422
     assert refused.json()["error"]["param"] == "input_image"
 
@@ -100,11 +101,11 @@ def _noise() -> bytes:
     return file.getvalue()
 
 
-def test_hostile_pictures_leave_the_server_as_it_was(
-    server: str, picture: bytes, hostile_pictures: dict[str, bytes]
+def test_hostile_images_leave_the_server_as_it_was(
+    server: str, image: bytes, hostile_pictures: dict[str, bytes]
 ) -> None:
-    """Every fourth of them: the model makes a mesh of what can be read."""
-    before = opened(post(server, picture)).volume
+    """Every fourth file; the model makes a mesh of each image that can be read."""
+    before = opened(post(server, image)).volume
     for name, data in list(hostile_pictures.items())[::4]:
         form = {"octree_resolution": "32", "num_inference_steps": "3", "response_format": "binary"}
         response = httpx2.post(f"{server}/v1/meshes", data=form, files={"input_image": ("a", data)}, timeout=TIMEOUT_S)
@@ -112,17 +113,18 @@ def test_hostile_pictures_leave_the_server_as_it_was(
             loaded = trimesh.load(BytesIO(response.content), file_type="glb", force="mesh")
             assert isinstance(loaded, trimesh.Trimesh)
             assert len(loaded.faces) > 0
-        elif response.status_code == 500:  # of noise there may be no surface, and that is said
+        elif response.status_code == 500:  # noise may have no surface, and the error says so
             assert response.json()["error"]["code"] == "generation_failed", name
             assert "no surface" in response.json()["error"]["message"], name
         else:
             assert response.status_code in (400, 422), (name, response.text)
             assert response.json()["error"]["param"] == "input_image", name
-    assert abs(opened(post(server, picture)).volume - before) < 1e-3 * before
+    assert abs(opened(post(server, image)).volume - before) < 1e-3 * before
 
 
-def test_command_line_makes_a_mesh_and_a_receipt(picture: bytes, tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(picture)
+@pytest.mark.slow
+def test_command_line_makes_a_mesh_and_a_receipt(image: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(image)
     out, receipt = tmp_path / "a.stl", tmp_path / "a.json"
     arguments = ["--image", str(tmp_path / "a.png"), "--out", str(out), "--receipt", str(receipt), "--seed", "7"]
     options = ["--budget", "balanced", "--octree-resolution", "64", "--target-faces", "600"]

@@ -16,6 +16,8 @@ import pytest
 from examples.server_process import ElasticDit
 from tests.fixtures.waiting import wait_until
 
+pytestmark = pytest.mark.server
+
 BODY_TIMEOUT_S = 3
 # uvicorn stops reading after 64 KiB that the application has not asked for; the rest fills the buffers of two sockets.
 BUFFERS_BYTES = 16_000_000

@@ -174,6 +174,7 @@ def test_image_and_receipt_are_taken_from_the_answer() -> None:
     assert result.compute_ratio == 0.7
 
 
+@pytest.mark.server
 def test_server_that_cannot_start_ends_the_demo_with_its_log(tmp_path: Path) -> None:
     missing = str(tmp_path / "no-such-model")
     with pytest.raises(SystemExit, match=r"(?s)The server ended with status [1-9].*no-such-model"):

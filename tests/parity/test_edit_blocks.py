@@ -22,6 +22,7 @@ from models.elastic.compute import BlockCost
 from models.elastic.plan import MLP_WIDTHS, Policy, RowPlan, RowView
 from models.elastic.row import Allowance, Row
 from models.elastic.runner import ElasticBlock, run_block
+from models.elastic.streams import Streams
 from models.families.qwen_image import adapter
 from models.families.qwen_image.conversion import router_tensors
 from models.families.qwen_image.pipeline import pad_prompts, set_activation
@@ -29,7 +30,7 @@ from models.families.qwen_image.streams import QwenImageStreams
 from models.families.wrapping import elastic_blocks
 from models.report import Decision, StepDecision
 from models.rules import RULES
-from models.rules.router import OFFICIAL
+from models.rules.router import OFFICIAL, RouterPolicy
 from models.weights import MlpActivation, RouterWeights, router_stack
 
 NEAR: dict[str, Any] = {"atol": 5e-5, "rtol": 1e-4}
@@ -90,7 +91,7 @@ class Request:
             self.branches[name] = Branch(row, text, rule)
 
 
-def policy_of(scenario: dict[str, Any]) -> Policy:
+def policy_of(scenario: dict[str, Any]) -> RouterPolicy:
     limit = re.search(r"cache_max_use=(\d+)", scenario["description"])
     return replace(OFFICIAL, max_reuses=int(limit[1])) if limit else OFFICIAL
 
@@ -106,7 +107,7 @@ def denoise(model: Model, requests: Sequence[Request], delays: Sequence[int]) ->
         ]
         rows = [branch.row for _, _, branch in active]
         context, mask = pad_prompts([branch.text for _, _, branch in active])
-        streams = QwenImageStreams(
+        streams: Streams = QwenImageStreams(
             torch.cat([request.image[step] for request, step, _ in active]),
             context,
             torch.cat([request.temb[step] for request, step, _ in active]),

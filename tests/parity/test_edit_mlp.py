@@ -27,8 +27,8 @@ from models.report import Decision
 from models.rules import RULES
 from models.rules.router import RouterPolicy
 from models.weights import MlpActivation
-from training.backbones import QwenImageBackbone
 from training.routers import hard_width, install_masks, prefix_mask
+from training.scenes.backbones import QwenImageBackbone
 
 NEAR: dict[str, Any] = {"atol": 5e-5, "rtol": 1e-4}
 

@@ -14,6 +14,7 @@ from models.diffusion.sampling import flow_schedule
 from models.elastic.plan import MLP_WIDTHS, Policy, RowPlan, RowView, Rule
 from models.elastic.row import Row
 from models.elastic.runner import run_block
+from models.elastic.streams import Streams
 from models.engine import Engine
 from models.families.qwen_image import adapter
 from models.families.qwen_image.conversion import router_tensors
@@ -150,7 +151,7 @@ def velocities(family: QwenImageFamily, states: Sequence[DenoiseState]) -> Tenso
     for state in states:
         state.prepare_step()
     rows = [row for state in states for row in state.rows]
-    streams = family.prologue(states)
+    streams: Streams = family.prologue(states)
     modulations = family.router_modulations(streams)
     assert modulations is not None
     for index, block in enumerate(family.blocks):

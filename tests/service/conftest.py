@@ -232,6 +232,11 @@ def _prompt(request: ImageRequest | MeshRequest) -> str:
 
 
 @pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
 def drawn_card() -> ImageCard:
     return DRAWN_CARD
 
@@ -381,6 +386,12 @@ def make_request() -> Callable[..., ImageRequest]:
         return ImageRequest(**{"point": resolve(asked["budget"], CURVE), "is_guided": is_guided, **asked})
 
     return make
+
+
+@pytest.fixture
+def summary(make_request: Callable[..., ImageRequest]) -> GenerationSummary:
+    """The summary of a result with quality 0.8, which took half of the dense compute."""
+    return DrawnState(make_request(budget=QualityBudget(0.8))).summary()
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from pydantic import SecretStr
 
 from models.errors import InvalidRequest
 from service.errors import BadConfiguration
@@ -43,7 +44,7 @@ class Listener:
 
         self.server = HTTPServer(("127.0.0.1", 0), Handler)
         self.host = f"127.0.0.1:{self.server.server_port}"
-        Thread(target=self.server.serve_forever, daemon=True).start()
+        Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
 
 @pytest.fixture
@@ -123,7 +124,9 @@ def test_job_tells_its_end_again_until_somebody_listens(
     monkeypatch.setattr("service.running.dispatcher.POLL_S", 0.02)
     monkeypatch.setattr("service.running.dispatcher.RETRY_DELAYS_S", (0.01, 0.01))
     listener.statuses = [500, 500]
-    settings = Settings(webhook_hosts=(listener.host,), webhook_secret=SECRET, public_url="https://pictures.example/")
+    settings = Settings(
+        webhook_hosts=(listener.host,), webhook_secret=SecretStr(SECRET), public_url="https://pictures.example/"
+    )
     client = start_client(settings)
     body = {"prompt": "a", "webhook_url": f"http://{listener.host}/hook"}
     job_id = client.post("/v1/images", json=body).json()["id"]

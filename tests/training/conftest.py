@@ -1,4 +1,4 @@
-"""Tiny transformers of every family with random weights, and what a conditioner gives them."""
+"""Tiny transformers of every family with random weights, and lessons that fit them."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,11 +9,13 @@ from torch import nn
 
 from models.families.hunyuan3d.conditioner import SingleImageEncoder
 from models.families.hunyuan3d.plain_dit import HunYuanDiTPlain
-from training.backbones import Backbone, FluxBackbone, Hunyuan3DBackbone, QwenImageBackbone
-from training.lesson import Lesson
+from training.backbone import Backbone
+from training.lesson import Condition, Lesson
+from training.scenes.backbones import FluxBackbone, QwenImageBackbone
 from training.scenes.lesson import SceneLesson
 from training.scenes.scenes import Scene
-from training.scenes.text import MAX_SEQUENCE_LENGTH, QWEN_SEQUENCE_LENGTH, Text
+from training.scenes.text import MAX_SEQUENCE_LENGTH, QWEN_SEQUENCE_LENGTH
+from training.solids.backbone import Hunyuan3DBackbone
 from training.solids.lesson import SolidLesson
 
 NUM_BLOCKS = 5
@@ -21,7 +23,7 @@ TEXT_CHANNELS = 24
 
 
 class RandomConditioner:
-    """Embeds every prompt at random, the same prompt always the same way, and notes what it was asked."""
+    """Embeds each prompt as random numbers that depend on the prompt alone, and records the prompts."""
 
     encoders: Mapping[str, nn.Module]
 
@@ -33,7 +35,7 @@ class RandomConditioner:
     def caption(self, scene: Scene) -> str:
         return scene.caption
 
-    def encode(self, prompts: Sequence[str]) -> Text:
+    def encode(self, prompts: Sequence[str]) -> Condition:
         self.asked += prompts
         embeds, lengths = [], []
         for prompt in prompts:
@@ -42,8 +44,8 @@ class RandomConditioner:
             lengths.append(min(self.num_tokens, 5 + len(prompt.split())))
         batch = torch.stack(embeds)
         if self.has_pooled:
-            return Text(batch[:, 1:], batch[:, 0], None)
-        return Text(batch[:, 1:], None, torch.arange(self.num_tokens) < torch.tensor(lengths)[:, None])
+            return Condition(batch[:, 1:], batch[:, 0], None)
+        return Condition(batch[:, 1:], None, torch.arange(self.num_tokens) < torch.tensor(lengths)[:, None])
 
 
 def build_flux() -> FluxTransformer2DModel:
@@ -94,7 +96,7 @@ def build_hunyuan3d() -> HunYuanDiTPlain:
 
 @pytest.fixture(params=["flux", "qwen_image", "hunyuan3d"])
 def backbone(request: pytest.FixtureRequest) -> Backbone:
-    """Five blocks of 32 channels; tests may change it."""
+    """Five blocks of 32 channels. Each test gets its own, to change freely."""
     torch.manual_seed(0)
     match request.param:
         case "flux":
@@ -119,13 +121,13 @@ def tiny_conditioner() -> SingleImageEncoder:
 
 @pytest.fixture
 def lesson(backbone: Backbone) -> Lesson:
-    """One that fits `backbone`, of 40 random samples of 64 tokens."""
+    """A lesson that fits `backbone`, with 40 random samples of 64 tokens."""
     rng = torch.Generator().manual_seed(3)
     latents = torch.randn(40, 64, 32, generator=rng)
     if isinstance(backbone, Hunyuan3DBackbone):
-        pictures = torch.randint(256, (8, 3, 28, 28), dtype=torch.uint8, generator=rng)
-        ways = torch.randint(8, (40,), generator=rng)
-        return SolidLesson(latents, torch.arange(40) % 8, ways, pictures, tiny_conditioner())
+        images = torch.randint(256, (8, 3, 28, 28), dtype=torch.uint8, generator=rng)
+        symmetries = torch.randint(8, (40,), generator=rng)
+        return SolidLesson(latents, torch.arange(40) % 8, symmetries, images, tiny_conditioner())
     if isinstance(backbone, FluxBackbone):
         conditioner = RandomConditioner(MAX_SEQUENCE_LENGTH, has_pooled=True)
     else:

@@ -1,12 +1,22 @@
-from typing import Any
+from typing import TypedDict, Unpack
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from training import attention
 from training.attention import attend, use_matrix_products
-from training.backbones import build_flux
+from training.scenes.backbones import build_flux
+
+
+class Options(TypedDict, total=False):
+    """Arguments of `attend` beside query, key and value."""
+
+    attn_mask: Tensor
+    is_causal: bool
+    scale: float
+    enable_gqa: bool
 
 
 @pytest.mark.parametrize(
@@ -14,7 +24,7 @@ from training.backbones import build_flux
     [{}, {"attn_mask": torch.ones(5, 7).tril().bool()}, {"is_causal": True}, {"scale": 0.1}, {"enable_gqa": True}],
     ids=str,
 )
-def test_attention_is_that_of_torch(options: dict[str, Any]) -> None:
+def test_attention_equals_that_of_torch(options: Options) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 4, tokens, 8, generator=generator) for tokens in (5, 7, 7))
     if "enable_gqa" in options:
@@ -23,10 +33,10 @@ def test_attention_is_that_of_torch(options: dict[str, Any]) -> None:
     torch.testing.assert_close(attend(query, key, value, **options), expected)
 
 
-def test_models_of_diffusers_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_of_diffusers_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
     transformer = build_flux()
     generator = torch.Generator().manual_seed(0)
-    for parameter in transformer.parameters():  # it begins with gates that let nothing through
+    for parameter in transformer.parameters():  # its gates start at zero
         parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
     channels = transformer.config.in_channels
     inputs = {
@@ -40,11 +50,17 @@ def test_models_of_diffusers_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     with torch.no_grad():
         expected = transformer(**inputs).sample
-        calls: list[int] = []
-        monkeypatch.setattr(attention, "attend", lambda *args, **kwargs: calls.append(1) or attend(*args, **kwargs))
+        num_calls = 0
+
+        def counted(query: Tensor, key: Tensor, value: Tensor, **options: Unpack[Options]) -> Tensor:
+            nonlocal num_calls
+            num_calls += 1
+            return attend(query, key, value, **options)
+
+        monkeypatch.setattr(attention, "attend", counted)
         monkeypatch.setattr(attention, "HAS_FAST_BFLOAT16", True)
-        monkeypatch.setattr(F, "scaled_dot_product_attention", F.scaled_dot_product_attention)  # to be put back
+        monkeypatch.setattr(F, "scaled_dot_product_attention", F.scaled_dot_product_attention)  # so that it is restored
         use_matrix_products()
         actual = transformer(**inputs).sample
-    assert len(calls) == len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
+    assert num_calls == len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
     torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-3)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.loop import run_loop, warm_then_linear
+from training.loop import run_loop
 
 
 class Interrupted(Exception):
@@ -15,7 +15,7 @@ class Interrupted(Exception):
 def run_line_fit(
     checkpoint: Path, num_steps: int = 12, *, stop_at: int | None = None, save_every: int = 4
 ) -> nn.Linear:
-    """Fit a small line; every step's data follow from the step alone."""
+    """Fit a small line; the data of a step depend on the step alone."""
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
@@ -76,11 +76,3 @@ def test_only_the_main_process_writes(
 ) -> None:
     run_loop("other", 2, recorder[1], {}, tmp_path / "other.pt", save_every=1, is_main=False)
     assert not (tmp_path / "other.pt").exists()
-
-
-def test_learning_rate_rises_holds_and_falls_to_its_end() -> None:
-    factors = [warm_then_linear(step, 100, warm_up=10, hold=0.5, end=0.1) for step in range(101)]
-    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert factors[10:51] == pytest.approx([1.0] * 41)
-    assert factors[75] == pytest.approx(0.55)
-    assert factors[100] == pytest.approx(0.1)

@@ -5,7 +5,7 @@ from training import precision
 
 
 @pytest.mark.parametrize(("is_fast", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_products_are_in_the_format_that_the_cpu_is_fast_at(
+def test_products_use_bfloat16_only_on_cpus_that_are_fast_at_it(
     is_fast: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "HAS_FAST_BFLOAT16", is_fast)

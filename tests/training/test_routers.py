@@ -17,16 +17,16 @@ from models.report import Decision
 from models.rules import RULES
 from models.rules.router import RouterPolicy
 from models.weights import RouterWeights
-from training.backbones import Backbone, FluxBackbone, Hunyuan3DBackbone, QwenImageBackbone
-from training.base import run_all
-from training.lesson import Lesson
+from training.backbone import Backbone, run_all
+from training.lesson import Condition, Lesson
 from training.routers import Knobs, RouterObjective, elastic_forward, install_masks, neuron_orders
-from training.scenes.text import Text
+from training.scenes.backbones import FluxBackbone, QwenImageBackbone
+from training.solids.backbone import Hunyuan3DBackbone
 
 BATCH = 5
 ADAPTERS = {FluxBackbone: flux, QwenImageBackbone: qwen_image, Hunyuan3DBackbone: hunyuan3d}
 
-# Under autocast: norms keep their weights in float32.
+# Under autocast, norms keep their weights in float32.
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
 
 
@@ -41,7 +41,7 @@ def routers(backbone: Backbone) -> RouterStack:
 
 @pytest.fixture
 def streams(backbone: Backbone, lesson: Lesson) -> Streams:
-    """Of prompts of different lengths, where there are prompts."""
+    """The input of the first block; prompts, if the family has prompts, have different lengths."""
     backbone.transformer.requires_grad_(False)
     rng = torch.Generator().manual_seed(2)
     latents, timestep = torch.randn(BATCH, 64, 32, generator=rng), torch.rand(BATCH, generator=rng)
@@ -49,10 +49,10 @@ def streams(backbone: Backbone, lesson: Lesson) -> Streams:
 
 
 @pytest.mark.parametrize("knobs", [Knobs(0.3, 0.0), Knobs(0.5, 1.0), Knobs(0.6, 3.0)])
-def test_training_forward_gives_what_serving_gives(
+def test_training_forward_equals_serving(
     backbone: Backbone, routers: RouterStack, streams: Streams, knobs: Knobs
 ) -> None:
-    # Given what serving does under the same settings
+    # Given the decisions and the velocity of serving under these settings
     policy = RouterPolicy(skip_threshold=knobs.skip_threshold, width_bias=knobs.width_bias)
     blocks = elastic_blocks(backbone.transformer, ADAPTERS[type(backbone)], RouterWeights(routers, {}))
     costs = dict.fromkeys(backbone.blocks, BlockCost(1.0, 1.0))
@@ -67,7 +67,7 @@ def test_training_forward_gives_what_serving_gives(
     install_masks(backbone)
     velocity, gates, widths = elastic_forward(backbone, routers, streams, knobs)
 
-    # Then velocities and decisions are the same
+    # Then velocities and decisions are equal
     torch.testing.assert_close(velocity, expected, atol=1e-5, rtol=1e-4)
     ran = torch.tensor([[entry.decision is Decision.RUN for entry in row.journal.trace] for row in rows]).T
     assert torch.equal(gates > 0.5, ran)
@@ -77,8 +77,8 @@ def test_training_forward_gives_what_serving_gives(
     torch.testing.assert_close(widths[ran], served_widths[ran])
 
 
-def test_every_router_learns_from_the_result(backbone: Backbone, routers: RouterStack, streams: Streams) -> None:
-    """Also where its gate is closed: the block is computed all the same, and its gradient says what it would add."""
+def test_every_router_gets_a_gradient(backbone: Backbone, routers: RouterStack, streams: Streams) -> None:
+    """Closed gates too: their blocks are computed, so the gradient shows the effect of opening them."""
     for module in backbone.blocks.values():
         for parameter in module.parameters():
             nn.init.normal_(parameter, std=0.2)
@@ -92,13 +92,13 @@ def test_every_router_learns_from_the_result(backbone: Backbone, routers: Router
 
 
 @pytest.mark.parametrize(("threshold", "bias"), [(0.0, 0.0), (0.5, 2.0), (1.0, 4.0)])
-def test_higher_settings_ask_for_less(threshold: float, bias: float) -> None:
+def test_higher_settings_have_lower_targets(threshold: float, bias: float) -> None:
     knobs, harder = Knobs(threshold, bias), Knobs(threshold + 0.1, bias + 0.1)
     assert harder.target_gate < knobs.target_gate <= 1
     assert harder.target_width < knobs.target_width <= 1
 
 
-def test_permuted_neurons_leave_the_dense_model_as_it_is(backbone: Backbone, streams: Streams) -> None:
+def test_permuted_neurons_do_not_change_the_dense_model(backbone: Backbone, streams: Streams) -> None:
     before = run_all(backbone, streams)
     sizes = {
         mlp_name(name, part): mlp.num_hidden
@@ -117,7 +117,7 @@ def losses(objective: RouterObjective, knobs: Knobs) -> dict[str, Tensor]:
     return objective.losses(ROWS, torch.Generator().manual_seed(4), knobs)
 
 
-def test_routers_that_leave_nothing_out_are_at_no_distance_from_the_dense_model(
+def test_routers_that_run_everything_have_no_distance_to_the_dense_model(
     backbone: Backbone, lesson: Lesson, routers: RouterStack
 ) -> None:
     objective = RouterObjective(backbone, lesson, routers)
@@ -127,25 +127,25 @@ def test_routers_that_leave_nothing_out_are_at_no_distance_from_the_dense_model(
     assert all(value.isfinite() for value in little.values())
 
 
-def test_where_guidance_is_true_each_sample_is_also_seen_without_its_condition(
+def test_classifier_free_guidance_pairs_each_sample_with_its_unconditional_branch(
     backbone: Backbone, lesson: Lesson, routers: RouterStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Text] = []
+    seen: list[Condition] = []
     prologue = backbone.prologue
 
-    def noted(latents: Tensor, timestep: Tensor, guidance: Tensor, text: Text) -> Streams:
-        seen.append(text)
-        return prologue(latents, timestep, guidance, text)
+    def recorded(latents: Tensor, timestep: Tensor, guidance: Tensor, condition: Condition) -> Streams:
+        seen.append(condition)
+        return prologue(latents, timestep, guidance, condition)
 
-    monkeypatch.setattr(backbone, "prologue", noted)
+    monkeypatch.setattr(backbone, "prologue", recorded)
     losses(RouterObjective(backbone, lesson, routers), Knobs(0.5, 1.0))
-    told, none = lesson.full_conditions(ROWS).embeds, lesson.no_condition.embeds
-    expected = told if backbone.has_guidance_embedding else torch.cat((told[:3], none.expand(3, -1, -1)))
+    full, none = lesson.full_conditions(ROWS).embeds, lesson.no_condition.embeds
+    expected = full if backbone.has_guidance_embedding else torch.cat((full[:3], none.expand(3, -1, -1)))
     assert torch.equal(seen[0].embeds, expected)
 
 
-def test_neurons_are_ordered_by_what_they_add(backbone: Backbone, lesson: Lesson) -> None:
-    """The last neuron is made the strongest, the first silent; new routers let all of them run."""
+def test_neurons_are_ordered_by_importance(backbone: Backbone, lesson: Lesson) -> None:
+    """The test makes the last neuron the strongest and the first one silent; new routers run all neurons."""
     names = []
     for name, block in backbone.blocks.items():
         for part, mlp in backbone.mlps(block).items():

@@ -9,10 +9,10 @@ from models.card import MeshCard
 from models.elastic.router import RouterStack
 from models.weights import RouterWeights, load_router_weights, read_manifest, save_router_weights
 from models.zoo import load_engine
+from training.lesson import Condition
 from training.scenes.prompts import calibration_scenes
-from training.scenes.recipe import PictureParts, PictureRecipe
+from training.scenes.recipe import ImageModel, ImageRecipe
 from training.scenes.scenes import Scene
-from training.scenes.text import Text
 from training.scenes.tiny_flux import TinyFlux
 from training.scenes.tiny_qwen_image import TinyQwenImage
 from training.solids.image_encoder import build_conditioner
@@ -22,7 +22,7 @@ from training.stages import describe_routers, paths
 
 
 class Captions:
-    """Words without encoders: building tokenizers takes seconds."""
+    """A conditioner without encoders, because building tokenizers takes seconds."""
 
     def __init__(self) -> None:
         self.encoders: dict[str, torch.nn.Module] = {}
@@ -30,40 +30,40 @@ class Captions:
     def caption(self, scene: Scene) -> str:
         return scene.long_caption
 
-    def encode(self, prompts: Sequence[str]) -> Text:
+    def encode(self, prompts: Sequence[str]) -> Condition:
         raise NotImplementedError
 
 
 @pytest.mark.parametrize(
-    ("parts", "size"), [(TinyFlux(), (None, None)), (TinyQwenImage(), (128, 128))], ids=["flux", "qwen_image"]
+    ("model", "size"), [(TinyFlux(), (None, None)), (TinyQwenImage(), (128, 128))], ids=["flux", "qwen_image"]
 )
-def test_serving_reads_what_training_says_of_its_routers(
-    parts: PictureParts, size: tuple[int | None, int | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_serving_reads_the_manifest_that_training_writes(
+    model: ImageModel, size: tuple[int | None, int | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Qwen-Image's pictures would be of 1024 pixels a side if the manifest named no size."""
+    """Without a size in the manifest, Qwen-Image would default to images of 1024 pixels a side."""
     # Given a trained checkpoint and routers
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(type(parts), "conditioner", lambda self: Captions())
-    recipe = PictureRecipe(parts)
+    monkeypatch.setattr(type(model), "conditioner", lambda self: Captions())
+    recipe = ImageRecipe(model)
     checkpoint, folder = Path("checkpoints") / recipe.name, Path("router_weights") / recipe.name
     (checkpoint / "transformer").mkdir(parents=True)
     (checkpoint / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
     save_router_weights(RouterWeights(RouterStack(2, 8, hidden=4), {}), folder)
     # When they are described
     describe_routers(recipe, folder)
-    # Then the engine finds terms, defaults and files
+    # Then the engine finds licence, defaults and files
     manifest = read_manifest(folder)
     assert manifest.license == "Apache-2.0"
     assert (manifest.num_inference_steps, manifest.guidance_scale) == (20, 3.0)
     assert (manifest.height, manifest.width) == size
     assert load_router_weights(folder, checkpoint) is not None
-    assert json.loads((folder / "manifest.json").read_text())["training_command"].split()[2] == type(parts).__module__
+    assert json.loads((folder / "manifest.json").read_text())["training_command"].split()[2] == type(model).__module__
     prompts = (folder / "calibration_prompts.txt").read_text().splitlines()
     assert prompts == [scene.long_caption for scene in calibration_scenes(32)]
 
 
-def test_an_assembled_shape_model_is_served_with_its_routers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Given trained parts, and routers
+def test_assembled_shape_model_is_served_with_its_routers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given trained networks and routers
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("training.solids.tiny_hunyuan3d._NUM_CALIBRATION", 2)
     recipe = TinyHunyuan3D()
@@ -76,7 +76,7 @@ def test_an_assembled_shape_model_is_served_with_its_routers(tmp_path: Path, mon
     recipe.assemble(run_dir, backbone, checkpoint)
     save_router_weights(RouterWeights(RouterStack(len(backbone.blocks), backbone.channels, hidden=4), {}), folder)
     describe_routers(recipe, folder)
-    # Then the engine serves the model with its terms and defaults
+    # Then the engine serves the model with its licence and defaults
     engine = load_engine([checkpoint], device="cpu", router_weights=folder.parent)
     card = engine.cards["tiny-hunyuan3d"]
     assert isinstance(card, MeshCard)
@@ -84,8 +84,8 @@ def test_an_assembled_shape_model_is_served_with_its_routers(tmp_path: Path, mon
     assert card.license == "Apache-2.0"
     assert (card.default_num_inference_steps, card.default_guidance_scale) == (20, 2.0)
     assert card.default_octree_resolution == 128
-    pictures = sorted((folder / "calibration_pictures").iterdir())
-    assert [picture.name for picture in pictures] == ["00.png", "01.png"]
+    images = sorted((folder / "calibration_pictures").iterdir())
+    assert [image.name for image in images] == ["00.png", "01.png"]
     loaded = recipe.load_backbone(checkpoint).transformer.state_dict()
     for name, tensor in backbone.transformer.state_dict().items():
         torch.testing.assert_close(loaded[name], tensor, rtol=1e-3, atol=1e-4)

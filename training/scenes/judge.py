@@ -1,15 +1,13 @@
-"""The judge: a small CNN that reads from a picture what stands where, and the score that follows from its reading.
+"""The judge: a small CNN that reads the objects and the background of an image.
 
-It is trained on true scenes only, never on generated ones: it learns no model's mistakes. Scoring follows
-GenEval (Ghosh et al. 2023, https://arxiv.org/abs/2310.11513): a prompt counts as followed if the picture holds the
-objects that the caption tells, as it tells them, and nothing else.
+It is trained on rendered scenes only, never on generated images, so it does not learn the mistakes of any model.
+`python -m training.scenes.judge` trains it.
 """
 
 import hashlib
-import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,19 +16,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.errors import WeightsError
-from training.loop import Stateful, run_loop, warm_then_linear
+from training.loop import Stateful, run_loop
+from training.optimizers import ScheduledOptimizers, warm_then_linear
 from training.precision import autocast
+from training.scenes.accuracy import PromptAccuracy, Reading, score_readings
 from training.scenes.rendering import attribute_targets, render
 from training.scenes.scenes import COLOURS, POSITIONS, SHAPES, SIZES, TEXTURES, TONES, Scene, SceneObject, sample_scene
 
+SHIPPED_JUDGE = Path(__file__).parent / "judge_weights"
+"""The folder of the trained judge. It is no servable model, so it is not among the `checkpoints`."""
+
 NUM_STEPS = 600
 BATCH_SIZE = 64
-FIRST_SCENE = 5_000_000  # far from every other seed range
+FIRST_SCENE = 5_000_000  # far from all other ranges of seeds
 _NUM_SCENES = 8192
 _FIRST_TEST_SCENE = 6_000_000
 _NUM_TEST_SCENES = 1024
 _SEED = 5
-_WINDOW = 4  # cells of the 8x8 feature map, a side, that a place is read from
+_WINDOW = 4  # cells along each side of the window that a position is read from; the feature map has 8x8 cells
 _WINDOW_CORNER = {  # row and column of the window's first cell
     "top left": (0, 0),
     "top right": (0, 4),
@@ -42,34 +45,11 @@ _MIRRORED = [POSITIONS.index(p) for p in ("top right", "top left", "bottom right
 _NOTHING = len(SHAPES)
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """What the judge sees in one picture; objects in the order of `scenes.POSITIONS`."""
-
-    objects: tuple[SceneObject, ...]
-    tone: str
-    texture: str
-
-
-@dataclass(frozen=True, slots=True)
-class PromptAccuracy:
-    """How well pictures follow their captions, as shares in [0, 1].
-
-    `per_object`: objects told and found, over objects told. `per_scene`: pictures with every told object and no other
-    one; as in GenEval the background does not count. `by_attribute`: `shape`, `colour` and `size` over told objects,
-    `count` over pictures, and over the captions that tell it `tone`, `texture` and `background`, which is both.
-    """
-
-    per_object: float
-    per_scene: float
-    by_attribute: Mapping[str, float]
-
-
 class Judge(nn.Module):
-    """Reads 128x128 pictures. Every place is read by the same head, from its own window of the feature map.
+    """Reads 128x128 images. One head reads every position, from that position's window of the feature map.
 
-    The sharing matters: no training scene shows a held-out (shape, colour, position), but a window that may lie
-    anywhere has seen every shape in every colour.
+    The head is shared because most training scenes have no held-out (shape, colour, position). A shared head has seen
+    every shape in every colour at some position.
     """
 
     def __init__(self) -> None:
@@ -83,28 +63,28 @@ class Judge(nn.Module):
             nn.Linear(2 * 64 + 96, 64), nn.SiLU(), nn.Linear(64, len(TONES) + len(TEXTURES))
         )
 
-    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        """Logits for pictures `(batch, 3, 128, 128)` in [-1, 1], named and placed as in `attribute_targets`.
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Logits for images `(batch, 3, 128, 128)` in [-1, 1], named and ordered as in `attribute_targets`.
 
-        `shape`, `colour` and `size` are `(batch, places, classes)`, `tone` and `texture` `(batch, classes)`.
+        `shape`, `colour` and `size` are `(batch, positions, classes)`, `tone` and `texture` `(batch, classes)`.
         """
-        fine = self.fine(pictures)
+        fine = self.fine(images)
         coarse = self.coarse(fine)
-        windows = torch.stack([_window(coarse, place).flatten(1) for place in POSITIONS], 1)
+        windows = torch.stack([_window(coarse, position).flatten(1) for position in POSITIONS], 1)
         seen = self.place_head(windows).split((len(SHAPES) + 1, len(COLOURS), len(SIZES)), -1)
         pooled = torch.cat((fine.mean((2, 3)), fine.amax((2, 3)), coarse.mean((2, 3))), 1)
         background = self.background_head(pooled).split((len(TONES), len(TEXTURES)), -1)
         return dict(zip(("shape", "colour", "size", "tone", "texture"), (*seen, *background), strict=True))
 
     @torch.no_grad()
-    def read(self, pictures: Tensor) -> list[Reading]:
-        """What is in each of the pictures `(batch, 3, 128, 128)` in [-1, 1]."""
-        if pictures.shape[1:] != (3, 128, 128):
-            raise ValueError(f"pictures are {tuple(pictures.shape)}; the judge reads (batch, 3, 128, 128)")
+    def read(self, images: Tensor) -> list[Reading]:
+        """Read images `(batch, 3, 128, 128)` in [-1, 1]. Raises ValueError for other shapes."""
+        if images.shape[1:] != (3, 128, 128):
+            raise ValueError(f"images are {tuple(images.shape)}; the judge reads (batch, 3, 128, 128)")
         readings: list[Reading] = []
-        for part in torch.split(pictures.float(), 64):
-            best = {name: logits.argmax(-1).tolist() for name, logits in self(part).items()}
-            for i in range(len(part)):
+        for chunk in torch.split(images.float(), 64):
+            best = {name: logits.argmax(-1).tolist() for name, logits in self(chunk).items()}
+            for i in range(len(chunk)):
                 found = zip(POSITIONS, best["shape"][i], best["colour"][i], best["size"][i], strict=True)
                 objects = tuple(
                     SceneObject(SHAPES[shape], COLOURS[colour], SIZES[size], position)
@@ -114,13 +94,16 @@ class Judge(nn.Module):
                 readings.append(Reading(objects, TONES[best["tone"][i]], TEXTURES[best["texture"][i]]))
         return readings
 
-    def score(self, scenes: Sequence[Scene], pictures: Tensor) -> PromptAccuracy:
-        """How well pictures `(batch, 3, 128, 128)`, generated from the captions of `scenes`, follow them."""
-        return score_readings(scenes, self.read(pictures))
+    def score(self, scenes: Sequence[Scene], images: Tensor) -> PromptAccuracy:
+        """How well images `(batch, 3, 128, 128)`, generated from the captions of `scenes`, follow these captions."""
+        return score_readings(scenes, self.read(images))
 
 
 def load_judge(folder: Path) -> Judge:
-    """Read a judge that `save_judge` wrote; it computes in float32."""
+    """Load a judge that `save_judge` wrote. It computes in float32.
+
+    Raises WeightsError if the weights differ from the hash in the manifest.
+    """
     manifest = json.loads((folder / "manifest.json").read_text())
     weights = (folder / "model.safetensors").read_bytes()
     digest = hashlib.sha256(weights).hexdigest()
@@ -133,119 +116,39 @@ def load_judge(folder: Path) -> Judge:
     return judge.eval()
 
 
-def score_readings(scenes: Sequence[Scene], readings: Sequence[Reading]) -> PromptAccuracy:
-    """Compare what was found with what the captions tell."""
-    verdicts = [_judge_scene(scene, reading) for scene, reading in zip(scenes, readings, strict=True)]
-    tallies: dict[str, list[bool]] = {}
-    for verdict in verdicts:
-        for name, outcomes in verdict.items():
-            tallies.setdefault(name, []).extend(outcomes)
-    shares = {name: sum(outcomes) / len(outcomes) for name, outcomes in tallies.items() if outcomes}
-    return PromptAccuracy(shares.pop("object"), shares.pop("scene"), shares)
-
-
-def _judge_scene(scene: Scene, reading: Reading) -> dict[str, list[bool]]:
-    """Outcomes by name, under the match of told to found objects that is kindest to the picture."""
-    attributes = max(
-        ([_attributes(scene, i, found) for i, found in enumerate(match)] for match in _matches(scene, reading.objects)),
-        key=lambda match: (sum(all(told.values()) for told in match), sum(sum(told.values()) for told in match)),
-    )
-    objects = [all(told.values()) for told in attributes]
-    count = len(reading.objects) == len(scene.objects)
-    outcomes = {"object": objects, "scene": [all(objects) and count], "count": [count]}
-    for told in attributes:
-        for name, is_right in told.items():
-            outcomes.setdefault(name, []).append(is_right)
-    if scene.tells_background:
-        tone, texture = reading.tone == scene.tone, reading.texture == scene.texture
-        outcomes |= {"tone": [tone], "texture": [texture], "background": [tone and texture]}
-    return outcomes
-
-
-def _matches(scene: Scene, found: Sequence[SceneObject]) -> Iterator[tuple[SceneObject | None, ...]]:
-    """Every way to give the told objects found ones, or none, that agrees with the places that the caption tells.
-
-    A relation binds only when both of its objects are matched: if they stand the wrong way round, one of them is still
-    right and the other one is missing.
-    """
-    options = [
-        (None, *(other for other in found if not told or other.position == thing.position))
-        for thing, told in zip(scene.objects, scene.told_positions, strict=True)
-    ]
-    for match in itertools.product(*options):
-        taken = [other.position for other in match if other]
-        if len(set(taken)) < len(taken):
-            continue
-        if scene.relation and len(taken) == 2 and not _holds(scene.relation, taken[0], taken[1]):
-            continue
-        yield match
-
-
-def _holds(relation: str, first: str, second: str) -> bool:
-    """Whether the first place is left of, right of, above or below the second one, however far off the straight."""
-    (row, column), (other_row, other_column) = _WINDOW_CORNER[first], _WINDOW_CORNER[second]
-    return {
-        "left of": column < other_column,
-        "right of": column > other_column,
-        "above": row < other_row,
-        "below": row > other_row,
-    }[relation]
-
-
-def _attributes(scene: Scene, index: int, found: SceneObject | None) -> dict[str, bool]:
-    thing = scene.objects[index]
-    outcome = {
-        "shape": found is not None and found.shape == thing.shape,
-        "colour": found is not None and found.colour == thing.colour,
-    }
-    if scene.told_sizes[index]:
-        outcome["size"] = found is not None and found.size == thing.size
-    return outcome
-
-
 def _conv(inputs: int, outputs: int, kernel: int, stride: int) -> tuple[nn.Module, ...]:
     conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=1, bias=False)
     return conv, nn.BatchNorm2d(outputs), nn.SiLU()
 
 
-def _window(features: Tensor, place: str) -> Tensor:
-    row, column = _WINDOW_CORNER[place]
+def _window(features: Tensor, position: str) -> Tensor:
+    row, column = _WINDOW_CORNER[position]
     return features[:, :, row : row + _WINDOW, column : column + _WINDOW]
 
 
 def train_judge(run_dir: Path, *, num_steps: int = NUM_STEPS) -> Judge:
-    """Train, or resume. About 3 minutes on one core of an AMD EPYC with bfloat16."""
+    """Train, or resume. Takes about 3 minutes on one core of an AMD EPYC with bfloat16."""
     torch.manual_seed(_SEED)
     judge = Judge()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=0.02)
-    # Held-out combinations are held out from the models judged, not from the judge. Without them it learned that a blue
-    # shape at the bottom left is no circle, and read 98.0 % of 492 held-out objects right; with them 99.8 % of 1951.
+    schedule = partial(warm_then_linear, num_steps=num_steps, warm_up=30, hold=0.3, end=0.01)
+    scheduled = ScheduledOptimizers([optimizer], schedule)
+    # Combinations are held out from the judged models, not from the judge. Trained without them, the judge learned that
+    # a blue shape at the bottom left is no circle. It then read 98.0 % of 492 held-out objects right; trained with
+    # them, it reads 99.8 % of 1951 right.
     scenes = [sample_scene(seed, held_out=seed % 8 == 0) for seed in range(FIRST_SCENE, FIRST_SCENE + _NUM_SCENES)]
-    pictures = torch.cat([_to_bytes(render(scenes[i : i + 64])) for i in range(0, _NUM_SCENES, 64)])
+    images = torch.cat([_to_bytes(render(scenes[i : i + 64])) for i in range(0, _NUM_SCENES, 64)])
     targets = attribute_targets(scenes)
 
     def train_step(step: int) -> dict[str, float]:
         rng = torch.Generator().manual_seed(step)
-        epoch, offset = divmod(step * BATCH_SIZE, _NUM_SCENES)
-        order = torch.randperm(_NUM_SCENES, generator=torch.Generator().manual_seed(epoch))
-        rows = order[offset : offset + BATCH_SIZE]
-        batch = pictures[rows].float() / 127.5 - 1
-        truth = {name: target[rows] for name, target in targets.items()}
-        if torch.rand(1, generator=rng) < 0.5:
-            batch = batch.flip(3)
-            truth |= {name: truth[name][:, _MIRRORED] for name in ("shape", "colour", "size")}
-        batch = _spoil(batch, rng).contiguous(memory_format=torch.channels_last)
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * warm_then_linear(step, num_steps, warm_up=30, hold=0.3, end=0.01)
+        batch, truth = _augmented(images, targets, _rows_of_step(step), rng)
         judge.train()
         with autocast():
             logits = judge(batch)
         losses = [F.cross_entropy(logits[n].float().flatten(0, -2), truth[n].flatten()) for n in truth]
         loss = torch.stack(losses).sum()
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
-        optimizer.step()
+        scheduled.minimise(loss, step)
         return {"loss": loss.item()}
 
     def look(step: int) -> None:
@@ -256,31 +159,50 @@ def train_judge(run_dir: Path, *, num_steps: int = NUM_STEPS) -> Judge:
     return judge.eval()
 
 
-def _to_bytes(pictures: Tensor) -> Tensor:
-    return ((pictures + 1) * 127.5).round().byte()
+def _rows_of_step(step: int) -> Tensor:
+    """The scenes of a step: each epoch visits all scenes in an order of its own."""
+    epoch, offset = divmod(step * BATCH_SIZE, _NUM_SCENES)
+    order = torch.randperm(_NUM_SCENES, generator=torch.Generator().manual_seed(epoch))
+    return order[offset : offset + BATCH_SIZE]
 
 
-def _spoil(pictures: Tensor, rng: torch.Generator) -> Tensor:
-    """What a decoder or a JPEG file does to a picture: blur, fine noise, blotches of 4 pixels, a shift of contrast.
+def _augmented(
+    images: Tensor, targets: Mapping[str, Tensor], rows: Tensor, rng: torch.Generator
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Degraded images of these rows, half of the batches mirrored, and their targets."""
+    batch = images[rows].float() / 127.5 - 1
+    truth = {name: target[rows] for name, target in targets.items()}
+    if torch.rand(1, generator=rng) < 0.5:
+        batch = batch.flip(3)
+        truth |= {name: truth[name][:, _MIRRORED] for name in ("shape", "colour", "size")}
+    return _degrade(batch, rng).contiguous(memory_format=torch.channels_last), truth
 
-    Each picture gets its own strengths; a third of them stay sharp.
+
+def _to_bytes(images: Tensor) -> Tensor:
+    return ((images + 1) * 127.5).round().byte()
+
+
+def _degrade(images: Tensor, rng: torch.Generator) -> Tensor:
+    """Degrade images like a decoder or JPEG compression: blur, fine noise, blotches of 4 pixels, a shift of contrast.
+
+    The strengths are drawn for each image; a third of the images stay sharp.
     """
-    batch = len(pictures)
+    batch = len(images)
 
     def draw(low: float, high: float) -> Tensor:
         return torch.empty(batch, 1, 1, 1).uniform_(low, high, generator=rng)
 
-    blurred = F.avg_pool2d(F.pad(pictures, (2, 2, 2, 2), mode="replicate"), 5, 1)
-    result = torch.lerp(pictures, blurred, draw(-0.35, 0.7).clamp(min=0))
+    blurred = F.avg_pool2d(F.pad(images, (2, 2, 2, 2), mode="replicate"), 5, 1)
+    result = torch.lerp(images, blurred, draw(-0.35, 0.7).clamp(min=0))
     blotches = F.interpolate(torch.randn(batch, 3, 32, 32, generator=rng), size=128, mode="bilinear")
-    result = result + draw(0, 0.06) * torch.randn(pictures.shape, generator=rng) + draw(0, 0.06) * blotches
+    result = result + draw(0, 0.06) * torch.randn(images.shape, generator=rng) + draw(0, 0.06) * blotches
     return (result * draw(0.93, 1.05) + draw(-0.02, 0.02)).clamp(-1, 1)
 
 
 def measure(judge: Judge, count: int) -> dict[str, float]:
-    """Accuracy on `count` true scenes of held-out combinations whose captions tell everything, as shares."""
+    """Accuracy, as shares, on `count` rendered scenes of held-out combinations with complete captions."""
     scenes = [
-        sample_scene(seed, held_out=True, tells_all=True)
+        sample_scene(seed, held_out=True, mentions_all=True)
         for seed in range(_FIRST_TEST_SCENE, _FIRST_TEST_SCENE + count)
     ]
     readings = [r for i in range(0, count, 64) for r in judge.read(render(scenes[i : i + 64]))]
@@ -290,7 +212,7 @@ def measure(judge: Judge, count: int) -> dict[str, float]:
 
 
 def save_judge(judge: Judge, folder: Path, *, num_test_scenes: int = _NUM_TEST_SCENES) -> None:
-    """Write the weights in 16 bits, and a manifest with the accuracy that these rounded weights have."""
+    """Write the weights in 16 bits, and a manifest with the accuracy of the rounded weights."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.safetensors"
     judge.half().float().eval()
@@ -311,7 +233,7 @@ def save_judge(judge: Judge, folder: Path, *, num_test_scenes: int = _NUM_TEST_S
 
 
 def main() -> None:
-    save_judge(train_judge(Path("runs/judge")), Path("checkpoints/judge"))
+    save_judge(train_judge(Path("runs/judge")), SHIPPED_JUDGE)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Encoded scenes with their captions: what the picture models are taught."""
+"""The lesson of the image models: encoded scenes and their captions."""
 
 import random
 from collections.abc import Sequence
@@ -9,23 +9,27 @@ from diffusers import FluxPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.backbones import CELLS
+from training.lesson import Condition
 from training.precision import autocast
+from training.scenes.backbones import CELLS
 from training.scenes.rendering import object_map, render
 from training.scenes.scenes import COLOURS, SHAPES, Scene, sample_scene, training_scenes
-from training.scenes.text import Conditioner, Text
-from training.scenes.vae import PictureVae
+from training.scenes.text import Conditioner
+from training.scenes.vae import ImageVae
 
 NUM_SCENES = 49_152
-_EMPTY_SHARE = 0.1  # of the samples have no prompt
-_FRAGMENT_SHARE = 0.1  # of the samples, where guidance is true
+_EMPTY_SHARE = 0.1
+"""Share of the samples with an empty prompt."""
+_FRAGMENT_SHARE = 0.1
+"""Share of the samples with a fragment of their caption, if guidance is classifier-free."""
 
 
 class SceneLesson:
-    """Row i is training scene i. `has_fragments` says whether some samples are told a fragment instead of the caption.
+    """A `training.lesson.Lesson` whose row i is training scene i.
 
-    The head names the shape and the colour of the object that each image token belongs to, which speeds up shape and
-    binding (cf. representation alignment, Yu et al. 2024).
+    With `has_fragments`, some samples get a fragment of their caption as the prompt. The head predicts shape and colour
+    of the object that each image token belongs to (cf. representation alignment, Yu et al. 2024). The transformer then
+    learns shapes and their colours sooner.
     """
 
     def __init__(self, latents: Tensor, conditioner: Conditioner, channels: int, *, has_fragments: bool) -> None:
@@ -40,26 +44,26 @@ class SceneLesson:
         return torch.randn(clean.shape, generator=generator)
 
     @torch.no_grad()
-    def conditions(self, rows: list[int], generator: torch.Generator) -> tuple[Text, Tensor]:
-        prompts, told = self.prompts([sample_scene(row) for row in rows], generator)
-        return self.conditioner.encode(prompts), told
+    def conditions(self, rows: list[int], generator: torch.Generator) -> tuple[Condition, Tensor]:
+        prompts, is_complete = self.prompts([sample_scene(row) for row in rows], generator)
+        return self.conditioner.encode(prompts), is_complete
 
     @torch.no_grad()
-    def full_conditions(self, rows: list[int]) -> Text:
+    def full_conditions(self, rows: list[int]) -> Condition:
         return self.conditioner.encode([self.conditioner.caption(sample_scene(row)) for row in rows])
 
     def prompts(self, scenes: Sequence[Scene], generator: torch.Generator) -> tuple[list[str], Tensor]:
-        """What each sample is told, and whether that is its whole caption, `(batch,)`."""
+        """A prompt for each scene, and whether it is the whole caption, `(batch,)`."""
         draw = torch.rand(len(scenes), generator=generator).tolist()
         words = random.Random(draw[0])
-        less = _EMPTY_SHARE + self._fragment_share
+        incomplete = _EMPTY_SHARE + self._fragment_share
         prompts = [
-            "" if x < _EMPTY_SHARE else scene.fragment(words) if x < less else self.conditioner.caption(scene)
+            "" if x < _EMPTY_SHARE else scene.fragment(words) if x < incomplete else self.conditioner.caption(scene)
             for x, scene in zip(draw, scenes, strict=True)
         ]
-        return prompts, torch.tensor(draw) >= less
+        return prompts, torch.tensor(draw) >= incomplete
 
-    def auxiliary_loss(self, output: Tensor, rows: list[int], told: Tensor) -> Tensor:
+    def auxiliary_loss(self, output: Tensor, rows: list[int], is_complete: Tensor) -> Tensor:
         scenes = [sample_scene(row) for row in rows]
         slot = object_map(scenes, CELLS).flatten(1)
         shape_of = torch.full((len(scenes), 5), len(SHAPES))
@@ -68,26 +72,26 @@ class SceneLesson:
             for k, thing in enumerate(scene.objects):
                 shape_of[i, k], colour_of[i, k] = SHAPES.index(thing.shape), COLOURS.index(thing.colour)
         slot = torch.where(slot < 0, 4, slot)
-        output, slot = output[told], slot[told]
+        output, slot = output[is_complete], slot[is_complete]
         by_shape, by_colour = output.split((len(SHAPES) + 1, len(COLOURS) + 1), dim=-1)
-        shape_loss = F.cross_entropy(by_shape.flatten(0, 1), shape_of[told].gather(1, slot).flatten())
-        return shape_loss + F.cross_entropy(by_colour.flatten(0, 1), colour_of[told].gather(1, slot).flatten())
+        shape_loss = F.cross_entropy(by_shape.flatten(0, 1), shape_of[is_complete].gather(1, slot).flatten())
+        return shape_loss + F.cross_entropy(by_colour.flatten(0, 1), colour_of[is_complete].gather(1, slot).flatten())
 
 
 @torch.no_grad()
-def encode_scenes(vae: PictureVae, count: int, path: Path) -> Tensor:
-    """Latents of the first `count` training scenes, packed: `(count, 64, 32)` float16. Kept in `path`."""
+def encode_scenes(vae: ImageVae, count: int, path: Path) -> Tensor:
+    """Packed latents of the first `count` training scenes, `(count, 64, 32)` float16, stored in `path`."""
     if path.exists():
         latents: Tensor = torch.load(path, weights_only=True)
         return latents
-    parts = []
+    chunks = []
     for start in range(0, count, 64):
-        pictures = render(list(training_scenes(start, min(64, count - start))))
+        images = render(list(training_scenes(start, min(64, count - start))))
         with autocast():
-            parts.append(pack(vae.encode(pictures).float()).half())
+            chunks.append(pack(vae.encode(images).float()).half())
         if start % 4096 == 0:
             print(f"  encoded {start} of {count} scenes", flush=True)
-    latents = torch.cat(parts)
+    latents = torch.cat(chunks)
     torch.save(latents, path)
     return latents
 
@@ -95,7 +99,7 @@ def encode_scenes(vae: PictureVae, count: int, path: Path) -> Tensor:
 def pack(latents: Tensor) -> Tensor:
     """`(batch, channels, height, width)` to 2x2 patches `(batch, height / 2 * width / 2, 4 * channels)`.
 
-    FLUX's and Qwen-Image's order is the same.
+    FLUX and Qwen-Image use the same order.
     """
     packed: Tensor = FluxPipeline._pack_latents(latents, *latents.shape)
     return packed

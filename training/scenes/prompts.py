@@ -1,7 +1,7 @@
-"""The prompt sets: held-out scenes whose captions tell everything, the same ones in every run.
+"""The prompt sets: fixed held-out scenes whose captions mention every attribute.
 
-Each set has seeds of its own, so no scene of one occurs in another one. Training draws from 0 upwards, the judge from
-5 and 6 million, looks during training from 10^9.
+Each set has its own range of seeds, so the sets share no scene. Training uses seeds from 0, the judge from 5 and 6
+million, the samples drawn during training from 10^9.
 """
 
 from training.scenes.scenes import MAX_OBJECTS, TEXTURES, Scene, sample_scene
@@ -16,7 +16,7 @@ _COMPLEX = 2_040_000_000
 def evaluation_scenes(count_single: int, count_multi: int) -> list[Scene]:
     """`count_single` scenes of one object, then `count_multi` of two, three and four objects in turn.
 
-    Backgrounds fall as in training. A larger set begins, in either part, with the smaller one.
+    Backgrounds are distributed as in training. In both parts, a larger set starts with the smaller set.
     """
     single = [_scene(_EVALUATION_SINGLE + i, 1) for i in range(count_single)]
     multi = [_scene(_EVALUATION_MULTI + i, 2 + i % (MAX_OBJECTS - 1)) for i in range(count_multi)]
@@ -24,9 +24,9 @@ def evaluation_scenes(count_single: int, count_multi: int) -> list[Scene]:
 
 
 def calibration_scenes(count: int) -> list[Scene]:
-    """Mixed scenes: any 4 in a row from a multiple of 4 hold every number of objects and every texture once.
+    """Mixed scenes. Scenes 4 i to 4 i + 3 have every number of objects once and every texture once.
 
-    Any 16 in a row hold every pair of a number and a texture once.
+    Any 16 consecutive scenes have every pair of number and texture once.
     """
     return [
         _scene(_CALIBRATION + i, 1 + i % MAX_OBJECTS, TEXTURES[(i + i // MAX_OBJECTS) % len(TEXTURES)])
@@ -35,7 +35,7 @@ def calibration_scenes(count: int) -> list[Scene]:
 
 
 def simple_scenes(count: int) -> list[Scene]:
-    """One object on a plain background: what little compute should suffice for."""
+    """One object on a plain background: scenes that should need little compute."""
     return [_scene(_SIMPLE + i, 1, "plain") for i in range(count)]
 
 
@@ -45,4 +45,4 @@ def complex_scenes(count: int) -> list[Scene]:
 
 
 def _scene(seed: int, num_objects: int, texture: str | None = None) -> Scene:
-    return sample_scene(seed, held_out=True, num_objects=num_objects, texture=texture, tells_all=True)
+    return sample_scene(seed, held_out=True, num_objects=num_objects, texture=texture, mentions_all=True)

@@ -1,4 +1,4 @@
-"""Scenes to pictures, in torch: signed distances, anti-aliased over about a pixel, a whole batch at once."""
+"""Draws batches of scenes with torch, from signed distances, anti-aliased over about one pixel."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -19,14 +19,14 @@ _RGB = {
     "black": (0.03, 0.03, 0.03),
 }
 _TONE_LEVEL = {"light": 0.76, "grey": 0.52, "dark": 0.27}
-_PLACE = {  # centre of the object in [-1, 1], x to the right and y down
+_PLACE = {  # centre of the object in [-1, 1], x points right and y down
     "top left": (-0.5, -0.5),
     "top right": (0.5, -0.5),
     "bottom left": (-0.5, 0.5),
     "bottom right": (0.5, 0.5),
     "centre": (0.0, 0.0),
 }
-_NUM_DRAWS = 64  # random numbers a scene: 8 for the background, 8 for each object
+_NUM_DRAWS = 64  # random numbers for a scene: 8 for the background, 8 for each object
 _RADIUS = {"small": 0.21, "large": 0.39}
 
 
@@ -43,7 +43,7 @@ def render(scenes: Sequence[Scene], size: int = 128) -> Tensor:
 
 
 def object_map(scenes: Sequence[Scene], cells: int) -> Tensor:
-    """Which object fills each cell of a `cells` x `cells` grid: its index in the scene, or -1."""
+    """The index of the object that fills each cell of a grid, `(batch, cells, cells)`; -1 for the background."""
     noise = torch.stack([torch.rand(_NUM_DRAWS, generator=_generator(scene)) for scene in scenes])
     x, y = _grid(4 * cells)
     covered = torch.zeros(len(scenes), MAX_OBJECTS, cells, cells)
@@ -56,7 +56,7 @@ def object_map(scenes: Sequence[Scene], cells: int) -> Tensor:
 
 
 def _generator(scene: Scene) -> torch.Generator:
-    """One generator a scene, so that a picture does not depend on its batch."""
+    """One generator for each scene, so that an image does not depend on its batch."""
     return torch.Generator().manual_seed(scene.seed * 7919 + 17)
 
 
@@ -105,7 +105,7 @@ def _dots(noise: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _clutter(generator: torch.Generator, x: Tensor) -> Tensor:
-    """Soft coloured patches at two scales: the background that is costly to paint. `(3, size, size)`."""
+    """Soft coloured patches at two scales, the hardest background to generate. `(3, size, size)`."""
     total = torch.zeros(3, *x.shape)
     for cells, strength in ((4, 0.10), (8, 0.09)):
         grid = torch.rand(1, 3, cells, cells, generator=generator) - 0.5
@@ -120,18 +120,18 @@ def _paint(shape: str, objects: list[SceneObject], draw: Tensor, canvas: Tensor,
 
 
 def _cover(shape: str, objects: list[SceneObject], draw: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Which share of each pixel the objects cover, `(batch, size, size)`; `draw` holds their random numbers."""
+    """The share of each pixel that the objects cover, `(batch, size, size)`; `draw` holds their random numbers."""
     place = torch.tensor([_PLACE[o.position] for o in objects]) + (draw[:, 0:2] - 0.5) * 0.12
     radius = (torch.tensor([_RADIUS[o.size] for o in objects]) * (0.93 + 0.14 * draw[:, 2]))[:, None, None]
     angle = (draw[:, 3] - 0.5) * 0.5
     dx, dy = (x - place[:, 0, None, None]) / radius, (y - place[:, 1, None, None]) / radius
     cos, sin = torch.cos(angle)[:, None, None], torch.sin(angle)[:, None, None]
     distance = _signed_distance(shape, dx * cos + dy * sin, dy * cos - dx * sin) * radius
-    return (0.5 - distance * (x.shape[-1] / 3)).clamp(0, 1)  # an edge 1.5 pixels wide
+    return (0.5 - distance * (x.shape[-1] / 3)).clamp(0, 1)  # the edge is 1.5 pixels wide
 
 
 def _signed_distance(shape: str, u: Tensor, v: Tensor) -> Tensor:
-    """Distance to the outline, negative inside, of a shape of about unit radius; `v` grows downwards."""
+    """Distance to the outline of a shape of about unit radius, negative inside; `v` points down."""
     match shape:
         case "circle":
             return torch.hypot(u, v) - 0.92
@@ -147,10 +147,12 @@ def _signed_distance(shape: str, u: Tensor, v: Tensor) -> Tensor:
     raise ValueError(f"shape {shape!r} is not one of {SHAPES}")
 
 
-# What the judge reads back, as class indices: for each place the shape (the last class is "nothing there"), colour and
-# size, and for the picture its tone and texture.
 def attribute_targets(scenes: Sequence[Scene]) -> dict[str, Tensor]:
-    """`shape`, `colour` and `size` `(batch, places)`, -100 where undefined; `tone` and `texture` `(batch,)`."""
+    """The attributes of scenes as class indices, for the judge and the text encoders.
+
+    `shape`, `colour` and `size` are `(batch, positions)`, `tone` and `texture` `(batch,)`. At an empty position the
+    shape is `len(SHAPES)`, colour and size are -100.
+    """
     shape = torch.full((len(scenes), len(POSITIONS)), len(SHAPES))
     colour, extent = torch.full_like(shape, -100), torch.full_like(shape, -100)
     for i, scene in enumerate(scenes):

@@ -1,7 +1,7 @@
-"""Captioned scenes of coloured shapes: what the tiny picture models are trained on and judged by.
+"""Captioned scenes of coloured shapes, on which the tiny image models are trained and judged.
 
-A scene is one to four objects, each with a shape, a colour, a size and a place, on a plain, striped, dotted or busy
-background. Everything follows from an integer seed, so the data are unlimited, need no storage and can be drawn again.
+A scene has one to four objects on a plain, striped, dotted or busy background. An object has a shape, a colour, a size
+and a position. An integer seed determines a scene, so the data are unlimited, reproducible and need no storage.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ _PAIRS_OF_RELATION = {
 
 @dataclass(frozen=True, slots=True)
 class SceneObject:
-    """One drawn thing. `size` and `position` are always known to the drawing, not always told by the caption."""
+    """One object of a scene. The caption may leave out its `size` and `position`."""
 
     shape: str
     colour: str
@@ -38,25 +38,25 @@ class SceneObject:
 
     @property
     def is_held_out(self) -> bool:
-        """Whether this (shape, colour, position) is one of the tenth of combinations that no training scene shows."""
+        """Whether (shape, colour, position) is held out. A tenth of the combinations occur in no training scene."""
         digest = hashlib.sha256(f"{self.shape}/{self.colour}/{self.position}".encode()).digest()
         return digest[0] < 26
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A picture's content. `seed` fixes what the words leave open: exact places, shades, rotation, texture.
+    """The content of an image. `seed` determines the details no field names: offsets, shades, rotation, texture.
 
-    `relation` is set for two objects that the caption places relative to each other only.
-    `told_sizes` and `told_positions` say, for each object, whether the caption mentions them.
+    `relation` is set if the caption places two objects only relative to each other. `mentions_sizes` and
+    `mentions_positions` say for each object whether the caption mentions its size and its position.
     """
 
     objects: tuple[SceneObject, ...]
     tone: str
     texture: str
-    told_sizes: tuple[bool, ...]
-    told_positions: tuple[bool, ...]
-    tells_background: bool
+    mentions_sizes: tuple[bool, ...]
+    mentions_positions: tuple[bool, ...]
+    mentions_background: bool
     relation: str | None
     is_terse: bool
     seed: int
@@ -64,7 +64,7 @@ class Scene:
     @property
     def caption(self) -> str:
         phrases = []
-        for thing, size, position in zip(self.objects, self.told_sizes, self.told_positions, strict=True):
+        for thing, size, position in zip(self.objects, self.mentions_sizes, self.mentions_positions, strict=True):
             words = f"{thing.size} {thing.colour} {thing.shape}" if size else f"{thing.colour} {thing.shape}"
             if not self.is_terse:
                 words = f"a {words}"
@@ -73,16 +73,16 @@ class Scene:
                 words += f" {link}{thing.position}"
             phrases.append(words)
         text = f" {self.relation} ".join(phrases) if self.relation else ", ".join(phrases)
-        if not self.tells_background:
+        if not self.mentions_background:
             return text
         return f"{text}, {'' if self.is_terse else 'on a '}{self.texture} {self.tone} background"
 
     @property
     def long_caption(self) -> str:
-        """The caption's facts in whole sentences, worded in one of several ways."""
+        """The facts of the caption in whole sentences, in one of several wordings."""
         rng = random.Random(f"words-{self.seed}")
         things = []
-        for thing, size, position in zip(self.objects, self.told_sizes, self.told_positions, strict=True):
+        for thing, size, position in zip(self.objects, self.mentions_sizes, self.mentions_positions, strict=True):
             words = f"a {thing.size} {thing.colour} {thing.shape}" if size else f"a {thing.colour} {thing.shape}"
             if position:
                 words += f" in the {thing.position}" if thing.position == "centre" else f" at the {thing.position}"
@@ -92,17 +92,17 @@ class Scene:
         else:
             listed = " and ".join([", ".join(things[:-1]), things[-1]] if len(things) > 1 else things)
         text = f"{rng.choice(_OPENINGS)} {listed}."
-        if self.tells_background:
+        if self.mentions_background:
             text += rng.choice(_BACKGROUNDS).format(texture=self.texture, tone=self.tone)
         return text
 
     @property
     def mixed_caption(self) -> str:
-        """Whole sentences for two scenes in three, else the short form: what Qwen-Image is told."""
+        """Qwen-Image's caption: whole sentences for two scenes in three, the short form for the third."""
         return self.caption if self.seed % 3 == 0 else self.long_caption
 
     def fragment(self, rng: random.Random) -> str:
-        """A few words that are true of the scene: how negative prompts are worded."""
+        """A few words that are true of the scene, worded like a negative prompt."""
         thing = rng.choice(self.objects)
         return rng.choice(
             (
@@ -131,16 +131,16 @@ def sample_scene(
     held_out: bool = False,
     num_objects: int | None = None,
     texture: str | None = None,
-    tells_all: bool = False,
+    mentions_all: bool = False,
 ) -> Scene:
     """Draw the content of scene `seed`.
 
-    Half of the scenes hold one object, since shape is the attribute that is learned last. `held_out=True` uses only
-    combinations that training never shows, `False` only the others. `tells_all` makes the caption mention everything.
+    Half of the scenes have one object, because models learn shapes last. `held_out=True` draws only held-out
+    combinations, `False` only the others. With `mentions_all` the caption mentions every attribute.
     """
-    rng = random.Random(f"scene-{seed}-{held_out}-{num_objects}-{texture}-{tells_all}")
+    rng = random.Random(f"scene-{seed}-{held_out}-{num_objects}-{texture}-{mentions_all}")
     count = num_objects or rng.choices((1, 2, 3, 4), weights=(50, 25, 13, 12))[0]
-    relation = rng.choice(RELATIONS) if count == 2 and not tells_all and rng.random() < 0.35 else None
+    relation = rng.choice(RELATIONS) if count == 2 and not mentions_all and rng.random() < 0.35 else None
     if count == 1:
         places: tuple[str, ...] = (rng.choice(POSITIONS),)
     elif relation:
@@ -148,16 +148,16 @@ def sample_scene(
     else:
         places = tuple(rng.sample(_CORNERS, count))
     objects = tuple(_sample_object(rng, place, held_out) for place in places)
-    tells_positions = relation is None and (tells_all or count > 2 or rng.random() < 0.85)
+    mentions_positions = relation is None and (mentions_all or count > 2 or rng.random() < 0.85)
     return Scene(
         objects=objects,
         tone=rng.choice(TONES),
         texture=texture or rng.choices(TEXTURES, weights=(46, 18, 18, 18))[0],
-        told_sizes=tuple(tells_all or rng.random() < 0.85 for _ in objects),
-        told_positions=(tells_positions,) * count,
-        tells_background=tells_all or rng.random() < 0.85,
+        mentions_sizes=tuple(mentions_all or rng.random() < 0.85 for _ in objects),
+        mentions_positions=(mentions_positions,) * count,
+        mentions_background=mentions_all or rng.random() < 0.85,
         relation=relation,
-        is_terse=not tells_all and rng.random() < 0.15,
+        is_terse=not mentions_all and rng.random() < 0.15,
         seed=seed,
     )
 

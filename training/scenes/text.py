@@ -1,14 +1,15 @@
-"""Tokenizers and text encoders of the tiny picture models: T5 and CLIP for FLUX, Qwen2.5-VL for Qwen-Image.
+"""Tokenizers and text encoders of the tiny image models: T5 and CLIP for FLUX, Qwen2.5-VL for Qwen-Image.
 
-They learn to tell from a caption what stands where. So the words of one object are bound together before the diffusion
-transformer sees them, which is what it would take longest to find out.
+The encoders learn to tell from a caption which object is where. So they bind the words of one object together before
+the diffusion transformer reads them. The transformer would need the longest time to learn that.
 """
 
 import random
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from diffusers import QwenImagePipeline
@@ -27,7 +28,9 @@ from transformers import (
     T5Tokenizer,
 )
 
-from training.loop import Stateful, run_loop, warm_then_linear
+from training.lesson import Condition
+from training.loop import Stateful, run_loop
+from training.optimizers import ScheduledOptimizers, warm_then_linear
 from training.precision import autocast
 from training.scenes.rendering import attribute_targets
 from training.scenes.scenes import (
@@ -45,7 +48,10 @@ from training.scenes.scenes import (
 MAX_SEQUENCE_LENGTH = 40
 """Tokens of FLUX's prompts."""
 QWEN_SEQUENCE_LENGTH = 56
-"""Tokens of Qwen-Image's prompts: the longest caption and the template's end."""
+"""Tokens of Qwen-Image's prompts: the longest caption and the end of the template."""
+_NUM_CORPUS_SCENES = 20_000
+"""Scenes whose captions determine the vocabularies."""
+# The number of predictions and of classes for each attribute.
 _CLASSES = {
     "shape": (len(POSITIONS), len(SHAPES) + 1),
     "colour": (len(POSITIONS), len(COLOURS)),
@@ -55,13 +61,15 @@ _CLASSES = {
 }
 
 
-def caption_words() -> list[str]:
-    """Every word, with a trailing comma where one occurs, of the captions. Sorted."""
-    return sorted({word for scene in training_scenes(0, 20_000) for word in scene.caption.split()})
+@cache
+def caption_words() -> tuple[str, ...]:
+    """All words of the captions, sorted. A word followed by a comma is listed with the comma."""
+    words = {word for scene in training_scenes(0, _NUM_CORPUS_SCENES) for word in scene.caption.split()}
+    return tuple(sorted(words))
 
 
 def build_t5_tokenizer() -> T5Tokenizer:
-    """Unigram pieces: a caption word is one token, anything else falls apart into characters."""
+    """Unigram pieces: each word of a caption is one token; other words become characters."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
     pieces += [(f"▁{word}", -1.0) for word in caption_words()]
     pieces += [(char, -8.0) for char in string.ascii_letters + string.digits + string.punctuation]
@@ -69,10 +77,10 @@ def build_t5_tokenizer() -> T5Tokenizer:
 
 
 def build_clip_tokenizer() -> CLIPTokenizer:
-    """Byte-level BPE with merges from the caption words, in the order of their length.
+    """Byte-level BPE whose merges build the words of the captions, shorter merges first.
 
-    Some words stay in several tokens, and the longest captions are longer than the model reads: as in FLUX itself, the
-    pooled embedding is of a prompt's beginning, and T5 reads all of it.
+    Some words stay several tokens, and the longest captions exceed the model's length. As in FLUX itself, the pooled
+    embedding covers the beginning of a prompt, and T5 reads the whole prompt.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     symbols = alphabet + [f"{char}</w>" for char in alphabet]
@@ -123,48 +131,20 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-class Text(NamedTuple):
-    """Encoded prompts: `embeds` `(batch, tokens, channels)`, `pooled` `(batch, channels)`, `mask` `(batch, tokens)`.
-
-    A family has either `pooled` or `mask`, which is true for real tokens.
-    """
-
-    embeds: Tensor
-    pooled: Tensor | None
-    mask: Tensor | None
-
-    def rows(self, rows: slice) -> "Text":
-        return self._map(lambda part: part[rows])
-
-    def join(self, other: "Text") -> "Text":
-        """This batch, then `other`, which is of the same family."""
-        pooled = None if self.pooled is None or other.pooled is None else torch.cat((self.pooled, other.pooled))
-        mask = None if self.mask is None or other.mask is None else torch.cat((self.mask, other.mask))
-        return Text(torch.cat((self.embeds, other.embeds)), pooled, mask)
-
-    def repeat(self, batch: int) -> "Text":
-        """A single row as a batch."""
-        return self._map(lambda part: part.expand(batch, *part.shape[1:]))
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "Text":
-        pooled = None if self.pooled is None else change(self.pooled)
-        return Text(change(self.embeds), pooled, None if self.mask is None else change(self.mask))
-
-
 class Conditioner(Protocol):
-    """Tokenizers and text encoders of one family, used the way its pipeline uses them."""
+    """Tokenizers and text encoders of one family, called as its pipeline calls them."""
 
     encoders: Mapping[str, nn.Module]
 
     def caption(self, scene: Scene) -> str:
-        """The words that tell this family what is in a scene."""
+        """The scene's caption in this family's wording."""
         ...
 
-    def encode(self, prompts: Sequence[str]) -> Text: ...
+    def encode(self, prompts: Sequence[str]) -> Condition: ...
 
 
 class FluxConditioner:
-    """T5 and CLIP, padded, never masked."""
+    """T5 and CLIP. Prompts are padded and not masked."""
 
     def __init__(self) -> None:
         self.t5_tokenizer = build_t5_tokenizer()
@@ -176,10 +156,10 @@ class FluxConditioner:
     def caption(self, scene: Scene) -> str:
         return scene.caption
 
-    def encode(self, prompts: Sequence[str]) -> Text:
+    def encode(self, prompts: Sequence[str]) -> Condition:
         t5_ids = _token_ids(self.t5_tokenizer, prompts)
         clip_ids = _token_ids(self.clip_tokenizer, prompts)
-        return Text(self.t5(t5_ids)[0], self.clip(clip_ids).pooler_output, None)
+        return Condition(self.t5(t5_ids)[0], self.clip(clip_ids).pooler_output, None)
 
 
 def _token_ids(tokenizer: T5Tokenizer | CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
@@ -190,10 +170,10 @@ def _token_ids(tokenizer: T5Tokenizer | CLIPTokenizer, prompts: Sequence[str]) -
 
 
 class QwenImageConditioner:
-    """Qwen2.5-VL in QwenImagePipeline's chat template, whose beginning is cut off; padding is masked."""
+    """Qwen2.5-VL in the chat template of QwenImagePipeline. The template's start is cut off, padding is masked."""
 
     def __init__(self) -> None:
-        # The template is written in the constructor, which needs no models for it.
+        # The pipeline's constructor sets the template and needs no models for that.
         template = QwenImagePipeline(None, None, None, None, None)
         self.template, self.start = template.prompt_template_encode, template.prompt_template_encode_start_idx
         self.tokenizer = build_qwen_tokenizer(self.template)
@@ -203,7 +183,7 @@ class QwenImageConditioner:
     def caption(self, scene: Scene) -> str:
         return scene.mixed_caption
 
-    def encode(self, prompts: Sequence[str]) -> Text:
+    def encode(self, prompts: Sequence[str]) -> Condition:
         tokens = self.tokenizer(
             [self.template.format(prompt) for prompt in prompts],
             padding="max_length",
@@ -213,18 +193,18 @@ class QwenImageConditioner:
         )
         mask = tokens.attention_mask
         hidden = self.encoder.model(input_ids=tokens.input_ids, attention_mask=mask).last_hidden_state
-        return Text(hidden[:, self.start :], None, mask[:, self.start :].bool())
+        return Condition(hidden[:, self.start :], None, mask[:, self.start :].bool())
 
 
 def build_qwen_tokenizer(template: str) -> Qwen2Tokenizer:
-    """Byte-level BPE learnt from captions until every word in them, and in the template, is one token.
+    """Byte-level BPE trained on captions in the template until each of their words is one token.
 
-    So the template's beginning has the 34 tokens that the pipeline cuts off.
+    The start of the template then has exactly the 34 tokens that the pipeline cuts off.
     """
 
     def corpus() -> Iterator[str]:
         rng = random.Random(0)
-        for scene in training_scenes(0, 20_000):
+        for scene in training_scenes(0, _NUM_CORPUS_SCENES):
             for words in (scene.caption, scene.long_caption, scene.fragment(rng)):
                 yield template.format(words)
 
@@ -235,7 +215,7 @@ def build_qwen_tokenizer(template: str) -> Qwen2Tokenizer:
 
 
 def build_qwen(vocab_size: int) -> Qwen2_5_VLForConditionalGeneration:
-    """A small language model; the vision half, which no prompt uses, is as small as the class allows, and zero."""
+    """A small language model. No prompt uses the vision half, so it is as small as the class allows, and zero."""
     torch.manual_seed(1)
     config = Qwen2_5_VLConfig(
         text_config={
@@ -268,7 +248,7 @@ def build_qwen(vocab_size: int) -> Qwen2_5_VLForConditionalGeneration:
 
 
 class _CaptionReader(nn.Module):
-    """Reads the attributes back from the encoders' outputs; thrown away after training."""
+    """Predicts a scene's attributes from the encoders' outputs. Discarded after training."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -277,11 +257,11 @@ class _CaptionReader(nn.Module):
         self.from_tokens = nn.ModuleDict({k: nn.Linear(dim, c) for k, (_, c) in _CLASSES.items()})
         self.from_pooled = nn.ModuleDict({k: nn.Linear(dim, p * c) for k, (p, c) in _CLASSES.items()})
 
-    def forward(self, text: Text, targets: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Returns the loss and the share of attributes that the token route reads right."""
-        tokens = text.embeds
+    def forward(self, condition: Condition, targets: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Returns the loss and the share of attributes that are predicted correctly from the tokens."""
+        tokens = condition.embeds
         queries = self.queries.expand(len(tokens), -1, -1)
-        padding = None if text.mask is None else ~text.mask
+        padding = None if condition.mask is None else ~condition.mask
         read, _ = self.attention(queries, tokens, tokens, key_padding_mask=padding, need_weights=False)
         loss, right, count = tokens.new_zeros(()), 0.0, 0.0
         for key, (places, classes) in _CLASSES.items():
@@ -289,8 +269,9 @@ class _CaptionReader(nn.Module):
             logits = self.from_tokens[key](rows).float().flatten(0, 1)
             target = targets[key].flatten()
             loss = loss + F.cross_entropy(logits, target)
-            if text.pooled is not None:
-                loss = loss + F.cross_entropy(self.from_pooled[key](text.pooled).float().view(-1, classes), target)
+            if condition.pooled is not None:
+                from_pooled = self.from_pooled[key](condition.pooled).float().view(-1, classes)
+                loss = loss + F.cross_entropy(from_pooled, target)
             known = target >= 0
             right += float((logits.argmax(-1) == target)[known].sum())
             count += float(known.sum())
@@ -298,40 +279,37 @@ class _CaptionReader(nn.Module):
 
 
 def train_text(conditioner: Conditioner, run_dir: Path, *, num_steps: int, batch_size: int = 128) -> None:
-    """Train, or resume, all encoders together on captions and what they say."""
+    """Train, or resume, all encoders together, to tell the attributes of the scenes that captions describe."""
     torch.manual_seed(3)
     reader = _CaptionReader(128)
-    parts: dict[str, nn.Module] = {**conditioner.encoders, "reader": reader}
-    parameters = [p for part in parts.values() for p in part.parameters()]
+    modules: dict[str, nn.Module] = {**conditioner.encoders, "reader": reader}
+    parameters = [parameter for module in modules.values() for parameter in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = partial(warm_then_linear, num_steps=num_steps, warm_up=50, hold=0.5, end=0.02)
+    scheduled = ScheduledOptimizers([optimizer], schedule)
 
     def loss_of(first: int, held_out: bool = False) -> tuple[Tensor, Tensor]:
         scenes = [sample_scene(i, held_out=held_out) for i in range(first, first + batch_size)]
-        text = conditioner.encode([conditioner.caption(scene) for scene in scenes])
-        result: tuple[Tensor, Tensor] = reader(text, attribute_targets(scenes))
+        condition = conditioner.encode([conditioner.caption(scene) for scene in scenes])
+        result: tuple[Tensor, Tensor] = reader(condition, attribute_targets(scenes))
         return result
 
     def train_step(step: int) -> dict[str, float]:
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * warm_then_linear(step, num_steps, warm_up=50, hold=0.5, end=0.02)
         with autocast():
             loss, accuracy = loss_of(step * batch_size)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        scheduled.minimise(loss, step)
         return {"loss": loss.item(), "read": float(accuracy)}
 
     @torch.no_grad()
     def look(step: int) -> None:
         print(f"  step {step}: {float(loss_of(10**8, held_out=True)[1]):.4f} of held-out attributes read", flush=True)
 
-    state: dict[str, Stateful] = {**parts, "optimizer": optimizer}
+    state: dict[str, Stateful] = {**modules, "optimizer": optimizer}
     run_loop("text encoders", num_steps, train_step, state, run_dir / "text.pt", save_every=200, look=look)
 
 
 def load_text(conditioner: Conditioner, run_dir: Path) -> None:
-    """Put trained weights in, ready for use."""
+    """Load the trained weights into `conditioner` and set it to evaluation mode."""
     saved = torch.load(run_dir / "text.pt", weights_only=True)
     for name, encoder in conditioner.encoders.items():
         encoder.load_state_dict(saved[name])

@@ -1,4 +1,4 @@
-"""Trains tiny-flux from nothing: `python -m training.scenes.tiny_flux` (see `training.stages`)."""
+"""Trains tiny-flux from scratch: `python -m training.scenes.tiny_flux` (see `training.stages`)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,13 +7,15 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
 from training import stages
-from training.backbones import FluxBackbone, build_flux
-from training.scenes.recipe import PictureRecipe
+from training.scenes.backbones import FluxBackbone, build_flux
+from training.scenes.recipe import ImageRecipe
 from training.scenes.text import FluxConditioner
-from training.scenes.vae import PictureVae, flux_vae, wrap_flux_vae
+from training.scenes.vae import ImageVae, flux_vae, wrap_flux_vae
 
 
 class TinyFlux:
+    """A `training.scenes.recipe.ImageModel`."""
+
     name = "tiny-flux"
     module = "training.scenes.tiny_flux"
     text_steps = 1200
@@ -21,10 +23,10 @@ class TinyFlux:
     defaults: Mapping[str, float] = {"num_inference_steps": 20, "guidance_scale": 3.0}
     encoders: Sequence[str] = ("text_encoder", "text_encoder_2")
 
-    def new_vae(self) -> PictureVae:
+    def new_vae(self) -> ImageVae:
         return flux_vae()
 
-    def load_vae(self, folder: Path) -> PictureVae:
+    def load_vae(self, folder: Path) -> ImageVae:
         return wrap_flux_vae(AutoencoderKL.from_pretrained(folder))
 
     def conditioner(self) -> FluxConditioner:
@@ -51,4 +53,4 @@ class TinyFlux:
 
 
 if __name__ == "__main__":
-    stages.main(PictureRecipe(TinyFlux()))
+    stages.main(ImageRecipe(TinyFlux()))

@@ -1,4 +1,4 @@
-"""Trains tiny-qwen-image from nothing: `python -m training.scenes.tiny_qwen_image` (see `training.stages`)."""
+"""Trains tiny-qwen-image from scratch: `python -m training.scenes.tiny_qwen_image` (see `training.stages`)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,13 +12,15 @@ from diffusers import (
 )
 
 from training import stages
-from training.backbones import QwenImageBackbone, build_qwen_image
-from training.scenes.recipe import PictureRecipe
+from training.scenes.backbones import QwenImageBackbone, build_qwen_image
+from training.scenes.recipe import ImageRecipe
 from training.scenes.text import QwenImageConditioner
-from training.scenes.vae import PictureVae, qwen_image_vae, wrap_qwen_image_vae
+from training.scenes.vae import ImageVae, qwen_image_vae, wrap_qwen_image_vae
 
 
 class TinyQwenImage:
+    """A `training.scenes.recipe.ImageModel`."""
+
     name = "tiny-qwen-image"
     module = "training.scenes.tiny_qwen_image"
     text_steps = 700
@@ -26,10 +28,10 @@ class TinyQwenImage:
     defaults: Mapping[str, float] = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": 128, "width": 128}
     encoders: Sequence[str] = ("text_encoder",)
 
-    def new_vae(self) -> PictureVae:
+    def new_vae(self) -> ImageVae:
         return qwen_image_vae()
 
-    def load_vae(self, folder: Path) -> PictureVae:
+    def load_vae(self, folder: Path) -> ImageVae:
         return wrap_qwen_image_vae(AutoencoderKLQwenImage.from_pretrained(folder))
 
     def conditioner(self) -> QwenImageConditioner:
@@ -57,4 +59,4 @@ class TinyQwenImage:
 
 
 if __name__ == "__main__":
-    stages.main(PictureRecipe(TinyQwenImage()))
+    stages.main(ImageRecipe(TinyQwenImage()))

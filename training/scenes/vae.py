@@ -1,7 +1,8 @@
-"""The small picture autoencoders, stock classes of diffusers: eight times smaller sides, 8 latent channels."""
+"""The small image autoencoders: stock classes of diffusers that reduce each side by 8, with 8 latent channels."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MethodType
 
@@ -11,20 +12,23 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCaus
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.loop import run_loop, warm_then_linear
+from training.loop import run_loop
+from training.optimizers import ScheduledOptimizers, warm_then_linear
 from training.precision import autocast
 from training.scenes.rendering import render
 from training.scenes.scenes import sample_scene, training_scenes
+from training.scenes.similarity import psnr
 
 NUM_STEPS = 4400
 LATENT_CHANNELS = 8
-_WHOLE_PICTURE_SHARE = 0.16  # of the run, at its end: whole pictures instead of crops
+_WHOLE_IMAGE_SHARE = 0.16
+"""Share of the run, at its end, that trains on whole images instead of crops."""
 _NUM_SCENES = 8192
 
 
 @dataclass(frozen=True, slots=True)
-class PictureVae:
-    """An autoencoder for single pictures.
+class ImageVae:
+    """An autoencoder for single images.
 
     `encode` maps `(batch, 3, height, width)` in [-1, 1] to latents `(batch, 8, height / 8, width / 8)`, `decode` the
     other way. `standardise` gives the latents that the pipeline works with zero mean and unit variance.
@@ -36,8 +40,8 @@ class PictureVae:
     standardise: Callable[[Tensor], None]
 
 
-def flux_vae() -> PictureVae:
-    """FLUX's `AutoencoderKL`, untrained, initialised as an exact linear path for colour (see `_carry_colour`)."""
+def flux_vae() -> ImageVae:
+    """An untrained `AutoencoderKL` as in FLUX. It starts with a linear path for colour (see `_carry_colour`)."""
     torch.manual_seed(0)
     vae = AutoencoderKL(
         in_channels=3,
@@ -67,31 +71,31 @@ def flux_vae() -> PictureVae:
     return wrap_flux_vae(vae)
 
 
-def wrap_flux_vae(vae: AutoencoderKL) -> PictureVae:
+def wrap_flux_vae(vae: AutoencoderKL) -> ImageVae:
     def standardise(latents: Tensor) -> None:
-        """FluxPipeline knows one scaling factor for all channels, so the channels' go into the 1x1 convolutions."""
+        """FluxPipeline has one scaling factor for all channels, so the 1x1 convolutions absorb one per channel."""
         mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
         channels = len(mean)
         vae.quant_conv.weight[:channels] /= std[:, None, None, None]
         vae.quant_conv.bias[:channels] = (vae.quant_conv.bias[:channels] - mean) / std
-        # The variance half is never trained: fix it at e^-10, so that sampling is the mode.
+        # The variance half is not trained. Fixed at e^-10, it makes a sample equal to the mode.
         vae.quant_conv.weight[channels:] = 0
         vae.quant_conv.bias[channels:] = -10
         vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
         vae.post_quant_conv.weight *= std[None, :, None, None]
 
-    return PictureVae(
+    return ImageVae(
         vae,
-        encode=lambda pictures: vae.encode(pictures).latent_dist.mode(),
+        encode=lambda images: vae.encode(images).latent_dist.mode(),
         decode=lambda latents: vae.decode(latents).sample,
         standardise=standardise,
     )
 
 
-def qwen_image_vae() -> PictureVae:
-    """Qwen-Image's `AutoencoderKLQwenImage`, untrained, initialised like `flux_vae`.
+def qwen_image_vae() -> ImageVae:
+    """An untrained `AutoencoderKLQwenImage` as in Qwen-Image, initialised like `flux_vae`.
 
-    Its temporal resampling is left out and the earlier frames' part of every kernel is zero: pictures have one frame.
+    Images have one frame. So there is no temporal resampling, and the kernels are zero for earlier frames.
     """
     torch.manual_seed(0)
     vae = AutoencoderKLQwenImage(
@@ -117,8 +121,8 @@ def qwen_image_vae() -> PictureVae:
     return wrap_qwen_image_vae(vae)
 
 
-def wrap_qwen_image_vae(vae: AutoencoderKLQwenImage) -> PictureVae:
-    """Latents in the pipeline's scale: standardised by the means and deviations that the configuration names."""
+def wrap_qwen_image_vae(vae: AutoencoderKLQwenImage) -> ImageVae:
+    """Wrap `vae`. Its latents are standardised by the means and deviations in its configuration, as in the pipeline."""
     for module in vae.modules():
         if isinstance(module, QwenImageCausalConv3d):
             vars(module)["forward"] = MethodType(_single_frame_forward, module)
@@ -127,18 +131,18 @@ def wrap_qwen_image_vae(vae: AutoencoderKLQwenImage) -> PictureVae:
         mean, std = torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
         return mean.view(-1, 1, 1), std.view(-1, 1, 1)
 
-    def encode(pictures: Tensor) -> Tensor:
+    def encode(images: Tensor) -> Tensor:
         mean, std = scale()
-        return (vae.encode(pictures[:, :, None]).latent_dist.mode()[:, :, 0] - mean) / std
+        return (vae.encode(images[:, :, None]).latent_dist.mode()[:, :, 0] - mean) / std
 
     def decode(latents: Tensor) -> Tensor:
         mean, std = scale()
         frames = latents * std + mean
-        # Not `vae.decode`, which clamps: a clamped pixel would teach nothing.
+        # `vae.decode` would clamp, and a clamped pixel has no gradient.
         vae.clear_cache()
-        picture: Tensor = vae.decoder(vae.post_quant_conv(frames[:, :, None]), vae._feat_map, [0])[:, :, 0]
+        image: Tensor = vae.decoder(vae.post_quant_conv(frames[:, :, None]), vae._feat_map, [0])[:, :, 0]
         vae.clear_cache()
-        return picture
+        return image
 
     def standardise(latents: Tensor) -> None:
         vae.quant_conv.weight[LATENT_CHANNELS:] = 0
@@ -146,11 +150,11 @@ def wrap_qwen_image_vae(vae: AutoencoderKLQwenImage) -> PictureVae:
         mean, std = latents.mean((0, 2, 3)).tolist(), latents.std((0, 2, 3)).tolist()
         vae.register_to_config(latents_mean=mean, latents_std=std)
 
-    return PictureVae(vae, encode, decode, standardise)
+    return ImageVae(vae, encode, decode, standardise)
 
 
 def _single_frame_forward(self: QwenImageCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-    """The same for one frame as the original, which pads with two empty frames and triples the work."""
+    """Equals the original for one frame. The original pads with two empty frames, which triples the work."""
     assert x.shape[2] == 1
     assert cache_x is None
     padding = (int(self._padding[2]), int(self._padding[0]))
@@ -162,19 +166,19 @@ def _zero(conv: nn.Module) -> None:
         parameter.zero_()
 
 
-def _picture_kernel(conv: nn.Module) -> Tensor:
-    """A convolution's weight for single pictures, `(out, in, height, width)`: of a causal one the newest frame's."""
+def _image_kernel(conv: nn.Module) -> Tensor:
+    """A convolution's weight for single images, `(out, in, height, width)`; for causal ones, that of the last frame."""
     assert isinstance(conv, nn.Conv2d | nn.Conv3d)
     return conv.weight if isinstance(conv, nn.Conv2d) else conv.weight[:, :, -1]
 
 
 def _carry_colour(conv: nn.Module, name: str) -> None:
-    """Let channels 0:3 carry +RGB and 3:6 -RGB (SiLU(x) - SiLU(-x) = x); the last third are constants of +-1.
+    """Make channels 0:3 carry +RGB and 3:6 -RGB (SiLU(x) - SiLU(-x) = x). The last third are constants of +-1.
 
-    With the default initialisation the norms remove a picture's mean colour and training stalls near 20 dB. The
-    constants fix the norms' statistics. So a picture comes through with 23 dB before the first step.
+    With the default initialisation the norms remove an image's mean colour, and training stalls near 20 dB. The
+    constants fix the norms' statistics. The reconstruction then has 23 dB before the first step.
     """
-    weight = _picture_kernel(conv)
+    weight = _image_kernel(conv)
     if "down" in name and "shortcut" not in name:
         kernel = torch.zeros(3, 3)
         kernel[:2, :2] = 0.25
@@ -198,9 +202,9 @@ def _carry_colour(conv: nn.Module, name: str) -> None:
 
 
 def _open_ends(vae: AutoencoderKL | AutoencoderKLQwenImage) -> None:
-    """Lead colour out of both halves and straight through the two 1x1 convolutions between them."""
+    """Continue the path for colour through the outputs of both halves and the two 1x1 convolutions between them."""
     for half in (vae.encoder, vae.decoder):
-        last = _picture_kernel(half.conv_out)
+        last = _image_kernel(half.conv_out)
         last.mul_(0.1)
         half.conv_out.bias.zero_()
         for i in range(3):
@@ -208,37 +212,31 @@ def _open_ends(vae: AutoencoderKL | AutoencoderKLQwenImage) -> None:
             last[i, i, 1, 1] = 0.58
             last[i, 3 + i, 1, 1] = -0.58
     for conv in (vae.quant_conv, vae.post_quant_conv):
-        weight = _picture_kernel(conv)
+        weight = _image_kernel(conv)
         weight.mul_(0.1)
         conv.bias.zero_()
         weight += torch.eye(*weight.shape[:2])[:, :, None, None]
 
 
-def train_vae(vae: PictureVae, run_dir: Path, *, num_steps: int = NUM_STEPS) -> None:
+def train_vae(vae: ImageVae, run_dir: Path, *, num_steps: int = NUM_STEPS) -> None:
     """Train, or resume, and standardise the latents channel by channel."""
     for module in vae.module.modules():
         if isinstance(module, nn.Conv2d):
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.module.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0)
-    pictures = _render_many(_NUM_SCENES)
+    schedule = partial(warm_then_linear, num_steps=num_steps, warm_up=30, hold=0.5, end=0.03)
+    scheduled = ScheduledOptimizers([optimizer], schedule)
+    images = _render_many(_NUM_SCENES)
     held_out = render([sample_scene(10**9 + i) for i in range(64)])
 
     def train_step(step: int) -> dict[str, float]:
         rng = torch.Generator().manual_seed(step)
-        batch = _batch(pictures, rng, whole=step >= num_steps * (1 - _WHOLE_PICTURE_SHARE))
-        factor = warm_then_linear(step, num_steps, warm_up=30, hold=0.5, end=0.03)
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * factor
+        batch = _batch(images, rng, whole=step >= num_steps * (1 - _WHOLE_IMAGE_SHARE))
         with autocast():
             latents = vae.encode(batch)
             result = vae.decode(latents + 0.05 * torch.randn(latents.shape, generator=rng)).float()
-        error = result - batch
-        edges = sum((error.diff(dim=d)).abs().mean() for d in (2, 3))
-        loss = error.abs().mean() + error.square().mean() + 0.25 * edges + 1e-4 * latents.float().square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.module.parameters(), 1.0)
-        optimizer.step()
+        loss = _reconstruction_loss(result, batch) + 1e-4 * latents.float().square().mean()
+        scheduled.minimise(loss, step)
         return {"loss": loss.item()}
 
     run_loop(
@@ -251,8 +249,14 @@ def train_vae(vae: PictureVae, run_dir: Path, *, num_steps: int = NUM_STEPS) -> 
         look=lambda step: print(f"  step {step}: {reconstruction_psnr(vae, held_out):.2f} dB", flush=True),
     )
     with torch.no_grad():
-        vae.standardise(torch.cat([vae.encode(p.float()) for p in pictures[:1024].split(32)]))
+        vae.standardise(torch.cat([vae.encode(p.float()) for p in images[:1024].split(32)]))
     vae.module.eval()
+
+
+def _reconstruction_loss(result: Tensor, truth: Tensor) -> Tensor:
+    error = result - truth
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    return error.abs().mean() + error.square().mean() + 0.25 * edges
 
 
 def _render_many(count: int) -> Tensor:
@@ -260,19 +264,19 @@ def _render_many(count: int) -> Tensor:
     return torch.cat([render(scenes[i : i + 64]).half() for i in range(0, count, 64)])
 
 
-def _batch(pictures: Tensor, rng: torch.Generator, whole: bool) -> Tensor:
-    size = pictures.shape[-1] if whole else 64
+def _batch(images: Tensor, rng: torch.Generator, whole: bool) -> Tensor:
+    size = images.shape[-1] if whole else 64
     count = 4 if whole else 8
-    rows = torch.randint(len(pictures), (count,), generator=rng).tolist()
-    corners = torch.randint(pictures.shape[-1] - size + 1, (count, 2), generator=rng).tolist()
-    crops = torch.stack([pictures[r, :, y : y + size, x : x + size] for r, (y, x) in zip(rows, corners, strict=True)])
+    rows = torch.randint(len(images), (count,), generator=rng).tolist()
+    corners = torch.randint(images.shape[-1] - size + 1, (count, 2), generator=rng).tolist()
+    crops = torch.stack([images[r, :, y : y + size, x : x + size] for r, (y, x) in zip(rows, corners, strict=True)])
     if torch.rand(1, generator=rng) < 0.5:
         crops = crops.flip(3)
     return crops.float().contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
-def reconstruction_psnr(vae: PictureVae, pictures: Tensor) -> float:
-    """Mean PSNR in dB of encode and decode, over pictures `(batch, 3, height, width)` in [-1, 1]."""
-    result = vae.decode(vae.encode(pictures)).clamp(-1, 1)
-    return float((10 * torch.log10(4 / (result - pictures).square().mean((1, 2, 3)))).mean())
+def reconstruction_psnr(vae: ImageVae, images: Tensor) -> float:
+    """Mean PSNR in dB of encode and decode, over images `(batch, 3, height, width)` in [-1, 1]."""
+    result = vae.decode(vae.encode(images)).clamp(-1, 1)
+    return float(psnr(result, images).mean())

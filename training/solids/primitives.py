@@ -1,4 +1,4 @@
-"""The six primitives that solids are made of, in their own coordinates: round ones turn about y, all are centred at 0.
+"""The six primitives of solids in local coordinates: centred at 0, round ones about the y axis.
 
 A primitive has three sizes `a, b, c`, tensors that broadcast with the coordinates:
 
@@ -10,41 +10,44 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Field = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Array = npt.NDArray[np.float64]
+SignedDistance = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Primitive:
-    """What is known of a kind.
+    """The geometry of one kind of primitive.
 
-    `signed_distance(x, y, z, a, b, c)` is exact and positive inside. `area(a, b, c)` is that of the surface.
-    `surface(draw, a, b, c)` maps four uniform numbers, `draw (4, parts, points)`, to points that are uniform by area
-    and their outward normals, `(parts, points, 3)` each. `support(directions, a, b, c)` is the outermost point towards
-    each direction, `(parts, directions, 3)`; here the sizes are `(parts, 1)`.
+    `signed_distance(x, y, z, a, b, c)` is exact and positive inside. `area(a, b, c)` is the area of the surface.
+    `surface(draw, a, b, c)` maps four uniform numbers, `draw (4, parts, points)`, to points uniform by area and their
+    outward normals, `(parts, points, 3)` each. `support(directions, a, b, c)` is the outermost point in each direction,
+    `(parts, directions, 3)`; its sizes are `(parts, 1)`.
     """
 
-    signed_distance: Field
+    signed_distance: SignedDistance
     area: Callable[[Tensor, Tensor, Tensor], Tensor]
     surface: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     support: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def _round(radius: Tensor, height: Tensor, angle: Tensor) -> Tensor:
-    """Points at a distance from the y axis, a height and an angle around the axis."""
+    """Points in cylindrical coordinates: distance from the y axis, height along it, angle around it."""
     return torch.stack((radius * torch.cos(angle), height, radius * torch.sin(angle)), -1)
 
 
 def _flat(directions: Tensor) -> Tensor:
-    """The unit vectors across the y axis that come nearest to `directions`."""
+    """The unit vectors perpendicular to the y axis that are nearest to `directions`."""
     across = directions * directions.new_tensor((1.0, 0.0, 1.0))
     return across / across.norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
 
 def _rectangle(x: Tensor, y: Tensor) -> Tensor:
-    """Signed distance to a rectangle, positive inside, from the signed distances beyond its two pairs of sides."""
+    """Signed distance to a rectangle, positive inside, from the distances `x` and `y` beyond its two pairs of sides."""
     return -torch.maximum(x, y).clamp(max=0) - torch.hypot(x.clamp(min=0), y.clamp(min=0))
 
 
@@ -102,7 +105,7 @@ def _cylinder_support(directions: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Te
 
 
 def _cone_distance(x: Tensor, y: Tensor, z: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    radius, height = (x * x + z * z).sqrt(), y + b  # from the rim of the base, the wall runs to the apex along (-a, 2b)
+    radius, height = (x * x + z * z).sqrt(), y + b  # the wall runs from the rim of the base to the apex along (-a, 2b)
     beyond = radius - a
     slant = (a * a + 4 * b * b).sqrt()
     along = ((2 * b * height - a * beyond) / slant).clamp(min=0).minimum(slant) / slant
@@ -186,3 +189,19 @@ PRIMITIVES = {
         _capsule_distance, lambda a, b, c: 4 * math.pi * a * (a + b), _capsule_surface, _capsule_support
     ),
 }
+
+
+def half_sides(kind: str, size: Array) -> Array:
+    """The half sides of the bounding box of an unrotated primitive."""
+    a, b, _ = size
+    match kind:
+        case "box":
+            return size
+        case "sphere":
+            return np.array((a, a, a))
+        case "torus":
+            return np.array((a + b, b, a + b))
+        case "capsule":
+            return np.array((a, a + b, a))
+        case _:
+            return np.array((a, b, a))

@@ -1,6 +1,6 @@
-"""Solids to pictures, by sphere tracing: a camera on the z axis, one light, one colour, nothing behind.
+"""Renders solids by sphere tracing: a camera on the z axis, one light, one colour, a transparent background.
 
-What a picture tells of depth, it tells by shading and a mild perspective.
+Shading and a mild perspective are the only cues of depth.
 """
 
 import colorsys
@@ -14,43 +14,43 @@ from torch import Tensor
 
 from training.solids.solids import Solid, SolidBatch
 
-CAMERA_DISTANCE = 4.3  # at which a solid that fills its cube just fits into the field of view
+CAMERA_DISTANCE = 4.3  # at this distance, a solid that fills its cube just fits into the field of view
 FIELD_OF_VIEW = math.radians(30)
 
 _CAMERA = torch.tensor((0.0, 0.0, CAMERA_DISTANCE))
-_SUBPIXELS = 2  # a side
-_BLOCK = 4  # subpixels a side that are traced together until they come near the surface
+_SUBPIXELS = 2  # along each side of a pixel
+_BLOCK = 4  # subpixels along each side of a block, which is traced as one ray until it is near the surface
 _NEAR_ENOUGH = 2e-3  # a fifth of a subpixel at 112 pixels
 _MAX_STEPS = 128  # with 64, sides seen at a glancing angle lose a strip of a pixel or two
 
 
 def render(solids: Sequence[Solid], look_seeds: Sequence[int], size: int = 112) -> Tensor:
-    """Draw solids, each in the colour and the light of its seed. Returns `(batch, size, size, 4)` uint8, RGBA.
+    """Render solids; `look_seeds` determine colour and light. Returns `(batch, size, size, 4)` uint8, RGBA.
 
-    Colour is not multiplied by alpha, which is 0 around the solid, over white, and in between along its outline. `size`
-    must be even.
+    Alpha is 0 around the solid, where the colour is white, and fractional along its outline. Colours are not multiplied
+    by alpha. `size` must be even.
     """
     directions = _directions(size * _SUBPIXELS)
-    pictures = []
+    images = []
     for solid, seed in zip(solids, look_seeds, strict=True):
         sight = _look(SolidBatch([solid]), directions)
-        pictures.append(_picture(sight, _shade(sight.normals, sight.directions, random.Random(f"look-{seed}"))))
-    return torch.stack(pictures)
+        images.append(_image(sight, _shade(sight.normals, sight.directions, random.Random(f"look-{seed}"))))
+    return torch.stack(images)
 
 
 def render_surfaces(solids: Sequence[Solid], size: int) -> tuple[Tensor, Tensor]:
-    """Draw where the seen surfaces lie, and their normals, as colours from -1 to 1 over all of a channel's range.
+    """Render the positions and the normals of visible surfaces as colours; a channel's range is -1 to 1.
 
-    Returns two pictures like `render`'s, `(batch, size, size, 4)` uint8 each.
+    Returns two batches of images like `render`'s, `(batch, size, size, 4)` uint8 each.
     """
     directions = _directions(size * _SUBPIXELS)
     sights = [_look(SolidBatch([solid]), directions) for solid in solids]
-    places = torch.stack([_picture(sight, (sight.points + 1) / 2) for sight in sights])
-    return places, torch.stack([_picture(sight, (sight.normals + 1) / 2) for sight in sights])
+    positions = torch.stack([_image(sight, (sight.points + 1) / 2) for sight in sights])
+    return positions, torch.stack([_image(sight, (sight.normals + 1) / 2) for sight in sights])
 
 
 class _Sight(NamedTuple):
-    """Which subpixels see the solid, `(subpixels,)`, and of these alone direction, point and normal, `(seen, 3)`."""
+    """`is_hit` `(subpixels,)`, and for the subpixels that hit: ray direction, point and normal, `(hits, 3)` each."""
 
     is_hit: Tensor
     directions: Tensor
@@ -59,7 +59,7 @@ class _Sight(NamedTuple):
 
 
 def _directions(size: int) -> Tensor:
-    """Unit vectors from the camera through subpixels, `(blocks, subpixels of a block, 3)`."""
+    """Unit vectors from the camera through the subpixels, `(blocks, subpixels of a block, 3)`."""
     across = ((torch.arange(size) + 0.5) * (2 / size) - 1) * math.tan(FIELD_OF_VIEW / 2)
     y, x = torch.meshgrid(-across, across, indexing="ij")
     rays = torch.nn.functional.normalize(torch.stack((x, y, -torch.ones_like(x)), -1), dim=-1)
@@ -74,10 +74,10 @@ def _look(batch: SolidBatch, directions: Tensor) -> _Sight:
     return _Sight(is_hit, directions, points, _normals(batch, points))
 
 
-def _picture(sight: _Sight, seen_colours: Tensor) -> Tensor:
-    """`(size, size, 4)` uint8 of the colours `(seen, 3)` of the subpixels that see the solid."""
-    colour = seen_colours.new_zeros(len(sight.is_hit), 4)
-    colour[sight.is_hit, :3] = seen_colours
+def _image(sight: _Sight, hit_colours: Tensor) -> Tensor:
+    """The image `(size, size, 4)` uint8 from the colours `(hits, 3)` of the subpixels that hit."""
+    colour = hit_colours.new_zeros(len(sight.is_hit), 4)
+    colour[sight.is_hit, :3] = hit_colours
     colour[sight.is_hit, 3] = 1
     pixels = _BLOCK // _SUBPIXELS
     blocks = math.isqrt(len(sight.is_hit)) // _BLOCK
@@ -89,7 +89,7 @@ def _picture(sight: _Sight, seen_colours: Tensor) -> Tensor:
 
 
 def _distances(batch: SolidBatch, directions: Tensor) -> Tensor:
-    """How far the camera sees along `directions (blocks, subpixels, 3)`: `(blocks * subpixels,)`, inf past a solid."""
+    """Distances to the solid along `directions (blocks, subpixels, 3)`: `(blocks * subpixels,)`, inf for a miss."""
     middle = torch.nn.functional.normalize(directions.mean(1), dim=-1)
     spread = float((directions - middle[:, None]).norm(dim=-1).max()) * (CAMERA_DISTANCE + 1)
     lower, upper = batch.bounds()
@@ -102,7 +102,10 @@ def _distances(batch: SolidBatch, directions: Tensor) -> Tensor:
 
 
 def _trace(batch: SolidBatch, directions: Tensor, start: Tensor, end: Tensor, keep_off: float) -> Tensor:
-    """Follow rays from `start`, inf for none, until `keep_off` before the surface. `(rays,)`, inf past `end`."""
+    """Trace rays from `start` to `keep_off` before the surface. Returns `(rays,)`, inf if a ray passes `end`.
+
+    Rays whose `start` is inf are left out.
+    """
     found = torch.full_like(start, torch.inf)
     rays = start.isfinite().nonzero()[:, 0]
     directions, distance, end = directions.T[:, rays], start[rays], end[rays]
@@ -120,7 +123,7 @@ def _trace(batch: SolidBatch, directions: Tensor, start: Tensor, end: Tensor, ke
 
 
 def _normals(batch: SolidBatch, points: Tensor) -> Tensor:
-    """Outward unit normals at points `(points, 3)` near the surface, from differences along a tetrahedron's corners."""
+    """Outward unit normals at points `(points, 3)` near the surface, from differences at a tetrahedron's corners."""
     corners = points.new_tensor(((1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)))
     around = points[:, None] + 2e-3 * corners
     distance = batch.signed_distance(around.flatten(0, 1)[None]).unflatten(1, (-1, 4))[0]
@@ -128,15 +131,14 @@ def _normals(batch: SolidBatch, points: Tensor) -> Tensor:
 
 
 def _shade(normals: Tensor, directions: Tensor, rng: random.Random) -> Tensor:
-    """Colours `(points, 3)` in [0, 1], seen along `directions`: ambient, diffuse and a little mirrored light."""
+    """Colours `(points, 3)` in [0, 1], seen along `directions`: ambient, diffuse and weak specular light."""
     albedo = normals.new_tensor(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.1, 0.8), rng.uniform(0.6, 0.95)))
     tilt, turn = math.radians(rng.uniform(15, 50)), rng.uniform(0, 2 * math.pi)
     light = normals.new_tensor((math.sin(tilt) * math.cos(turn), math.sin(tilt) * math.sin(turn), math.cos(tilt)))
     halfway = torch.nn.functional.normalize(light - directions, dim=-1)
     diffuse = (normals @ light).clamp(min=0)
-    mirrored = (normals * halfway).sum(-1).clamp(min=0) ** 30
-    facing = -(normals * directions).sum(
-        -1
-    )  # a weak light beside the camera, so that nothing visible is without shading
+    specular = (normals * halfway).sum(-1).clamp(min=0) ** 30
+    # A weak light at the camera, so that every visible surface has shading.
+    facing = -(normals * directions).sum(-1)
     strength = 0.2 + 0.3 * facing + 0.5 * diffuse
-    return (strength[:, None] * albedo + 0.2 * mirrored[:, None]).clamp(0, 1)
+    return (strength[:, None] * albedo + 0.2 * specular[:, None]).clamp(0, 1)

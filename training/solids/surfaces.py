@@ -1,4 +1,4 @@
-"""Points on and around the training solids, drawn once and kept in files: they cost more than learning from them."""
+"""Points on and around the training solids, stored in files: drawing them takes longer than training on them."""
 
 from pathlib import Path
 
@@ -6,20 +6,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training.solids.solids import SolidBatch, training_solids
-
-BOUNDS = 1.01
-"""Half the side of the cube in which fields are defined."""
+from models.mesh.surface import BOUNDS
+from training.solids.sampling import training_solids
+from training.solids.solids import SolidBatch
 
 BAND = 0.1
-"""Distance at which the field saturates: its logits are signed distances over this, clipped to [-1, 1]."""
+"""The distance at which the field saturates. A logit is the signed distance over `BAND`, clipped to [-1, 1]."""
 
 CHUNK = 1024
-_POINTS = 1024  # a solid, on the surface and in the field each
+_POINTS = 1024  # of each solid, on its surface and in its field
 
 
-class SurfacePool:
-    """The first `count` solids of the training stream, in files of `CHUNK` solids in `folder`, made where they lack."""
+class PointPool:
+    """Points of the first `count` training solids, in files of `CHUNK` solids each.
+
+    Missing files are drawn and written to `folder`.
+    """
 
     def __init__(self, folder: Path, count: int) -> None:
         chunks = [_read_or_draw(folder, number) for number in tqdm(range(-(-count // CHUNK)), desc="solids")]
@@ -30,18 +32,18 @@ class SurfacePool:
     def __len__(self) -> int:
         return self._count
 
-    def surface(self, rows: Tensor, count: int, rng: torch.Generator) -> Tensor:
-        """Points with outward normals, `(batch, count, 6)`, drawn anew from those that are kept."""
+    def surface_points(self, rows: Tensor, count: int, rng: torch.Generator) -> Tensor:
+        """A random choice of the stored surface points with outward normals, `(batch, count, 6)`."""
         return _pick(self._surface, rows, count, rng)
 
-    def field(self, rows: Tensor, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Points `(batch, count, 3)`, half of them near the surface, and the right logits there `(batch, count)`."""
+    def field_samples(self, rows: Tensor, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Points `(batch, count, 3)`, half of them near the surface, and the true logits there `(batch, count)`."""
         picked = _pick(self._field, rows, count, rng)
         return picked[..., :3], picked[..., 3]
 
 
 def draw(seed: int) -> dict[str, Tensor]:
-    """Chunk number `seed`: `surface` `(CHUNK, points, 6)` and `field` `(CHUNK, points, 4)`, in 16 bits."""
+    """Draw chunk number `seed`: `surface` `(CHUNK, points, 6)` and `field` `(CHUNK, points, 4)`, in 16 bits."""
     rng = torch.Generator().manual_seed(seed)
     surfaces, fields = [], []
     for start in range(seed * CHUNK, (seed + 1) * CHUNK, 64):
@@ -49,7 +51,7 @@ def draw(seed: int) -> dict[str, Tensor]:
         points, normals = batch.surface_points(_POINTS, rng)
         surfaces.append(torch.cat((points, normals), dim=-1).half())
         near = points[:, : _POINTS // 2]
-        # From well within the band to its edge.
+        # Offsets reach from well inside the band to its edge.
         spread = BAND * torch.rand(*near.shape[:2], 1, generator=rng)
         near = (near + spread * torch.randn(near.shape, generator=rng)).clamp(-BOUNDS, BOUNDS)
         anywhere = (2 * torch.rand(near.shape, generator=rng) - 1) * BOUNDS
@@ -71,7 +73,7 @@ def _read_or_draw(folder: Path, number: int) -> dict[str, Tensor]:
 
 
 def _pick(chunks: list[Tensor], rows: Tensor, count: int, rng: torch.Generator) -> Tensor:
-    """For each row `count` of its points, in an order of their own."""
+    """`count` random points of each row."""
     picked = []
     for row in rows.tolist():
         points = chunks[row // CHUNK][row % CHUNK]

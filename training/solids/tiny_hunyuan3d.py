@@ -1,4 +1,4 @@
-"""Trains tiny-hunyuan3d from nothing: `python -m training.solids.tiny_hunyuan3d` (see `training.stages`)."""
+"""Trains tiny-hunyuan3d from scratch: `python -m training.solids.tiny_hunyuan3d` (see `training.stages`)."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,22 +14,23 @@ from models.families.hunyuan3d.conditioner import SingleImageEncoder
 from models.families.hunyuan3d.plain_dit import HunYuanDiTPlain
 from models.families.hunyuan3d.shape_vae import ShapeVAE
 from training import stages
-from training.backbones import HUNYUAN3D_PARAMS, Backbone, Hunyuan3DBackbone, build_hunyuan3d
-from training.base import sample
-from training.lesson import Lesson
-from training.scenes.text import Text
+from training.backbone import Backbone
+from training.lesson import Condition, Lesson
+from training.sampling import sample
+from training.solids.backbone import HUNYUAN3D_PARAMS, Hunyuan3DBackbone, build_hunyuan3d
 from training.solids.image_encoder import CONDITIONER_PARAMS, build_conditioner, train_conditioner
 from training.solids.images import (
     SETTINGS,
     SIDE,
-    picture_file,
+    image_file,
     prepared,
-    training_parts,
-    training_pictures,
-    training_surfaces,
+    training_images,
+    training_part_maps,
+    training_surface_maps,
 )
 from training.solids.lesson import NUM_SOLIDS, SolidLesson, encode_solids, read_lesson
 from training.solids.rendering import render
+from training.solids.sampling import sample_solids
 from training.solids.shape_vae import (
     LATENT_CHANNELS,
     NUM_LATENTS,
@@ -38,17 +39,18 @@ from training.solids.shape_vae import (
     field_iou,
     train_shape_vae,
 )
-from training.solids.solids import SolidBatch, sample_solids
-from training.solids.surfaces import SurfacePool
+from training.solids.solids import SolidBatch
+from training.solids.surfaces import PointPool
 
 _CONDITIONER_STEPS = 24_500
 _CALIBRATION = 2_000_000_000
 _NUM_CALIBRATION = 32
 _NUM_LOOKED_AT = 32
-_SHAPE = (NUM_LATENTS, LATENT_CHANNELS)
 
 
 class TinyHunyuan3D:
+    """A `training.stages.Recipe`."""
+
     name = "tiny-hunyuan3d"
     module = "training.solids.tiny_hunyuan3d"
     base_steps = 4500
@@ -66,11 +68,11 @@ class TinyHunyuan3D:
         torch.save(vae.state_dict(), run_dir / "shape_vae.pt")
 
     def _train_conditioner(self, run_dir: Path) -> None:
-        # Both processes find them ready.
-        training_pictures(run_dir / "solids", NUM_SOLIDS)
-        training_surfaces(run_dir / "solids", NUM_SOLIDS)
-        training_parts(run_dir / "solids", NUM_SOLIDS)
-        SurfacePool(run_dir / "solids", NUM_SOLIDS)
+        # Draw the data before both processes start.
+        training_images(run_dir / "solids", NUM_SOLIDS)
+        training_surface_maps(run_dir / "solids", NUM_SOLIDS)
+        training_part_maps(run_dir / "solids", NUM_SOLIDS)
+        PointPool(run_dir / "solids", NUM_SOLIDS)
         stages.in_processes(_train_conditioner, run_dir)
 
     def _encode_solids(self, run_dir: Path) -> None:
@@ -92,15 +94,15 @@ class TinyHunyuan3D:
     def look(self, run_dir: Path, backbone: Backbone, lesson: Lesson) -> Callable[[int, float], None]:
         vae = _trained_vae(run_dir)
         solids = sample_solids(range(10**9, 10**9 + _NUM_LOOKED_AT), held_out=True)
-        pictures = prepared(render(solids, range(len(solids)), SIDE))
+        images = prepared(render(solids, range(len(solids)), SIDE))
 
         @torch.no_grad()
         def look(step: int, share: float) -> None:
             assert isinstance(lesson, SolidLesson)
-            seen = Text(lesson.conditioner(pictures), None, None)
+            condition = Condition(lesson.conditioner(images), None, None)
             for scale in (1.0, 2.0, 3.0):
                 latents = sample(
-                    backbone, seen, lesson.no_condition, (NUM_LATENTS, LATENT_CHANNELS), guidance_scale=scale
+                    backbone, condition, lesson.no_condition, (NUM_LATENTS, LATENT_CHANNELS), guidance_scale=scale
                 )
                 iou = field_iou(vae.field(latents), SolidBatch(solids), torch.Generator().manual_seed(1))
                 print(
@@ -111,13 +113,13 @@ class TinyHunyuan3D:
         return look
 
     def assemble(self, run_dir: Path, backbone: Backbone, checkpoint: Path) -> None:
-        """Write the published layout: all three networks in one file."""
-        parts = {
+        """Write the layout of published checkpoints: all three networks in one file."""
+        networks = {
             "model": backbone.transformer,
             "vae": _trained_vae(run_dir),
             "conditioner": _trained_conditioner(run_dir),
         }
-        tensors = {name: tensor.half().contiguous() for name, tensor in nn.ModuleDict(parts).state_dict().items()}
+        tensors = {name: tensor.half().contiguous() for name, tensor in nn.ModuleDict(networks).state_dict().items()}
         checkpoint.mkdir(parents=True, exist_ok=True)
         save_file(tensors, checkpoint / self.transformer_file)
         (checkpoint / "config.yaml").write_text(yaml.safe_dump(_config(), sort_keys=False))
@@ -127,7 +129,7 @@ class TinyHunyuan3D:
         target.mkdir(exist_ok=True)
         solids = sample_solids(range(_CALIBRATION, _CALIBRATION + _NUM_CALIBRATION), held_out=True)
         for number, solid in enumerate(solids):
-            (target / f"{number:02d}.png").write_bytes(picture_file(solid, _CALIBRATION + number))
+            (target / f"{number:02d}.png").write_bytes(image_file(solid, _CALIBRATION + number))
 
 
 def _train_conditioner(run_dir: Path, rank: int) -> None:

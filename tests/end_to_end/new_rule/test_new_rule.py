@@ -20,7 +20,7 @@ def router_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder without routers, the rule's file being importable and its line in the table."""
     monkeypatch.syspath_prepend(Path(__file__).parent)
     every_other = importlib.import_module("every_other")
-    monkeypatch.setitem(RULES, "every_other", every_other.EveryOtherRule())  # type: ignore[arg-type]  # a dict
+    monkeypatch.setitem(RULES, "every_other", every_other.EveryOtherRule())
     return tmp_path
 
 

@@ -11,7 +11,8 @@ from models.errors import EmptySurface
 from models.mesh.cleanup import CleanMesh, clean
 from models.mesh.surface import Mesh, extract_surface
 from models.request import MIN_TARGET_FACES
-from training.solids.solids import Solid, SolidBatch, sample_solids
+from training.solids.sampling import sample_solids
+from training.solids.solids import Solid, SolidBatch
 
 
 def as_mesh(*bodies: trimesh.Trimesh) -> Mesh:

@@ -9,7 +9,8 @@ from torch import Tensor
 from models.errors import EmptySurface
 from models.mesh.surface import BOUNDS, extract_surface
 from models.mesh.volume import Field, decode_coarse_to_fine, decode_dense
-from training.solids.solids import Solid, SolidBatch, sample_solids
+from training.solids.sampling import sample_solids
+from training.solids.solids import Solid, SolidBatch
 
 CPU = torch.device("cpu")
 POINTS_PER_CALL = 2**16
@@ -120,7 +121,7 @@ def test_coarse_to_fine_gives_the_dense_grids_surface_of_solids(solid: Solid) ->
 
 @pytest.mark.parametrize("octree_resolution", [1, 2, 3, 4, 5, 63, 64, 127, 128, 129, 130, 131, 143, 167])
 def test_any_resolution_gives_the_dense_grids_surface(octree_resolution: int) -> None:
-    """From 127 on there is a coarser level; where the resolution is odd, the last cell of that level is smaller."""
+    """Two levels begin at 127 cells. Odd numbers cannot be halved: the last cell of the coarser level is smaller."""
     field = clipped(bumpy_ball, saturation=2.0)
     if octree_resolution < 4:
         assert torch.equal(fine(field, octree_resolution), dense(field, octree_resolution))

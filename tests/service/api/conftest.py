@@ -1,11 +1,17 @@
 """A small application inside the real middlewares, so that they are tested without a worker."""
 
-from collections.abc import AsyncIterator, Callable
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from threading import Thread
 from typing import Annotated, Any
 
 import pytest
+import uvicorn
 from fastapi import Body, Depends, FastAPI
+from fastapi.testclient import TestClient
 from starlette.responses import HTMLResponse
 
 from service.api.access import Access
@@ -18,7 +24,7 @@ from service.settings import Settings
 
 @pytest.fixture
 def rejections() -> list[str]:
-    """The codes of what small applications refused before it reached a route."""
+    """The error codes of the requests that a small application refused before they reached a route."""
     return []
 
 
@@ -62,3 +68,27 @@ def build_small_app(rejections: list[str]) -> Callable[[Settings], FastAPI]:
         return app
 
     return build
+
+
+@pytest.fixture
+def small(build_small_app: Callable[[Settings], FastAPI]) -> Iterator[TestClient]:
+    with TestClient(build_small_app(Settings(max_body_bytes=20_000)), raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.fixture
+def listen(build_small_app: Callable[[Settings], FastAPI]) -> Iterator[Callable[[Settings], socket.socket]]:
+    """Serve a small application on a real socket, and connect to it."""
+    with contextlib.ExitStack() as stack:
+
+        def start(settings: Settings) -> socket.socket:
+            door = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            config = uvicorn.Config(build_small_app(settings), log_config=None, access_log=False)
+            server = uvicorn.Server(config)
+            thread = Thread(target=asyncio.run, args=(server.serve(sockets=[door]),))
+            thread.start()
+            stack.callback(thread.join, 20)
+            stack.callback(setattr, server, "should_exit", True)
+            return stack.enter_context(socket.create_connection(door.getsockname(), timeout=20))
+
+        yield start

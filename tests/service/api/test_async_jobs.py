@@ -91,7 +91,7 @@ def test_stream_tells_progress_previews_and_the_result(
     assert [entry["partial_image_index"] for entry in partial] == [0, 1]
     for entry in partial:
         file = BytesIO(base64.b64decode(entry["b64_json"]))
-        assert len(trimesh.load(file, "glb", force="mesh").faces) if name == "mesh" else Image.open(file).size == (8, 8)
+        assert len(trimesh.load_mesh(file, "glb").faces) if name == "mesh" else Image.open(file).size == (8, 8)
     result = events[-1][2]
     assert result["b64_json"] == result["data"][0]["b64_json"]
     assert result["receipt"]["rule"] == "router"
@@ -195,7 +195,7 @@ def test_key_with_another_body_is_refused(client: TestClient, mesh_body: dict[st
         assert response.json()["error"]["code"] == "idempotency_key_reused"
         assert response.json()["error"]["param"] == "Idempotency-Key"
     for key in ("", "x" * 256, "ä"):
-        response = client.post("/v1/images", json=PROMPT, headers={"Idempotency-Key": key.encode()})
+        response = client.post("/v1/images", json=PROMPT, headers={b"Idempotency-Key": key.encode()})
         assert response.status_code == 422
 
 

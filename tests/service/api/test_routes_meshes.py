@@ -239,9 +239,14 @@ def _wait_until(is_so: Callable[[], bool]) -> None:
 
 
 def test_background_removal_is_passed_on(make: Callable[..., Response], engine: Any, monkeypatch: Any) -> None:
-    seen = []
+    seen: list[Any] = []
     start = engine.start
-    monkeypatch.setattr(engine, "start", lambda request: (seen.append(request), start(request))[1])
+
+    def note_and_start(request: Any) -> Any:
+        seen.append(request)
+        return start(request)
+
+    monkeypatch.setattr(engine, "start", note_and_start)
     for value in ("auto", True, False, None):
         assert make(remove_background=value).status_code == 200
     assert [request.remove_background for request in seen] == ["auto", "always", "never", "auto"]

@@ -5,6 +5,7 @@ import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,16 +43,11 @@ class Clock:
         self.now += seconds
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.fixture(params=["memory", "volume", pytest.param("redis", marks=pytest.mark.redis)])
 async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Bench]:
     clock = Clock()
-    limits = {"ttl_s": RESULT_TTL_S, "max_bytes": MAX_BYTES}
-    rules = {
+    limits: dict[str, Any] = {"ttl_s": RESULT_TTL_S, "max_bytes": MAX_BYTES}
+    rules: dict[str, Any] = {
         "job_ttl_s": JOB_TTL_S,
         "events_ttl_s": RESULT_TTL_S,
         "lease_s": LEASE_S,
@@ -60,6 +56,7 @@ async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
     }
     store: JobStore
     results: Results
+    elapse: Callable[[float], Awaitable[None]]
     if request.param == "redis":
         server: RedisServer = request.getfixturevalue("redis_server")
         prefix, redis = f"test{next(_names)}:", connect(server.url)

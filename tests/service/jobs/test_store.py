@@ -58,7 +58,7 @@ def anything(model: str, shape: str) -> bool:
 
 
 async def claim(bench: Any) -> Claim:
-    claimed = await bench.store.claim(anything)
+    claimed: Claim | None = await bench.store.claim(anything)
     assert claimed is not None
     return claimed
 
@@ -269,13 +269,18 @@ async def test_events_tell_the_story_and_can_be_resumed(bench: Any, make_job: Ma
     assert [event async for event in follow(bench.store, "a", after=events[4].id)] == []
 
 
-async def test_whoever_follows_hears_of_the_end(bench: Any, make_job: MakeJob) -> None:
+async def test_all_followers_learn_of_the_end(bench: Any, make_job: MakeJob) -> None:
     await bench.store.add(make_job("a"))
-    waiting = [asyncio.create_task(ended(bench.store, "a")) for _ in range(20)]
-    await asyncio.sleep(0.02)
-    await bench.store.end(Ending(await claim(bench), JobStatus.SUCCEEDED, artifacts=(b"x",)))
-    snapshots = await asyncio.gather(*waiting)
-    assert {snapshot.state.status for snapshot in snapshots} == {JobStatus.SUCCEEDED}
+    claimed = await claim(bench)
+    followers = [follow(bench.store, "a") for _ in range(20)]
+    for follower in followers:
+        assert [(await anext(follower)).name for _ in range(2)] == [EventName.QUEUED, EventName.STARTED]
+    waiting = [asyncio.ensure_future(anext(follower)) for follower in followers]
+    await bench.store.end(Ending(claimed, JobStatus.SUCCEEDED, artifacts=(b"x",)))
+    async with asyncio.timeout(20):
+        events = await asyncio.gather(*waiting)
+    assert {event.name for event in events} == {EventName.ENDED}
+    assert (await ended(bench.store, "a")).state.status is JobStatus.SUCCEEDED
 
 
 async def test_followers_of_a_job_are_not_kept_after_they_leave() -> None:

@@ -1,4 +1,3 @@
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -9,7 +8,6 @@ from models.curve import Preset
 from models.errors import WeightsError
 from models.request import LatencyBudget, PresetBudget
 from service.app import build_dispatcher
-from service.errors import Draining
 from service.jobs.job import FailureReason, Job, JobStatus, Priority
 from service.settings import Settings
 
@@ -198,60 +196,6 @@ def test_cancelled_queued_job_never_runs(start_service: StartService, engine: An
     assert engine.started == [1]
 
 
-def test_stopping_finishes_running_and_queued_jobs_and_refuses_new_ones(
-    start_service: StartService, engine: Any, make_job: MakeJob
-) -> None:
-    service = start_service(Settings(max_batch_size=1, grace_s=20))
-    engine.gate.clear()
-    waiting = [service.submit(make_job("a")), service.submit(make_job("b"))]
-    service.drain_soon()
-    with pytest.raises(Draining) as caught:
-        service.dispatcher.check_accepting()
-    assert caught.value.retry_after_s == 20
-    engine.gate.set()
-    service.drain()
-    assert not service.dispatcher.worker.is_alive
-    assert [finished.result(TIMEOUT_S).state.status for finished in waiting] == ["succeeded", "succeeded"]
-
-
-def test_what_the_grace_does_not_suffice_for_fails_as_draining(
-    start_service: StartService, engine: Any, make_job: MakeJob
-) -> None:
-    service = start_service(Settings(max_batch_size=1, grace_s=0))
-    engine.gate.clear()
-    waiting = [service.submit(make_job("a")), service.submit(make_job("b"))]
-    assert engine.stepping.wait(TIMEOUT_S)
-    service.drain_soon()
-    engine.gate.set()
-    for finished in waiting:
-        failure = finished.result(TIMEOUT_S).state.failure
-        assert failure is not None
-        assert failure.reason is FailureReason.DRAINING
-
-
-def test_step_that_never_ends_does_not_hold_up_the_end(
-    start_service: StartService, engine: Any, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("service.running.dispatcher.LAST_STEP_S", 0.2)
-    service = start_service(Settings(grace_s=0))
-    engine.gate.clear()
-    finished = service.submit(make_job("a"))
-    assert engine.stepping.wait(TIMEOUT_S)
-    service.drain()
-    assert finished.result(TIMEOUT_S).state.status is JobStatus.FAILED
-
-
-def test_bug_in_the_loop_ends_all_jobs_instead_of_leaving_them_waiting(
-    service: Any, engine: Any, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(engine, "memory_bytes", lambda: 1 / 0)
-    assert service.submit(make_job("a")).result(TIMEOUT_S).state.status is JobStatus.FAILED
-    service.drain()
-    with pytest.raises(Draining):
-        service.dispatcher.check_accepting()
-    assert "the worker stopped" in caplog.text
-
-
 def test_engine_that_cannot_be_loaded_fails_the_start(settings: Settings) -> None:
     def fail() -> "Engine":
         raise WeightsError("no model_index.json in nowhere")
@@ -259,27 +203,3 @@ def test_engine_that_cannot_be_loaded_fails_the_start(settings: Settings) -> Non
     worker = build_dispatcher(settings, fail).worker
     with pytest.raises(WeightsError, match="nowhere"):
         worker.start()
-
-
-def test_one_line_for_each_ended_job_without_its_prompt(
-    service: Any, make_job: MakeJob, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.INFO):
-        service.submit(make_job("a", prompt="my secret wish")).result(TIMEOUT_S)
-        service.drain()
-    lines = [record.getMessage() for record in caplog.records if getattr(record, "job_id", None) == "a"]
-    assert len(lines) == 1
-    assert "status=succeeded" in lines[0]
-    assert "wish" not in caplog.text
-    assert lines[0].startswith("job ended")
-
-
-def test_bug_in_the_dispatcher_ends_the_server_instead_of_leaving_jobs_waiting(
-    start_service: StartService, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    service = start_service(Settings(grace_s=0.2))
-    monkeypatch.setattr(service.store, "claim", lambda fits: 1 / 0)
-    assert service.submit(make_job("a")).result(TIMEOUT_S).state.status is JobStatus.FAILED
-    assert "the dispatcher stopped" in caplog.text
-    with pytest.raises(Draining):
-        service.dispatcher.check_accepting()

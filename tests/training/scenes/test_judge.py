@@ -10,26 +10,27 @@ import pytest
 import torch
 
 from models.errors import WeightsError
-from training.scenes.judge import Judge, PromptAccuracy, Reading, load_judge, save_judge, score_readings
+from training.scenes.accuracy import PromptAccuracy, Reading, score_readings
+from training.scenes.judge import SHIPPED_JUDGE, Judge, load_judge, save_judge
 from training.scenes.prompts import evaluation_scenes
 from training.scenes.rendering import render
 from training.scenes.scenes import Scene, SceneObject
-
-FOLDER = Path(__file__).parents[3] / "checkpoints" / "judge"
 
 CIRCLE = SceneObject("circle", "red", "large", "top left")
 RING = SceneObject("ring", "blue", "small", "bottom right")
 CROSS = SceneObject("cross", "yellow", "small", "bottom left")
 
 
-def scene_of(*objects: SceneObject, places_told: bool = True, relation: str | None = None, seed: int = 3) -> Scene:
+def scene_of(
+    *objects: SceneObject, mentions_positions: bool = True, relation: str | None = None, seed: int = 3
+) -> Scene:
     return Scene(
         objects=objects,
         tone="dark",
         texture="plain",
-        told_sizes=(True,) * len(objects),
-        told_positions=(places_told,) * len(objects),
-        tells_background=True,
+        mentions_sizes=(True,) * len(objects),
+        mentions_positions=(mentions_positions,) * len(objects),
+        mentions_background=True,
         relation=relation,
         is_terse=False,
         seed=seed,
@@ -42,10 +43,10 @@ def score_of(scene: Scene, found: Sequence[SceneObject], tone: str = "dark", tex
 
 @pytest.fixture(scope="module")
 def judge() -> Judge:
-    return load_judge(FOLDER)
+    return load_judge(SHIPPED_JUDGE)
 
 
-def test_held_out_true_scenes_are_read_right(judge: Judge) -> None:
+def test_rendered_held_out_scenes_are_read_correctly(judge: Judge) -> None:
     scenes = evaluation_scenes(96, 96)
     accuracy = judge.score(scenes, render(scenes))
     assert accuracy.per_object >= 0.98
@@ -55,8 +56,8 @@ def test_held_out_true_scenes_are_read_right(judge: Judge) -> None:
 
 
 def test_reading_does_not_depend_on_the_batch(judge: Judge) -> None:
-    pictures = render(evaluation_scenes(8, 8))
-    assert judge.read(pictures) == [judge.read(picture[None])[0] for picture in pictures]
+    images = render(evaluation_scenes(8, 8))
+    assert judge.read(images) == [judge.read(image[None])[0] for image in images]
 
 
 @pytest.mark.parametrize(
@@ -72,13 +73,13 @@ def test_reading_does_not_depend_on_the_batch(judge: Judge) -> None:
         ((), 0.0),
     ],
 )
-def test_picture_of_something_else_is_judged_wrong(
+def test_image_of_another_scene_is_judged_wrong(
     judge: Judge, drawn: tuple[SceneObject, ...], objects_right: float
 ) -> None:
     asked = scene_of(CIRCLE, RING)
-    told = (True,) * len(drawn)
-    pictures = render([replace(asked, objects=drawn, told_sizes=told, told_positions=told)])
-    accuracy = judge.score([asked], pictures)
+    mentioned = (True,) * len(drawn)
+    images = render([replace(asked, objects=drawn, mentions_sizes=mentioned, mentions_positions=mentioned)])
+    accuracy = judge.score([asked], images)
     assert accuracy.per_object == objects_right
     assert accuracy.per_scene == float(objects_right == 1)
     assert accuracy.by_attribute["background"] == 1
@@ -99,13 +100,13 @@ def test_noise_is_not_a_scene(judge: Judge) -> None:
     assert judge.score(scenes, noise).per_scene == 0
 
 
-def test_pictures_of_another_size_are_refused(judge: Judge) -> None:
+def test_images_of_another_size_are_refused(judge: Judge) -> None:
     with pytest.raises(ValueError, match=r"\(1, 3, 64, 64\)"):
         judge.read(torch.zeros(1, 3, 64, 64))
 
 
-def test_untold_size_and_background_are_not_judged() -> None:
-    asked = replace(scene_of(CIRCLE), told_sizes=(False,), tells_background=False)
+def test_size_and_background_outside_the_caption_are_not_judged() -> None:
+    asked = replace(scene_of(CIRCLE), mentions_sizes=(False,), mentions_background=False)
     accuracy = score_of(asked, [replace(CIRCLE, size="small")], tone="light", texture="busy")
     assert accuracy == PromptAccuracy(1.0, 1.0, {"shape": 1.0, "colour": 1.0, "count": 1.0})
 
@@ -117,13 +118,13 @@ def test_wrong_background_does_not_make_the_scene_wrong() -> None:
     assert accuracy.by_attribute["tone"] == accuracy.by_attribute["background"] == 0
 
 
-def test_object_whose_place_is_not_told_may_stand_anywhere() -> None:
-    asked = scene_of(CIRCLE, RING, places_told=False)
+def test_object_without_a_captioned_position_may_be_anywhere() -> None:
+    asked = scene_of(CIRCLE, RING, mentions_positions=False)
     assert score_of(asked, [replace(RING, position="centre"), replace(CIRCLE, position="top right")]).per_scene == 1
 
 
 def test_one_found_object_does_not_count_twice() -> None:
-    asked = scene_of(CIRCLE, replace(CIRCLE, position="top right"), places_told=False)
+    asked = scene_of(CIRCLE, replace(CIRCLE, position="top right"), mentions_positions=False)
     accuracy = score_of(asked, [CIRCLE])
     assert (accuracy.per_object, accuracy.per_scene) == (0.5, 0.0)
 
@@ -144,14 +145,14 @@ def test_one_found_object_does_not_count_twice() -> None:
     ],
 )
 def test_relation_must_hold_between_the_found_objects(relation: str, first: str, second: str, holds: bool) -> None:
-    asked = scene_of(CIRCLE, RING, places_told=False, relation=relation)
+    asked = scene_of(CIRCLE, RING, mentions_positions=False, relation=relation)
     accuracy = score_of(asked, [replace(CIRCLE, position=first), replace(RING, position=second)])
     assert accuracy.per_scene == float(holds)
     assert accuracy.per_object == (1.0 if holds else 0.5)
 
 
 def test_relation_between_wrong_objects_counts_for_nothing() -> None:
-    asked = scene_of(CIRCLE, RING, places_told=False, relation="left of")
+    asked = scene_of(CIRCLE, RING, mentions_positions=False, relation="left of")
     wrong = [SceneObject("cross", "red", "large", "top left"), SceneObject("square", "blue", "small", "top right")]
     accuracy = score_of(asked, wrong)
     assert (accuracy.per_object, accuracy.per_scene) == (0.0, 0.0)
@@ -173,23 +174,23 @@ def test_weights_survive_a_round_trip(tmp_path: Path, judge: Judge) -> None:
 
 
 def test_weights_that_do_not_match_their_manifest_are_refused(tmp_path: Path) -> None:
-    shutil.copytree(FOLDER, tmp_path / "judge")
+    shutil.copytree(SHIPPED_JUDGE, tmp_path / "judge")
     manifest = json.loads((tmp_path / "judge" / "manifest.json").read_text())
     (tmp_path / "judge" / "manifest.json").write_text(json.dumps(manifest | {"sha256": "0" * 64}))
     with pytest.raises(WeightsError, match="its manifest says 0000"):
         load_judge(tmp_path / "judge")
 
 
-def test_shipped_judge_is_small_and_says_how_good_it_is() -> None:
-    manifest = json.loads((FOLDER / "manifest.json").read_text())
+def test_shipped_judge_is_small_and_states_its_accuracy() -> None:
+    manifest = json.loads((SHIPPED_JUDGE / "manifest.json").read_text())
     assert manifest["license"] == "Apache-2.0"
     assert manifest["accuracy"]["per_object"] >= 0.98
-    assert (FOLDER / "model.safetensors").stat().st_size <= 1_000_000
+    assert (SHIPPED_JUDGE / "model.safetensors").stat().st_size <= 1_000_000
 
 
 def test_loading_a_judge_needs_no_training_stack() -> None:
     heavy = "{'diffusers', 'transformers', 'tokenizers', 'skimage', 'PIL'}"
     code = f"import sys, training.scenes.judge; print(*{heavy} & {{*sys.modules}})"
-    folder = FOLDER.parents[1]
+    folder = Path(__file__).parents[3]
     run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
     assert run.stdout.split() == []

@@ -11,14 +11,14 @@ FRAGMENT_WORDS = {*COLOURS, *SHAPES, *SIZES, *TEXTURES, *TONES, "a", "objects", 
 pytestmark = pytest.mark.parametrize("backbone", ["flux", "qwen_image"], indirect=True)
 
 
-def test_some_samples_have_no_prompt_and_where_guidance_is_true_some_only_a_fragment(
+def test_some_samples_have_an_empty_prompt_and_with_classifier_free_guidance_some_a_fragment(
     lesson: Lesson, request: pytest.FixtureRequest
 ) -> None:
     assert isinstance(lesson, SceneLesson)
-    prompts, told = lesson.prompts(SCENES, torch.Generator().manual_seed(0))
+    prompts, is_complete = lesson.prompts(SCENES, torch.Generator().manual_seed(0))
     captions = [scene.caption for scene in SCENES]
-    assert [prompt == caption for prompt, caption in zip(prompts, captions, strict=True)] == told.tolist()
-    others = [prompt for prompt, is_told in zip(prompts, told, strict=True) if not is_told]
+    assert [prompt == caption for prompt, caption in zip(prompts, captions, strict=True)] == is_complete.tolist()
+    others = [prompt for prompt, complete in zip(prompts, is_complete, strict=True) if not complete]
     fragments = [prompt for prompt in others if prompt]
     assert 0.05 < others.count("") / len(SCENES) < 0.15
     if request.node.callspec.params["backbone"] == "flux":
@@ -29,17 +29,17 @@ def test_some_samples_have_no_prompt_and_where_guidance_is_true_some_only_a_frag
         assert len(set(fragments)) > 10
 
 
-def test_prompts_follow_from_the_generator_alone(lesson: Lesson) -> None:
+def test_prompts_depend_on_the_generator_alone(lesson: Lesson) -> None:
     assert isinstance(lesson, SceneLesson)
     first, again, other = (lesson.prompts(SCENES[:40], torch.Generator().manual_seed(s))[0] for s in (1, 1, 2))
     assert first == again
     assert first != other
 
 
-def test_a_perfect_head_has_no_auxiliary_loss_and_a_blind_one_has(lesson: Lesson) -> None:
-    rows, told = [0, 1, 2, 3], torch.tensor([True, True, False, True])
+def test_perfect_head_has_no_auxiliary_loss_and_constant_head_has(lesson: Lesson) -> None:
+    rows, is_complete = [0, 1, 2, 3], torch.tensor([True, True, False, True])
     output = torch.zeros(4, 64, len(SHAPES) + len(COLOURS) + 2, requires_grad=True)
-    blind = lesson.auxiliary_loss(output, rows, told)
+    blind = lesson.auxiliary_loss(output, rows, is_complete)
     (gradient,) = torch.autograd.grad(blind, output)
     assert not gradient[2].any()
-    assert lesson.auxiliary_loss(-1e6 * gradient, rows, told) < 1e-3 < blind
+    assert lesson.auxiliary_loss(-1e6 * gradient, rows, is_complete) < 1e-3 < blind

@@ -24,7 +24,7 @@ PLACES = {
     "bottom left": (96, 32),
     "bottom right": (96, 96),
     "centre": (64, 64),
-}  # row and column, in a picture of 128 pixels
+}  # row and column, in an image of 128 pixels
 AREA = {  # of a shape of unit radius
     "circle": math.pi * 0.92**2,
     "square": (2 * 0.82) ** 2,
@@ -35,40 +35,50 @@ AREA = {  # of a shape of unit radius
 
 
 def scene_of(*objects: SceneObject, tone: str = "grey", texture: str = "plain", seed: int = 3) -> Scene:
-    told = (True,) * len(objects)
-    return Scene(objects, tone, texture, told, told, tells_background=True, relation=None, is_terse=False, seed=seed)
+    yes = (True,) * len(objects)
+    return Scene(
+        objects,
+        tone,
+        texture,
+        yes,
+        yes,
+        mentions_background=True,
+        relation=None,
+        is_terse=False,
+        seed=seed,
+    )
 
 
 def coverage(scene: Scene) -> Tensor:
-    """Which pixels a scene's one object changes, as a share of the full change. `(128, 128)`."""
+    """The share of each pixel that the scene's one object covers, `(128, 128)`."""
     with_object, background = render([scene, replace(scene, objects=())])
     change: Tensor = (with_object - background).abs().sum(0)
     return change / change.max()
 
 
-def test_same_seed_gives_the_same_picture() -> None:
+def test_same_seed_gives_the_same_image() -> None:
     scenes = [sample_scene(seed) for seed in range(8)]
     assert torch.equal(render(scenes), render(scenes))
 
 
-def test_picture_does_not_depend_on_its_batch() -> None:
+def test_image_does_not_depend_on_its_batch() -> None:
     scenes = [sample_scene(seed) for seed in range(24)]
     together = render(scenes)
     for i, scene in enumerate(scenes):
         torch.testing.assert_close(render([scene])[0], together[i], rtol=0, atol=1e-6)
 
 
-def test_seed_moves_what_the_words_leave_open() -> None:
+def test_seed_changes_details_that_the_caption_leaves_open() -> None:
     scene = sample_scene(1)
     first, second = render([scene, replace(scene, seed=2)])
     assert (first - second).abs().mean() > 0.01
 
 
-def test_pictures_are_float32_between_minus_one_and_one() -> None:
-    pictures = render([sample_scene(seed, texture="busy") for seed in range(16)])
-    assert pictures.shape == (16, 3, 128, 128)
-    assert pictures.dtype == torch.float32
-    assert pictures.abs().max() <= 1
+def test_images_are_float32_between_minus_one_and_one() -> None:
+    images = render([sample_scene(seed, texture="busy") for seed in range(16)])
+    assert images.shape == (16, 3, 128, 128)
+    assert images.dtype == torch.float32
+    assert images.abs().max() <= 1
 
 
 @pytest.mark.parametrize("position", POSITIONS)
@@ -103,13 +113,13 @@ def test_edges_are_spread_over_more_than_a_pixel() -> None:
 @pytest.mark.parametrize("texture", TEXTURES)
 def test_background_has_the_tone_of_its_caption(tone: str, texture: str) -> None:
     levels = {"light": 0.76, "grey": 0.52, "dark": 0.27}
-    pictures = render([scene_of(tone=tone, texture=texture, seed=seed) for seed in range(8)])
-    mean = float((pictures.mean() + 1) / 2)
+    images = render([scene_of(tone=tone, texture=texture, seed=seed) for seed in range(8)])
+    mean = float((images.mean() + 1) / 2)
     assert min(levels, key=lambda name: abs(levels[name] - mean)) == tone
-    assert (pictures[0].std((1, 2)).max() < 1e-5) == (texture == "plain")
+    assert (images[0].std((1, 2)).max() < 1e-5) == (texture == "plain")
 
 
-def test_object_map_agrees_with_the_picture() -> None:
+def test_object_map_agrees_with_the_image() -> None:
     scenes = [
         scene_of(*sample_scene(seed, num_objects=1 + seed % 4).objects, tone="grey", seed=seed) for seed in range(24)
     ]
@@ -126,7 +136,7 @@ def test_object_map_agrees_with_the_picture() -> None:
             assert (slots[share < 0.05] != slot).all()
 
 
-def test_attribute_targets_name_what_stands_at_each_place() -> None:
+def test_attribute_targets_have_the_object_at_each_position() -> None:
     scene = scene_of(
         SceneObject("cross", "cyan", "large", "top right"),
         SceneObject("ring", "red", "small", "bottom left"),

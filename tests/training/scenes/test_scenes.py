@@ -24,9 +24,9 @@ PAIR = Scene(
     objects=(CIRCLE, RING),
     tone="light",
     texture="striped",
-    told_sizes=(True, False),
-    told_positions=(True, True),
-    tells_background=True,
+    mentions_sizes=(True, False),
+    mentions_positions=(True, True),
+    mentions_background=True,
     relation=None,
     is_terse=False,
     seed=0,
@@ -41,50 +41,50 @@ def test_held_out_combinations_never_occur_in_training_scenes() -> None:
     assert not any(thing.is_held_out for scene in training_scenes(0, 3000) for thing in scene.objects)
 
 
-def test_held_out_scenes_hold_nothing_but_held_out_combinations() -> None:
+def test_held_out_scenes_have_only_held_out_combinations() -> None:
     scenes = [sample_scene(seed, held_out=True) for seed in range(500)]
     assert all(thing.is_held_out for scene in scenes for thing in scene.objects)
 
 
-def test_training_shows_every_shape_in_every_colour() -> None:
+def test_training_scenes_have_every_shape_in_every_colour() -> None:
     shown = {(thing.shape, thing.colour) for scene in training_scenes(0, 2000) for thing in scene.objects}
     assert shown == {(shape, colour) for shape in SHAPES for colour in COLOURS}
 
 
-def test_objects_of_a_scene_stand_at_different_places() -> None:
+def test_objects_of_a_scene_have_different_positions() -> None:
     for scene in training_scenes(0, 2000):
         places = {thing.position for thing in scene.objects}
         assert len(places) == len(scene.objects)
         assert places <= set(POSITIONS)
 
 
-def test_caption_says_what_is_told() -> None:
+def test_caption_mentions_the_attributes_it_should() -> None:
     assert (
         PAIR.caption
         == "a large red circle at the top left, a blue ring at the top right, on a striped light background"
     )
 
 
-def test_terse_caption_leaves_the_small_words_out() -> None:
-    terse = replace(PAIR, is_terse=True, tells_background=False, told_positions=(False, True))
+def test_terse_caption_has_no_articles_or_prepositions() -> None:
+    terse = replace(PAIR, is_terse=True, mentions_background=False, mentions_positions=(False, True))
     assert terse.caption == "large red circle, blue ring top right"
 
 
-def test_caption_of_a_relation_names_no_place() -> None:
-    related = replace(PAIR, relation="left of", told_positions=(False, False), tells_background=False)
+def test_caption_of_a_relation_names_no_position() -> None:
+    related = replace(PAIR, relation="left of", mentions_positions=(False, False), mentions_background=False)
     assert related.caption == "a large red circle left of a blue ring"
 
 
 @pytest.mark.parametrize("form", ["caption", "long_caption"])
-def test_caption_that_tells_all_tells_one_scene_from_another(form: str) -> None:
+def test_complete_captions_distinguish_scenes(form: str) -> None:
     captions: dict[str, object] = {}
     for seed in range(500):
-        scene = sample_scene(seed, tells_all=True)
+        scene = sample_scene(seed, mentions_all=True)
         content = (frozenset(scene.objects), scene.tone, scene.texture)
         assert captions.setdefault(getattr(scene, form), content) == content
 
 
-def test_long_caption_says_what_is_told_in_whole_sentences() -> None:
+def test_long_caption_mentions_these_attributes_in_whole_sentences() -> None:
     first, second, end = PAIR.long_caption.split(".")
     assert first.endswith(" a large red circle at the top left and a blue ring at the top right")
     assert "striped" in second
@@ -92,8 +92,8 @@ def test_long_caption_says_what_is_told_in_whole_sentences() -> None:
     assert end == ""
 
 
-def test_long_caption_of_a_relation_names_no_place() -> None:
-    related = replace(PAIR, relation="left of", told_positions=(False, False), tells_background=False)
+def test_long_caption_of_a_relation_names_no_position() -> None:
+    related = replace(PAIR, relation="left of", mentions_positions=(False, False), mentions_background=False)
     assert related.long_caption.endswith(" a large red circle left of a blue ring.")
     assert related.long_caption.count(".") == 1
 
@@ -102,25 +102,25 @@ def test_long_caption_lists_objects_with_one_and() -> None:
     three = replace(
         PAIR,
         objects=(CIRCLE, RING, SceneObject("cross", "black", "small", "bottom left")),
-        told_sizes=(True, True, True),
-        told_positions=(False, False, False),
-        tells_background=False,
+        mentions_sizes=(True, True, True),
+        mentions_positions=(False, False, False),
+        mentions_background=False,
     )
     assert three.long_caption.endswith(" a large red circle, a small blue ring and a small black cross.")
 
 
-def test_long_caption_tells_what_the_short_one_tells() -> None:
-    """In the same order, and nothing else."""
+def test_long_caption_has_the_facts_of_the_short_one() -> None:
+    """The facts have the order of the short caption, and there are no others."""
     telling = {*COLOURS, *SHAPES, *SIZES, *TEXTURES, *TONES, *" ".join(POSITIONS + RELATIONS).split()} - {"of"}
 
-    def told(text: str) -> list[str]:
+    def facts(text: str) -> list[str]:
         return [word for word in text.replace(",", "").replace(".", "").split() if word in telling]
 
     for scene in training_scenes(0, 500):
-        assert told(scene.long_caption) == told(scene.caption)
+        assert facts(scene.long_caption) == facts(scene.caption)
 
 
-def test_long_captions_are_worded_in_several_ways_and_each_always_the_same() -> None:
+def test_long_captions_have_several_wordings_and_each_scene_always_one() -> None:
     openings = {replace(PAIR, seed=seed).long_caption.split(" a large")[0] for seed in range(60)}
     assert len(openings) == 4
     assert len({replace(PAIR, seed=seed).long_caption.split(".")[1] for seed in range(60)}) == 3
@@ -159,18 +159,18 @@ def test_sampled_relation_holds_between_the_objects(relation: str) -> None:
             assert (first[0], second[0]) == (("top", "bottom") if relation == "above" else ("bottom", "top"))
 
 
-def test_prompt_sets_are_held_out_tell_everything_and_share_no_seed() -> None:
+def test_prompt_sets_are_held_out_have_complete_captions_and_share_no_seed() -> None:
     sets = [evaluation_scenes(20, 30), calibration_scenes(32), simple_scenes(20), complex_scenes(20)]
     scenes = [scene for part in sets for scene in part]
     assert len({scene.seed for scene in scenes}) == len(scenes)
     for scene in scenes:
         assert all(thing.is_held_out for thing in scene.objects)
-        assert all(scene.told_sizes)
-        assert all(scene.told_positions)
-        assert scene.tells_background
+        assert all(scene.mentions_sizes)
+        assert all(scene.mentions_positions)
+        assert scene.mentions_background
 
 
-def test_prompt_sets_have_the_content_that_their_names_say() -> None:
+def test_prompt_sets_have_the_documented_content() -> None:
     assert [len(scene.objects) for scene in evaluation_scenes(2, 4)] == [1, 1, 2, 3, 4, 2]
     assert all((len(scene.objects), scene.texture) == (1, "plain") for scene in simple_scenes(10))
     assert all((len(scene.objects), scene.texture) == (4, "busy") for scene in complex_scenes(10))
@@ -180,6 +180,6 @@ def test_prompt_sets_have_the_content_that_their_names_say() -> None:
     assert {texture for _, texture in mixed[:4]} == set(TEXTURES)
 
 
-def test_larger_prompt_set_begins_with_the_smaller_one() -> None:
+def test_larger_prompt_set_starts_with_the_smaller_one() -> None:
     assert calibration_scenes(20)[:8] == calibration_scenes(8)
     assert evaluation_scenes(10, 0)[:4] == evaluation_scenes(4, 0)

@@ -1,5 +1,6 @@
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,21 +16,35 @@ from training.scenes.text import (
     QwenImageConditioner,
     build_clip_tokenizer,
     build_t5_tokenizer,
+    caption_words,
 )
 
 LONGEST = Scene(
     objects=tuple(SceneObject("triangle", "purple", "small", place) for place in POSITIONS[:4]),
     tone="light",
     texture="striped",
-    told_sizes=(True,) * 4,
-    told_positions=(True,) * 4,
-    tells_background=True,
+    mentions_sizes=(True,) * 4,
+    mentions_positions=(True,) * 4,
+    mentions_background=True,
     relation=None,
     is_terse=False,
     seed=0,
 )
 CAPTIONS = [LONGEST.caption, *(scene.caption for scene in training_scenes(0, 300))]
 ODD_PROMPTS = ["", "Zebra, 3 RED circles & a hat!", "schöne Grüße 日本"]
+
+
+SHIPPED_TOKENIZER = Path(__file__).parents[3] / "checkpoints" / "tiny-qwen-image" / "tokenizer"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_corpus() -> Iterator[None]:
+    """A tenth of the scenes has every word; 20,000 take seconds to tokenize."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.scenes.text._NUM_CORPUS_SCENES", 2000)
+        caption_words.cache_clear()
+        yield
+    caption_words.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +60,12 @@ def clip_tokenizer() -> CLIPTokenizer:
 def test_each_word_of_a_caption_is_one_t5_token(t5_tokenizer: T5Tokenizer) -> None:
     for caption in CAPTIONS:
         ids = t5_tokenizer(caption).input_ids
-        assert len(ids) == len(caption.split()) + 1  # and the end
+        assert len(ids) == len(caption.split()) + 1  # and the end token
         assert t5_tokenizer.unk_token_id not in ids
         assert t5_tokenizer.decode(ids, skip_special_tokens=True) == caption
 
 
-def test_unknown_words_are_tokenized_too(t5_tokenizer: T5Tokenizer, clip_tokenizer: CLIPTokenizer) -> None:
+def test_unknown_words_are_tokenized(t5_tokenizer: T5Tokenizer, clip_tokenizer: CLIPTokenizer) -> None:
     for tokenizer in (t5_tokenizer, clip_tokenizer):
         assert len(tokenizer("a zebra").input_ids) > 3
 
@@ -74,7 +89,7 @@ def test_longest_caption_fits_t5(t5_tokenizer: T5Tokenizer) -> None:
 
 
 def test_captions_of_one_object_fit_clip(clip_tokenizer: CLIPTokenizer) -> None:
-    captions = [sample_scene(seed, num_objects=1, tells_all=True).caption for seed in range(200)]
+    captions = [sample_scene(seed, num_objects=1, mentions_all=True).caption for seed in range(200)]
     assert max(len(clip_tokenizer(caption).input_ids) for caption in captions) <= clip_tokenizer.model_max_length
 
 
@@ -91,14 +106,19 @@ def conditioner() -> QwenImageConditioner:
     return conditioner
 
 
-def prompt_tokens(conditioner: QwenImageConditioner, prompt: str) -> list[str]:
-    """Of the prompt alone, in its place in the template."""
-    start, end = (len(conditioner.tokenizer(part).input_ids) for part in conditioner.template.split("{}"))
-    tokens: list[str] = conditioner.tokenizer.tokenize(conditioner.template.format(prompt))
+@pytest.fixture(params=["built", "shipped"])
+def qwen_tokenizer(request: pytest.FixtureRequest, conditioner: QwenImageConditioner) -> Qwen2Tokenizer:
+    return conditioner.tokenizer if request.param == "built" else Qwen2Tokenizer.from_pretrained(SHIPPED_TOKENIZER)
+
+
+def prompt_tokens(tokenizer: Qwen2Tokenizer, template: str, prompt: str) -> list[str]:
+    """The tokens of the prompt alone, at its place in the template."""
+    start, end = (len(tokenizer(piece).input_ids) for piece in template.split("{}"))
+    tokens: list[str] = tokenizer.tokenize(template.format(prompt))
     return tokens[start:-end]
 
 
-def test_each_word_is_one_qwen_token(conditioner: QwenImageConditioner) -> None:
+def test_each_word_is_one_qwen_token(qwen_tokenizer: Qwen2Tokenizer, conditioner: QwenImageConditioner) -> None:
     rng = random.Random(1)
     scenes = list(training_scenes(10**6, 200))
     fragments = [scene.fragment(rng) for scene in scenes]
@@ -107,10 +127,11 @@ def test_each_word_is_one_qwen_token(conditioner: QwenImageConditioner) -> None:
         *fragments,
         *(caption for s in scenes for caption in (s.caption, s.long_caption)),
     ]:
-        assert [token.strip("Ġ") for token in prompt_tokens(conditioner, prompt)] == re.findall(r"\w+|[,.]", prompt)
+        tokens = prompt_tokens(qwen_tokenizer, conditioner.template, prompt)
+        assert [token.strip("Ġ") for token in tokens] == re.findall(r"\w+|[,.]", prompt)
 
 
-def test_template_begins_with_the_tokens_that_the_pipeline_cuts_off(conditioner: QwenImageConditioner) -> None:
+def test_template_starts_with_the_tokens_that_the_pipeline_cuts_off(conditioner: QwenImageConditioner) -> None:
     beginning = conditioner.template.split("{}")[0]
     assert len(conditioner.tokenizer(beginning).input_ids) == conditioner.start == 34
 
@@ -122,7 +143,7 @@ def test_longest_long_caption_and_the_templates_end_fit_qwen(conditioner: QwenIm
     assert lengths[1] == 34 + 5
 
 
-def test_unknown_words_are_qwen_tokens_too(conditioner: QwenImageConditioner) -> None:
+def test_unknown_words_are_qwen_tokens(conditioner: QwenImageConditioner) -> None:
     tokenizer = conditioner.tokenizer
     for prompt in ODD_PROMPTS:
         assert tokenizer.decode(tokenizer(prompt).input_ids) == prompt
@@ -137,14 +158,14 @@ def test_qwen_tokenizer_survives_a_round_trip(conditioner: QwenImageConditioner,
     assert loaded.model_max_length == conditioner.tokenizer.model_max_length
 
 
-def test_qwen_conditioner_encodes_as_the_pipeline_does(conditioner: QwenImageConditioner) -> None:
+def test_qwen_conditioner_encodes_like_the_pipeline(conditioner: QwenImageConditioner) -> None:
     pipeline = QwenImagePipeline(None, None, conditioner.encoder, conditioner.tokenizer, None)
     prompts = ["", "a red circle", LONGEST.long_caption]
-    text = conditioner.encode(prompts)
-    assert text.pooled is None
-    assert text.mask is not None
-    assert text.embeds.shape == (3, QWEN_SEQUENCE_LENGTH, 128)
-    for embeds, mask, prompt in zip(text.embeds, text.mask, prompts, strict=True):
+    condition = conditioner.encode(prompts)
+    assert condition.pooled is None
+    assert condition.mask is not None
+    assert condition.embeds.shape == (3, QWEN_SEQUENCE_LENGTH, 128)
+    for embeds, mask, prompt in zip(condition.embeds, condition.mask, prompts, strict=True):
         expected, _ = pipeline.encode_prompt(
             prompt, device=torch.device("cpu"), max_sequence_length=QWEN_SEQUENCE_LENGTH
         )
@@ -152,6 +173,6 @@ def test_qwen_conditioner_encodes_as_the_pipeline_does(conditioner: QwenImageCon
         torch.testing.assert_close(embeds[mask], expected[0], rtol=1e-4, atol=1e-4)
 
 
-def test_qwen_image_is_told_long_and_short_captions(conditioner: QwenImageConditioner) -> None:
+def test_qwen_image_gets_long_and_short_captions(conditioner: QwenImageConditioner) -> None:
     scenes = list(training_scenes(0, 30))
     assert [conditioner.caption(scene) for scene in scenes] == [scene.mixed_caption for scene in scenes]

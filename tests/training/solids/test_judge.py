@@ -4,17 +4,20 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from trimesh.parent import Geometry
 
 from models.mesh.surface import Mesh, extract_surface
 from models.mesh.volume import decode_dense
 from training.solids.judge import occupancy, surface_likeness, surface_samples, volume_iou
-from training.solids.solids import Part, Solid, SolidBatch, sample_solids
+from training.solids.sampling import sample_solids
+from training.solids.solids import Part, Solid, SolidBatch
 
 UPRIGHT = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 BALL = Solid((Part("sphere", (0.8, 0.0, 0.0), UPRIGHT, (0.0, 0.0, 0.0)),), None)
 
 
-def as_mesh(body: trimesh.Trimesh) -> Mesh:
+def as_mesh(body: Geometry) -> Mesh:
+    assert isinstance(body, trimesh.Trimesh)
     return Mesh(body.vertices.astype(np.float32), body.faces.astype(np.int32))
 
 
@@ -35,23 +38,22 @@ def meshed(solid: Solid) -> Mesh:
     return extract_surface(grid.numpy())
 
 
-def test_a_shape_and_itself_share_all() -> None:
+def test_shape_is_identical_to_itself() -> None:
     likeness = surface_likeness(BALL, BALL)
     assert volume_iou(BALL, BALL) == 1
     assert likeness.f_score > 0.999
     assert likeness.chamfer < 0.008
 
 
-def test_a_balls_mesh_is_inside_where_the_ball_is() -> None:
+def test_mesh_of_a_ball_has_the_occupancy_of_the_ball() -> None:
     assert (occupancy(ball(0.8)) == occupancy(BALL)).mean() > 0.9995
 
 
 @pytest.mark.parametrize(("axis", "shift"), [(0, 0.5), (1, -0.3), (2, 0.4)])
-def test_iou_of_shifted_boxes_is_what_their_sides_tell(axis: int, shift: float) -> None:
-    centre = [0.0, 0.0, 0.0]
-    centre[axis] = shift
+def test_iou_of_shifted_boxes_follows_from_their_sides(axis: int, shift: float) -> None:
+    x, y, z = (shift if i == axis else 0.0 for i in range(3))
     shared = 1 - abs(shift)
-    iou = volume_iou(box((1, 1, 1)), box((1, 1, 1), tuple(centre)))
+    iou = volume_iou(box((1, 1, 1)), box((1, 1, 1), (x, y, z)))
     assert iou == pytest.approx(shared / (2 - shared), abs=0.015)
 
 
@@ -59,13 +61,14 @@ def test_iou_of_concentric_balls_is_the_ratio_of_their_volumes() -> None:
     assert volume_iou(ball(0.6), BALL) == pytest.approx((0.6 / 0.8) ** 3, abs=0.005)
 
 
-def test_shapes_apart_share_nothing() -> None:
+def test_separate_shapes_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.solids.judge.NUM_SAMPLES", 5000)  # far neighbours are slow to find
     left, right = ball(0.2, (-0.6, 0, 0)), ball(0.2, (0.6, 0, 0))
     assert volume_iou(left, right) == 0
     assert surface_likeness(left, right).f_score == 0
 
 
-def test_a_hollow_is_not_inside() -> None:
+def test_hollow_is_not_inside() -> None:
     outer, inner = trimesh.creation.icosphere(radius=0.8), trimesh.creation.icosphere(radius=0.4)
     inner.invert()
     shell = as_mesh(trimesh.util.concatenate([outer, inner]))
@@ -79,7 +82,7 @@ def test_overlapping_parts_of_a_mesh_are_joined() -> None:
     assert volume_iou(as_mesh(pair), box((1.5, 1, 1), (0.25, 0, 0))) > 0.999
 
 
-def test_volume_is_counted_right_for_flat_sides_that_large_triangles_span() -> None:
+def test_volume_is_exact_for_flat_sides_of_large_triangles() -> None:
     turned = trimesh.creation.box((1.0, 0.7, 0.5)).apply_transform(
         trimesh.transformations.rotation_matrix(0.7, (1, 2, 3))
     )
@@ -88,7 +91,7 @@ def test_volume_is_counted_right_for_flat_sides_that_large_triangles_span() -> N
 
 
 @pytest.mark.parametrize("solid", sample_solids(range(4)) + sample_solids(range(4), held_out=True))
-def test_the_mesh_of_a_solid_agrees_with_it(solid: Solid) -> None:
+def test_mesh_of_a_solid_agrees_with_the_solid(solid: Solid) -> None:
     mesh = meshed(solid)
     assert volume_iou(mesh, solid) > 0.98
     assert surface_likeness(mesh, solid).f_score > 0.995
@@ -100,17 +103,17 @@ def test_chamfer_of_concentric_balls_is_the_gap_between_them() -> None:
     assert likeness.f_score == 0
 
 
-def test_f_score_tells_how_much_of_the_surface_is_near() -> None:
-    """Of two boxes that are one but for a lid moved out by 0.2 the sides and the floor agree."""
+def test_f_score_follows_the_share_of_the_surface_that_is_near() -> None:
+    """Two boxes differ by a lid moved out by 0.2; their sides and floors agree."""
     low, high = box((1, 1, 1)), box((1, 1.2, 1), (0, 0.1, 0))
-    precision = (4 + 1 + 4 * 0.02) / 6  # no sample of the lid but a rim of it is near
+    precision = (4 + 1 + 4 * 0.02) / 6  # of the lid, only the samples at its rim are near
     recall = (1 + 4 * 1.02) / (1 + 4 * 1.2 + 1)
     expected = 2 * precision * recall / (precision + recall)
     assert surface_likeness(low, high).f_score == pytest.approx(expected, abs=0.015)
 
 
 @pytest.mark.parametrize("shape", [BALL, ball(0.8)])
-def test_samples_lie_on_the_surface_everywhere_alike_and_are_the_same_again(shape: Solid | Mesh) -> None:
+def test_samples_are_uniform_on_the_surface_and_reproducible(shape: Solid | Mesh) -> None:
     samples = surface_samples(shape, seed=3)
     np.testing.assert_allclose(np.linalg.norm(samples, axis=1), 0.8, atol=1e-3)
     octants = np.bincount((samples > 0) @ (4, 2, 1), minlength=8) / len(samples)

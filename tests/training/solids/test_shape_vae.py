@@ -5,10 +5,12 @@ import torch
 from torch import Tensor
 
 from models.families.hunyuan3d.shape_vae import ShapeVAE
+from models.mesh.surface import BOUNDS
 from training.solids import shape_vae
+from training.solids.sampling import sample_solids
 from training.solids.shape_vae import NUM_DATA_POINTS, NUM_LATENTS, build_shape_vae, encode, field_iou, spread_out
-from training.solids.solids import Solid, SolidBatch, sample_solids
-from training.solids.surfaces import BOUNDS, SurfacePool
+from training.solids.solids import Solid, SolidBatch
+from training.solids.surfaces import PointPool
 
 
 @pytest.fixture(scope="module")
@@ -35,36 +37,36 @@ def test_spread_out_points_cover_the_others() -> None:
     assert torch.cdist(chosen, chosen).flatten(1).sort().values[:, 40].min() > 0.1
 
 
-def test_new_latents_hold_the_places_and_normals_of_their_points(vae: ShapeVAE, surface: Tensor) -> None:
+def test_new_latents_hold_the_positions_and_normals_of_their_points(vae: ShapeVAE, surface: Tensor) -> None:
     latents = encode(vae, surface)
     assert latents.shape == (6, NUM_LATENTS, shape_vae.LATENT_CHANNELS)
     chosen = surface.gather(1, spread_out(surface[..., :3], NUM_LATENTS)[..., None].expand(-1, -1, 6))
-    place = torch.linalg.lstsq(torch.nn.functional.pad(latents.flatten(0, 1), (0, 1), value=1.0), chosen.flatten(0, 1))
-    predicted = torch.nn.functional.pad(latents.flatten(0, 1), (0, 1), value=1.0) @ place.solution
+    fit = torch.linalg.lstsq(torch.nn.functional.pad(latents.flatten(0, 1), (0, 1), value=1.0), chosen.flatten(0, 1))
+    predicted = torch.nn.functional.pad(latents.flatten(0, 1), (0, 1), value=1.0) @ fit.solution
     assert (predicted - chosen.flatten(0, 1)).square().mean() < 0.1 * chosen.var()
 
 
 def test_field_of_a_new_decoder_depends_on_the_latents_near_a_point(vae: ShapeVAE, surface: Tensor) -> None:
-    """Without this a decoder has to find out what is where, and learns nothing meanwhile."""
+    """A decoder without this property first has to learn which latent is where."""
     latents = encode(vae, surface)[:1]
-    places = surface.gather(1, spread_out(surface[..., :3], NUM_LATENTS)[..., None].expand(-1, -1, 6))[0, :, :3]
-    before = vae.field(latents)(places[None])
+    positions = surface.gather(1, spread_out(surface[..., :3], NUM_LATENTS)[..., None].expand(-1, -1, 6))[0, :, :3]
+    before = vae.field(latents)(positions[None])
     moved = latents.clone()
     moved[0, 0] += 1
-    change = (vae.field(moved)(places[None]) - before).abs()[0]
-    near = (places - places[0]).norm(dim=1).argsort()
+    change = (vae.field(moved)(positions[None]) - before).abs()[0]
+    near = (positions - positions[0]).norm(dim=1).argsort()
     assert change[near[:8]].mean() > 3 * change[near[-24:]].mean()
 
 
-def test_standardised_latents_have_zero_mean_and_unit_variance_and_mean_the_same(
+def test_standardised_latents_have_zero_mean_and_unit_variance_and_decode_as_before(
     vae: ShapeVAE, surface: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("training.solids.surfaces.CHUNK", 64)
     points = 2 * torch.rand(6, 50, 3, generator=torch.Generator().manual_seed(1)) - 1
     expected = vae.field(encode(vae, surface))(points)
-    pool = SurfacePool(tmp_path, 1024)
+    pool = PointPool(tmp_path, 128)
     shape_vae._standardise(vae, pool)
-    latents = encode(vae, pool.surface(torch.arange(1024), NUM_DATA_POINTS, torch.Generator().manual_seed(5)))
+    latents = encode(vae, pool.surface_points(torch.arange(128), NUM_DATA_POINTS, torch.Generator().manual_seed(5)))
     torch.testing.assert_close(latents.mean((0, 1)), torch.zeros(16), rtol=0, atol=0.05)
     torch.testing.assert_close(latents.std((0, 1)), torch.ones(16), rtol=0, atol=0.05)
     torch.testing.assert_close(vae.field(encode(vae, surface))(points), expected, rtol=1e-3, atol=1e-3)
@@ -77,19 +79,19 @@ def test_iou_of_the_true_field_is_one_and_of_a_wrong_one_is_less(solids: list[So
     assert larger.lt(0.9).all()
 
 
-def test_pool_tells_the_right_logits_and_the_normals_of_the_solids(
+def test_pool_has_the_true_logits_and_normals_of_the_solids(
     solids: list[Solid], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("training.solids.surfaces.CHUNK", 64)
-    pool, rng, batch = SurfacePool(tmp_path, 64), torch.Generator().manual_seed(0), SolidBatch(solids)
-    surface = pool.surface(torch.arange(6), 200, rng)
+    pool, rng, batch = PointPool(tmp_path, 64), torch.Generator().manual_seed(0), SolidBatch(solids)
+    surface = pool.surface_points(torch.arange(6), 200, rng)
     on_surface, normals = surface.split(3, dim=-1)
     assert batch.signed_distance(on_surface).abs().max() < 2e-3
     assert (batch.signed_distance(on_surface + 0.02 * normals) < 0).float().mean() > 0.97
-    points, logits = pool.field(torch.arange(6), 200, rng)
+    points, logits = pool.field_samples(torch.arange(6), 200, rng)
     torch.testing.assert_close(logits, (batch.signed_distance(points) / 0.1).clamp(-1, 1), rtol=0, atol=2e-3)
     assert points.abs().max() <= BOUNDS + 1e-3
     assert torch.equal(
-        SurfacePool(tmp_path, 64).surface(torch.arange(6), 9, torch.Generator().manual_seed(1)),
-        pool.surface(torch.arange(6), 9, torch.Generator().manual_seed(1)),
+        PointPool(tmp_path, 64).surface_points(torch.arange(6), 9, torch.Generator().manual_seed(1)),
+        pool.surface_points(torch.arange(6), 9, torch.Generator().manual_seed(1)),
     )

@@ -1,0 +1,71 @@
+"""The table of products: everything that differs between an endpoint for images and one for meshes in its answers."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from models.file_formats import MeshFormat, OutputFormat
+from models.request import GenerationRequest, ImageRequest, MeshRequest
+from service.api.errors import error_responses
+from service.api.responses import ACCEPTED, EVENT_STREAM, RESULT, ImageResponse, MeshResponse
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One kind of artifact. `own_fields` gives the fields of the `response` that only this product has, from a request.
+
+    `result` names all artifacts of a job in the documentation.
+    """
+
+    name: str
+    result: str
+    formats: type[OutputFormat] | type[MeshFormat]
+    response: type[ImageResponse] | type[MeshResponse]
+    own_fields: Callable[[Any], Mapping[str, Any]]
+
+    @property
+    def preview_event(self) -> str:
+        return f"{self.name}_generation.partial_{self.name}"
+
+    @property
+    def completed_event(self) -> str:
+        return f"{self.name}_generation.completed"
+
+    @property
+    def documentation(self) -> dict[str, Any]:
+        """The answers of the endpoint, as arguments of a route."""
+        files = {file_format.content_type: _FILE for file_format in self.formats}
+        description = (
+            f"{self.result}. With response_format binary: the {self.name} file, with the headers `X-Job-ID`, "
+            f"`X-Seed` and `X-Receipt`. With stream: the job's events, the last of them `{self.completed_event}` or "
+            "`error`."
+        )
+        return {
+            "response_model": self.response,
+            "responses": {
+                200: {**RESULT, "description": description, "content": {**files, **EVENT_STREAM}},
+                202: ACCEPTED,
+                **error_responses(400, 404, 409, 413, 415, 422, 500, 503),
+            },
+        }
+
+
+_FILE = {"schema": {"type": "string", "format": "binary"}}
+
+
+def _image_fields(request: ImageRequest) -> Mapping[str, Any]:
+    return {"size": f"{request.width}x{request.height}"}
+
+
+def _mesh_fields(request: MeshRequest) -> Mapping[str, Any]:
+    return {"octree_resolution": request.octree_resolution}
+
+
+IMAGE = Product("image", "The images", OutputFormat, ImageResponse, _image_fields)
+MESH = Product("mesh", "The mesh", MeshFormat, MeshResponse, _mesh_fields)
+
+PRODUCTS: Mapping[type[GenerationRequest], Product] = {ImageRequest: IMAGE, MeshRequest: MESH}
+
+
+def product_of(request: GenerationRequest) -> Product:
+    return PRODUCTS[type(request)]

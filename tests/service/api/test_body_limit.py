@@ -1,0 +1,102 @@
+import contextlib
+import socket
+import time
+from collections.abc import Callable
+from http.client import HTTPConnection
+
+import pytest
+from fastapi.testclient import TestClient
+
+from service.keys import Scope, new_key
+from service.settings import Settings
+
+PATH = "/v1/images/generations"
+HEAD = f"POST {PATH} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+
+
+def read_all(connection: socket.socket) -> str:
+    """All that the server sends until it closes the connection, which it must do within the socket's timeout."""
+    received = b""
+    with contextlib.suppress(ConnectionResetError):  # it had not read what was sent
+        while chunk := connection.recv(65536):
+            received += chunk
+    return received.decode()
+
+
+def drip(connection: socket.socket, chunk: bytes, *, seconds: float) -> float:
+    """Send `chunk` repeatedly until the server stops listening or the time is over. Returns the seconds that took."""
+    began = time.monotonic()
+    with contextlib.suppress(ConnectionError):
+        while time.monotonic() - began < seconds:
+            connection.sendall(chunk)
+            time.sleep(0.02)
+    return time.monotonic() - began
+
+
+def test_long_body_is_refused_while_it_is_read(small: TestClient) -> None:
+    long = b'{"prompt": "' + b"x" * 30_000 + b'"}'
+    chunks = (long[start : start + 1000] for start in range(0, len(long), 1000))
+    for content in (long, chunks):
+        response = small.post(PATH, content=content, headers={"Content-Type": "application/json"})
+        assert response.status_code == 413
+        assert response.json()["error"]["code"] == "payload_too_large"
+        assert "20000 bytes" in response.json()["error"]["message"]
+
+
+def test_body_declared_too_long_is_refused_at_once(listen: Callable[[Settings], socket.socket]) -> None:
+    connection = listen(Settings(max_body_bytes=20_000))
+    connection.sendall(f"{HEAD}Content-Length: 20001\r\n\r\n".encode())
+    answer = read_all(connection)
+    assert answer.startswith("HTTP/1.1 413")
+    assert "payload_too_large" in answer
+
+
+def test_endless_body_is_cut_off(listen: Callable[[Settings], socket.socket]) -> None:
+    connection = listen(Settings(max_body_bytes=20_000))
+    connection.sendall(f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode())
+    assert drip(connection, b"1000\r\n" + b"x" * 0x1000 + b"\r\n", seconds=20) < 10
+
+
+@pytest.mark.parametrize("line", ["GET /healthz", "POST /nowhere", "DELETE /v1/jobs/none"])
+@pytest.mark.parametrize("length", ["Transfer-Encoding: chunked", f"Content-Length: {2**31}"])
+def test_body_that_no_route_reads_is_cut_off(
+    length: str, line: str, listen: Callable[[Settings], socket.socket]
+) -> None:
+    connection = listen(Settings())
+    connection.sendall(f"{line} HTTP/1.1\r\nHost: a\r\n{length}\r\n\r\n".encode())
+    assert drip(connection, b"1000\r\n" + b"x" * 0x1000 + b"\r\n", seconds=20) < 10
+
+
+def test_dripping_body_is_answered_408_and_cut_off(listen: Callable[[Settings], socket.socket]) -> None:
+    connection = listen(Settings(body_timeout_s=0.3))
+    connection.sendall(f"{HEAD}Content-Length: 15000\r\n\r\n".encode())
+    assert 0.2 < drip(connection, b"x", seconds=20) < 10
+    answer = read_all(connection)
+    assert not answer or (answer.startswith("HTTP/1.1 408") and "request_timeout" in answer)
+
+
+def test_body_that_stops_is_answered_408(listen: Callable[[Settings], socket.socket]) -> None:
+    connection = listen(Settings(body_timeout_s=0.3))
+    connection.sendall(f"{HEAD}Content-Length: 15\r\n\r\n{{".encode())
+    answer = read_all(connection)
+    assert answer.startswith("HTTP/1.1 408")
+    assert '"code":"request_timeout"' in answer
+    assert "within 0.3 s" in answer
+
+
+def test_body_without_a_valid_key_is_not_waited_for(listen: Callable[[Settings], socket.socket]) -> None:
+    _, entry = new_key("a", [Scope.GENERATE])
+    connection = listen(Settings(api_keys=f"[{entry.model_dump_json()}]"))
+    connection.sendall(f"{HEAD}Content-Length: 15000\r\n\r\n".encode())
+    assert read_all(connection).startswith("HTTP/1.1 401")
+
+
+def test_body_in_time_is_served_and_the_connection_kept(listen: Callable[[Settings], socket.socket]) -> None:
+    client = HTTPConnection("127.0.0.1")
+    client.sock = connection = listen(Settings())
+    for _ in range(2):
+        client.request("POST", PATH, '{"prompt": "a"}', {"Content-Type": "application/json"})
+        with client.getresponse() as response:
+            assert response.status == 200
+            response.read()
+        assert client.sock is connection

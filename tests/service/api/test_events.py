@@ -1,0 +1,152 @@
+"""Server-sent events over a store, without HTTP and without a worker that runs jobs."""
+
+import asyncio
+import base64
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from models.report import GenerationSummary
+from service.api.events import event_stream
+from service.api.schemas import ResponseFormat
+from service.jobs.job import Failure, FailureReason, Job, JobStatus, Receipt, StageSeconds
+from service.jobs.store import Claim, Ending, Preview, Progress
+from service.running.dispatcher import Dispatcher
+from service.settings import Settings
+
+pytestmark = pytest.mark.anyio
+
+MakeJob = Callable[..., Job]
+
+
+@dataclass
+class Bench:
+    """A dispatcher that does not run, so that the test plays the worker."""
+
+    dispatcher: Dispatcher
+    summary: GenerationSummary
+
+    async def claimed(self, job: Job) -> Claim:
+        await self.dispatcher.store.add(job)
+        claim = await self.dispatcher.store.claim(lambda model, shape: True)
+        assert claim is not None
+        return claim
+
+    async def succeed(self, claim: Claim) -> None:
+        receipt = Receipt(self.summary, 0.9, StageSeconds(0.1, 0.2, 0.3, 0.4, 1.0), 1.0)
+        ending = Ending(claim, JobStatus.SUCCEEDED, receipts=(receipt,), artifacts=(b"image",))
+        await self.dispatcher.store.end(ending)
+
+    def stream(self, job: Job, **options: Any) -> Any:
+        """An iterator over the parts of the stream."""
+        response = event_stream(job, self.dispatcher, "http://test", **options)
+        return response.body_iterator
+
+    async def events(self, job: Job, **options: Any) -> list[tuple[str | None, str, dict[str, Any]]]:
+        """(id, name, data) of all events up to the end of the stream."""
+        async with asyncio.timeout(20):
+            return [parsed(part) async for part in self.stream(job, **options)]
+
+
+def parsed(part: bytes) -> tuple[str | None, str, dict[str, Any]]:
+    fields = dict(line.split(": ", 1) for line in part.decode().strip().splitlines())
+    return fields.get("id"), fields["event"], json.loads(fields["data"])
+
+
+@pytest.fixture
+def bench(make_dispatcher: Callable[[Settings], Dispatcher], summary: GenerationSummary) -> Iterator[Bench]:
+    dispatcher = make_dispatcher(Settings())
+    yield Bench(dispatcher, summary)
+    assert dispatcher.worker.stop(20)
+
+
+async def test_events_have_public_names_and_the_job(bench: Bench, make_job: MakeJob) -> None:
+    claim = await bench.claimed(make_job("a"))
+    await bench.dispatcher.store.record(Progress(claim, 2, 0.5, 1.5))
+    await bench.dispatcher.store.add_preview(Preview(claim, 0, 0, b"small"))
+    await bench.succeed(claim)
+    events = await bench.events(claim.job)
+    assert [name for _, name, _ in events] == [
+        *("job.queued", "job.started", "job.progress", "image_generation.partial_image", "image_generation.completed")
+    ]
+    assert all(data["type"] == name and data["id"] == "a" for _, name, data in events)
+    assert events[2][2]["step"] == 2
+    assert events[3][2]["b64_json"] == base64.b64encode(b"small").decode()
+    result = events[4][2]
+    assert result["b64_json"] == result["data"][0]["b64_json"] == base64.b64encode(b"image").decode()
+    assert result["receipt"]["quality_applied"] == 0.8
+
+
+async def test_stream_begins_after_the_event_that_the_client_has(bench: Bench, make_job: MakeJob) -> None:
+    claim = await bench.claimed(make_job("a"))
+    await bench.succeed(claim)
+    events = await bench.events(claim.job)
+    assert await bench.events(claim.job, after=events[0][0]) == events[1:]
+    assert await bench.events(claim.job, after=events[-1][0]) == []
+
+
+async def test_result_as_url_has_no_file(bench: Bench, make_job: MakeJob) -> None:
+    claim = await bench.claimed(make_job("a"))
+    await bench.succeed(claim)
+    result = (await bench.events(claim.job, response_format=ResponseFormat.URL))[-1][2]
+    assert result["url"] == "http://test/v1/jobs/a/content?index=0"
+    assert "b64_json" not in result
+
+
+@pytest.mark.parametrize("end", ["failed", "cancelled"])
+async def test_unsuccessful_job_ends_with_its_error(bench: Bench, make_job: MakeJob, end: str) -> None:
+    claim = await bench.claimed(make_job("a"))
+    if end == "failed":
+        failure = Failure(FailureReason.INVALID_REQUEST, "too many tokens", "prompt")
+        await bench.dispatcher.store.end(Ending(claim, JobStatus.FAILED, failure=failure))
+    else:
+        await bench.dispatcher.store.cancel("a")
+    event_id, name, data = (await bench.events(claim.job))[-1]
+    expected = {"failed": ("invalid_parameter", "prompt"), "cancelled": ("job_cancelled", None)}[end]
+    assert (name, data["error"]["code"], data["error"]["param"]) == ("error", *expected)
+    assert event_id is not None
+
+
+async def test_silent_stream_is_kept_alive(bench: Bench, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.api.events.KEEP_ALIVE_S", 0.001)
+    claim = await bench.claimed(make_job("a"))
+    stream = bench.stream(claim.job)
+    parts = [await anext(stream) for _ in range(4)]
+    assert [part.decode().split(":")[0] for part in parts] == ["event", "event", "", ""]
+    await bench.succeed(claim)
+    async with asyncio.timeout(20):
+        rest = [part async for part in stream if not part.startswith(b":")]
+    assert [parsed(part)[1] for part in rest] == ["image_generation.completed"]
+
+
+async def test_draining_server_ends_the_stream_so_that_the_client_can_resume_elsewhere(
+    bench: Bench, make_job: MakeJob
+) -> None:
+    claim = await bench.claimed(make_job("a"))
+    bench.dispatcher.has_drained.set()
+    events = await bench.events(claim.job, cancels=True)
+    event_id, name, data = events[-1]
+    assert (event_id, name, data["error"]["code"]) == (None, "error", "draining")
+    assert (await bench.dispatcher.store.get("a")).state.status is JobStatus.RUNNING
+
+
+@pytest.mark.parametrize("cancels", [True, False])
+async def test_client_that_disconnects_cancels_its_job_only_if_it_waits_for_it(
+    bench: Bench, make_job: MakeJob, cancels: bool
+) -> None:
+    claim = await bench.claimed(make_job("a"))
+    async with bench.dispatcher.running():
+        stream = bench.stream(claim.job, cancels=cancels)
+        await anext(stream)
+        await stream.aclose()
+        for _ in range(10):  # a task that would cancel the job runs now
+            await asyncio.sleep(0)
+        if cancels:
+            async with asyncio.timeout(20):
+                assert (await bench.events(claim.job))[-1][2]["error"]["code"] == "job_cancelled"
+        else:
+            assert (await bench.dispatcher.store.get("a")).state.status is JobStatus.RUNNING
+            await bench.succeed(claim)
