@@ -1,12 +1,14 @@
 """Settings for all tests, and how they are shared out among pytest's processes."""
 
 import os
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
 from tests.fixtures.hostile_images import hostile_pictures
 from tests.fixtures.redis import redis_server
+from tests.fixtures.scheduling import SharingScheduling
 
 __all__ = ["hostile_pictures", "redis_server"]
 
@@ -21,28 +23,13 @@ settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that start servers, and keep on one process the tests that share something expensive."""
+    """Mark the tests that start servers, and run them first: they take longest."""
     for item in items:
-        if SERVER_FIXTURES & {*_fixtures(item)} or item.get_closest_marker("redis"):
+        fixtures = item.fixturenames if isinstance(item, pytest.Function) else []
+        if SERVER_FIXTURES & {*fixtures} or item.get_closest_marker("redis"):
             item.add_marker("server")
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
-    # The longest groups first: tests of running servers, then those of a whole model.
-    items.sort(key=lambda item: (item.get_closest_marker("server") is None, "kind" not in _parameters(item)))
+    items.sort(key=lambda item: item.get_closest_marker("server") is None)
 
 
-def _group(item: pytest.Item) -> str:
-    """The shared server, the model a test runs for, or else its file."""
-    if "server" in _fixtures(item):
-        return "server"
-    if kind := _parameters(item).get("kind"):
-        return f"kind {kind}"
-    return item.path.stem
-
-
-def _fixtures(item: pytest.Item) -> list[str]:
-    return item.fixturenames if isinstance(item, pytest.Function) else []
-
-
-def _parameters(item: pytest.Item) -> dict[str, object]:
-    callspec = getattr(item, "callspec", None)
-    return callspec.params if callspec is not None else {}
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SharingScheduling:
+    return SharingScheduling(config, log)
