@@ -10,11 +10,11 @@ from models.request import Budget, ComputeBudget, LatencyBudget, PresetBudget, Q
 
 
 def resolve(budget: Budget, curve: Sequence[CurvePoint]) -> CurvePoint:
-    """The place on `curve` that `budget` asks for, between measured points where needed.
+    """The point of `curve` that `budget` asks for, interpolated between measured points where possible.
 
-    `curve` begins with the exact point and descends in compute and quality. Below the lowest measured quality or
-    compute the answer is the lowest point; a cap itself is enforced while generating. Raises InvalidRequest for a
-    preset that the curve does not name.
+    `curve` begins with the exact point and descends in compute and quality. A budget below the lowest measured quality
+    or compute gets the lowest point; a compute cap is enforced during generation. Raises InvalidRequest for a preset
+    that the curve does not name, and for a compute ratio if only the exact point is calibrated.
     """
     match budget:
         case PresetBudget(preset):
@@ -33,7 +33,7 @@ def resolve(budget: Budget, curve: Sequence[CurvePoint]) -> CurvePoint:
 
 
 def fastest_enough(curve: Sequence[CurvePoint], min_quality: float, relative_seconds: float) -> CurvePoint:
-    """The best point of `curve` that takes at most this share of the dense time; at worst the one of `min_quality`."""
+    """The best point of `curve` within this share of the dense time, but never below the point of `min_quality`."""
     floor = point_of_quality(min_quality, curve)
     able = (point for point in curve if point.relative_seconds <= relative_seconds and point.quality >= floor.quality)
     return next(able, floor)
@@ -58,7 +58,7 @@ def point_of_preset(preset: Preset, curve: Sequence[CurvePoint]) -> CurvePoint:
 
 
 def _between(curve: Sequence[CurvePoint], heights: Sequence[float], wanted: float, is_floor: bool) -> CurvePoint:
-    """The point of the curve, read as straight lines between measured points, whose height is `wanted`.
+    """The point whose height is `wanted`; between measured points the curve is a straight line.
 
     Points have something between them if they are of one rule and differ only in what it lets interpolate. Otherwise
     the answer is the upper one where `wanted` is a floor, the lower one where it is a cap.

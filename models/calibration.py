@@ -1,4 +1,4 @@
-"""Measuring a model's curve: what each setting of its rule costs, and how near its results stay to the exact ones."""
+"""Measures a model's curve: the cost of each policy of a rule, and the similarity of its results to the exact ones."""
 
 import statistics
 import time
@@ -37,8 +37,8 @@ def calibrate_model(
 ) -> Path:
     """Calibrate a model directory and write the curve beside its routers. Returns the path of `calibration.json`.
 
-    `samples` are prompts for an image model, picture files for a mesh model. Raises InvalidRequest if there are none or
-    the model does not have the rule.
+    `samples` are prompts for an image model, image files for a mesh model. Raises InvalidRequest if there are none, or
+    if the model has nothing of this rule to calibrate.
     """
     engine = load_engine(
         [directory], device=device, router_weights=router_weights, offload_text_encoders=offload_text_encoders
@@ -49,7 +49,7 @@ def calibrate_model(
     if rule not in rules:
         raise InvalidRequest(f"{card.id} has no rule '{rule}' to calibrate; try {', '.join(rules)}", "rule")
     if not samples:
-        raise InvalidRequest("there is nothing to calibrate on; give at least one prompt or picture", "samples")
+        raise InvalidRequest("there are no samples to calibrate on; give at least one prompt or image", "samples")
     requests = [_request(card, sample, seed) for seed, sample in enumerate(samples)]
     curve = calibrate(engine, requests, rule=rule, published=published)
     measured = {
@@ -67,10 +67,10 @@ def calibrate_model(
 def calibrate(
     engine: Engine, requests: Sequence[GenerationRequest], *, rule: str, published: Sequence[Policy] = ()
 ) -> tuple[CurvePoint, ...]:
-    """Measure the model of `requests` under every setting of `rule`.
+    """Measure the model of `requests` under every policy of `rule`.
 
-    Kept are the settings that none beats in both compute and quality, from exact to the cheapest, so the curve is
-    strictly monotone, and of those that cost nearly the same, the best. Every setting is printed as it is measured.
+    The curve keeps the policies that no other beats in both compute and quality, from exact to the cheapest, so it
+    descends strictly. Of policies that cost nearly the same it keeps the best. Every policy is printed when measured.
     """
     model = requests[0].model
     metric = engine.cards[model].quality_metric
@@ -86,7 +86,7 @@ def calibrate(
 
 
 def efficient(points: Iterable[CurvePoint]) -> list[CurvePoint]:
-    """The points that none beats in both compute and quality, dearest first: strictly descending in both."""
+    """The points that no other beats in both compute and quality, in strictly descending order of both."""
     kept: list[CurvePoint] = []
     for point in sorted(points, key=lambda p: (p.compute_ratio, -p.quality)):
         if point.compute_ratio < 1 and point.quality < 1 and (not kept or point.quality > kept[-1].quality):
@@ -95,7 +95,7 @@ def efficient(points: Iterable[CurvePoint]) -> list[CurvePoint]:
 
 
 def thinned(curve: Sequence[CurvePoint]) -> list[CurvePoint]:
-    """`curve`, which descends, without points that save less than `_LEAST_SAVING` over a better one that is kept."""
+    """`curve`, which descends, without points that save less than `_LEAST_SAVING` over the kept point before them."""
     kept: list[CurvePoint] = []
     for point in curve:
         if not kept or point.compute_ratio <= kept[-1].compute_ratio - _LEAST_SAVING:
@@ -104,9 +104,9 @@ def thinned(curve: Sequence[CurvePoint]) -> list[CurvePoint]:
 
 
 def name_presets(curve: Sequence[CurvePoint]) -> list[CurvePoint]:
-    """Give each preset the point whose compute is nearest to the preset's, of those cheaper than the preset before it.
+    """Name the point nearest to each preset's compute, among the points after the preset before it.
 
-    `curve` descends; a short one does not name every preset.
+    `curve` descends. A short curve has no point for some presets.
     """
     named = list(curve)
     first = 0
@@ -119,7 +119,7 @@ def name_presets(curve: Sequence[CurvePoint]) -> list[CurvePoint]:
 
 
 def _request(card: ModelCard, sample: str | bytes, seed: int) -> GenerationRequest:
-    """A request of the card's defaults for a prompt or a picture file."""
+    """A request with the card's defaults for a prompt or an image file."""
     common: dict[str, Any] = {
         "model": card.id,
         "num_inference_steps": card.default_num_inference_steps,
@@ -134,14 +134,14 @@ def _request(card: ModelCard, sample: str | bytes, seed: int) -> GenerationReque
             return ImageRequest(**common, prompt=sample, height=card.default_height, width=card.default_width)
         case MeshCard(), bytes():
             return MeshRequest(**common, input_image=sample, octree_resolution=card.default_octree_resolution)
-    wanted = "prompts" if isinstance(card, ImageCard) else "pictures"
+    wanted = "prompts" if isinstance(card, ImageCard) else "images"
     raise InvalidRequest(f"{card.id} makes {card.modality} results; it is calibrated on {wanted}", "samples")
 
 
 def _generate(
     engine: Engine, requests: Sequence[GenerationRequest], point: CurvePoint
 ) -> tuple[list[NDArray[Any]], list[float]]:
-    """Quality samples of the results, and compute ratios, of the requests at one point."""
+    """Quality samples and compute ratios of the requests at one point."""
     quality_samples, ratios = [], []
     for first in range(0, len(requests), _BATCH_SIZE):
         states = [engine.start(request, point) for request in requests[first : first + _BATCH_SIZE]]

@@ -1,4 +1,4 @@
-"""What a loaded model is and can do, as plain data: no torch here, since the API side reads it too."""
+"""The description of a loaded model, as plain data. No torch: the API side reads it too."""
 
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -8,16 +8,16 @@ from models.curve import CurvePoint
 
 
 class Guidance(StrEnum):
-    """What a model's `guidance_scale` is."""
+    """The meaning of a model's `guidance_scale`."""
 
-    DISTILLED = "distilled"  # an input of the transformer; true guidance by `true_cfg_scale` besides: FLUX.1-dev
-    NONE = "none"  # without effect: the model is distilled to need none; `true_cfg_scale` as above: FLUX.1-schnell
-    TRUE = "true"  # true classifier-free guidance itself, and there is no `true_cfg_scale`: Qwen-Image
+    DISTILLED = "distilled"  # an input of the transformer; `true_cfg_scale` adds true guidance (FLUX.1-dev)
+    NONE = "none"  # without effect; `true_cfg_scale` adds true guidance (FLUX.1-schnell)
+    TRUE = "true"  # true classifier-free guidance; there is no `true_cfg_scale` (Qwen-Image)
 
 
 @dataclass(frozen=True, slots=True)
 class SizeLimits:
-    """Heights and widths in pixels that a model serves: multiples of `multiple_of` from `minimum` to `maximum`."""
+    """Valid heights and widths in pixels: multiples of `multiple_of` from `minimum` to `maximum`."""
 
     multiple_of: int
     minimum: int
@@ -29,8 +29,8 @@ class ModelCard:
     """Identity, defaults, limits and curve of one model, as `/v1/models` shows them.
 
     `curve` begins with EXACT and descends in both compute and quality. `dense_step_seconds` is the time of one dense
-    denoise step at the defaults on this device, and `call_share` that part of it, from 0 to 1, which does not grow with
-    the rows of a batch, both measured when the model is loaded. `blocks` are the block names.
+    denoise step at the defaults on this device. `call_share`, from 0 to 1, is the part of it that does not grow with
+    the rows of a batch. Both are measured when the model is loaded. `blocks` are the block names.
     """
 
     modality: ClassVar[str]
@@ -58,7 +58,7 @@ class ModelCard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageCard(ModelCard):
-    """A model that draws pictures from texts; sides are in pixels."""
+    """A text-to-image model. Heights and widths are in pixels."""
 
     modality: ClassVar[str] = "image"
 
@@ -70,9 +70,10 @@ class ImageCard(ModelCard):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeshCard(ModelCard):
-    """A model that makes meshes from pictures; an octree resolution counts cells of the field's grid along a side.
+    """An image-to-mesh model.
 
-    Resolutions are multiples of `octree_resolution_step`.
+    An octree resolution is the number of grid cells along each side of the field, a multiple of
+    `octree_resolution_step`.
     """
 
     modality: ClassVar[str] = "mesh"
@@ -83,7 +84,7 @@ class MeshCard(ModelCard):
     octree_resolution_step: int
 
     def is_guided(self, guidance_scale: float, true_cfg_scale: float = 1.0) -> bool:
-        """At a scale of 1 the branch without an image cancels out; below, unlike in diffusers, it does not."""
+        """At a scale of 1 the branch without an image cancels out. Unlike in diffusers, it counts below 1 too."""
         return self.guidance is Guidance.TRUE and guidance_scale != 1
 
 

@@ -1,4 +1,4 @@
-"""The engine: requests in, pictures and meshes out, one denoise step at a time, any mix of requests in a step."""
+"""The engine: generates images and meshes, one denoise step at a time, with any mix of requests in a step."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ from models.state import DenoiseState
 class Engine:
     """Holds loaded models. Used by one thread, which owns the device.
 
-    Modules hold weights only; all that a request has is in its `DenoiseState`.
+    Modules hold weights only. All state of a request is in its `DenoiseState`.
     """
 
     def __init__(self, families: Mapping[str, Family], cards: Mapping[str, ModelCard]) -> None:
@@ -35,9 +35,8 @@ class Engine:
     def start(self, request: GenerationRequest, point: CurvePoint | None = None) -> DenoiseState:
         """Encode the prompt or image and draw the noise.
 
-        `point` replaces the request's, and with it a cap on compute, for calibration and benchmarks.
-
-        Raises UnknownModel, and InvalidRequest for a prompt or a budget that this model can't serve.
+        Calibration and benchmarks give a `point`: it replaces the request's point and drops its cap on compute. Raises
+        UnknownModel, and InvalidRequest for a prompt or a budget that this model can't serve.
         """
         family = self._family(request.model)
         curve = self.cards[request.model].curve
@@ -50,7 +49,7 @@ class Engine:
     def step(self, states: Sequence[DenoiseState]) -> StepReport:
         """Run the next denoise step of every state.
 
-        All must have the same `batch_key` and none be done; steps, prompts, guidance, budgets and rules may differ.
+        All must have one `batch_key`, and none may be done. Steps, prompts, guidance, budgets and rules may differ.
         """
         started = time.perf_counter()
         assert len({state.batch_key for state in states}) == 1
@@ -71,32 +70,33 @@ class Engine:
             sigma, next_sigma = state.sigmas[state.step_index], state.sigmas[state.step_index + 1]
             state.complete_step(
                 euler_step(state.latents, velocity, sigma, next_sigma),
-                # At the end all noise is gone: the level there is 0, or 1 where levels rise, as Hunyuan3D's do.
+                # The last noise level has no noise: it is 0, or 1 where levels rise, as in Hunyuan3D.
                 prediction=euler_step(state.latents, velocity, sigma, state.sigmas[-1]),
             )
         if states[0].latents.is_cuda:
-            torch.cuda.synchronize()  # else the seconds, by which costs are predicted, would be those of launching
+            torch.cuda.synchronize()  # costs are predicted from these seconds, which must include the kernels' run time
         return StepReport(time.perf_counter() - started, router_seconds, len(states), tuple(reports))
 
     def finish(self, state: DenoiseState) -> NDArray[np.uint8] | CleanMesh:
         """Decode a done state to pixels `(height, width, 3)` or to a mesh.
 
-        Any thread may call this, but one at a time for a model. Raises EmptySurface where there is no mesh to make.
+        Any thread may call this, one at a time per model. Raises EmptySurface if the field has no surface.
         """
         assert state.is_done
         return self._family(state.request.model).decode(state)
 
     def preview(self, state: DenoiseState) -> Callable[[], NDArray[np.uint8] | CleanMesh]:
-        """A function that shows what the model, after a step or more, takes for the result; later steps do not matter.
+        """A function that decodes the current estimate of the result cheaply. The state needs at least one step.
 
-        It gives pixels `(rows, columns, 3)`, one for each of the latents, or a coarse mesh, and raises EmptySurface
-        where there is no mesh to make yet. Any thread may call it, but only one a model may be in it or in `finish`.
+        It returns pixels `(rows, columns, 3)`, one per latent pixel, or a coarse mesh. It raises EmptySurface if the
+        field has no surface yet. Later steps do not change what it returns. Any thread may call it, but per model only
+        one thread at a time may be in it or in `finish`.
         """
         assert state.prediction is not None
         return partial(self._family(state.request.model).preview, state.request, state.prediction)
 
     def memory_bytes(self) -> dict[str, int]:
-        """The GPU's memory by kind, as PyTorch counts it; nothing without a GPU in use."""
+        """The GPU's memory in bytes by kind, as PyTorch counts it; empty if no GPU is in use."""
         if not torch.cuda.is_initialized():
             return {}
         free, total = torch.cuda.mem_get_info()
@@ -109,21 +109,21 @@ class Engine:
         }
 
     def quality_sample(self, state: DenoiseState) -> NDArray[Any]:
-        """What `similarity` compares of a done state."""
+        """The form of a done state's result that `similarity` compares."""
         assert state.is_done
         return self._family(state.request.model).quality_sample(state)
 
     def similarity(self, model: str, a: NDArray[Any], b: NDArray[Any]) -> float:
-        """How alike two quality samples of `model` are, by its card's quality metric."""
+        """The similarity of two quality samples of `model`, by its card's quality metric; 1 for equal ones."""
         return self._family(model).similarity(a, b)
 
     def max_sequence_length(self, model: str) -> int:
-        """Prompt tokens that an image model reads: what the stock pipeline must be given for equal results."""
+        """How many prompt tokens an image model reads. The stock pipeline needs this value for equal results."""
         family = self._family(model)
         assert isinstance(family, ImageFamily)
         return family.max_sequence_length
 
     def _family(self, model: str) -> Family:
         if model not in self._families:
-            raise UnknownModel(f"model '{model}' is not loaded; there is: {', '.join(self._families)}")
+            raise UnknownModel(f"model '{model}' is not loaded; loaded: {', '.join(self._families)}")
         return self._families[model]

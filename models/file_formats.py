@@ -1,4 +1,4 @@
-"""The file formats there are, and from pixels to a picture file's bytes. No torch: it runs beside the device thread."""
+"""The file formats, and the encoding of images. No torch: it runs beside the device thread."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-# Pillow's documentation of JPEG: values above 95 should be avoided, larger files with hardly any gain.
+# Pillow's documentation advises against JPEG quality above 95: files grow, with hardly any gain.
 DEFAULT_LOSSY_QUALITY = 95
 
 _EXIF_IFD = 0x8769
@@ -32,7 +32,7 @@ class OutputFormat(StrEnum):
 
 
 class MeshFormat(StrEnum):
-    """What `models.mesh.formats` writes."""
+    """The formats that `models.mesh.formats` writes."""
 
     GLB = "glb"
     OBJ = "obj"
@@ -41,7 +41,7 @@ class MeshFormat(StrEnum):
 
     @property
     def content_type(self) -> str:
-        """As registered with IANA; PLY is not."""
+        """The registered media type. PLY has none at IANA; `application/ply` is in common use."""
         return _MESH_CONTENT_TYPES[self]
 
 
@@ -53,38 +53,38 @@ _MESH_CONTENT_TYPES = {
 }
 
 
-def encode_picture(
+def encode_image(
     pixels: NDArray[np.uint8],
     output_format: OutputFormat,
     *,
     metadata: Mapping[str, str] | None = None,
     quality: int | None = None,
 ) -> bytes:
-    """The file for `pixels` `(height, width, 3)` uint8.
+    """Encode `pixels` `(height, width, 3)`.
 
-    `quality`, 0 to 100, is of WebP and JPEG only. `metadata` goes into PNG as one text chunk for each key and into WebP
-    as the EXIF user comment, JSON in ASCII; JPEG carries none.
+    `quality`, 0 to 100, applies to WebP and JPEG. PNG stores `metadata` as one text chunk per key, WebP as JSON in
+    ASCII in the EXIF user comment; JPEG stores none.
     """
-    picture = Image.fromarray(pixels)
+    image = Image.fromarray(pixels)
     lossy_quality = DEFAULT_LOSSY_QUALITY if quality is None else quality
     file = BytesIO()
     match output_format:
         case OutputFormat.PNG:
-            picture.save(file, "PNG", pnginfo=_png_text(metadata or {}))
+            image.save(file, "PNG", pnginfo=_png_text(metadata or {}))
         case OutputFormat.WEBP:
-            picture.save(file, "WEBP", quality=lossy_quality, exif=_user_comment(metadata) if metadata else b"")
+            image.save(file, "WEBP", quality=lossy_quality, exif=_user_comment(metadata) if metadata else b"")
         case OutputFormat.JPEG:
-            picture.save(file, "JPEG", quality=lossy_quality)
+            image.save(file, "JPEG", quality=lossy_quality)
     return file.getvalue()
 
 
 def read_metadata(data: bytes) -> dict[str, str]:
-    """The metadata that `encode_picture` wrote into a PNG or WebP file; empty if there is none."""
-    with Image.open(BytesIO(data)) as picture:
-        picture.load()
-        if picture.format == "PNG":
-            return {str(key): str(value) for key, value in picture.info.items() if isinstance(value, str)}
-        comment = picture.getexif().get_ifd(_EXIF_IFD).get(_EXIF_USER_COMMENT)
+    """The metadata that `encode_image` wrote into a PNG or WebP file; empty if there is none."""
+    with Image.open(BytesIO(data)) as image:
+        image.load()
+        if image.format == "PNG":
+            return {str(key): str(value) for key, value in image.info.items() if isinstance(value, str)}
+        comment = image.getexif().get_ifd(_EXIF_IFD).get(_EXIF_USER_COMMENT)
     if not isinstance(comment, bytes):
         return {}
     return {str(key): str(value) for key, value in json.loads(comment[8:]).items()}

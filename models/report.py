@@ -1,11 +1,11 @@
-"""What was really done: plain records that the engine gives and that metrics and receipts are made of."""
+"""Records of the work done: the engine returns them, metrics and receipts are made from them."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
 
 class Decision(StrEnum):
-    """What happened to one row in one block."""
+    """The decision for one row in one block."""
 
     RUN = "run"
     SKIP = "skip"
@@ -14,7 +14,7 @@ class Decision(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class BlockReport:
-    """One block in one step of a batch: how many rows did what, and the MLP width, in (0, 1], of each row that ran."""
+    """One block in one step of a batch: rows per decision, and the MLP width, in (0, 1], of each row that ran."""
 
     block: str
     seconds: float
@@ -47,10 +47,10 @@ class StepDecision:
 
 @dataclass(frozen=True, slots=True)
 class GenerationSummary:
-    """What one request got, so far or in the end. Its names are the receipt's.
+    """The account of one request, during generation or at its end. The receipt uses these names.
 
-    `compute_ratio` is the share of the dense block compute of the steps taken so far. `mean_mlp_width` is over blocks
-    that ran, 1 if none did.
+    `compute_ratio` is block compute over the dense block compute of the steps taken. `mean_mlp_width` is the mean over
+    blocks that ran, 1 if none did.
     """
 
     rule: str
@@ -69,7 +69,7 @@ class GenerationSummary:
 
 @dataclass(frozen=True, slots=True)
 class MeshReport:
-    """`is_watertight`: each edge belongs to two faces, which agree on what is outside."""
+    """`is_watertight` means that each edge belongs to two faces of consistent orientation."""
 
     num_vertices: int
     num_faces: int

@@ -1,4 +1,4 @@
-"""What a client asked for, checked: the existence of a `GenerationRequest` means that it can be served."""
+"""Valid requests: a `GenerationRequest` exists only if its model can serve it."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -24,14 +24,14 @@ class QualityBudget:
 
 @dataclass(frozen=True, slots=True)
 class ComputeBudget:
-    """At most this share, in (0, 1], of the dense block compute over the whole generation."""
+    """At most this share, in (0, 1], of the dense block compute of the whole generation."""
 
     compute_ratio: float
 
 
 @dataclass(frozen=True, slots=True)
 class LatencyBudget:
-    """The highest quality that can be had within `latency_s` seconds of arrival, never below the floor."""
+    """The highest quality that is ready `latency_s` seconds after arrival, never below `min_quality`."""
 
     latency_s: float
     min_quality: float = 0.0
@@ -42,7 +42,7 @@ Budget = PresetBudget | QualityBudget | ComputeBudget | LatencyBudget
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """One thing to make: a client's `n` images are `n` requests with consecutive seeds.
+    """One result to generate. A call for `n` images becomes `n` requests with consecutive seeds.
 
     `budget` is what the client asked for, `point` the place on the model's curve that it was resolved to. `is_guided`
     says whether true classifier-free guidance is on. `wants_trace` keeps every block's decision for the receipt.
@@ -65,7 +65,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRequest(GenerationRequest):
-    """One image to draw from a text.
+    """One image to generate from a prompt.
 
     `height` and `width` are in pixels and fit the model. The scale of true classifier-free guidance is `guidance_scale`
     where the model's `Guidance` is TRUE (`true_cfg_scale` is 1 there), else `true_cfg_scale`. There is a
@@ -80,20 +80,20 @@ class ImageRequest(GenerationRequest):
 
 
 class BackgroundRemoval(StrEnum):
-    """Whether an object is cut out of its picture before a mesh is made of it."""
+    """Whether the background of the input image is removed."""
 
-    AUTO = "auto"  # if the picture has no transparency
+    AUTO = "auto"  # if the image has no transparency
     ALWAYS = "always"
     NEVER = "never"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeshRequest(GenerationRequest):
-    """One mesh to make from a picture.
+    """One mesh to generate from an image.
 
-    `input_image` is an upright picture file that has been checked: its pixels can be decoded, and are within limits.
-    `octree_resolution` counts the cells of the field's grid along a side. `target_faces` is how many triangles the mesh
-    may have, None where nothing is to be reduced.
+    `input_image` is a checked image file: upright, decodable, within the pixel limit. `octree_resolution` is the number
+    of grid cells along each side of the field. `target_faces` is the most triangles the mesh may have, None for no
+    reduction.
     """
 
     input_image: bytes

@@ -1,4 +1,4 @@
-"""Everything that belongs to one request while it is denoised; when it goes, nothing of the request is left."""
+"""All state of one request while it is denoised. When it is dropped, nothing of the request is left."""
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -18,10 +18,10 @@ from models.rules import RULES
 
 @dataclass(frozen=True, slots=True)
 class BranchInputs:
-    """What one guidance branch feeds the transformer at every step.
+    """The inputs of one guidance branch, equal at every step.
 
-    `context` is the embedded prompt or picture, `(1, tokens, channels)`, texts being in the transformer's width
-    already; `pooled` and `guidance` go into the time embedding of those families that have them.
+    `context` `(1, tokens, channels)` is the embedded prompt, already in the transformer's width, or the embedded image.
+    Some families add `pooled` and `guidance` to the time embedding.
     """
 
     context: Tensor
@@ -35,14 +35,14 @@ class BranchInputs:
 
 @dataclass(slots=True)
 class DenoiseState:
-    """One request on its way from noise to picture or shape.
+    """One request between its noise and its result.
 
     `latents` is `(1, tokens, channels)`; `sigmas` `(steps + 1,)` and `timesteps` `(steps,)` are float32 on the CPU.
-    `rows` and `inputs` have one entry a guidance branch, the conditional first. `dense_flops` is the cost of one dense
-    step of all branches, in the blocks; `compute_cap`, if there is one, the share of it that may be spent in all.
-    `thresholds` and `points` have one entry for each step taken. `run_rates` has one for each block, a running mean of
-    the rows that ran there, in which the last step weighs a third. `prediction` is where the last step's velocity,
-    kept to the end, would lead: the clean sample as seen from there.
+    `rows` and `inputs` have one entry per guidance branch, the conditional branch first. `dense_flops` is the block
+    compute of one dense step of all branches. `compute_cap`, if there is one, is the share of the dense compute that
+    the whole generation may use. `thresholds` and `points` have one entry per step taken. `run_rates` has one entry per
+    block: a running mean of the rows that ran there, in which the last step weighs a third. `prediction` is the
+    clean-sample estimate from the last velocity.
     """
 
     request: GenerationRequest
@@ -64,7 +64,7 @@ class DenoiseState:
 
     @property
     def num_steps(self) -> int:
-        """Steps to take: what was asked for, but for those of no length in a model's schedule."""
+        """Steps to take. Steps of no length in a model's schedule are left out."""
         return len(self.timesteps)
 
     @property
@@ -77,14 +77,14 @@ class DenoiseState:
 
     @property
     def compute_ratio(self) -> float:
-        """The share of the dense block compute of the steps taken so far."""
+        """Block compute so far over the dense block compute of the steps taken."""
         return self.spent_flops / (max(self.step_index, 1) * self.dense_flops)
 
     @property
     def expected_runs(self) -> list[float]:
-        """How many of its rows the coming step will probably run in each block.
+        """The expected number of rows that each block runs in the next step.
 
-        Before the first step, what the curve says of the mean request; later what this one's routers decided last.
+        The first step is expected to follow the curve's mean; later steps follow this request's own decisions.
         """
         if self.point.is_exact:
             share = 1.0
@@ -95,7 +95,7 @@ class DenoiseState:
         return [len(self.rows) * share] * len(self.rows[0].costs)
 
     def move_to(self, point: CurvePoint) -> None:
-        """Take the coming steps at another place on the curve."""
+        """Take the next steps at another point of the curve."""
         self.point = point
         for row in self.rows:
             row.rule = RULES[point.rule]
@@ -103,9 +103,9 @@ class DenoiseState:
     def prepare_step(self) -> None:
         """Set this step's policy and allowance.
 
-        Under a compute budget the place on the curve is chosen again at every step from what is left, since a request
-        may be lighter or heavier than the calibration's mean. What a step may spend leaves enough for the cheapest
-        calibrated point in all later ones, so that a cap is not met by dropping the last steps.
+        A request may be lighter or heavier than the calibration's mean, so under a compute budget the point is chosen
+        again at every step from the compute that is left. A step's allowance leaves enough for the cheapest calibrated
+        point in all later steps; otherwise the cap could be met by dropping the last steps.
         """
         policy: Policy = self.point.policy
         allowance = Allowance()
@@ -123,7 +123,7 @@ class DenoiseState:
             row.begin_step(self.step_index, policy, allowance)
 
     def complete_step(self, latents: Tensor, prediction: Tensor) -> None:
-        """Take over what the step has changed. A step that failed before this can be repeated as if never begun."""
+        """Apply the changes of a step. A step that failed before this call has changed nothing and can be repeated."""
         self.thresholds.append(self.rows[0].policy.skip_threshold)
         self.points.append(self.point)
         of_blocks = zip(*(row.journal.trace for row in self.rows), strict=True)
@@ -137,7 +137,7 @@ class DenoiseState:
         self.step_index += 1
 
     def summary(self) -> GenerationSummary:
-        """What the request got so far."""
+        """The account of the steps taken so far."""
         trace = [entry for row in self.rows for entry in row.trace]
         counts = Counter(entry.decision for entry in trace)
         widths = [entry.mlp_width for entry in trace if entry.decision is Decision.RUN]

@@ -1,4 +1,4 @@
-"""Router weights and calibration curves: one folder a model, safetensors and JSON only."""
+"""Router weights, manifests and calibration curves: one folder per model, safetensors and JSON only."""
 
 import hashlib
 import json
@@ -21,14 +21,14 @@ from models.rules import policy_of
 
 @dataclass(frozen=True, slots=True)
 class RouterWeights:
-    """A model's routers, and the order of hidden neurons, by block name, for which they were trained."""
+    """A model's routers, and by MLP name the order of hidden neurons that they were trained for."""
 
     stack: RouterStack
     neuron_orders: Mapping[str, Tensor]
 
 
 class MlpActivation(StrEnum):
-    """What a checkpoint's MLPs were trained with: diffusers' GELU, or x * sigmoid(1.702 x)."""
+    """The activation that a checkpoint's MLPs were trained with: diffusers' GELU, or x * sigmoid(1.702 x)."""
 
     GELU_TANH = "gelu-tanh"
     GELU_SIGMOID = "gelu-sigmoid"
@@ -36,9 +36,9 @@ class MlpActivation(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class CheckpointTraits:
-    """What the same classes compute differently for one checkpoint.
+    """Differences in computation between checkpoints of one class.
 
-    `rescales_guidance` says whether a guided velocity gets the norm of the conditional one, as diffusers has it.
+    `rescales_guidance` says whether a guided velocity is rescaled to the norm of the conditional one, as in diffusers.
     """
 
     mlp_activation: MlpActivation = MlpActivation.GELU_TANH
@@ -47,10 +47,10 @@ class CheckpointTraits:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What `manifest.json` says that serving needs.
+    """The entries of `manifest.json` that serving needs.
 
-    Terms of use, what to assume where a request is silent (None where the family's default holds; sides in pixels), the
-    checkpoint's traits, and the policies that its authors used with its routers.
+    The licence, the request defaults (None leaves the family's default; height and width in pixels), the checkpoint's
+    traits, and the policies that its authors used with its routers.
     """
 
     license: str = "unknown"

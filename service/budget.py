@@ -1,4 +1,4 @@
-"""The budget, as bodies, settings and the command line write it."""
+"""The budget as clients, settings and the command line write it."""
 
 from typing import Annotated, Any, Self
 
@@ -27,7 +27,7 @@ class BudgetBody(BaseModel):
         default=None,
         ge=0,
         le=1,
-        description="The cheapest thresholds whose calibrated quality is at least this; 1 is exact.",
+        description="The cheapest point of the curve with at least this calibrated quality; 1 is exact.",
     )
     compute_ratio: Number | None = Field(
         default=None, gt=0, le=1, description="At most this share of the dense model's block compute."
@@ -36,7 +36,7 @@ class BudgetBody(BaseModel):
         default=None,
         gt=0,
         le=86_400_000,
-        description="The highest quality that can be had within so many milliseconds of the request's arrival.",
+        description="The highest quality that is ready this many milliseconds after the request's arrival.",
     )
     min_quality: Number | None = Field(
         default=None,

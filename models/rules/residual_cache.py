@@ -1,6 +1,6 @@
-"""No trained weights: while the first block's residual hardly moves, the other blocks' residuals are used again.
+"""Needs no trained weights: while the first block's residual hardly changes, the other blocks re-use theirs.
 
-First-block caching (ParaAttention's First Block Cache; diffusers `hooks/first_block_cache.py`), decided for each row.
+First-block caching (ParaAttention's First Block Cache; diffusers `hooks/first_block_cache.py`), decided per row.
 """
 
 from collections.abc import Sequence

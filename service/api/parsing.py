@@ -1,4 +1,4 @@
-"""From a request's body to records that the model can serve."""
+"""From a request's body to an order that the model can serve."""
 
 import re
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ _PRESETS_OF_WORDS = {
 
 
 def parse_image_body(body: ImageBody, card: ImageCard, *, default_budget: BudgetBody, random_seed: int) -> Order:
-    """What `body` orders of the model of `card`: `n` requests with consecutive seeds. Raises InvalidRequest."""
+    """The order of `body` for the model of `card`: `n` requests with consecutive seeds. Raises InvalidRequest."""
     _check_prompt(body, card)
     guidance_scale, true_cfg_scale = _parse_guidance(body, card)
     width, height = _parse_size(body, card)
@@ -63,7 +63,7 @@ def parse_image_body(body: ImageBody, card: ImageCard, *, default_budget: Budget
 def parse_mesh_body(
     body: MeshBody, card: MeshCard, input_image: bytes, *, default_budget: BudgetBody, random_seed: int
 ) -> Order:
-    """What `body` orders of the model of `card`. `input_image` is its image, checked. Raises InvalidRequest."""
+    """The order of `body` for the model of `card`. `input_image` is the checked image file. Raises InvalidRequest."""
     budget_body = body.budget or default_budget
     budget = budget_body.to_budget()
     guidance_scale = card.default_guidance_scale if body.guidance_scale is None else body.guidance_scale
@@ -149,7 +149,7 @@ def _check_prompt(body: ImageBody, card: ImageCard) -> None:
 
 
 def _parse_guidance(body: ImageBody, card: ModelCard) -> tuple[float, float]:
-    """`guidance_scale` and `true_cfg_scale`: the model says which of them is true classifier-free guidance."""
+    """`guidance_scale` and `true_cfg_scale`. The model's card says which one is true classifier-free guidance."""
     guidance_scale = card.default_guidance_scale if body.guidance_scale is None else body.guidance_scale
     true_cfg_scale = 1.0 if body.true_cfg_scale is None else body.true_cfg_scale
     is_guided = card.is_guided(guidance_scale, true_cfg_scale)
@@ -216,7 +216,7 @@ def _check_side(name: str, pixels: int, sizes: SizeLimits, *, param: str) -> Non
 
 
 def _parse_image_budget(body: ImageBody, default_budget: BudgetBody) -> tuple[Budget, float | None]:
-    """The budget, and its `min_quality`. A word of OpenAI's `quality` has none: the server serves what it says."""
+    """The budget and its `min_quality`. OpenAI's `quality` words have none, so load never lowers them."""
     if body.budget is not None and body.quality is not None:
         raise InvalidRequest("quality and budget say the same thing; give one of the two", "quality")
     if body.quality is not None and body.quality in _PRESETS_OF_WORDS:

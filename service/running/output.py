@@ -5,7 +5,7 @@ import json
 import numpy as np
 from numpy.typing import NDArray
 
-from models.file_formats import MeshFormat, OutputFormat, encode_picture
+from models.file_formats import MeshFormat, OutputFormat, encode_image
 from models.mesh.cleanup import CleanMesh
 from models.mesh.formats import encode_mesh
 from models.request import (
@@ -27,7 +27,7 @@ def encode_output(result: NDArray[np.uint8] | CleanMesh, request: GenerationRequ
     assert isinstance(request, ImageRequest)
     assert isinstance(output.format, OutputFormat)
     metadata = image_metadata(request) if output.has_metadata else None
-    return encode_picture(result, output.format, metadata=metadata, quality=output.compression_quality)
+    return encode_image(result, output.format, metadata=metadata, quality=output.compression_quality)
 
 
 def image_metadata(request: ImageRequest) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Who takes the next denoise step together, so that light requests need not wait for dense ones."""
+"""Which requests share the next denoise step, so that light requests do not wait for dense ones."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from models.request import GenerationRequest, ImageRequest
 from service.scheduling.cost import BlockSeconds
 
-_TOLERANCE = 1.1  # for predictions
+_TOLERANCE = 1.1  # predictions may be off by this factor
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A started result. Those of one `batch_key` can share a step.
+    """A started result. Candidates with one `batch_key` can share a step.
 
-    `virtual_time` is what it has had of the device so far, see `FairShare`. `expected_runs` says how many of its rows
-    the coming step will probably run in each block, which take `block_seconds`.
+    `virtual_time` is its share of the device time so far, see `FairShare`. `expected_runs` is the expected number of
+    its rows that each block runs in the next step; `block_seconds` is what a block takes.
     """
 
     batch_key: Hashable
@@ -24,16 +24,16 @@ class Candidate:
 
     @property
     def step_seconds(self) -> float:
-        """Predicted for a step alone."""
+        """Predicted seconds of a step without others."""
         return _Step(self).seconds
 
 
 class _Step:
-    """A step's predicted time, as its batch grows: every row that runs, and every block that anybody runs."""
+    """The predicted time of a step as its batch grows: a cost per row that runs, and per block that any row runs."""
 
     def __init__(self, first: Candidate) -> None:
         self._cost = first.block_seconds
-        self._idle = [1.0] * len(first.expected_runs)  # how probably nobody runs a block
+        self._idle = [1.0] * len(first.expected_runs)  # the probability, per block, that no row runs it
         self._num_rows = 0.0
         self.join(first)
 
@@ -56,12 +56,13 @@ class _Step:
 
 
 def form_groups(candidates: Sequence[Candidate]) -> list[list[int]]:
-    """Indices of the candidates in groups that share a step, the one whose turn it is first.
+    """Group the candidates that share steps, as lists of indices. The first group goes next.
 
-    The leader of a group has the least virtual time. Others join it, the most alike first, as long as the leader's step
-    ends no later than its fair share of the device would let it: n members take at most n times what it takes alone. So
-    requests of like sparsity go together, a light one may join a dense one's step, which it would have to wait for, but
-    dense ones join light ones only where batching makes up for it. Any first part of a group is a group too.
+    The request that has had the least device time leads a group. Others join it, the most similar in predicted time
+    first, while a step of n members takes at most n times as long as the leader alone: a fair share would not let the
+    leader finish sooner. So requests of similar sparsity go together. A light request may join a dense one's step,
+    since it would wait for that step anyway. A dense request joins a light one only where batching makes up for it. Any
+    prefix of a group is a valid group.
     """
     left = sorted(range(len(candidates)), key=lambda index: candidates[index].virtual_time)
     seconds = {index: candidates[index].step_seconds for index in left}
@@ -81,19 +82,20 @@ def form_groups(candidates: Sequence[Candidate]) -> list[list[int]]:
 
 
 class FairShare:
-    """Fair shares of the device, as virtual times: the seconds of a step are divided by what its members need alone.
+    """Fair shares of the device, kept as virtual times.
 
-    Seconds count less the greater a request's weight. A new one begins with the virtual time of the last leader
-    (self-clocked fair queueing, Golestani 1994, https://doi.org/10.1109/INFCOM.1994.337677), so it neither makes up for
-    time before it came nor is overtaken by those who come later: nobody starves.
+    A step's seconds are split over its members in proportion to what each needs alone, and divided by its weight. A new
+    request starts at the virtual time of the last leader (self-clocked fair queueing, Golestani 1994,
+    https://doi.org/10.1109/INFCOM.1994.337677). So it gets nothing for the time before its arrival, later arrivals
+    cannot overtake it, and no request starves.
     """
 
     def __init__(self) -> None:
         self.at_start = 0.0
-        """Virtual time of one that starts now."""
+        """The virtual time of a request that starts now."""
 
     def after_step(self, members: Sequence[Candidate], weights: Sequence[float], seconds: float) -> list[float]:
-        """The members' virtual times after a step that took `seconds`; its leader comes first."""
+        """The members' virtual times after a step of `seconds`. `members` begins with the leader."""
         needed = [member.step_seconds for member in members]
         virtual_times = [
             member.virtual_time + seconds * own / sum(needed) / weight
@@ -104,7 +106,7 @@ class FairShare:
 
 
 def shape_of(request: GenerationRequest) -> str:
-    """Requests of equal shape can share steps: a request's `batch_key` before it is started."""
+    """Requests of equal shape can share steps. It agrees with the engine's `batch_key`, but needs no engine."""
     match request:
         case ImageRequest():
             return f"{request.model} {request.width}x{request.height}"

@@ -1,4 +1,4 @@
-"""What a request will cost, predicted from the model's card before any work is done."""
+"""The cost of a request, predicted from the model's card before any work is done."""
 
 from typing import NamedTuple
 
@@ -8,9 +8,9 @@ from models.request import GenerationRequest, ImageRequest, LatencyBudget
 
 
 def predicted_seconds(request: GenerationRequest, card: ModelCard) -> float:
-    """Denoising time of `request` alone on this device.
+    """Seconds to denoise `request` alone on this device.
 
-    Under a deadline it is that of the best place on the curve that is fast enough.
+    A request with a deadline is expected at the best point of the curve that meets it.
     """
     dense_s = request.num_inference_steps * dense_step_seconds(request, card)
     if isinstance(request.budget, LatencyBudget):
@@ -20,25 +20,26 @@ def predicted_seconds(request: GenerationRequest, card: ModelCard) -> float:
 
 
 def dense_step_seconds(request: GenerationRequest, card: ModelCard) -> float:
-    """Time of one of its steps in which every block runs.
+    """Seconds of one step of `request` in which every block runs.
 
-    True classifier-free guidance runs every step on two rows, and the card's time is of the default guidance.
+    True classifier-free guidance runs every step on two rows. The card's time was measured at the default guidance.
     """
     call, row = block_seconds(request, card)
     return len(card.blocks) * (call + request.num_branches * row)
 
 
 class BlockSeconds(NamedTuple):
-    """What running a block takes: so much a call, and so much for every row in it."""
+    """Seconds to run a block: a fixed part per call, and a part per row."""
 
     call: float
     row: float
 
 
 def block_seconds(request: GenerationRequest, card: ModelCard) -> BlockSeconds:
-    """The mean over the model's blocks.
+    """Seconds of a block, the mean over the model's blocks.
 
-    A row's time grows with the pixels; that is low for very large pictures, whose attention grows with their square.
+    A row's time is taken as proportional to the pixels. That is too low for very large images, whose attention grows
+    with the square.
     """
     block_s = card.dense_step_seconds / len(card.blocks)
     num_rows = 2 if card.is_guided(card.default_guidance_scale) else 1
@@ -47,7 +48,7 @@ def block_seconds(request: GenerationRequest, card: ModelCard) -> BlockSeconds:
 
 
 def _relative_size(request: GenerationRequest, card: ModelCard) -> float:
-    """Pixels over those of the default size; meshes are denoised at one size, whatever grid they are decoded on."""
+    """Pixels relative to the default size. All meshes are denoised at one size."""
     if isinstance(request, ImageRequest) and isinstance(card, ImageCard):
         return request.height * request.width / (card.default_height * card.default_width)
     return 1.0

@@ -1,4 +1,4 @@
-"""Deadlines: whether they can be met, and how good each step may be so that they are."""
+"""Deadlines: whether one can be met, and the quality of each step that meets it."""
 
 from models.budget import fastest_enough, point_of_quality
 from models.card import ModelCard
@@ -7,7 +7,7 @@ from models.request import GenerationRequest, LatencyBudget
 from service.errors import DeadlineUnreachable
 from service.scheduling.cost import dense_step_seconds
 
-# Of the time left, so that a step that takes a little longer than those before breaks no promise.
+# The share of the time left that is kept free, so that a slightly slow step does not break the promise.
 _RESERVE = 0.05
 
 
@@ -16,7 +16,7 @@ def check_reachable(
 ) -> None:
     """Raise DeadlineUnreachable if even the lowest quality allowed takes longer than the budget.
 
-    `backlog_s` is the work that comes before, `finish_s` what encoding and decoding take.
+    `backlog_s` is the work before this request, `finish_s` the time to encode and decode a result.
     """
     assert isinstance(request.budget, LatencyBudget)
     floor = point_of_quality(request.budget.min_quality, card.curve)
@@ -26,17 +26,18 @@ def check_reachable(
         raise DeadlineUnreachable(
             f"latency_ms {request.budget.latency_s * 1000:g} can't be met: at the lowest quality allowed, "
             f"{floor.quality:.2f}, this is predicted to take {predicted_s * 1000:.0f} ms, of which "
-            f"{backlog_s * 1000:.0f} are others' work; allow more time, less quality or fewer num_inference_steps"
+            f"{backlog_s * 1000:.0f} are the work of earlier requests; allow more time, less quality or fewer "
+            "num_inference_steps"
         )
 
 
 def point_for(
     request: GenerationRequest, card: ModelCard, *, time_left_s: float, steps_left: int, pace: float
 ) -> CurvePoint:
-    """Where on the curve the coming steps can be taken so that they end in time, never below the floor.
+    """The best point of the curve at which the remaining steps end in time, never below the floor.
 
-    `time_left_s` is until the last of them; `pace` is how much longer steps have taken than predicted, since others
-    share them or take turns.
+    `time_left_s` is the time until the last step must end. `pace` is the measured time of a step over the predicted
+    one; sharing the device with others raises it.
     """
     assert isinstance(request.budget, LatencyBudget)
     dense_s = steps_left * dense_step_seconds(request, card) * pace

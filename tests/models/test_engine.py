@@ -588,7 +588,7 @@ def test_card_of_a_model_without_routers(plain_engine: Engine, model: str) -> No
 
 
 def test_unknown_model_is_refused_with_those_there_are(engine: Engine, model: str, ask: Ask) -> None:
-    with pytest.raises(UnknownModel, match=f"'other' is not loaded; there is: {model}"):
+    with pytest.raises(UnknownModel, match=f"'other' is not loaded; loaded: {model}"):
         engine.start(ask(model="other"))
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from models.file_formats import OutputFormat, encode_picture, read_metadata
+from models.file_formats import OutputFormat, encode_image, read_metadata
 
 METADATA = {"prompt": "ein roter Kreis über 青い四角 🟥", "seed": "7"}
 
@@ -21,41 +21,41 @@ def pixels() -> NDArray[np.uint8]:
 
 @pytest.mark.parametrize("output_format", OutputFormat)
 def test_file_has_the_format_and_the_size(output_format: OutputFormat, pixels: NDArray[np.uint8]) -> None:
-    data = encode_picture(pixels[:16], output_format)
-    with Image.open(BytesIO(data)) as picture:
-        assert picture.get_format_mimetype() == output_format.content_type
-        assert picture.size == (32, 16)
+    data = encode_image(pixels[:16], output_format)
+    with Image.open(BytesIO(data)) as image:
+        assert image.get_format_mimetype() == output_format.content_type
+        assert image.size == (32, 16)
 
 
 def test_png_keeps_every_pixel(pixels: NDArray[np.uint8]) -> None:
-    with Image.open(BytesIO(encode_picture(pixels, OutputFormat.PNG))) as picture:
-        np.testing.assert_array_equal(np.asarray(picture), pixels)
+    with Image.open(BytesIO(encode_image(pixels, OutputFormat.PNG))) as image:
+        np.testing.assert_array_equal(np.asarray(image), pixels)
 
 
 @pytest.mark.parametrize("output_format", [OutputFormat.WEBP, OutputFormat.JPEG])
 def test_lossy_file_is_smaller_at_lower_quality_and_close_at_the_default(
     output_format: OutputFormat, pixels: NDArray[np.uint8]
 ) -> None:
-    default = encode_picture(pixels, output_format)
-    assert len(encode_picture(pixels, output_format, quality=5)) < len(default)
-    with Image.open(BytesIO(default)) as picture:
-        assert np.abs(np.asarray(picture).astype(int) - pixels).mean() < 4
+    default = encode_image(pixels, output_format)
+    assert len(encode_image(pixels, output_format, quality=5)) < len(default)
+    with Image.open(BytesIO(default)) as image:
+        assert np.abs(np.asarray(image).astype(int) - pixels).mean() < 4
 
 
 @pytest.mark.parametrize("output_format", [OutputFormat.PNG, OutputFormat.WEBP])
 def test_metadata_is_read_back(output_format: OutputFormat, pixels: NDArray[np.uint8]) -> None:
-    assert read_metadata(encode_picture(pixels, output_format, metadata=METADATA)) == METADATA
-    assert read_metadata(encode_picture(pixels, output_format)) == {}
+    assert read_metadata(encode_image(pixels, output_format, metadata=METADATA)) == METADATA
+    assert read_metadata(encode_image(pixels, output_format)) == {}
 
 
 def test_jpeg_carries_no_metadata(pixels: NDArray[np.uint8]) -> None:
-    assert encode_picture(pixels, OutputFormat.JPEG, metadata=METADATA) == encode_picture(pixels, OutputFormat.JPEG)
+    assert encode_image(pixels, OutputFormat.JPEG, metadata=METADATA) == encode_image(pixels, OutputFormat.JPEG)
 
 
 @given(prompt=st.text(max_size=50))
 def test_any_prompt_survives_in_webp_and_all_but_nul_in_png(prompt: str) -> None:
     pixels = np.zeros((2, 2, 3), np.uint8)
     metadata = {"prompt": prompt}
-    assert read_metadata(encode_picture(pixels, OutputFormat.WEBP, metadata=metadata)) == metadata
+    assert read_metadata(encode_image(pixels, OutputFormat.WEBP, metadata=metadata)) == metadata
     without_nul = {"prompt": prompt.replace("\0", "\N{REPLACEMENT CHARACTER}")}
-    assert read_metadata(encode_picture(pixels, OutputFormat.PNG, metadata=metadata)) == without_nul
+    assert read_metadata(encode_image(pixels, OutputFormat.PNG, metadata=metadata)) == without_nul

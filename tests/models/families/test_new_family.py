@@ -17,7 +17,7 @@ from models.families import FAMILIES
 from models.request import ImageRequest, PresetBudget
 from models.state import DenoiseState
 from models.zoo import load_engine
-from tests.models.families.toy_family import ENTRY
+from tests.models.families import toy_family
 from tests.models.families.toy_family.pipeline import letters_of
 from tests.models.families.toy_family.transformer import ToyTransformer
 
@@ -35,7 +35,7 @@ def directory(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def toy_engine(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    monkeypatch.setitem(FAMILIES, "toy", ENTRY)
+    monkeypatch.setitem(FAMILIES, "toy", toy_family.ENTRY)
     return load_engine([directory], device="cpu", router_weights=tmp_path / "router_weights")
 
 

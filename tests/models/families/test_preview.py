@@ -160,7 +160,9 @@ def test_previews_of_a_trained_model_look_ever_more_like_its_image(model: str) -
     previews = []
     while not state.is_done:
         engine.step([state])
-        previews.append(np.asarray(engine.preview(state)()))
+        preview = engine.preview(state)()
+        assert isinstance(preview, np.ndarray)
+        previews.append(preview)
     pixels = engine.finish(state)
     assert isinstance(pixels, np.ndarray)
     downsampled = pixels.reshape(16, 8, 16, 8, 3).mean((1, 3))

@@ -66,7 +66,7 @@ def test_deadline_counts_the_work_before_it(client: TestClient, engine: Any) -> 
     response = client.post("/v1/images", json={**PROMPT, "budget": {"latency_ms": 2000}})
     engine.gate.set()
     assert response.json()["error"]["code"] == "deadline_unreachable"
-    assert "2000 are others' work" in response.json()["error"]["message"]
+    assert "2000 are the work of earlier requests" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

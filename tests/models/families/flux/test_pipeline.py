@@ -56,6 +56,7 @@ def test_distilled_guidance_is_that_of_the_stock_pipeline(
 
 def test_card_has_sizes_defaults_and_guidance(engine: Engine) -> None:
     card = engine.cards[MODEL]
+    assert isinstance(card, ImageCard)
     assert card.family == "flux"
     assert card.guidance is Guidance.DISTILLED
     assert isinstance(card, ImageCard)
@@ -67,6 +68,7 @@ def test_card_has_sizes_defaults_and_guidance(engine: Engine) -> None:
 
 def test_defaults_are_those_of_the_model_card_where_there_is_no_manifest(tiny_flux: Path, tmp_path: Path) -> None:
     card = load_engine([tiny_flux], device="cpu", router_weights=tmp_path).cards[MODEL]
+    assert isinstance(card, ImageCard)
     assert card.license == "unknown"
     assert (card.default_num_inference_steps, card.default_guidance_scale) == (28, 3.5)
     assert isinstance(card, ImageCard)

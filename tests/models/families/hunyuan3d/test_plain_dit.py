@@ -6,7 +6,13 @@ from torch import Tensor, nn
 
 from models.elastic.width import narrowed
 from models.errors import WeightsError
-from models.families.hunyuan3d.plain_dit import CrossAttention, HunYuanDiTPlain, MixtureOfExperts, SelfAttention
+from models.families.hunyuan3d.plain_dit import (
+    CrossAttention,
+    HunYuanDiTBlock,
+    HunYuanDiTPlain,
+    MixtureOfExperts,
+    SelfAttention,
+)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -200,6 +206,7 @@ def test_narrow_block_is_the_one_whose_other_neurons_are_silent(
 ) -> None:
     latents, timestep, context = inputs
     block, width = model.blocks[index], 80
+    assert isinstance(block, HunYuanDiTBlock)
     layers = {name for name, layer in block.named_modules() if isinstance(layer, nn.Linear)}
     first = {name for name in layers if name.endswith(("fc1", "net.0.proj"))}
     last = {name for name in layers if name.endswith(("fc2", "net.2"))}

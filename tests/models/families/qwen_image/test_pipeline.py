@@ -273,6 +273,7 @@ def test_activation_of_the_public_checkpoint_is_left_as_it_is(stock: QwenImagePi
 
 def test_card_has_sizes_defaults_and_guidance(engine: Engine) -> None:
     card = engine.cards[MODEL]
+    assert isinstance(card, ImageCard)
     assert card.family == "qwen_image"
     assert card.guidance is Guidance.TRUE
     assert isinstance(card, ImageCard)
@@ -288,6 +289,7 @@ def test_defaults_are_those_of_the_stock_pipeline_where_there_is_no_manifest(
     # The time of a step is measured at the default size, which takes seconds.
     monkeypatch.setattr(models.zoo, "_dense_step_seconds", lambda *_: 1.0)
     card = load_engine([directory], device="cpu", router_weights=tmp_path).cards[MODEL]
+    assert isinstance(card, ImageCard)
     assert card.license == "unknown"
     assert isinstance(card, ImageCard)
     assert (card.default_height, card.default_width) == (1024, 1024)

@@ -25,7 +25,7 @@ class ToyBlock(nn.Module):
 
 
 class ToyTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no types here
-    @register_to_config  # type: ignore[untyped-decorator]  # diffusers has no types here
+    @register_to_config  # type: ignore[untyped-decorator]  # as above
     def __init__(self, channels: int = 16, num_layers: int = 3) -> None:
         super().__init__()
         self.image_in = nn.Linear(3, channels)
