@@ -23,7 +23,7 @@ serve: setup ## serve on 127.0.0.1:8000
 test: setup ## run all tests, in two processes
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-test-fast: setup ## run the tests that start no server, browser or Redis
+test-fast: setup ## run the tests that start no server, browser or Redis and are not marked slow
 	$(BIN)/python -m pytest -n 2 -m "not server and not slow" $(ARGS)
 
 check: setup ## formatting, lint, types, import directions

@@ -122,6 +122,7 @@ def test_meshes_are_timed_judged_and_drawn(
 
 
 @pytest.mark.parametrize("of", ["true", "model"])
+@pytest.mark.slow
 def test_coarse_to_fine_is_timed_and_compared_with_the_dense_grid(
     of: str, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

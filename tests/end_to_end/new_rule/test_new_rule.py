@@ -22,6 +22,7 @@ def router_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_rule_is_calibrated_described_and_served(router_weights: Path) -> None:
     # Given a calibration by the rule's own ladder
     calibrate_model(MODEL, ["a red circle"], rule="every_other", device="cpu", router_weights=router_weights)
