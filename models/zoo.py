@@ -98,8 +98,15 @@ def _card(family: Family, family_name: str, index: Path, folder: Path, manifest:
     )
     card = family.card(basics, manifest)
     alone_s, pair_s = (_dense_step_seconds(family, card, batch_size) for batch_size in (1, 2))
-    # With c for a call and r for a row, one row takes c + r and two take c + 2 r.
-    return replace(card, dense_step_seconds=alone_s, call_share=min(max(2 - pair_s / alone_s, 0.0), 1.0))
+    return replace(card, dense_step_seconds=alone_s, call_share=call_share(alone_s, pair_s))
+
+
+def call_share(alone_s: float, pair_s: float) -> float:
+    """The share of a step's time that does not grow with its rows, from the times of one request and of two.
+
+    With c for a call and r for a row, one row takes c + r and two take c + 2 r.
+    """
+    return min(max(2 - pair_s / alone_s, 0.0), 1.0)
 
 
 def _dense_step_seconds(family: Family, card: ModelCard, batch_size: int) -> float:

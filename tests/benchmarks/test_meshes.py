@@ -100,6 +100,7 @@ def run(
     return result
 
 
+@pytest.mark.slow
 def test_meshes_are_timed_judged_and_drawn(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,8 @@ from service.app import build_dispatcher, create_app
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow  # loads trained models
+
 MODELS = tuple(ROOT / "checkpoints" / name for name in ("tiny-flux", "tiny-hunyuan3d"))
 
 

@@ -100,6 +100,7 @@ def test_published_policies_are_tried_as_they_are_and_at_other_thresholds() -> N
         assert of_it.count(policy) > 3
 
 
+@pytest.mark.slow
 def test_calibration_measures_a_descending_curve(
     engine: Engine, ask: Callable[..., GenerationRequest], capsys: pytest.CaptureFixture[str]
 ) -> None:

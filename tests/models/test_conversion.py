@@ -104,6 +104,7 @@ def published(tiny_qwen_image: Path, tmp_path: Path) -> Path:
     return tmp_path / "model.safetensors"
 
 
+@pytest.mark.slow
 def test_converted_model_can_be_calibrated(
     published: Path,
     tiny_qwen_image: Path,

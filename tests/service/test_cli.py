@@ -86,6 +86,7 @@ def test_serve_finds_models_by_name_from_any_working_directory(
     assert "api_keys" in error.lower()
 
 
+@pytest.mark.slow
 def test_image_made_in_another_folder_uses_the_routers_and_prints_no_warnings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -52,6 +52,7 @@ def test_lines_while_a_request_is_handled_have_its_id(formatter: logging.Formatt
     assert "request-1" not in formatter.format(named)
 
 
+@pytest.mark.slow
 def test_only_the_warning_about_torchvision_is_dropped() -> None:
     """In a fresh interpreter, since transformers logs it once in a process."""
     code = (

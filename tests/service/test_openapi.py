@@ -24,6 +24,7 @@ def faults(findings: Findings) -> list[str]:
     return [*findings.failures.values(), *findings.errors]
 
 
+@pytest.mark.slow
 def test_random_requests_are_answered_as_documented(app: FastAPI) -> None:
     findings = examine(app, seed=0, cases_per_operation=12, sequences=0, phases=("examples", "coverage", "fuzzing"))
     assert not faults(findings)

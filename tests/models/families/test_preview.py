@@ -139,6 +139,7 @@ def test_images_to_fit_to_are_always_the_same_and_of_all_colours() -> None:
     assert (octants.bincount() > 0.05 * len(octants)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny-flux", "tiny-qwen-image"])
 def test_previews_of_a_trained_model_look_ever_more_like_its_image(model: str) -> None:
     """Correlations seen after steps 1, 3 and 6: 0.86, 0.95 and 0.98 for FLUX, 0.79, 0.92 and 0.98 for Qwen-Image."""
@@ -171,6 +172,7 @@ def test_previews_of_a_trained_model_look_ever_more_like_its_image(model: str) -
     assert last > 0.95
 
 
+@pytest.mark.slow
 def test_last_preview_of_a_trained_model_has_the_form_of_its_mesh() -> None:
     """Seen: bounds within 0.07 of the preview's cells, and 0.995 of the volume."""
     engine = shipped_engine("tiny-hunyuan3d")

@@ -111,6 +111,7 @@ def test_a_mesh_below_its_target_is_not_reduced() -> None:
     np.testing.assert_array_equal(clean(ball, 1280).mesh.vertices, clean(ball).mesh.vertices)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target_faces", [1000, 5000])
 @pytest.mark.parametrize("solid", sample_solids(range(2)) + sample_solids(range(4), held_out=True))
 def test_reduction_keeps_the_target_the_volume_and_the_surface_closed(solid: Solid, target_faces: int) -> None:

@@ -111,6 +111,7 @@ def test_coarse_to_fine_gives_the_dense_grids_surface(field: Field) -> None:
     assert_same_surface(fine(field, 128), dense(field, 128))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "solid", sample_solids(range(6)) + sample_solids(range(6), held_out=True), ids=lambda s: f"{s.operation}"
 )
@@ -129,6 +130,7 @@ def test_any_resolution_gives_the_dense_grids_surface(octree_resolution: int) ->
         assert_same_surface(fine(field, octree_resolution), dense(field, octree_resolution))
 
 
+@pytest.mark.slow
 def test_at_256_a_fifteenth_of_the_points_is_evaluated_and_the_surface_is_the_dense_grids() -> None:
     solid = sample_solids([5], held_out=True)[0]
     field = CountedField(clipped(of(solid)))

@@ -14,6 +14,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from service.settings import Settings
+from tests.fixtures.waiting import wait_until
 
 PROMPT: dict[str, Any] = {"prompt": "a red circle", "seed": 3}
 ASYNC = {"Prefer": "respond-async"}
@@ -167,6 +168,7 @@ def test_cancel_frees_the_row_by_the_next_step_and_changes_no_companion(client: 
         assert engine.stepping.wait(20)
         body = {**PROMPT, "seed": 2, "num_inference_steps": 20}
         unwanted = client.post("/v1/images", json=body, headers=ASYNC).json()["id"]
+        wait_until(lambda: client.get(f"/v1/jobs/{unwanted}").json()["status"] == "running")
         engine.gate.set()
         while [1, 2] not in [sorted(batch) for batch in engine.batches]:
             assert not companion.done()

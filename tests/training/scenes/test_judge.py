@@ -188,6 +188,7 @@ def test_shipped_judge_is_small_and_states_its_accuracy() -> None:
     assert (SHIPPED_JUDGE / "model.safetensors").stat().st_size <= 1_000_000
 
 
+@pytest.mark.slow
 def test_loading_a_judge_needs_no_training_stack() -> None:
     heavy = "{'diffusers', 'transformers', 'tokenizers', 'skimage', 'PIL'}"
     code = f"import sys, training.scenes.judge; print(*{heavy} & {{*sys.modules}})"
