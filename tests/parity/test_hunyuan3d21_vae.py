@@ -10,7 +10,7 @@ import torch
 from skimage.measure import marching_cubes
 from torch import Tensor, nn
 
-from models.families.hunyuan3d.shape_vae import Field, ShapeVAE, geometry_of
+from models.families.hunyuan3d.shape_vae import DecodedField, ShapeVAE, geometry_of
 
 # Five times tighter than for other recordings: a wrong norm epsilon, 1e-6 or 1e-5, changes results by less than 1e-4.
 NEAR: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
@@ -31,7 +31,7 @@ def vae(recording: Any) -> ShapeVAE:
 
 
 @pytest.fixture(scope="module")
-def field(recording: Any, vae: ShapeVAE) -> Field:
+def field(recording: Any, vae: ShapeVAE) -> DecodedField:
     """The field of the recorded pipeline latents."""
     return vae.field(recording.tensors["in/pipeline_latents"] / vae.scale_factor)
 
@@ -108,7 +108,7 @@ def grid_points(side: int, bounds: float) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def grid_logits(recording: Any, field: Field) -> Tensor:
+def grid_logits(recording: Any, field: DecodedField) -> Tensor:
     settings = settings_of(recording, "grid")
     points = grid_points(settings["octree_resolution"] + 1, settings["bounds"])
     flat = torch.cat([field(chunk) for chunk in points.view(-1, 3).split(settings["num_chunks"])])
@@ -144,7 +144,9 @@ def smallest_change_over_a_crossed_edge(logits: Tensor) -> float:
     return smallest
 
 
-def test_field_has_the_recorded_values_at_points_of_coarse_to_fine_decoding(recording: Any, field: Field) -> None:
+def test_field_has_the_recorded_values_at_coarse_to_fine_points(
+    recording: Any, field: DecodedField
+) -> None:
     settings = settings_of(recording, "hier")
     expected = recording.tensors["out/hier_grid_logits"][0]
     visited = ~expected.isnan()

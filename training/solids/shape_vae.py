@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.families.hunyuan3d.shape_vae import CrossAttention, Field, ShapeVAE
+from models.families.hunyuan3d.shape_vae import CrossAttention, DecodedField, ShapeVAE
 from models.mesh.surface import BOUNDS
 from training.loop import run_loop
 from training.optimizers import ScheduledOptimizers, warm_then_linear
@@ -239,7 +239,7 @@ def reconstruction_iou(vae: ShapeVAE, solids: Sequence[Solid]) -> float:
     return field_iou(vae.field(encode(vae, surface)), batch, rng).median().item()
 
 
-def field_iou(field: Field, batch: SolidBatch, rng: torch.Generator) -> Tensor:
+def field_iou(field: DecodedField, batch: SolidBatch, rng: torch.Generator) -> Tensor:
     """Volume IoU `(batch,)` of the solids and the regions where a field is positive, at 8192 random points."""
     points = (2 * torch.rand(batch.num_solids, 8192, 3, generator=rng) - 1) * BOUNDS
     predicted, true = field(points) > 0, batch.signed_distance(points) > 0

@@ -23,7 +23,7 @@ from models.families.hunyuan3d import plain_adapter, stream_adapter
 from models.families.hunyuan3d.checkpoint import Hunyuan3DCheckpoint, load_checkpoint
 from models.families.hunyuan3d.plain_dit import HunYuanDiTPlain
 from models.families.hunyuan3d.preparation import prepare_image
-from models.families.hunyuan3d.shape_vae import Field
+from models.families.hunyuan3d.shape_vae import DecodedField
 from models.families.wrapping import Adapter
 from models.mesh.cleanup import CleanMesh, clean
 from models.mesh.surface import BOUNDS, Mesh, extract_surface
@@ -217,7 +217,7 @@ class Hunyuan3DFamily(Family):
         )
         return extract_surface(grid_logits.cpu().numpy())
 
-    def _field(self, latents: Tensor) -> Field:
+    def _field(self, latents: Tensor) -> DecodedField:
         vae = self.checkpoint.vae
         return vae.field(latents / vae.scale_factor)
 

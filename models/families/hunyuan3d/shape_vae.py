@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from models.errors import WeightsError
 
-Field = Callable[[Tensor], Tensor]
+DecodedField = Callable[[Tensor], Tensor]
 """Maps points `(batch, points, 3)` to logits `(batch, points)`; for one shape also `(points, 3)` to `(points,)`."""
 
 # In all norms except `ln_post`, which has torch's 1e-5.
@@ -95,7 +95,7 @@ class ShapeVAE(nn.Module):
         """Decode latents `(batch, tokens, embed_dim)` to tokens `(batch, tokens, width)`, of which `field` is read."""
         return self.transformer(self.post_kl(latents.to(self.post_kl.weight.dtype)))
 
-    def field(self, latents: Tensor) -> Field:
+    def field(self, latents: Tensor) -> DecodedField:
         """The field of each shape of `latents` `(batch, tokens, embed_dim)`: positive inside, 0 on the surface.
 
         Points lie in the cube of half side 1.01; points and logits are float32. Points do not interact, so a caller may
