@@ -144,9 +144,7 @@ def smallest_change_over_a_crossed_edge(logits: Tensor) -> float:
     return smallest
 
 
-def test_field_has_the_recorded_values_at_coarse_to_fine_points(
-    recording: Any, field: DecodedField
-) -> None:
+def test_field_has_the_recorded_values_at_coarse_to_fine_points(recording: Any, field: DecodedField) -> None:
     settings = settings_of(recording, "hier")
     expected = recording.tensors["out/hier_grid_logits"][0]
     visited = ~expected.isnan()
