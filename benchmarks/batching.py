@@ -111,7 +111,7 @@ def main() -> None:
     result = {
         "benchmark": "batching",
         "model": model,
-        "call_share": engine.cards[model].call_share,
+        "fixed_share": engine.cards[model].fixed_share,
         "environment": environment(),
         "rows": rows,
     }

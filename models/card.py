@@ -29,7 +29,7 @@ class ModelCard:
     """Identity, defaults, limits and curve of one model, as `/v1/models` shows them.
 
     `curve` begins with EXACT and descends in both compute and quality. `dense_step_seconds` is the time of one dense
-    denoise step at the defaults on this device. `call_share`, from 0 to 1, is the part of it that does not grow with
+    denoise step at the defaults on this device. `fixed_share`, from 0 to 1, is the part of it that does not grow with
     the rows of a batch. Both are measured when the model is loaded. `blocks` are the block names.
     """
 
@@ -48,7 +48,7 @@ class ModelCard:
     curve: tuple[CurvePoint, ...]
     blocks: tuple[str, ...]
     dense_step_seconds: float
-    call_share: float
+    fixed_share: float
     max_batch_size: int
 
     def is_guided(self, guidance_scale: float, true_cfg_scale: float = 1.0) -> bool:

@@ -93,15 +93,15 @@ def _card(family: Family, family_name: str, index: Path, folder: Path, manifest:
         curve=curve,
         blocks=tuple(block.name for block in family.blocks),
         dense_step_seconds=math.inf,
-        call_share=0.0,
+        fixed_share=0.0,
         max_batch_size=8,
     )
     card = family.card(basics, manifest)
     alone_s, pair_s = (_dense_step_seconds(family, card, batch_size) for batch_size in (1, 2))
-    return replace(card, dense_step_seconds=alone_s, call_share=call_share(alone_s, pair_s))
+    return replace(card, dense_step_seconds=alone_s, fixed_share=fixed_share(alone_s, pair_s))
 
 
-def call_share(alone_s: float, pair_s: float) -> float:
+def fixed_share(alone_s: float, pair_s: float) -> float:
     """The share of a step's time that does not grow with its rows, from the times of one request and of two.
 
     With c for a call and r for a row, one row takes c + r and two take c + 2 r.

@@ -152,7 +152,7 @@ class RouterStack(nn.Module):
 
 
 def _as_one_layer(layers: Sequence[nn.Linear]) -> nn.Linear:
-    """One layer whose outputs are those of all `layers`, joined in order. The layers become views of it.
+    """One layer with the outputs of all `layers`, joined in order. The layers become views of it.
 
     Its weights are stored with the inputs as rows: for few rows of input, a CPU then reads each weight once and in
     order.

@@ -20,7 +20,7 @@ class CalibratedRule(Rule[P], Protocol[P]):
     def policy_type(self) -> type[P]: ...
 
     def ladder(self, published: Sequence[P]) -> list[P]:
-        """The policies to calibrate. `published` are those that a checkpoint's authors used."""
+        """The policies to calibrate. `published` are the policies that a checkpoint's authors used."""
         ...
 
 

@@ -158,7 +158,7 @@ def _of_validation(error: Mapping[str, Any]) -> tuple[int, ErrorDetail]:
 
 
 def _allowed_methods(request: Request) -> str:
-    """All methods of a path. Starlette names only those of the first route with this path."""
+    """All methods of a path. Starlette names only the methods of the first route with this path."""
     return ", ".join(
         method
         for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")

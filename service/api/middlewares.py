@@ -20,7 +20,7 @@ from service.settings import Settings
 if TYPE_CHECKING:  # from the extra "tracing", which most servers do not install
     from opentelemetry.sdk.trace import TracerProvider
 
-# Headers that pages of other origins may send and read, besides those that browsers always allow.
+# Headers that pages of other origins may send and read, besides the ones that browsers always allow.
 _REQUEST_HEADERS = (
     "Authorization",
     "Content-Type",

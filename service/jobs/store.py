@@ -108,7 +108,7 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """Jobs whose workers died: the ids of those that were queued again, and the jobs that failed for good."""
+    """Jobs whose workers died: the ids of requeued jobs, and the jobs that failed for good."""
 
     requeued: tuple[str, ...] = ()
     failed: tuple[JobSnapshot, ...] = ()
@@ -129,7 +129,7 @@ class JobStore(Protocol):
     changes: "Changes"
 
     async def open(self, *, on_queued: Callable[[], None], on_cancelled: Callable[[str], None]) -> None:
-        """Begin to pass on changes, including those that other processes make.
+        """Begin to pass on changes, also from other processes.
 
         From now on `on_queued` is called when a job joins the queue, `on_cancelled` with the id of a cancelled job.
         """

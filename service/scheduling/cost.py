@@ -43,8 +43,8 @@ def block_seconds(request: GenerationRequest, card: ModelCard) -> BlockSeconds:
     """
     block_s = card.dense_step_seconds / len(card.blocks)
     num_rows = 2 if card.is_guided(card.default_guidance_scale) else 1
-    row_s = block_s * (1 - card.call_share) / num_rows
-    return BlockSeconds(block_s * card.call_share, row_s * _relative_size(request, card))
+    row_s = block_s * (1 - card.fixed_share) / num_rows
+    return BlockSeconds(block_s * card.fixed_share, row_s * _relative_size(request, card))
 
 
 def _relative_size(request: GenerationRequest, card: ModelCard) -> float:

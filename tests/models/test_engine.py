@@ -29,7 +29,7 @@ from models.request import Budget, ComputeBudget, GenerationRequest, PresetBudge
 from models.rules.residual_cache import ResidualCachePolicy
 from models.rules.router import RouterPolicy
 from models.state import DenoiseState
-from models.zoo import call_share, load_engine
+from models.zoo import fixed_share, load_engine
 
 Ask = Callable[..., GenerationRequest]
 Guided = Callable[..., dict[str, Any]]
@@ -566,12 +566,12 @@ def test_card_tells_what_routers_and_curve_allow(kind: Any, engine: Engine, fami
     assert card.blocks == tuple(block.name for block in family.blocks)
     assert [point.preset for point in card.curve] == [Preset.EXACT, Preset.HIGH, Preset.BALANCED, Preset.DRAFT]
     assert 0 < card.dense_step_seconds < 60
-    assert 0 <= card.call_share <= 1
+    assert 0 <= card.fixed_share <= 1
 
 
 @pytest.mark.parametrize(("pair_s", "share"), [(1.5, 0.5), (1.0, 1.0), (2.0, 0.0), (0.9, 1.0), (2.3, 0.0)])
-def test_call_share_is_the_time_that_a_second_request_does_not_add(pair_s: float, share: float) -> None:
-    assert call_share(1.0, pair_s) == pytest.approx(share)
+def test_fixed_share_is_the_time_that_a_second_request_does_not_add(pair_s: float, share: float) -> None:
+    assert fixed_share(1.0, pair_s) == pytest.approx(share)
 
 
 def test_card_tells_how_much_of_a_step_a_batch_shares(
@@ -580,7 +580,7 @@ def test_card_tells_how_much_of_a_step_a_batch_shares(
     seconds = {1: 1.0, 2: 1.5}
     monkeypatch.setattr(models.zoo, "_dense_step_seconds", lambda family, card, batch_size: seconds[batch_size])
     [card] = load_engine([directory], device="cpu", router_weights=router_weights).cards.values()
-    assert (card.dense_step_seconds, card.call_share) == (1.0, 0.5)
+    assert (card.dense_step_seconds, card.fixed_share) == (1.0, 0.5)
 
 
 def test_card_of_a_model_without_routers(plain_engine: Engine, model: str) -> None:

@@ -67,7 +67,7 @@ DRAWN_CARD = ImageCard(
     curve=CURVE,
     blocks=("double.00", "single.00"),
     dense_step_seconds=0.5,
-    call_share=0.0,
+    fixed_share=0.0,
     max_batch_size=4,
 )
 
@@ -89,7 +89,7 @@ MESH_CARD = MeshCard(
     curve=CURVE,
     blocks=("block.00",),
     dense_step_seconds=0.5,
-    call_share=0.0,
+    fixed_share=0.0,
     max_batch_size=4,
     default_octree_resolution=32,
     min_octree_resolution=16,

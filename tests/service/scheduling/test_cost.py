@@ -40,7 +40,7 @@ def test_cost_grows_with_steps_pixels_branches_and_budget(
 def test_only_rows_cost_more_where_there_is_more_to_do(
     fields: dict[str, object], seconds: float, make_request: Callable[..., ImageRequest], drawn_card: ImageCard
 ) -> None:
-    card = replace(drawn_card, call_share=0.4)
+    card = replace(drawn_card, fixed_share=0.4)
     request = make_request(**fields)
     assert dense_step_seconds(request, card) == pytest.approx(seconds)
     assert block_seconds(request, card).call == pytest.approx(0.2 / len(card.blocks))
