@@ -2,9 +2,10 @@
 
 `python -m benchmarks.batching` sends dense (`exact`) and light (`draft`) requests of one size at once. Two batchers
 serve them in turn, round by round: the service's, and one in which all requests share every step. `dense_ratio` and
-`light_ratio` compare the mean time from arrival to last step under the service's batcher with that under the other one;
-`all_ratio` compares the time until all have ended. Medians over rounds are reported. Loads of one kind alone are
-measured too; these should lose nothing.
+`light_ratio` compare the mean time from arrival to last step under the service's batcher with that under the other
+one; `all_ratio` compares the time until all have ended. `dense_of_share` and `light_of_share` compare the mean time
+with that on a device of its own for each request, as fast as its share of this one: the time alone, times the number
+of requests. Medians over rounds are reported. Loads of one kind alone are measured too; these should lose nothing.
 """
 
 import argparse
@@ -74,12 +75,16 @@ def measure(engine: Engine, model: str, side: int, load: Load, num_rounds: int) 
         for scene, preset in zip(scenes, budgets, strict=True)
     ]
     runs: dict[str, list[list[float]]] = {"ours": [], "one group": []}
+    alone: list[list[float]] = []
     for number in tqdm(range(num_rounds + 1), desc=f"{load.num_dense} + {load.num_light} at {side}"):
         pair: list[tuple[str, Group]] = [("ours", form_groups), ("one group", one_group)]
         for name, group in pair if number % 2 else pair[::-1]:
             ends = serve(engine, requests, group)
             if number:  # the first round warms up
                 runs[name].append(ends)
+        if number:
+            of_kind = {request.budget: serve(engine, [request], form_groups)[0] for request in requests[::-1]}
+            alone.append([of_kind[request.budget] for request in requests])
 
     def ratio(of: Callable[[Sequence[float]], float]) -> float:
         return statistics.median(of(a) / of(b) for a, b in zip(runs["ours"], runs["one group"], strict=True))
@@ -88,6 +93,13 @@ def measure(engine: Engine, model: str, side: int, load: Load, num_rounds: int) 
     of_dense = ratio(lambda ends: statistics.mean(ends[: load.num_dense])) if load.num_dense else None
     of_light = ratio(lambda ends: statistics.mean(ends[load.num_dense :])) if load.num_light else None
     row |= {"dense_ratio": of_dense, "light_ratio": of_light}
+    of_share = [
+        [end / (time * len(requests)) for end, time in zip(*pair, strict=True)]
+        for pair in zip(runs["ours"], alone, strict=True)
+    ]
+    kinds = {"dense_of_share": slice(load.num_dense), "light_of_share": slice(load.num_dense, None)}
+    for name, part in kinds.items():
+        row[name] = statistics.median(statistics.mean(ends[part]) for ends in of_share) if of_share[0][part] else None
     return row | {"all_ratio": ratio(max), "all_seconds": statistics.median(map(max, runs["ours"]))}
 
 

@@ -84,10 +84,11 @@ def time_in_turn(
 
 
 def decisions(summaries: Sequence[GenerationSummary]) -> dict[str, float]:
-    """Mean compute and MLP width of the requests, and the shares of skips and re-uses in all decisions."""
-    total = sum(s.num_run + s.num_skipped + s.num_reused for s in summaries)
+    """Mean compute and MLP width of the requests, and the shares of forecasts, skips and re-uses in all decisions."""
+    total = sum(s.num_run + s.num_skipped + s.num_reused + s.num_forecast for s in summaries)
     return {
         "compute_ratio": statistics.mean(s.compute_ratio for s in summaries),
+        "forecast_rate": sum(s.num_forecast for s in summaries) / total,
         "skip_rate": sum(s.num_skipped for s in summaries) / total,
         "reuse_rate": sum(s.num_reused for s in summaries) / total,
         "mean_mlp_width": statistics.mean(s.mean_mlp_width for s in summaries),

@@ -73,8 +73,14 @@ def requests_for(
     ]
 
 
-def stock_denoise(pipeline: DiffusionPipeline, requests: Sequence[ImageRequest], max_sequence_length: int) -> float:
-    """Seconds that the stock pipeline takes from encoded prompts to latents."""
+def stock_inputs(
+    pipeline: DiffusionPipeline, requests: Sequence[ImageRequest], max_sequence_length: int
+) -> dict[str, Any]:
+    """The arguments of the stock pipeline's call, with encoded prompts. The call then takes denoise time alone.
+
+    They serve for one call, which uses up the random generators. It returns latents `(batch, tokens, channels)` as its
+    `images`.
+    """
     request, prompts = requests[0], [r.prompt for r in requests]
     inputs: dict[str, Any] = {
         "height": request.height,
@@ -93,6 +99,12 @@ def stock_denoise(pipeline: DiffusionPipeline, requests: Sequence[ImageRequest],
             embeds, pooled, _ = pipeline.encode_prompt(prompts, None, max_sequence_length=max_sequence_length)
             inputs |= {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
             inputs["guidance_scale"] = request.guidance_scale
+    return inputs
+
+
+def stock_denoise(pipeline: DiffusionPipeline, requests: Sequence[ImageRequest], max_sequence_length: int) -> float:
+    """Seconds that the stock pipeline takes from encoded prompts to latents."""
+    inputs = stock_inputs(pipeline, requests, max_sequence_length)
     started = time.perf_counter()
     pipeline(**inputs)
     return time.perf_counter() - started

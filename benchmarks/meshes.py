@@ -112,9 +112,9 @@ def requests_for(
 
 
 @torch.inference_mode()
-def stock_denoise(checkpoint: Hunyuan3DCheckpoint, requests: Sequence[MeshRequest]) -> tuple[Tensor, Denoising]:
-    """The published loop on the plain denoiser: latents `(batch, tokens, channels)`, timed from encoded images on."""
-    request, vae = requests[0], checkpoint.vae
+def stock_inputs(checkpoint: Hunyuan3DCheckpoint, requests: Sequence[MeshRequest]) -> tuple[Tensor, Tensor]:
+    """Noise `(batch, tokens, channels)` and encoded images `(batch, image tokens, channels)`."""
+    vae = checkpoint.vae
     contexts, noise = [], []
     for each in requests:
         with Image.open(BytesIO(each.input_image)) as file:
@@ -123,19 +123,27 @@ def stock_denoise(checkpoint: Hunyuan3DCheckpoint, requests: Sequence[MeshReques
             )
         rng = torch.Generator().manual_seed(each.seed)
         noise.append(torch.randn(1, vae.num_latents, vae.embed_dim, generator=rng))
-    context, latents = torch.cat(contexts), torch.cat(noise)
+    return torch.cat(noise), torch.cat(contexts)
+
+
+@torch.inference_mode()
+def stock_denoise(checkpoint: Hunyuan3DCheckpoint, requests: Sequence[MeshRequest]) -> tuple[Tensor, Denoising]:
+    """The published loop on the plain denoiser: latents `(batch, tokens, channels)`, timed from encoded images on."""
+    request = requests[0]
+    latents, context = stock_inputs(checkpoint, requests)
     sigmas = checkpoint.schedule(request.num_inference_steps)
     started = time.perf_counter()
     for sigma, next_sigma in pairwise(sigmas):
         if next_sigma > sigma:
-            velocity = _velocity(checkpoint, latents, sigma, context, request.guidance_scale)
-            latents = euler_step(latents, velocity, sigma, next_sigma)
+            predicted = velocity(checkpoint, latents, sigma, context, request.guidance_scale)
+            latents = euler_step(latents, predicted, sigma, next_sigma)
     return latents, Denoising(time.perf_counter() - started)
 
 
-def _velocity(
+def velocity(
     checkpoint: Hunyuan3DCheckpoint, latents: Tensor, sigma: Tensor, context: Tensor, guidance_scale: float
 ) -> Tensor:
+    """The plain denoiser's guided velocity of all latents."""
     denoiser, count = checkpoint.denoiser, len(latents)
     if checkpoint.has_guidance_embedding:
         guided: Tensor = denoiser(latents, sigma.expand(count), context, torch.full((count,), guidance_scale))

@@ -8,10 +8,11 @@ TableRow = dict[str, float | str | None]
 
 
 def show(title: str, rows: Sequence[TableRow]) -> None:
+    lines = [[*rows[0]], *([_cell(value) for value in row.values()] for row in rows)]
+    widths = [max(14, *map(len, column)) for column in zip(*lines, strict=True)]
     print(f"\n{title}")
-    print("  ".join(f"{key:>14}" for key in rows[0]))
-    for row in rows:
-        print("  ".join(f"{_cell(value):>14}" for value in row.values()), flush=True)
+    for line in lines:
+        print("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)), flush=True)
 
 
 def _cell(value: float | str | None) -> str:

@@ -23,7 +23,7 @@ async def generate(client: AsyncClient, name: str, prompt: str, folder: Path) ->
     async with aclosing(client.stream_image(prompt, seed=7)) as events:
         async for event in events:
             if event.name == "job.progress":
-                print(f"{name}: step {event.data['step']} of {event.data['num_inference_steps']}")
+                print(f"{name}: step {event.data['step']} of {event.data['num_computed_steps']}")
             elif event.result is not None:
                 path = folder / f"{name}.{event.result.output_format}"
                 path.write_bytes(event.result.files[0])

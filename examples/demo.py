@@ -74,6 +74,10 @@ class Answer:
         return float(self.receipt["compute_ratio"])
 
     @property
+    def num_computed_steps(self) -> int:
+        return int(self.receipt["steps"]["computed"])
+
+    @property
     def skip_rate(self) -> float:
         return self._share("skipped")
 
@@ -226,7 +230,7 @@ def figures(entry: Answer) -> tuple[str, str]:
     """The two lines under an image."""
     return (
         f"{entry.seconds:.2f} s, compute {entry.compute_ratio:.0%}",
-        f"skipped {entry.skip_rate:.0%}, reused {entry.reuse_rate:.0%}",
+        f"{entry.num_computed_steps} of {entry.receipt['num_inference_steps']} steps, skipped {entry.skip_rate:.0%}",
     )
 
 
@@ -241,7 +245,7 @@ def _font_that_fits(text: str, width: int) -> ImageFont.FreeTypeFont | ImageFont
 
 def table(answers: Sequence[Answer]) -> str:
     """The figures of all answers as text, row by row. Each model ends with the means of its budgets."""
-    lines = [f"{'budget':<9} {'seconds':>8} {'compute':>8} {'skipped':>8} {'reused':>8}"]
+    lines = [f"{'budget':<9} {'seconds':>8} {'compute':>8} {'steps':>6} {'skipped':>8} {'reused':>8}"]
     for model, of_model in groupby(answers, key=lambda entry: entry.row.model):
         entries = list(of_model)
         by_row = [(row, list(of_row)) for row, of_row in groupby(entries, key=lambda entry: entry.row)]
@@ -256,7 +260,7 @@ def table(answers: Sequence[Answer]) -> str:
 def _table_line(entries: Sequence[Answer]) -> str:
     return (
         f"{entries[0].preset:<9} {fmean(e.seconds for e in entries):>8.2f}"
-        f" {fmean(e.compute_ratio for e in entries):>8.1%}"
+        f" {fmean(e.compute_ratio for e in entries):>8.1%} {fmean(e.num_computed_steps for e in entries):>6.1f}"
         f" {fmean(e.skip_rate for e in entries):>8.1%} {fmean(e.reuse_rate for e in entries):>8.1%}"
     )
 

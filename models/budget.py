@@ -32,10 +32,19 @@ def resolve(budget: Budget, curve: Sequence[CurvePoint]) -> CurvePoint:
             return curve[0]  # the best one, until the worker, which has a clock, moves it
 
 
-def fastest_enough(curve: Sequence[CurvePoint], min_quality: float, relative_seconds: float) -> CurvePoint:
-    """The best point of `curve` within this share of the dense time, but never below the point of `min_quality`."""
+def fastest_enough(
+    curve: Sequence[CurvePoint], min_quality: float, dense_steps: float, *, steps_left: int, num_computed: int = 0
+) -> CurvePoint:
+    """The best point of `curve` that is fast enough, but never below the point of `min_quality`.
+
+    The last `steps_left` steps may take the time of `dense_steps` dense ones. `num_computed` were computed before.
+    """
     floor = point_of_quality(min_quality, curve)
-    able = (point for point in curve if point.relative_seconds <= relative_seconds and point.quality >= floor.quality)
+    able = (
+        point
+        for point in curve
+        if point.quality >= floor.quality and point.dense_steps_left(steps_left, num_computed) <= dense_steps
+    )
     return next(able, floor)
 
 
@@ -60,8 +69,8 @@ def point_of_preset(preset: Preset, curve: Sequence[CurvePoint]) -> CurvePoint:
 def _between(curve: Sequence[CurvePoint], heights: Sequence[float], wanted: float, is_floor: bool) -> CurvePoint:
     """The point whose height is `wanted`; between measured points the curve is a straight line.
 
-    Points have something between them if they are of one rule and differ only in what it lets interpolate. Otherwise
-    the answer is the upper one where `wanted` is a floor, the lower one where it is a cap.
+    Points have something between them if they compute as many steps, are of one rule, and differ only in what that lets
+    interpolate. Otherwise the answer is the upper one where `wanted` is a floor, the lower one where it is a cap.
     """
     if wanted >= heights[0]:
         return curve[0]
@@ -76,7 +85,7 @@ def _between(curve: Sequence[CurvePoint], heights: Sequence[float], wanted: floa
 
 
 def _have_points_between(upper: CurvePoint, lower: CurvePoint) -> bool:
-    if upper.rule != lower.rule:
+    if upper.policy.rule != lower.policy.rule or upper.steps != lower.steps:
         return False
     levelled = replace(upper.policy, **{name: getattr(lower.policy, name) for name in upper.policy.interpolated})
     return levelled == lower.policy
@@ -94,5 +103,6 @@ def _interpolate(upper: CurvePoint, lower: CurvePoint, share: float) -> CurvePoi
         compute_ratio=lower.compute_ratio + share * (upper.compute_ratio - lower.compute_ratio),
         relative_seconds=lower.relative_seconds + share * (upper.relative_seconds - lower.relative_seconds),
         quality=lower.quality + share * (upper.quality - lower.quality),
+        mean_quality=lower.mean_quality + share * (upper.mean_quality - lower.mean_quality),
         preset=None,
     )

@@ -5,6 +5,7 @@ from enum import StrEnum
 from typing import Any, ClassVar
 
 from models.curve import CurvePoint
+from models.request import GenerationRequest, ImageRequest
 
 
 class Guidance(StrEnum):
@@ -55,6 +56,22 @@ class ModelCard:
         """Whether true classifier-free guidance is on at these scales: every step then runs on two rows."""
         return (guidance_scale if self.guidance is Guidance.TRUE else true_cfg_scale) > 1
 
+    def curve_for(self, request: GenerationRequest) -> tuple[CurvePoint, ...]:
+        """The curve for this request's number of steps. Its points say whether they were calibrated for it."""
+        is_calibrated, steps = self._is_calibrated_for(request), request.num_inference_steps
+        points = [point.at(steps, is_calibrated=is_calibrated) for point in self.curve[:-1]]
+        points.append(self.curve[-1].at(steps, is_calibrated=is_calibrated, is_cheapest=True))
+        return tuple(sorted(points, key=lambda point: -point.compute_ratio))  # some may have become exact
+
+    def _is_calibrated_for(self, request: GenerationRequest) -> bool:
+        """Whether the curve, which is measured at the defaults, holds: so it does at half and at twice the guidance."""
+        default = self.default_guidance_scale
+        return (
+            request.num_inference_steps == self.default_num_inference_steps
+            and request.is_guided == self.is_guided(default)
+            and (self.guidance is Guidance.NONE or default / 2 <= request.guidance_scale <= default * 2)
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageCard(ModelCard):
@@ -66,6 +83,12 @@ class ImageCard(ModelCard):
     default_width: int
     sizes: SizeLimits
     max_prompt_characters: int
+
+    def _is_calibrated_for(self, request: GenerationRequest) -> bool:
+        assert isinstance(request, ImageRequest)
+        is_usual_size = (request.height, request.width) == (self.default_height, self.default_width)
+        # Not super(): dataclasses with slots are made anew, which breaks it in older versions of Python.
+        return is_usual_size and ModelCard._is_calibrated_for(self, request)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

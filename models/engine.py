@@ -11,15 +11,14 @@ from numpy.typing import NDArray
 
 from models.card import ModelCard
 from models.curve import CurvePoint
-from models.diffusion.sampling import euler_step
 from models.elastic.runner import run_block
 from models.errors import UnknownModel
 from models.families.family import Family
 from models.families.image import ImageFamily
 from models.mesh.cleanup import CleanMesh
-from models.report import StepReport
-from models.request import ComputeBudget, GenerationRequest
-from models.state import DenoiseState
+from models.report import BlockReport, StepReport
+from models.request import GenerationRequest
+from models.state import DenoiseState, Velocity
 
 
 class Engine:
@@ -39,19 +38,38 @@ class Engine:
         UnknownModel, and InvalidRequest for a prompt or a budget that this model can't serve.
         """
         family = self._family(request.model)
-        curve = self.cards[request.model].curve
+        curve = self.cards[request.model].curve_for(request)
         if point:
             return family.start(request, curve, point)
-        cap = request.budget.compute_ratio if isinstance(request.budget, ComputeBudget) else None
-        return family.start(request, curve, request.point, cap)
+        return family.start(request, curve, request.point, request.compute_cap)
 
     @torch.inference_mode()
     def step(self, states: Sequence[DenoiseState]) -> StepReport:
-        """Run the next denoise step of every state.
+        """Run the next denoise step of every state, and go on through the steps that it forecasts after that one.
 
         All must have one `batch_key`, and none may be done. Steps, prompts, guidance, budgets and rules may differ.
         """
         started = time.perf_counter()
+        velocities, router_seconds, blocks = self._compute(states)
+        forecast = [state.complete_step(velocity) for state, velocity in zip(states, velocities, strict=True)]
+        if states[0].latents.is_cuda:
+            torch.cuda.synchronize()  # costs are predicted from these seconds, which must include the kernels' run time
+        return StepReport(
+            time.perf_counter() - started,
+            router_seconds,
+            len(states),
+            blocks,
+            num_forecast=sum(forecast),
+            num_forecast_rows=sum(steps * len(state.rows) for steps, state in zip(forecast, states, strict=True)),
+        )
+
+    @torch.inference_mode()
+    def velocities(self, states: Sequence[DenoiseState]) -> list[Velocity]:
+        """The velocities of the states' next step, for `DenoiseState.complete_step`. Calibration learns from them."""
+        return self._compute(states)[0]
+
+    def _compute(self, states: Sequence[DenoiseState]) -> tuple[list[Velocity], float, tuple[BlockReport, ...]]:
+        """The velocities of the states' next step, the seconds that routers took, and what blocks did."""
         assert len({state.batch_key for state in states}) == 1
         family = self._family(states[0].request.model)
         for state in states:
@@ -66,16 +84,7 @@ class Engine:
             streams = result.streams
             reports.append(result.report)
             router_seconds += result.router_seconds
-        for state, velocity in zip(states, family.epilogue(states, streams), strict=True):
-            sigma, next_sigma = state.sigmas[state.step_index], state.sigmas[state.step_index + 1]
-            state.complete_step(
-                euler_step(state.latents, velocity, sigma, next_sigma),
-                # The last noise level has no noise: it is 0, or 1 where levels rise, as in Hunyuan3D.
-                prediction=euler_step(state.latents, velocity, sigma, state.sigmas[-1]),
-            )
-        if states[0].latents.is_cuda:
-            torch.cuda.synchronize()  # costs are predicted from these seconds, which must include the kernels' run time
-        return StepReport(time.perf_counter() - started, router_seconds, len(states), tuple(reports))
+        return family.epilogue(states, streams), router_seconds, tuple(reports)
 
     def finish(self, state: DenoiseState) -> NDArray[np.uint8] | CleanMesh:
         """Decode a done state to pixels `(height, width, 3)` or to a mesh.

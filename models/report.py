@@ -10,6 +10,7 @@ class Decision(StrEnum):
     RUN = "run"
     SKIP = "skip"
     REUSE = "reuse"
+    FORECAST = "forecast"  # the whole step is left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,17 +27,26 @@ class BlockReport:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One denoise step of a batch of requests. `router_seconds` is part of `seconds`."""
+    """One computed denoise step of a batch of requests, and the steps that each of them forecast after it.
+
+    `router_seconds` is part of `seconds`. `num_forecast` is the number of steps that were forecast, of all requests,
+    and `num_forecast_rows` that of their rows.
+    """
 
     seconds: float
     router_seconds: float
     batch_size: int
     blocks: tuple[BlockReport, ...]
+    num_forecast: int
+    num_forecast_rows: int
 
 
 @dataclass(frozen=True, slots=True)
 class StepDecision:
-    """One block of one step of one request, for the receipt's trace. `branch` is `cond` or `uncond`."""
+    """One block of one step of one request, for the receipt's trace. `branch` is `cond` or `uncond`.
+
+    In a step that was forecast, `mlp_width` is 0.
+    """
 
     step: int
     branch: str
@@ -49,8 +59,9 @@ class StepDecision:
 class GenerationSummary:
     """The account of one request, during generation or at its end. The receipt uses these names.
 
-    `compute_ratio` is block compute over the dense block compute of the steps taken. `mean_mlp_width` is the mean over
-    blocks that ran, 1 if none did.
+    `compute_ratio` is block compute over the dense block compute of the steps taken. `num_run`, `num_skipped`,
+    `num_reused` and `num_forecast` count blocks of rows. `mean_mlp_width` is the mean over blocks that ran, 1 if none
+    did. `is_calibrated` says whether the curve was measured for requests like this one.
     """
 
     rule: str
@@ -62,8 +73,12 @@ class GenerationSummary:
     num_run: int
     num_skipped: int
     num_reused: int
+    num_forecast: int
     mean_mlp_width: float
     num_inference_steps: int
+    num_steps_computed: int
+    num_steps_forecast: int
+    is_calibrated: bool
     decisions: tuple[StepDecision, ...] | None
 
 

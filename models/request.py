@@ -62,6 +62,16 @@ class GenerationRequest:
         """Rows of every step: guidance runs it with and without the prompt or the image."""
         return 2 if self.is_guided else 1
 
+    @property
+    def compute_cap(self) -> float | None:
+        """The share of the dense compute that the whole generation may use, None if there is no cap."""
+        return self.budget.compute_ratio if isinstance(self.budget, ComputeBudget) else None
+
+    @property
+    def num_computed_steps(self) -> int:
+        """Denoise steps that are expected to be computed; the others are forecast. A deadline may change it."""
+        return self.point.num_computed_steps(self.num_inference_steps, self.compute_cap)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRequest(GenerationRequest):

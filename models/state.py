@@ -2,18 +2,21 @@
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
+from typing import NamedTuple
 
 from torch import Tensor
 
 from models.budget import point_of_compute
 from models.curve import CurvePoint
+from models.diffusion.sampling import euler_step, linear_step
 from models.elastic.plan import Policy
 from models.elastic.row import Allowance, Row
-from models.report import Decision, GenerationSummary
+from models.report import Decision, GenerationSummary, StepDecision
 from models.request import GenerationRequest
 from models.rules import RULES
+from models.rules.forecast import MAX_VELOCITIES, Forecaster
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,20 @@ class BranchInputs:
         return self.context.shape[1]
 
 
+class Velocity(NamedTuple):
+    """A velocity `(1, tokens, channels)` with guidance applied.
+
+    With true guidance, `conditional` is the velocity of the branch with the prompt or image.
+    """
+
+    guided: Tensor
+    conditional: Tensor | None = None
+
+    def copy(self) -> "Velocity":
+        """A copy, to keep: the tensors may be views, which would keep a whole batch in memory."""
+        return Velocity(self.guided.clone(), None if self.conditional is None else self.conditional.clone())
+
+
 @dataclass(slots=True)
 class DenoiseState:
     """One request between its noise and its result.
@@ -40,9 +57,10 @@ class DenoiseState:
     `latents` is `(1, tokens, channels)`; `sigmas` `(steps + 1,)` and `timesteps` `(steps,)` are float32 on the CPU.
     `rows` and `inputs` have one entry per guidance branch, the conditional branch first. `dense_flops` is the block
     compute of one dense step of all branches. `compute_cap`, if there is one, is the share of the dense compute that
-    the whole generation may use. `thresholds` and `points` have one entry per step taken. `run_rates` has one entry per
-    block: a running mean of the rows that ran there, in which the last step weighs a third. `prediction` is the
-    clean-sample estimate from the last velocity.
+    the whole generation may use. `step_index` is the next step to compute. `computed` has the steps that were, and
+    `thresholds` and `points` have an entry for each of them; `velocities` are those of the last ones, the newest first.
+    `run_rates` has one entry per block: a running mean of the rows that ran there, in which the last step weighs a
+    third. `prediction` is the clean-sample estimate from the last velocities.
     """
 
     request: GenerationRequest
@@ -56,6 +74,9 @@ class DenoiseState:
     point: CurvePoint
     dense_flops: float
     compute_cap: float | None
+    forecaster: Forecaster | None = None
+    computed: list[int] = field(default_factory=list)
+    velocities: list[Velocity] = field(default_factory=list)
     thresholds: list[float] = field(default_factory=list)
     points: list[CurvePoint] = field(default_factory=list)
     run_rates: list[float] = field(default_factory=list)
@@ -64,8 +85,19 @@ class DenoiseState:
 
     @property
     def num_steps(self) -> int:
-        """Steps to take. Steps of no length in a model's schedule are left out."""
+        """Steps of the schedule. Steps of no length are left out."""
         return len(self.timesteps)
+
+    @property
+    def num_computed_steps(self) -> int:
+        """How many steps are computed in all, as things stand."""
+        return len(self.computed) + self._num_to_compute
+
+    @property
+    def _num_to_compute(self) -> int:
+        """How many more steps will be computed, with the next one."""
+        wanted = self.point.num_computed_steps(self.num_steps, self.compute_cap)
+        return min(max(wanted - len(self.computed), 1), self.num_steps - self.step_index)
 
     @property
     def is_done(self) -> bool:
@@ -82,23 +114,37 @@ class DenoiseState:
 
     @property
     def expected_runs(self) -> list[float]:
-        """The expected number of rows that each block runs in the next step.
+        """The expected number of rows that each block runs in the next computed step.
 
         The first step is expected to follow the curve's mean; later steps follow this request's own decisions.
         """
-        if self.point.is_exact:
+        if self.point.is_block_dense:
             share = 1.0
         elif self.run_rates:
             return self.run_rates
+        elif self.compute_cap is not None and self.point.steps is None:
+            share = self.compute_cap
         else:
-            share = self.point.compute_ratio if self.compute_cap is None else self.compute_cap
+            share = self.point.compute_ratio / self.point.computed_share
         return [len(self.rows) * share] * len(self.rows[0].costs)
+
+    def fork(self) -> "DenoiseState":
+        """A copy that goes its own way from here. Tensors are shared, since nothing changes them in place."""
+        return replace(
+            self,
+            rows=[row.fork() for row in self.rows],
+            computed=[*self.computed],
+            velocities=[*self.velocities],
+            thresholds=[*self.thresholds],
+            points=[*self.points],
+            run_rates=[*self.run_rates],
+        )
 
     def move_to(self, point: CurvePoint) -> None:
         """Take the next steps at another point of the curve."""
         self.point = point
         for row in self.rows:
-            row.rule = RULES[point.rule]
+            row.rule = RULES[point.policy.rule]
 
     def prepare_step(self) -> None:
         """Set this step's policy and allowance.
@@ -109,7 +155,7 @@ class DenoiseState:
         """
         policy: Policy = self.point.policy
         allowance = Allowance()
-        if self.compute_cap is not None and not self.point.is_exact:
+        if self.compute_cap is not None and not self.point.steps and not self.point.is_block_dense:
             steps_left = self.num_steps - self.step_index
             left = self.compute_cap * self.num_steps * self.dense_flops - self.spent_flops
             even_share = left / steps_left
@@ -122,8 +168,12 @@ class DenoiseState:
         for row in self.rows:
             row.begin_step(self.step_index, policy, allowance)
 
-    def complete_step(self, latents: Tensor, prediction: Tensor) -> None:
-        """Apply the changes of a step. A step that failed before this call has changed nothing and can be repeated."""
+    def complete_step(self, velocity: Velocity) -> int:
+        """Apply the changes of a computed step, and go on through the steps that are forecast; returns how many.
+
+        A step that failed before this call has changed nothing and can be repeated.
+        """
+        next_step = self._apply(velocity)
         self.thresholds.append(self.rows[0].policy.skip_threshold)
         self.points.append(self.point)
         of_blocks = zip(*(row.journal.trace for row in self.rows), strict=True)
@@ -132,9 +182,39 @@ class DenoiseState:
         self.run_rates = [rate + (ran - rate) / 3 for rate, ran in zip(expected, runs, strict=True)]
         for row in self.rows:
             row.end_step()
-        self.latents = latents
-        self.prediction = prediction
-        self.step_index += 1
+        num_forecast = next_step - self.step_index - 1
+        self.step_index = next_step
+        return num_forecast
+
+    def _apply(self, velocity: Velocity) -> int:
+        """Take the latents on to the next computed step, and return it."""
+        step, latents = self.step_index, self.latents
+        if self.point.steps is None:
+            following = step + 1
+            self.latents = euler_step(latents, velocity.guided, self.sigmas[step], self.sigmas[following])
+            # The last noise level has no noise: it is 0, or 1 where levels rise, as in Hunyuan3D.
+            self.prediction = euler_step(latents, velocity.guided, self.sigmas[step], self.sigmas[-1])
+        if self.forecaster:
+            self.velocities = [velocity.copy(), *self.velocities[: MAX_VELOCITIES - 1]]
+        num_left = self._num_to_compute - 1
+        self.computed.append(step)
+        if self.point.steps is None:
+            return following
+        assert self.forecaster is not None
+        following = self.forecaster.next_step(self.computed, num_left) if num_left else self.num_steps
+        self.latents = self._forecast(latents, following)
+        self.prediction = self._forecast(latents, self.num_steps)
+        return following
+
+    def _forecast(self, latents: Tensor, end: int) -> Tensor:
+        """The latents at step `end`, from those at the step that was computed last."""
+        assert self.forecaster is not None
+        weights = self.forecaster.weights(self.computed, end)
+        guided = [velocity.guided for velocity in self.velocities]
+        conditional = [v.conditional for v in self.velocities[: len(weights.conditionals)] if v.conditional is not None]
+        return linear_step(
+            latents, weights.latents, (*weights.velocities, *weights.conditionals), (*guided, *conditional)
+        )
 
     def summary(self) -> GenerationSummary:
         """The account of the steps taken so far."""
@@ -151,7 +231,26 @@ class DenoiseState:
             num_run=counts[Decision.RUN],
             num_skipped=counts[Decision.SKIP],
             num_reused=counts[Decision.REUSE],
+            num_forecast=self.num_forecast_steps * sum(len(row.costs) for row in self.rows),
             mean_mlp_width=sum(widths) / len(widths) if widths else 1.0,
             num_inference_steps=self.request.num_inference_steps,
-            decisions=tuple(sorted(trace, key=lambda e: (e.step, e.branch))) if self.request.wants_trace else None,
+            num_steps_computed=len(self.computed),
+            num_steps_forecast=self.num_forecast_steps,
+            is_calibrated=all(point.is_calibrated for point in self.points or [self.point]),
+            decisions=self._decisions(trace) if self.request.wants_trace else None,
         )
+
+    @property
+    def num_forecast_steps(self) -> int:
+        """How many steps were forecast so far."""
+        return self.step_index - len(self.computed)
+
+    def _decisions(self, trace: Sequence[StepDecision]) -> tuple[StepDecision, ...]:
+        """The decisions in computed steps, `trace`, and those that forecast steps stand for, in order."""
+        forecast = [
+            StepDecision(step, row.branch, block, Decision.FORECAST, 0.0)
+            for step in sorted({*range(self.step_index)} - {*self.computed})
+            for row in self.rows
+            for block in row.costs
+        ]
+        return tuple(sorted((*trace, *forecast), key=lambda entry: (entry.step, entry.branch)))

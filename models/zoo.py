@@ -11,13 +11,14 @@ import torch
 import transformers.utils.logging
 
 from models.card import ModelCard
-from models.curve import EXACT
+from models.curve import EXACT, FORECAST
 from models.engine import Engine
 from models.errors import WeightsError
 from models.families import FAMILIES
 from models.families.entry import FamilyEntry, NamedClass
 from models.families.family import Family
 from models.rules import RULES
+from models.rules.forecast import read_forecast_table
 from models.weights import Manifest, load_router_weights, read_curve, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ def load_engine(
         family: Family = entry.family.load().load(
             directory, device, dtype, load_router_weights(folder, directory), manifest.traits, offload_text_encoders
         )
+        family.forecast_table = read_forecast_table(folder)
         families[directory.name] = family
         cards[directory.name] = _card(family, entry.name, index, folder, manifest)
         logger.info("loaded %s on %s in %s", directory.name, device, dtype)
@@ -73,10 +75,16 @@ def _card(family: Family, family_name: str, index: Path, folder: Path, manifest:
     """The card, with the measured time of a step. `index` is the file that names the model's class."""
     curve = read_curve(folder, family.quality_metric)
     rules = tuple(name for name, rule in RULES.items() if family.routers or not rule.needs_scores)
-    if missing := {point.rule for point in curve} - {*rules}:
+    if missing := {point.policy.rule for point in curve} - {*rules}:
         raise WeightsError(
             f"{folder}: the calibration is of rule {', '.join(missing)}; the model has {', '.join(rules)}"
         )
+    if any(point.steps for point in curve) and not family.forecast_table:
+        raise WeightsError(
+            f"{folder}: the curve forecasts steps, but there is no forecast.safetensors; calibrate again"
+        )
+    if family.forecast_table:
+        rules = (FORECAST, *rules)
     basics = ModelCard(
         id=family.model_id,
         family=family_name,

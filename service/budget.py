@@ -27,7 +27,8 @@ class BudgetBody(BaseModel):
         default=None,
         ge=0,
         le=1,
-        description="The cheapest point of the curve with at least this calibrated quality; 1 is exact.",
+        description="The cheapest point of the curve with at least this calibrated quality: the similarity to the "
+        "exact result that nine of ten samples reach. 1 is exact.",
     )
     compute_ratio: Number | None = Field(
         default=None, gt=0, le=1, description="At most this share of the dense model's block compute."

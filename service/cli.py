@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 from typer.exceptions import TyperException
 
+from models.curve import FORECAST
 from models.errors import GenerationError, InvalidRequest
 from models.file_formats import MeshFormat, OutputFormat
 from service import keys
@@ -208,14 +209,29 @@ def _write(out: Path, data: bytes, receipt: Path | None, done: ReceiptBody) -> N
 
 @app.command()
 def calibrate(
-    prompts: Annotated[Path | None, typer.Option(help="For an image model: a text file, one prompt a line.")] = None,
-    images: Annotated[Path | None, typer.Option(help="For a mesh model: a folder of images.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="For an image model: a text file, one prompt a line. There are built-in prompts."),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="For a mesh model: a folder of images. There are built-in ones of solids.")
+    ] = None,
     model: Model = Path("tiny-flux"),
-    rule: Annotated[str, typer.Option(help="router, or residual_cache, which needs no trained weights.")] = "router",
+    rules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--rule",
+            help="forecast leaves out whole steps. Rules for blocks: router, which needs trained routers, and "
+            "residual_cache. May be given more than once: the curve keeps the best of all.  [default: forecast]",
+        ),
+    ] = None,
     device: Device = None,
     config: Config = None,
 ) -> None:
-    """Measure a model's curve of compute against quality, and write it to the model's calibration.json."""
+    """Learn to forecast a model's steps, and measure its curve of compute against quality.
+
+    Writes forecast.safetensors and calibration.json beside the model's routers. Interrupted, it goes on where it was.
+    """
     settings = load_settings(config, device=device)
     samples = _samples(prompts, images, settings.max_image_pixels)
     directory = find_model(model)
@@ -224,7 +240,7 @@ def calibrate(
     path = calibrate_model(
         directory,
         samples,
-        rule=rule,
+        rules=rules or [FORECAST],
         device=settings.device,
         router_weights=settings.router_weights,
         offload_text_encoders=settings.offload_text_encoders,
@@ -232,12 +248,13 @@ def calibrate(
     print(f"{path} written")
 
 
-def _samples(prompts: Path | None, images: Path | None, max_pixels: int) -> list[str] | list[bytes]:
-    if (prompts is None) == (images is None):
-        raise typer.BadParameter("give either --prompts or --images")
+def _samples(prompts: Path | None, images: Path | None, max_pixels: int) -> list[str] | list[bytes] | None:
+    if prompts is not None and images is not None:
+        raise typer.BadParameter("give --prompts or --images, not both")
     if prompts is not None:
         return [line for line in prompts.read_text().splitlines() if line.strip()]
-    assert images is not None
+    if images is None:
+        return None
     checked = []
     for path in sorted(images.iterdir()):
         try:

@@ -68,11 +68,12 @@ def _generate(directory: Path, settings: Settings, parse: Callable[[ModelCard], 
     arrived = time.perf_counter()
     state = engine.start(request)
     started = time.perf_counter()
-    with typer.progressbar(length=state.num_steps, label="denoising", file=sys.stderr) as progress:
+    with typer.progressbar(length=state.num_computed_steps, label="denoising", file=sys.stderr) as progress:
         while not state.is_done:
             if isinstance(request.budget, LatencyBudget):
                 _keep_deadline(state, card, left_s=request.budget.latency_s - (time.perf_counter() - arrived))
             engine.step([state])
+            progress.length = state.num_computed_steps
             progress.update(1)
     denoised = time.perf_counter()
     result = engine.finish(state)
@@ -97,4 +98,7 @@ def _generate(directory: Path, settings: Settings, parse: Callable[[ModelCard], 
 def _keep_deadline(state: "DenoiseState", card: ModelCard, left_s: float) -> None:
     """Move along the curve as the server does. Decoding has no prediction, since nothing was decoded before."""
     steps_left = state.num_steps - state.step_index
-    state.move_to(point_for(state.request, card, time_left_s=left_s, steps_left=steps_left, pace=1.0))
+    point = point_for(
+        state.request, card, time_left_s=left_s, steps_left=steps_left, num_computed=len(state.computed), pace=1.0
+    )
+    state.move_to(point)

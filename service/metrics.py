@@ -37,13 +37,17 @@ _TENTHS = tuple(tenth / 10 for tenth in range(1, 11))
 _RATIO_ERRORS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 _BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 _DEADLINE_OUTCOMES = _MET, _MISSED = ("met", "missed")
+_STEP_DECISIONS = _COMPUTED, _FORECAST = ("computed", "forecast")
 
 # A "request" is one API call, whatever its number of artifacts.
 BLOCK_DECISIONS = Series(
     Counter,
     "elastic_block_decisions_total",
-    "Rows of a batch that a block ran, skipped or reused.",
+    "Rows of a batch that a block ran, skipped, reused or left to forecasts.",
     ("model", "block", "decision"),
+)
+STEPS = Series(
+    Counter, "elastic_steps_total", "Denoise steps of artifacts: computed or forecast.", ("model", "decision")
 )
 BLOCK_LATENCY = Series(
     Histogram,
@@ -66,7 +70,7 @@ ROUTER_LATENCY = Series(
     buckets=_BLOCK_SECONDS,
 )
 STEP_LATENCY = Series(
-    Histogram, "elastic_step_latency_seconds", "Time of one denoise step of a batch.", buckets=_STEP_SECONDS
+    Histogram, "elastic_step_latency_seconds", "Time of one computed step of a batch.", buckets=_STEP_SECONDS
 )
 STAGE_LATENCY = Series(
     Histogram,
@@ -76,7 +80,7 @@ STAGE_LATENCY = Series(
     _REQUEST_SECONDS,
 )
 BATCH_SIZE = Series(
-    Histogram, "elastic_generation_batch_size", "Artifacts that shared a denoise step.", buckets=_BATCH_SIZES
+    Histogram, "elastic_generation_batch_size", "Artifacts that shared a computed step.", buckets=_BATCH_SIZES
 )
 COMPUTE_RATIO = Series(
     Histogram, "elastic_compute_ratio", "Share of the dense block compute that an artifact took.", buckets=_TENTHS
@@ -126,7 +130,7 @@ REJECTED = Series(
 )
 
 ALL_SERIES: tuple[Series[Any], ...] = (
-    *(BLOCK_DECISIONS, BLOCK_LATENCY, MLP_WIDTH, ROUTER_LATENCY, STEP_LATENCY, STAGE_LATENCY, BATCH_SIZE),
+    *(BLOCK_DECISIONS, STEPS, BLOCK_LATENCY, MLP_WIDTH, ROUTER_LATENCY, STEP_LATENCY, STAGE_LATENCY, BATCH_SIZE),
     *(COMPUTE_RATIO, COMPUTE_RATIO_ERROR, RUNNING, WAITING, QUEUE_TIME, E2E_LATENCY, REQUESTS, BATCH_GROUPS),
     *(RECOVERED, STORE_ERRORS, GPU_MEMORY, DEADLINES, DEGRADED, REJECTED),
 )
@@ -145,6 +149,8 @@ class Metrics:
             for block in card.blocks:
                 for decision in Decision:
                     self._of(BLOCK_DECISIONS, card.id, block, decision)
+            for step_decision in _STEP_DECISIONS:
+                self._of(STEPS, card.id, step_decision)
             for status in JobStatus:
                 if status.is_terminal:
                     self._of(REQUESTS, card.id, status)
@@ -156,10 +162,13 @@ class Metrics:
         self._of(STEP_LATENCY, model).observe(report.seconds)
         self._of(ROUTER_LATENCY, model).observe(report.router_seconds)
         self._of(BATCH_SIZE, model).observe(report.batch_size)
+        self._of(STEPS, model, _COMPUTED).inc(report.batch_size)
+        self._of(STEPS, model, _FORECAST).inc(report.num_forecast)
         for block in report.blocks:
             self._of(BLOCK_DECISIONS, model, block.block, Decision.RUN).inc(block.num_run)
             self._of(BLOCK_DECISIONS, model, block.block, Decision.SKIP).inc(block.num_skipped)
             self._of(BLOCK_DECISIONS, model, block.block, Decision.REUSE).inc(block.num_reused)
+            self._of(BLOCK_DECISIONS, model, block.block, Decision.FORECAST).inc(report.num_forecast_rows)
             self._of(BLOCK_LATENCY, model, block.block).observe(block.seconds)
             for mlp_width in block.mlp_widths:
                 self._of(MLP_WIDTH, model, block.block).observe(mlp_width)

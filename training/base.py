@@ -201,7 +201,7 @@ def train_base(
         average.update()
         return {"flow": flow.item(), "auxiliary": auxiliary.item()}
 
-    state: dict[str, Stateful] = {"objective": _WithoutCompilation(objective), "average": average}
+    state: dict[str, Stateful] = {"objective": WithoutCompilation(objective), "average": average}
     run_loop(
         "transformer",
         num_steps,
@@ -222,7 +222,7 @@ def _rows_of_step(step: int, num_samples: int, rank: int, num_processes: int) ->
     return order[offset + rank * BATCH_SIZE : offset + (rank + 1) * BATCH_SIZE].tolist()
 
 
-class _WithoutCompilation:
+class WithoutCompilation:
     """A module's state under the names it has before compilation."""
 
     def __init__(self, module: nn.Module) -> None:

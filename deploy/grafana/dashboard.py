@@ -15,7 +15,7 @@ SCHEMA_VERSION = 41
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 OF_MODEL = 'model=~"$model"'
 _COLUMNS = 24
-_RED, _AMBER, _GREEN = "semi-dark-red", "semi-dark-orange", "semi-dark-green"
+_RED, _AMBER, _GREEN, _BLUE = "semi-dark-red", "semi-dark-orange", "semi-dark-green", "semi-dark-blue"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +113,12 @@ def ratio(above: str, below: str, *labels: str) -> str:
 
 
 def share_of_decision(decision: str) -> str:
-    decided = (
-        f'sum by (block) (rate(elastic_block_decisions_total{{{OF_MODEL}, decision="{decision}"}}[$__rate_interval]))'
-    )
-    return f"{decided} / sum by (block) (rate(elastic_block_decisions_total{{{OF_MODEL}}}[$__rate_interval]))"
+    """Of the decisions in computed steps."""
+
+    def rate(matcher: str) -> str:
+        return f"sum by (block) (rate(elastic_block_decisions_total{{{OF_MODEL}, {matcher}}}[$__rate_interval]))"
+
+    return rate(f'decision="{decision}"') + " / " + rate('decision!="forecast"')
 
 
 def median_and_p95(metric: str, *labels: str) -> tuple[Query, Query]:
@@ -162,8 +164,8 @@ NOW = Row(
             mean("elastic_compute_ratio"),
         ),
         stat(
-            "Skipped or re-used",
-            "Share of block decisions that were not run.",
+            "Blocks left out",
+            "Share of block decisions that were not run: skipped, re-used or forecast.",
             "percentunit",
             f'1 - sum(rate(elastic_block_decisions_total{{{OF_MODEL}, decision="run"}}[$__rate_interval]))'
             f" / sum(rate({_ROWS_OF_BLOCKS}[$__rate_interval]))",
@@ -234,6 +236,17 @@ COMPUTE = Row(
             Query(mean("elastic_compute_ratio", "model"), "{{model}} mean"),
             Query(quantile(0.9, "elastic_compute_ratio", "model"), "{{model}} p90"),
             maximum=1,
+            width=6,
+        ),
+        lines(
+            "Denoise steps",
+            "Of images and meshes. Forecast steps run nothing of the model.",
+            "none",
+            Query(
+                f"sum by (model, decision) (rate(elastic_steps_total{{{OF_MODEL}}}[$__rate_interval]))",
+                "{{model}} {{decision}}",
+            ),
+            width=6,
         ),
         lines(
             "Error of the predicted compute ratio",
@@ -242,16 +255,18 @@ COMPUTE = Row(
             "percentunit",
             Query(mean("elastic_predicted_compute_ratio_error", "model"), "{{model}} mean"),
             Query(quantile(0.95, "elastic_predicted_compute_ratio_error", "model"), "{{model}} p95"),
+            width=6,
         ),
         lines(
             "Batch size",
-            "Mean number of images or meshes that shared a denoise step.",
+            "Mean number of images or meshes that shared a computed step.",
             "none",
             Query(mean("elastic_generation_batch_size", "model"), "{{model}}"),
+            width=6,
         ),
         lines(
-            "Denoise step",
-            "Time of one step of a batch.",
+            "Computed step",
+            "Time of one computed step of a batch.",
             "s",
             *median_and_p95("elastic_step_latency_seconds", "model"),
         ),
@@ -285,7 +300,7 @@ BLOCKS = Row(
     (
         Panel(
             "Decisions by block",
-            "Share of rows that each block ran, re-used and skipped in the selected time range.",
+            "Share of rows that each block ran, re-used, skipped and left to forecasts in the selected time range.",
             "percentunit",
             (
                 Query(
@@ -310,7 +325,12 @@ BLOCKS = Row(
                 "tooltip": {"mode": "multi", "sort": "none"},
             },
             custom={"fillOpacity": 80, "lineWidth": 0},
-            overrides=(_coloured("run", _RED), _coloured("reuse", _AMBER), _coloured("skip", _GREEN)),
+            overrides=(
+                _coloured("run", _RED),
+                _coloured("reuse", _AMBER),
+                _coloured("skip", _GREEN),
+                _coloured("forecast", _BLUE),
+            ),
             transformations=(
                 {
                     "id": "groupingToMatrix",
@@ -345,14 +365,14 @@ BLOCKS = Row(
         ),
         lines_by_block(
             "Skip rate by block",
-            "Share of rows that skip the block.",
+            "Share of rows in computed steps that skip the block.",
             "percentunit",
             share_of_decision("skip"),
             maximum=1,
         ),
         lines_by_block(
             "Re-use rate by block",
-            "Share of rows that re-use the block's residual of an earlier step.",
+            "Share of rows in computed steps that re-use the block's residual of an earlier one.",
             "percentunit",
             share_of_decision("reuse"),
             maximum=1,

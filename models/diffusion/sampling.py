@@ -1,5 +1,7 @@
 """The flow-matching sampler and guidance, as plain functions."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -53,6 +55,14 @@ def consistency_schedule(num_inference_steps: int, pcm_timesteps: int) -> Tensor
 def euler_step(latents: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
     """One step along the velocity, in float32 for every type of model, as in FlowMatchEulerDiscreteScheduler."""
     return (latents.float() + (next_sigma - sigma) * velocity).to(velocity.dtype)
+
+
+def linear_step(latents: Tensor, growth: float, weights: Sequence[float], velocities: Sequence[Tensor]) -> Tensor:
+    """One step along weighted velocities, in float32 as `euler_step`. The latents grow by the share `growth`."""
+    result = latents.float() * (1 + growth)
+    for weight, velocity in zip(weights, velocities, strict=True):
+        result = result.add(velocity, alpha=weight)
+    return result.to(velocities[0].dtype)
 
 
 def classifier_free_guidance(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:

@@ -1,7 +1,7 @@
 """One row of a batch, and the changes that a step makes to it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -67,6 +67,10 @@ class Row:
     spent_flops: float = 0.0
     trace: list[StepDecision] = field(default_factory=list)
     journal: StepJournal = field(default_factory=StepJournal)
+
+    def fork(self) -> "Row":
+        """A copy that goes its own way from here."""
+        return replace(self, residuals=dict(self.residuals), trace=[*self.trace])
 
     def begin_step(self, step: int, policy: Policy, allowance: Allowance) -> None:
         self.step, self.policy, self.allowance = step, policy, allowance

@@ -20,9 +20,10 @@ from models.elastic.streams import Streams
 from models.errors import InvalidRequest
 from models.families.wrapping import Adapter, elastic_blocks
 from models.mesh.cleanup import CleanMesh
-from models.request import GenerationRequest
+from models.request import GenerationRequest, LatencyBudget
 from models.rules import RULES
-from models.state import BranchInputs, DenoiseState
+from models.rules.forecast import Forecaster, ForecastTable
+from models.state import BranchInputs, DenoiseState, Velocity
 from models.weights import CheckpointTraits, Manifest, RouterWeights
 
 
@@ -38,7 +39,8 @@ class Family(ABC):
     """One loaded model.
 
     `adapter` takes the transformer apart. `blocks` are the elastic blocks in order. `routers`, if there are any, stand
-    beside the model, so its state dict is unchanged. `quality_metric` names the metric of `similarity`.
+    beside the model, so its state dict is unchanged. With a `forecast_table` steps can be forecast. `quality_metric`
+    names the metric of `similarity`.
     """
 
     adapter: Adapter
@@ -48,6 +50,8 @@ class Family(ABC):
         self.model_id = model_id
         self.transformer = transformer
         self.routers = router_weights.stack if router_weights else None
+        self.forecast_table: ForecastTable | None = None
+        self._forecasters: dict[tuple[bytes, bool], Forecaster] = {}
         self.blocks = elastic_blocks(transformer, self.adapter, router_weights)
         self._router_modulation: nn.Linear | None = router_weights.stack.fused_modulation() if router_weights else None
 
@@ -124,10 +128,13 @@ class Family(ABC):
             return None
         return self._router_modulation(F.silu(streams.temb)).chunk(len(self.blocks), dim=1)
 
-    def epilogue(self, states: Sequence[DenoiseState], streams: Streams) -> list[Tensor]:
-        """Each state's velocity `(1, tokens, channels)`, with guidance applied."""
+    def epilogue(self, states: Sequence[DenoiseState], streams: Streams) -> list[Velocity]:
+        """Each state's velocity, with guidance applied."""
         velocities = self.adapter.epilogue(self.transformer, streams).split([len(state.rows) for state in states])
-        return [v if len(v) == 1 else self.guide(state.request, v) for state, v in zip(states, velocities, strict=True)]
+        return [
+            Velocity(v) if len(v) == 1 else Velocity(self.guide(state.request, v), v[:1])
+            for state, v in zip(states, velocities, strict=True)
+        ]
 
     def _new_state(
         self,
@@ -146,15 +153,26 @@ class Family(ABC):
 
         Raises InvalidRequest if the compute that no plan can leave out exceeds the cap.
         """
-        rows = [Row(RULES[point.rule], point.policy, branch.name, len(timesteps), branch.costs) for branch in branches]
+        forecaster = None
+        may_move = isinstance(request.budget, LatencyBudget) and any(other.steps for other in curve)
+        if self.forecast_table and (point.steps or may_move):
+            forecaster = self._forecaster(sigmas, len(branches) > 1)
+        rows = [
+            Row(RULES[point.policy.rule], point.policy, branch.name, len(timesteps), branch.costs)
+            for branch in branches
+        ]
         dense_flops = sum(cost.dense for row in rows for cost in row.costs.values())
-        unavoidable = sum(cost.always for row in rows for cost in row.costs.values()) / dense_flops
-        if compute_cap is not None and compute_cap < unavoidable:
-            raise InvalidRequest(
-                f"compute_ratio {compute_cap} is not possible: a step of this model that skips every block costs "
-                f"{unavoidable:.4f}; try {math.ceil(100 * unavoidable) / 100}",
-                "budget.compute_ratio",
-            )
+        if compute_cap is not None:
+            unavoidable, reason = 1 / len(timesteps), "one of its steps at least is computed, which"
+            if not point.steps:
+                unavoidable = sum(cost.always for row in rows for cost in row.costs.values()) / dense_flops
+                reason = "a step of this model that skips every block"
+            if compute_cap < unavoidable:
+                raise InvalidRequest(
+                    f"compute_ratio {compute_cap} is not possible: {reason} costs {unavoidable:.4f}; try "
+                    f"{math.ceil(100 * unavoidable) / 100}",
+                    "budget.compute_ratio",
+                )
         return DenoiseState(
             request=request,
             batch_key=(self.model_id, shape),
@@ -167,7 +185,19 @@ class Family(ABC):
             point=point,
             dense_flops=dense_flops,
             compute_cap=compute_cap,
+            forecaster=forecaster,
         )
+
+    def _forecaster(self, sigmas: Tensor, is_guided: bool) -> Forecaster:
+        """The forecaster of a schedule. It is kept, since its plans take up to a second for a hundred steps."""
+        assert self.forecast_table is not None
+        key = (sigmas.numpy().tobytes(), is_guided)
+        if key not in self._forecasters:
+            if len(self._forecasters) == 64:
+                self._forecasters.clear()
+            levels = sigmas.double().numpy()
+            self._forecasters[key] = self.forecast_table.forecaster(levels, has_conditionals=is_guided)
+        return self._forecasters[key]
 
     def _latents_and_times(self, states: Sequence[DenoiseState]) -> tuple[Tensor, Tensor]:
         """Latents `(rows, tokens, channels)` and float32 `timesteps` `(rows,)` of all branches."""

@@ -27,8 +27,7 @@ def content_urls(job: Job, base: str) -> list[str]:
 
 def job_body(snapshot: JobSnapshot, base: str) -> JobBody:
     job, state = snapshot.job, snapshot.state
-    num_inference_steps = job.requests[0].num_inference_steps
-    # Some schedules end in a step of zero length, which no worker counts; a finished job shows it as done.
+    num_computed_steps = snapshot.num_steps // len(job.requests)
     is_done = state.status is JobStatus.SUCCEEDED
     return JobBody(
         id=job.id,
@@ -37,8 +36,10 @@ def job_body(snapshot: JobSnapshot, base: str) -> JobBody:
         model=job.model,
         created=int(job.created_at),
         progress=ProgressBody(
-            step=num_inference_steps if is_done else state.steps_done // len(job.requests),
-            num_inference_steps=num_inference_steps,
+            # The last progress may have been lost while the store was away.
+            step=num_computed_steps if is_done else state.steps_done // len(job.requests),
+            num_computed_steps=num_computed_steps,
+            num_inference_steps=job.requests[0].num_inference_steps,
         ),
         receipt=job_receipt_body(state.receipts) if state.receipts else None,
         error=status_and_error(error_of(state.failure))[1] if state.failure else None,

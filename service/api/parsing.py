@@ -7,7 +7,7 @@ from typing import Literal
 
 from models.budget import resolve
 from models.card import Guidance, ImageCard, MeshCard, ModelCard, SizeLimits
-from models.curve import CurvePoint, Preset
+from models.curve import EXACT, CurvePoint, Preset
 from models.errors import InvalidRequest
 from models.file_formats import MeshFormat, OutputFormat
 from models.request import BackgroundRemoval, Budget, ImageRequest, MeshRequest, PresetBudget, QualityBudget
@@ -50,12 +50,13 @@ def parse_image_body(body: ImageBody, card: ImageCard, *, default_budget: Budget
         guidance_scale=guidance_scale,
         seed=seed,
         budget=budget,
-        point=resolve(budget, card.curve),
+        point=EXACT,
         is_guided=card.is_guided(guidance_scale, true_cfg_scale),
         negative_prompt=body.negative_prompt,
         true_cfg_scale=true_cfg_scale,
         wants_trace=body.trace,
     )
+    first = replace(first, point=resolve(budget, card.curve_for(first)))
     requests = tuple(replace(first, seed=seed + number) for number in range(n))
     return Order(requests, _parse_image_output(body), _quality_requested(budget, first.point), min_quality)
 
@@ -73,7 +74,7 @@ def parse_mesh_body(
         guidance_scale=guidance_scale,
         seed=random_seed if body.seed is None else body.seed,
         budget=budget,
-        point=resolve(budget, card.curve),
+        point=EXACT,
         is_guided=card.is_guided(guidance_scale),
         wants_trace=body.trace,
         input_image=input_image,
@@ -81,6 +82,7 @@ def parse_mesh_body(
         target_faces=body.target_faces,
         remove_background=_REMOVALS[body.remove_background],
     )
+    request = replace(request, point=resolve(budget, card.curve_for(request)))
     output = Output(body.output_format or MeshFormat.GLB)
     return Order((request,), output, _quality_requested(budget, request.point), budget_body.min_quality)
 

@@ -21,10 +21,16 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
+class StepsBody(BaseModel):
+    computed: int = Field(description="Steps that ran the transformer.")
+    forecast: int = Field(description="Steps that were extrapolated from computed ones instead.")
+
+
 class BlocksBody(BaseModel):
     run: int
     skipped: int
     reused: int
+    forecast: int = Field(description="The blocks of steps that were forecast.")
 
 
 class SecondsBody(BaseModel):
@@ -39,7 +45,7 @@ class DecisionBody(BaseModel):
     block: str
     branch: str = Field(description="The guidance branch: cond or uncond.")
     decision: Decision
-    mlp_width: float
+    mlp_width: float = Field(description="0 in a step that was forecast.")
 
 
 class MeshReportBody(BaseModel):
@@ -54,16 +60,21 @@ class ReceiptBody(BaseModel):
     """What the result got. For several images, counts are sums, seconds are maxima, and all other numbers are means."""
 
     rule: str
-    skip_threshold: tuple[float, float] = Field(description="Of the first and of the last step.")
+    skip_threshold: tuple[float, float] = Field(description="Of the first and of the last computed step.")
     quality_requested: float | None = Field(description="Null for compute_ratio and latency_ms budgets.")
     quality_applied: float
     compute_ratio: float
     compute_ratio_predicted: float
+    steps: StepsBody
+    calibrated: bool = Field(
+        description="Whether the model's curve was measured for requests like this one: its size, guidance and number "
+        "of steps. If not, one more step is computed than the curve says, and the quality is an estimate."
+    )
     blocks: BlocksBody
     mean_mlp_width: float
     num_inference_steps: int
     seconds: SecondsBody
-    batch_size_mean: float
+    batch_size_mean: float = Field(description="Over the computed steps.")
     degraded: bool = Field(description="Whether the quality was lowered under load, down to min_quality at most.")
     deadline_met: bool | None = Field(description="Null without a deadline.")
     mesh: MeshReportBody | None = Field(default=None, description="Only for a mesh.")
@@ -101,7 +112,10 @@ class MeshResponse(BaseModel):
 
 
 class ProgressBody(BaseModel):
-    step: int = Field(description="Denoise steps done; for several images the mean, rounded down.")
+    step: int = Field(description="Computed steps done; for several images the mean, rounded down.")
+    num_computed_steps: int = Field(
+        description="Steps that are computed in all, as things stand; a deadline may change it. Others are forecast."
+    )
     num_inference_steps: int
 
 
@@ -209,9 +223,16 @@ class LimitsBody(BaseModel):
     batch_size: int
 
 
+class ComputedStepsBody(BaseModel):
+    computed: int
+    of: int
+
+
 class CurvePointBody(BaseModel):
     preset: Preset | None
-    quality: float
+    quality: float = Field(description="The similarity to the exact result that nine of ten samples reach.")
+    mean_quality: float
+    steps: ComputedStepsBody | None = Field(description="How many steps are computed; null if all of them are.")
     compute_ratio: float
     expected_seconds: float = Field(description="Denoising time of one request alone, with the model's defaults.")
     rule: str

@@ -64,7 +64,10 @@ class GenerationBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     num_inference_steps: Integer | None = Field(
-        default=None, ge=1, description="Denoise steps; the model has a default."
+        default=None,
+        ge=1,
+        description="Denoise steps; the model has a default. The budget decides how many of them are computed; the "
+        "others are forecast.",
     )
     seed: Integer | None = Field(default=None, ge=0, le=MAX_SEED, description="Random if absent; always returned.")
     budget: BudgetBody | None = Field(default=None, description="Trades speed for quality; the server has a default.")

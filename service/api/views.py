@@ -10,6 +10,7 @@ from models.curve import CurvePoint
 from models.report import StepDecision
 from service.api.responses import (
     BlocksBody,
+    ComputedStepsBody,
     CurvePointBody,
     DecisionBody,
     DefaultsBody,
@@ -20,6 +21,7 @@ from service.api.responses import (
     ReceiptBody,
     SecondsBody,
     SizesBody,
+    StepsBody,
 )
 from service.jobs.job import Receipt
 
@@ -54,10 +56,16 @@ def _merged(receipts: Sequence[Receipt]) -> ReceiptBody:
         quality_applied=fmean(summary.quality_applied for summary in summaries),
         compute_ratio=fmean(summary.compute_ratio for summary in summaries),
         compute_ratio_predicted=fmean(summary.compute_ratio_predicted for summary in summaries),
+        steps=StepsBody(
+            computed=sum(summary.num_steps_computed for summary in summaries),
+            forecast=sum(summary.num_steps_forecast for summary in summaries),
+        ),
+        calibrated=all(summary.is_calibrated for summary in summaries),
         blocks=BlocksBody(
             run=sum(summary.num_run for summary in summaries),
             skipped=sum(summary.num_skipped for summary in summaries),
             reused=sum(summary.num_reused for summary in summaries),
+            forecast=sum(summary.num_forecast for summary in summaries),
         ),
         mean_mlp_width=fmean(summary.mean_mlp_width for summary in summaries),
         num_inference_steps=summaries[0].num_inference_steps,
@@ -112,6 +120,8 @@ def _curve_point_body(point: CurvePoint, card: ModelCard) -> CurvePointBody:
     return CurvePointBody(
         preset=point.preset,
         quality=point.quality,
+        mean_quality=point.mean_quality,
+        steps=ComputedStepsBody(**asdict(point.steps)) if point.steps else None,
         compute_ratio=point.compute_ratio,
         expected_seconds=card.dense_step_seconds * card.default_num_inference_steps * point.relative_seconds,
         rule=point.rule,

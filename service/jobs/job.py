@@ -82,8 +82,8 @@ class StageSeconds:
 class Receipt:
     """What one artifact got.
 
-    `batch_size_mean` is the mean over its steps. `quality_requested` is None for a compute ratio or a deadline, `mesh`
-    None for an image, `deadline_met` None without a deadline.
+    `batch_size_mean` is the mean over its computed steps. `quality_requested` is None for a compute ratio or a
+    deadline, `mesh` None for an image, `deadline_met` None without a deadline.
     """
 
     summary: GenerationSummary
@@ -130,12 +130,12 @@ class Job:
 
     @property
     def num_steps(self) -> int:
-        """Denoise steps of all its requests."""
-        return sum(request.num_inference_steps for request in self.requests)
+        """Computed steps of all its requests, as expected before its start."""
+        return sum(request.num_computed_steps for request in self.requests)
 
-    def seconds_left(self, steps_done: int) -> float:
-        """Predicted seconds of work after `steps_done` of its steps."""
-        return self.predicted_seconds * (1 - steps_done / self.num_steps)
+    def seconds_left(self, steps_done: int, num_steps: int) -> float:
+        """Predicted seconds of work after `steps_done` of its `num_steps` computed steps."""
+        return self.predicted_seconds * (1 - steps_done / num_steps)
 
     def without_input_images(self) -> Self:
         """This job without the input images of mesh requests, which may be megabytes."""
@@ -150,15 +150,17 @@ def _without_input_image(request: ImageRequest | MeshRequest) -> ImageRequest | 
 class JobState:
     """What changes while a job waits and runs. Times are Unix seconds.
 
-    `steps_done` counts the denoise steps of all requests, `compute_ratio` is the share of the dense compute so far.
-    `attempts` counts the workers that claimed the job and did not release it. A succeeded job has a receipt for each
-    request, and `content`, the key of its artifacts in the results.
+    `steps_done` counts the computed steps of all requests; `num_steps` is their number in all as things stand, None
+    before the first progress. `compute_ratio` is the share of the dense compute so far. `attempts` counts the workers
+    that claimed the job and did not release it. A succeeded job has a receipt for each request, and `content`, the key
+    of its artifacts in the results.
     """
 
     status: JobStatus = JobStatus.QUEUED
     started_at: float | None = None
     ended_at: float | None = None
     steps_done: int = 0
+    num_steps: int | None = None
     compute_ratio: float | None = None
     attempts: int = 0
     receipts: tuple[Receipt, ...] = ()
@@ -180,9 +182,16 @@ class JobSnapshot:
     state: JobState
 
     @property
+    def num_steps(self) -> int:
+        """Computed steps of all its requests, as things stand."""
+        if self.state.receipts:
+            return sum(receipt.summary.num_steps_computed for receipt in self.state.receipts)
+        return self.state.num_steps or self.job.num_steps
+
+    @property
     def remaining_seconds(self) -> float:
         """Predicted seconds of work that are left."""
-        return self.job.seconds_left(self.state.steps_done)
+        return self.job.seconds_left(self.state.steps_done, self.num_steps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,6 +126,7 @@ class MemoryStore:
                     record.state.moved_to(JobStatus.RUNNING),
                     started_at=self._clock(),
                     steps_done=0,
+                    num_steps=None,
                     attempts=record.state.attempts + 1,
                 )
                 record.lease = uuid.uuid4().hex
@@ -145,7 +146,12 @@ class MemoryStore:
 
     async def record(self, progress: Progress) -> None:
         if (record := self._claimed(progress.claim)) is not None:
-            record.state = replace(record.state, steps_done=progress.steps_done, compute_ratio=progress.compute_ratio)
+            record.state = replace(
+                record.state,
+                steps_done=progress.steps_done,
+                num_steps=progress.num_steps,
+                compute_ratio=progress.compute_ratio,
+            )
             self._tell(record, EventName.PROGRESS, **progress.event_data)
 
     async def add_preview(self, preview: Preview) -> None:

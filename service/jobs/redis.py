@@ -134,7 +134,7 @@ class RedisStore:
         name, value = "", ""
         if idempotency is not None:
             name, value = f"{idempotency.owner}:{idempotency.key}", f"{idempotency.fingerprint} {job.id}"
-        entry = _live_entry(job, steps_done=0)
+        entry = _live_entry(job, job.predicted_seconds)
         async with self._operation("add"):
             existing = await self._run(self._add, job.id, job.place, entry, name, value, input_image, *fields)
         return job if existing is None or idempotency is None else await self._existing(idempotency, existing)
@@ -199,8 +199,12 @@ class RedisStore:
 
     async def record(self, progress: Progress) -> None:
         job, lease = progress.claim.job, progress.claim.lease
-        fields = ["steps_done", progress.steps_done, "compute_ratio", progress.compute_ratio]
-        data, entry = json.dumps(progress.event_data), _live_entry(job, progress.steps_done)
+        fields = [
+            *("steps_done", progress.steps_done, "num_steps", progress.num_steps),
+            *("compute_ratio", progress.compute_ratio),
+        ]
+        seconds_left = job.seconds_left(progress.steps_done, progress.num_steps)
+        data, entry = json.dumps(progress.event_data), _live_entry(job, seconds_left)
         async with self._operation("record"):
             await self._run(self._record, job.id, lease, EventName.PROGRESS, data, entry, *fields)
 
@@ -338,9 +342,8 @@ class RedisStore:
             self._on_cancelled(job_id)
 
 
-def _live_entry(job: Job, steps_done: int) -> str:
-    seconds = round(job.seconds_left(steps_done), 6)
-    return json.dumps({"model": job.model, "shape": shape_of(job.requests[0]), "seconds": seconds})
+def _live_entry(job: Job, seconds_left: float) -> str:
+    return json.dumps({"model": job.model, "shape": shape_of(job.requests[0]), "seconds": round(seconds_left, 6)})
 
 
 def _state_of(fields: Mapping[bytes, bytes]) -> JobState:
@@ -353,6 +356,7 @@ def _state_of(fields: Mapping[bytes, bytes]) -> JobState:
         started_at=number(b"started_at"),
         ended_at=number(b"ended_at"),
         steps_done=int(fields.get(b"steps_done", b"0")),
+        num_steps=int(fields[b"num_steps"]) if b"num_steps" in fields else None,
         compute_ratio=number(b"compute_ratio"),
         attempts=int(fields.get(b"attempts", b"0")),
         receipts=_RECEIPTS.validate_json(fields[b"receipts"]) if b"receipts" in fields else (),

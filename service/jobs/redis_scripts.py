@@ -32,7 +32,7 @@ local function is_mine(id, lease)
 end
 local function queue_again(id)
     local job = prefix .. 'job:' .. id
-    redis.call('HDEL', job, 'lease')
+    redis.call('HDEL', job, 'lease', 'num_steps')
     redis.call('HSET', job, 'status', 'queued', 'steps_done', 0)
     redis.call('ZREM', prefix .. 'leases', id)
     redis.call('ZADD', prefix .. 'queue', redis.call('HGET', job, 'place'), id)

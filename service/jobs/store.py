@@ -62,10 +62,14 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """The progress of a claimed job: `steps_done` of all its requests, share of the dense compute, seconds left."""
+    """The progress of a claimed job: share of the dense compute so far, and seconds left.
+
+    `steps_done` of `num_steps` are computed steps of all its requests. A deadline may change `num_steps` on the way.
+    """
 
     claim: Claim
     steps_done: int
+    num_steps: int
     compute_ratio: float
     eta_s: float
 
@@ -74,6 +78,7 @@ class Progress:
         job = self.claim.job
         return {
             "step": self.steps_done // len(job.requests),
+            "num_computed_steps": self.num_steps // len(job.requests),
             "num_inference_steps": job.requests[0].num_inference_steps,
             "compute_ratio": round(self.compute_ratio, 6),
             "eta_s": round(self.eta_s, 3),

@@ -61,7 +61,7 @@ function budgetOf() {
 const labelOf = (budget) =>
   budget.preset ?? Object.entries(budget).map(([kind, value]) => `${kind} ${value}`).join(", ");
 
-/** The cheapest calibrated point that satisfies a budget; undefined if the server adapts the thresholds at every step. */
+/** The cheapest calibrated point that satisfies a budget; undefined if the server adapts every step. */
 function pointOf({ preset, quality }, curve) {
   if (preset) return curve.find((point) => point.preset === preset);
   const cheapestFirst = [...curve].sort((a, b) => a.compute_ratio - b.compute_ratio);
@@ -75,9 +75,9 @@ function showExpectation() {
   const point = model && pointOf(budgetOf(), model.curve);
   byId("expected").textContent = point
     ? `On average${byId("budget").value === "preset" ? "" : " at most"}: ${percent(point.compute_ratio)} of the full compute, ` +
-      `${point.quality.toFixed(3)} ${MEASURES[model.quality_metric] ?? model.quality_metric} to the exact result, ` +
-      `${point.expected_seconds.toFixed(2)} s of denoising.`
-    : "The server adapts the thresholds at every step, to the compute or the time that is left.";
+      `${point.mean_quality.toFixed(3)} ${MEASURES[model.quality_metric] ?? model.quality_metric} to the exact result, ` +
+      `${point.expected_seconds.toFixed(2)} s of denoising. Nine of ten results reach ${point.quality.toFixed(3)}.`
+    : "The server adapts every step to the compute or the time that is left.";
 }
 
 function showBudget() {
@@ -208,10 +208,10 @@ class Run {
 
   show(event) {
     if (event.type === "job.progress") {
-      this.part("progress").value = event.step / event.num_inference_steps;
+      this.part("progress").value = event.step / event.num_computed_steps;
       const left = event.eta_s === undefined || event.eta_s === null ? "" : `, ${event.eta_s.toFixed(1)} s left`;
       this.part(".status").textContent =
-        `step ${event.step} of ${event.num_inference_steps}, ${percent(event.compute_ratio)} of the full compute${left}`;
+        `computed step ${event.step} of ${event.num_computed_steps}, ${percent(event.compute_ratio)} of the full compute${left}`;
     } else if (event.type === "job.started") {
       this.part(".status").textContent = "running";
     } else if (event.type.endsWith(".completed")) {
@@ -242,12 +242,15 @@ class Run {
   }
 
   showReceipt(receipt, seed) {
-    const { run, skipped, reused } = receipt.blocks;
+    const { run, skipped, reused, forecast } = receipt.blocks;
+    const { computed } = receipt.steps;
     const lines = {
       Compute: percent(receipt.compute_ratio),
+      Steps: `${computed} of ${computed + receipt.steps.forecast} computed`,
+      Calibrated: receipt.calibrated ? "yes" : "no, the curve was measured with the model's defaults",
       Denoising: `${receipt.seconds.denoise.toFixed(2)} s`,
       Total: `${receipt.seconds.total.toFixed(2)} s, ${receipt.seconds.queue.toFixed(2)} s of it in the queue`,
-      Blocks: `${run} run, ${reused} re-used, ${skipped} skipped`,
+      Blocks: `${run} run, ${reused} re-used, ${skipped} skipped, ${forecast} forecast`,
       "MLP width": percent(receipt.mean_mlp_width),
       Seed: seed,
     };
@@ -270,7 +273,7 @@ class Run {
     const ofBranch = steps.map((step) => step.filter((entry) => entry.branch === branch));
     this.part("figure").hidden = false;
     const colourOf = (decision) => getComputedStyle(this.part(`i.${decision}`)).backgroundColor;
-    const colours = { run: colourOf("run"), reuse: colourOf("reuse"), skip: colourOf("skip") };
+    const colours = { run: colourOf("run"), reuse: colourOf("reuse"), skip: colourOf("skip"), forecast: colourOf("forecast") };
     const [width, height] = [8, 6];
     canvas.width = ofBranch.length * width;
     canvas.height = ofBranch[0].length * height;

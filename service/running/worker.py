@@ -39,11 +39,15 @@ class WorkerLimits:
 
 @dataclass(slots=True, eq=False)
 class _HeldJob:
-    """A claimed job. `unstarted` are the indices of its requests that wait for room."""
+    """A claimed job. `unstarted` are the indices of its requests that wait for room.
+
+    `num_steps` has the number of computed steps of each request, as things stand; `steps_done` is their sum so far.
+    """
 
     claim: Claim
     shape: str
     unstarted: list[int]
+    num_steps: list[int]
     began: float = field(default_factory=time.perf_counter)
     steps_done: int = 0
 
@@ -58,7 +62,8 @@ class _Running:
 
     `denoise_began` and `last_step_ended` are times of the performance counter. `virtual_time` is the weighted device
     time that the request has had, see `scheduling.batching.FairShare`. `batch_size_sum` adds up the batch sizes of its
-    steps. `pace` is how much longer than predicted its last step took, including the steps of other requests.
+    computed steps. `pace` is how much longer than predicted its last computed step took, including the steps of other
+    requests. `num_previews` is how many previews were made.
     """
 
     held: _HeldJob
@@ -71,6 +76,7 @@ class _Running:
     block_seconds: BlockSeconds
     batch_size_sum: int = 0
     pace: float = 1.0
+    num_previews: int = 0
     last_step_ended: float | None = None
 
     @property
@@ -149,8 +155,14 @@ class Worker:
     def take(self, claim: Claim) -> None:
         """Run this job, which was claimed because `can_take` allowed it."""
         job = claim.job
+        held = _HeldJob(
+            claim,
+            shape_of(job.requests[0]),
+            unstarted=list(range(len(job.requests))),
+            num_steps=[request.num_computed_steps for request in job.requests],
+        )
         with self._lock:
-            self._held[job.id] = _HeldJob(claim, shape_of(job.requests[0]), list(range(len(job.requests))))
+            self._held[job.id] = held
         self._wake.set()
 
     def drop(self, job_id: str) -> None:
@@ -264,7 +276,7 @@ class Worker:
         return batch[: self._max_batch_size(batch[0].job.model)]
 
     def _step(self, engine: "Engine", batch: Sequence[_Running]) -> None:
-        """Run one denoise step of `batch`. If it fails, repeat it for each request alone: only the culprits fail."""
+        """Run one computed step of `batch`. If it fails, repeat it for each request alone: only the culprits fail."""
         for running in batch:
             self._keep_deadline(running)
         expected = [running.as_candidate() for running in batch]
@@ -297,6 +309,7 @@ class Worker:
             running.virtual_time = virtual_time
             running.batch_size_sum += report.batch_size
             running.held.steps_done += 1
+            running.held.num_steps[running.index] = running.state.num_computed_steps
 
     def _keep_deadline(self, running: _Running) -> None:
         """For a job with a deadline, choose the curve point of the coming steps from the time that is left."""
@@ -308,34 +321,38 @@ class Worker:
             self.cards[job.model],
             time_left_s=job.deadline_at - self._clock() - self.finish_seconds(job.model),
             steps_left=state.num_steps - state.step_index,
+            num_computed=len(state.computed),
             pace=running.pace,
         )
         state.move_to(point)
 
     def _measure_pace(self, running: _Running, now: float) -> None:
         card = self.cards[running.job.model]
-        predicted_s = dense_step_seconds(running.request, card) * running.state.point.relative_seconds
+        predicted_s = dense_step_seconds(running.request, card) * running.state.point.relative_step_seconds
         running.pace = (now - (running.last_step_ended or running.denoise_began)) / predicted_s
         running.last_step_ended = now
 
     def _progress(self, held: _HeldJob) -> Progress:
-        """The progress of a job; `eta_s` assumes that the remaining steps take as long as those so far."""
+        """The progress of a job; `eta_s` assumes that the steps left to compute take as long as those so far."""
         states = [running.state for running in self._running if running.held is held]
         elapsed_s = time.perf_counter() - held.began
-        num_left = held.job.num_steps - held.steps_done
+        num_steps = sum(held.num_steps)
         return Progress(
             held.claim,
             steps_done=held.steps_done,
+            num_steps=num_steps,
             compute_ratio=sum(state.compute_ratio for state in states) / len(states),
-            eta_s=elapsed_s / held.steps_done * num_left,
+            eta_s=elapsed_s / held.steps_done * (num_steps - held.steps_done),
         )
 
     def _preview_if_due(self, engine: "Engine", running: _Running) -> None:
-        steps = preview_steps(running.job.num_previews, running.state.num_steps)
-        for number, step in enumerate(steps):
-            if step == running.state.step_index:
-                preview = PendingPreview(running.claim, running.index, number, engine.preview(running.state))
+        state = running.state
+        due = preview_steps(running.job.num_previews, state.num_computed_steps)[running.num_previews :]
+        for step in due:
+            if step <= len(state.computed) and not state.is_done:
+                preview = PendingPreview(running.claim, running.index, running.num_previews, engine.preview(state))
                 self._publisher.preview(preview)
+                running.num_previews += 1
 
     def _publish_done(self, engine: "Engine") -> None:
         """Hand the requests that took their last step to the publisher."""
@@ -348,7 +365,7 @@ class Worker:
                 queue_s=running.queue_s,
                 encode_s=running.encode_s,
                 denoise_s=time.perf_counter() - running.denoise_began,
-                batch_size_mean=running.batch_size_sum / running.state.num_steps,
+                batch_size_mean=running.batch_size_sum / len(running.state.computed),
             )
             self._publisher.publish(denoised, on_artifact=self._look_for_room)
             self._let_go(running)
@@ -370,9 +387,9 @@ class Worker:
 
 
 def preview_steps(num_previews: int, num_steps: int) -> list[int]:
-    """The step after which each preview is due: spread evenly over the steps, none after the last step."""
-    due = [max(1, round((number + 1) * num_steps / (num_previews + 1))) for number in range(num_previews)]
-    return [step for step in due if step < num_steps]
+    """The computed step after which each preview is due: spread evenly, one a step, none after the last."""
+    due = {max(1, round((number + 1) * num_steps / (num_previews + 1))) for number in range(num_previews)}
+    return sorted(step for step in due if step < num_steps)
 
 
 def _weight(job: Job) -> float:

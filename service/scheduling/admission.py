@@ -65,7 +65,7 @@ def _lowered(order: Order, card: ModelCard, backlog: Backlog) -> Order:
         return order
     wanted = order.point.quality
     quality = lowered_quality(wanted, order.min_quality, backlog_s=backlog.seconds, max_backlog_s=backlog.max_seconds)
-    point = point_of_quality(quality, card.curve)
+    point = point_of_quality(quality, card.curve_for(order.requests[0]))
     if point.quality >= wanted:
         return order
     budget = QualityBudget(quality)

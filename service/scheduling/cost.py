@@ -10,13 +10,14 @@ from models.request import GenerationRequest, ImageRequest, LatencyBudget
 def predicted_seconds(request: GenerationRequest, card: ModelCard) -> float:
     """Seconds to denoise `request` alone on this device.
 
-    A request with a deadline is expected at the best point of the curve that meets it.
+    Only computed steps take time. A request with a deadline is expected at the best point of the curve that meets it.
     """
-    dense_s = request.num_inference_steps * dense_step_seconds(request, card)
+    step_s, num_steps = dense_step_seconds(request, card), request.num_inference_steps
+    point = request.point
     if isinstance(request.budget, LatencyBudget):
-        share = request.budget.latency_s / dense_s
-        return dense_s * fastest_enough(card.curve, request.budget.min_quality, share).relative_seconds
-    return dense_s * request.point.relative_seconds
+        curve, dense_steps = card.curve_for(request), request.budget.latency_s / step_s
+        point = fastest_enough(curve, request.budget.min_quality, dense_steps, steps_left=num_steps)
+    return point.num_computed_steps(num_steps, request.compute_cap) * point.relative_step_seconds * step_s
 
 
 def dense_step_seconds(request: GenerationRequest, card: ModelCard) -> float:

@@ -19,7 +19,7 @@ def check_reachable(
     `backlog_s` is the work before this request, `finish_s` the time to encode and decode a result.
     """
     assert isinstance(request.budget, LatencyBudget)
-    floor = point_of_quality(request.budget.min_quality, card.curve)
+    floor = point_of_quality(request.budget.min_quality, card.curve_for(request))
     dense_s = num_results * request.num_inference_steps * dense_step_seconds(request, card)
     predicted_s = backlog_s + dense_s * floor.relative_seconds + finish_s
     if predicted_s > request.budget.latency_s:
@@ -32,14 +32,20 @@ def check_reachable(
 
 
 def point_for(
-    request: GenerationRequest, card: ModelCard, *, time_left_s: float, steps_left: int, pace: float
+    request: GenerationRequest, card: ModelCard, *, time_left_s: float, steps_left: int, num_computed: int, pace: float
 ) -> CurvePoint:
     """The best point of the curve at which the remaining steps end in time, never below the floor.
 
-    `time_left_s` is the time until the last step must end. `pace` is the measured time of a step over the predicted
-    one; sharing the device with others raises it.
+    `time_left_s` is the time until the last step must end. `num_computed` steps were computed before the last
+    `steps_left` ones. `pace` is the measured time of a computed step over the predicted one; sharing the device with
+    others raises it.
     """
     assert isinstance(request.budget, LatencyBudget)
-    dense_s = steps_left * dense_step_seconds(request, card) * pace
-    share = max(0.0, time_left_s) * (1 - _RESERVE) / dense_s
-    return fastest_enough(card.curve, request.budget.min_quality, share)
+    dense_steps = time_left_s * (1 - _RESERVE) / (dense_step_seconds(request, card) * pace)
+    return fastest_enough(
+        card.curve_for(request),
+        request.budget.min_quality,
+        dense_steps,
+        steps_left=steps_left,
+        num_computed=num_computed,
+    )

@@ -25,6 +25,7 @@ METRIC = re.compile(r"\belastic_[a-z0-9_]+")
 # The metrics of /metrics, with their labels.
 CONTRACT = {
     "elastic_block_decisions_total": {"model", "block", "decision"},
+    "elastic_steps_total": {"model", "decision"},
     "elastic_block_latency_seconds": {"model", "block"},
     "elastic_block_mlp_width_ratio": {"model", "block"},
     "elastic_router_latency_seconds": {"model"},

@@ -2,9 +2,12 @@
 
 import base64
 import json
+import re
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -14,12 +17,18 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from models.card import ImageCard
 from models.file_formats import read_metadata
+from models.zoo import load_engine
+from service.api.parsing import parse_image_body
+from service.api.schemas import ImageBody
+from service.budget import BudgetBody
 from tests.fixtures.forked_server import ForkedElasticDit
 from tests.fixtures.waiting import wait_until
 
 StartServer = Callable[..., ForkedElasticDit]
 
+ROOT = Path(__file__).parents[2]
 PROMPT: dict[str, Any] = {"prompt": "a red circle above a blue square", "seed": 7}
 TIMEOUT_S = 300
 FLUX_ALONE = {"ELASTIC_MODELS": "checkpoints/tiny-flux"}
@@ -78,11 +87,15 @@ def test_receipt_tells_what_a_preset_cost(preset: str, server: str) -> None:
     decisions = [entry["decision"] for step in receipt["decisions"] for entry in step]
     blocks = receipt["blocks"]
     assert len(receipt["decisions"]) == receipt["num_inference_steps"]
-    assert [decisions.count(decision) for decision in ("run", "skip", "reuse")] == [
+    assert [decisions.count(decision) for decision in ("run", "skip", "reuse", "forecast")] == [
         blocks["run"],
         blocks["skipped"],
         blocks["reused"],
+        blocks["forecast"],
     ]
+    num_computed = point["steps"]["computed"] if point["steps"] else receipt["num_inference_steps"]
+    assert receipt["steps"] == {"computed": num_computed, "forecast": receipt["num_inference_steps"] - num_computed}
+    assert receipt["calibrated"]
 
 
 def test_compute_ratio_is_a_cap(server: str) -> None:
@@ -105,6 +118,56 @@ def test_requests_that_come_together_share_steps(server: str) -> None:
     assert max(receipt["batch_size_mean"] for receipt in receipts) > 1
     page = httpx2.get(f"{server}/metrics").text
     assert 'elastic_block_decisions_total{block="double.00",decision="run",model="tiny-flux"}' in page
+
+
+def test_image_is_the_one_made_alone_whatever_came_before_and_after_it(server: str) -> None:
+    # Given requests of all kinds of budgets, steps and guidance, each of which arrives while others run
+    various: list[dict[str, Any]] = [
+        {"budget": {"preset": "exact"}},
+        {"budget": {"preset": "draft"}},
+        {"budget": {"quality": 0.99}, "negative_prompt": "a blue square", "true_cfg_scale": 2},
+        {"budget": {"compute_ratio": 0.35}, "num_inference_steps": 30},
+        {"budget": {"compute_ratio": 0.06}},
+        {"budget": {"preset": "balanced"}, "num_inference_steps": 9, "prompt": "a ring"},
+    ]
+    common = {**PROMPT, "model": "tiny-flux", "trace": True}
+    bodies = [{**common, "seed": seed, **fields} for seed, fields in enumerate(various)]
+    # When the server makes them
+    with ThreadPoolExecutor(len(bodies)) as clients:
+        futures = []
+        for body in bodies:
+            before = computed_steps(server)
+            futures.append(clients.submit(httpx2.post, f"{server}/v1/images", json=body, timeout=TIMEOUT_S))
+            while computed_steps(server) == before:
+                time.sleep(0.01)
+        answers = [future.result().json() for future in futures]
+    # Then they shared steps, and each has the decisions and the image that the engine alone gives
+    assert max(answer["receipt"]["batch_size_mean"] for answer in answers) > 1
+    engine = load_engine([ROOT / "checkpoints/tiny-flux"], device="cpu", router_weights=ROOT / "router_weights")
+    card = engine.cards["tiny-flux"]
+    assert isinstance(card, ImageCard)
+    for body, answer in zip(bodies, answers, strict=True):
+        order = parse_image_body(ImageBody(**body), card, default_budget=BudgetBody(quality=0.9), random_seed=0)
+        state = engine.start(order.requests[0])
+        while not state.is_done:
+            engine.step([state])
+        summary = state.summary()
+        assert answer["receipt"]["steps"] == {
+            "computed": summary.num_steps_computed,
+            "forecast": summary.num_steps_forecast,
+        }
+        decisions = [(entry["block"], entry["decision"]) for step in answer["receipt"]["decisions"] for entry in step]
+        assert decisions == [(entry.block, entry.decision) for entry in summary.decisions or ()]
+        pixels = pixels_of(base64.b64decode(answer["data"][0]["b64_json"])).astype(int)
+        assert np.abs(pixels - np.asarray(engine.finish(state), int)).max() <= 1
+    computed = [answer["receipt"]["steps"]["computed"] for answer in answers]
+    assert computed[0] == 20
+    assert computed[4] == 1
+
+
+def computed_steps(server: str) -> float:
+    page = httpx2.get(f"{server}/metrics", timeout=TIMEOUT_S).text
+    return sum(map(float, re.findall(r'^elastic_steps_total\{decision="computed".*\} (\S+)$', page, re.MULTILINE)))
 
 
 def test_every_refusal_has_the_error_schema(server: str) -> None:

@@ -113,10 +113,17 @@ def test_image_at_a_budget_is_shown_beside_the_exact_one(server: str, page: Page
     seen, given = (np.asarray(Image.open(BytesIO(data)), int) for data in images)
     assert np.abs(seen - given).max() <= 1
     blocks = answer["receipt"]["blocks"]
-    assert receipts[0]["Blocks"] == f"{blocks['run']} run, {blocks['reused']} re-used, {blocks['skipped']} skipped"
+    names = {"run": "run", "reused": "re-used", "skipped": "skipped", "forecast": "forecast"}
+    assert receipts[0]["Blocks"] == ", ".join(f"{blocks[decision]} {name}" for decision, name in names.items())
+    steps = answer["receipt"]["steps"]
+    num_steps = answer["receipt"]["num_inference_steps"]
+    assert [receipt["Steps"] for receipt in receipts] == [
+        f"{computed} of {num_steps} computed" for computed in (steps["computed"], num_steps)
+    ]
+    assert [receipt["Calibrated"] for receipt in receipts] == ["yes", "yes"]
     counts = [decisions_shown(run) for run in (fast, exact)]
-    assert counts[0] == {"run": blocks["run"], "reuse": blocks["reused"], "skip": blocks["skipped"]}
-    assert counts[0]["skip"] > 0
+    assert counts[0] == dict(zip(("run", "reuse", "skip", "forecast"), map(blocks.get, names), strict=True))
+    assert counts[0]["forecast"] > 0
     assert counts[1]["run"] == sum(counts[0].values())
 
 
@@ -126,7 +133,7 @@ def decisions_shown(run: Locator) -> dict[str, int]:
     with Image.open(BytesIO(base64.b64decode(data.split(",")[1]))) as file:
         pixels = np.asarray(file.convert("RGBA"))[::6, ::8].reshape(-1, 4)
     counts = {}
-    for decision in ("reuse", "skip"):
+    for decision in ("reuse", "skip", "forecast"):
         colour = run.locator(f"i.{decision}").evaluate("mark => getComputedStyle(mark).backgroundColor")
         rgba = [*map(int, re.findall(r"\d+", colour)), 255]
         counts[decision] = int((pixels == rgba).all(1).sum())
@@ -150,7 +157,7 @@ def test_previews_and_progress_come_before_the_result(server: str, page: Page) -
     receipt_of(page.locator("article"))
     seen = page.evaluate("() => window.seen")
     assert seen.index("preview") < seen.index("result")
-    assert any(re.match(r"step \d+ of \d+, \d+ % of the full compute", text) for text in seen)
+    assert any(re.match(r"computed step \d+ of \d+, \d+ % of the full compute", text) for text in seen)
 
 
 def test_mesh_is_shown_in_a_viewer(server: str, page: Page, tmp_path: Path) -> None:
@@ -251,7 +258,7 @@ def test_cancelling_stops_the_job(server: str, page: Page) -> None:
     page.get_by_label("Steps").fill("100")
     page.get_by_label("Size").fill("256x256")
     generate(page)
-    expect(page.locator(".status")).to_have_text(re.compile("^step "), timeout=GENERATION_MS)
+    expect(page.locator(".status")).to_have_text(re.compile("^computed step "), timeout=GENERATION_MS)
     page.get_by_role("button", name="Cancel").click()
     expect(page.locator(".status")).to_have_text("cancelled")
     for _ in range(100):

@@ -35,7 +35,9 @@ def drawn(prompt: str, preset: Preset, compute_ratio: float = 0.5) -> ImageAnswe
     receipt = {
         "seconds": {"total": 1.234},
         "compute_ratio": compute_ratio,
-        "blocks": {"run": 60, "skipped": 30, "reused": 10},
+        "blocks": {"run": 30, "skipped": 15, "reused": 5, "forecast": 50},
+        "steps": {"computed": 10, "forecast": 10},
+        "num_inference_steps": 20,
     }
     return ImageAnswer(Row("tiny", prompt), preset, receipt, Image.new("RGB", (128, 128), COLOURS[preset]))
 
@@ -97,14 +99,14 @@ def test_budget_that_a_model_does_not_offer_leaves_its_place_on_the_sheet_empty(
         assert tuple(last[12 + 268 * column + 128]) == colour
 
 
-def test_figures_are_time_compute_ratio_skip_rate_and_reuse_rate() -> None:
-    assert figures(drawn("a red circle", Preset.FAST)) == ("1.23 s, compute 50%", "skipped 30%, reused 10%")
+def test_figures_are_time_compute_ratio_computed_steps_and_skip_rate() -> None:
+    assert figures(drawn("a red circle", Preset.FAST)) == ("1.23 s, compute 50%", "10 of 20 steps, skipped 15%")
 
 
 def test_table_has_a_line_for_each_image_and_ends_in_the_means() -> None:
     lines = table([drawn("one", Preset.FAST, 0.4), drawn("two", Preset.FAST, 0.6)]).splitlines()
     assert [line.split() for line in lines if line.startswith("fast")] == [
-        ["fast", "1.23", ratio, "30.0%", "10.0%"] for ratio in ("40.0%", "60.0%", "50.0%")
+        ["fast", "1.23", ratio, "10.0", "15.0%", "5.0%"] for ratio in ("40.0%", "60.0%", "50.0%")
     ]
 
 
@@ -137,7 +139,12 @@ def test_every_model_generates_its_rows_at_every_budget_it_offers_after_a_row_th
             return httpx2.Response(200, json={"object": "list", "data": models})
         bodies.append(json.loads(request.content))
         return answer_of(
-            seconds={"total": 1}, compute_ratio=1, blocks={"run": 1, "skipped": 0, "reused": 0}, number=len(bodies)
+            seconds={"total": 1},
+            compute_ratio=1,
+            steps={"computed": 4, "forecast": 0},
+            blocks={"run": 1, "skipped": 0, "reused": 0, "forecast": 0},
+            num_inference_steps=4,
+            number=len(bodies),
         )
 
     images = generate_images(client_of(answer))

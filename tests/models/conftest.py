@@ -1,6 +1,6 @@
 """The tiny model of each kind, its routers, and the engines that serve it."""
 
-from tests.fixtures.engines import engine, family, open_engine, permuted_engine, plain_engine
+from tests.fixtures.engines import engine, family, forecast_table, open_engine, permuted_engine, plain_engine
 from tests.fixtures.generation import ask, denoise, guided, other_scale, stock, stock_result
 from tests.fixtures.kinds import directory, kind, model, streams_of
 from tests.fixtures.tiny_flux import tiny_flux, tiny_schnell
@@ -14,6 +14,7 @@ __all__ = [
     "directory",
     "engine",
     "family",
+    "forecast_table",
     "guided",
     "kind",
     "model",

@@ -6,14 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.budget import resolve
-from models.curve import EXACT, CurvePoint, Preset
+from models.curve import EXACT, ComputedSteps, CurvePoint, Preset
 from models.errors import InvalidRequest
 from models.request import Budget, ComputeBudget, PresetBudget, QualityBudget
+from models.rules.dense import DensePolicy
 from models.rules.router import RouterPolicy
 
 ROUNDING = 1e-9
-HIGH = CurvePoint(RouterPolicy(skip_threshold=0.2, max_reuses=2), 0.8, 0.9, 0.96, Preset.HIGH)
-FAST = CurvePoint(RouterPolicy(skip_threshold=0.6, max_reuses=5), 0.4, 0.5, 0.8, Preset.FAST)
+HIGH = CurvePoint(RouterPolicy(skip_threshold=0.2, max_reuses=2), 0.8, 0.9, 0.96, 0.96, Preset.HIGH)
+FAST = CurvePoint(RouterPolicy(skip_threshold=0.6, max_reuses=5), 0.4, 0.5, 0.8, 0.8, Preset.FAST)
 CURVE = (EXACT, HIGH, FAST)
 
 shares = st.floats(0.01, 0.99)
@@ -30,7 +31,7 @@ def curves(draw: st.DrawFn) -> list[CurvePoint]:
     return [
         EXACT,
         *(
-            CurvePoint(RouterPolicy(skip_threshold=threshold), ratio, ratio, similarity)
+            CurvePoint(RouterPolicy(skip_threshold=threshold), ratio, ratio, similarity, similarity)
             for threshold, ratio, similarity in zip(thresholds, compute, quality, strict=True)
         ),
     ]
@@ -124,3 +125,22 @@ def test_unnamed_preset_is_refused_with_those_there_are() -> None:
 def test_a_model_calibrated_for_exact_only_refuses_a_cap(compute_ratio: float) -> None:
     with pytest.raises(InvalidRequest, match=f"compute_ratio {compute_ratio} is not possible"):
         resolve(ComputeBudget(compute_ratio), (EXACT,))
+
+
+FORECASTS = [
+    EXACT,
+    *(
+        CurvePoint(DensePolicy(), num / 20, num / 20, quality, quality, steps=ComputedSteps(num, 20))
+        for num, quality in ((8, 0.99), (6, 0.97), (4, 0.9))
+    ),
+]
+
+
+@pytest.mark.parametrize(("quality", "num"), [(0.99, 8), (0.98, 8), (0.97, 6), (0.91, 6), (0.9, 4), (0.1, 4)])
+def test_quality_between_two_numbers_of_computed_steps_takes_the_higher_one(quality: float, num: int) -> None:
+    assert resolve(QualityBudget(quality), FORECASTS).steps == ComputedSteps(num, 20)
+
+
+@pytest.mark.parametrize(("cap", "num"), [(0.4, 8), (0.35, 6), (0.3, 6), (0.25, 4), (0.1, 4)])
+def test_cap_between_two_numbers_of_computed_steps_takes_the_lower_one(cap: float, num: int) -> None:
+    assert resolve(ComputeBudget(cap), FORECASTS).steps == ComputedSteps(num, 20)

@@ -124,7 +124,20 @@ def test_converted_model_can_be_calibrated(
     (folder / "manifest.json").write_text(json.dumps(manifest))
     # When it is calibrated
     (tmp_path / "prompts.txt").write_text("a small red circle\n")
-    assert main(["calibrate", "--model", str(tmp_path / "e-dit"), "--prompts", str(tmp_path / "prompts.txt")]) == 0
+    assert (
+        main(
+            [
+                "calibrate",
+                "--model",
+                str(tmp_path / "e-dit"),
+                "--prompts",
+                str(tmp_path / "prompts.txt"),
+                "--rule",
+                "router",
+            ]
+        )
+        == 0
+    )
     # Then its authors' policies were tried, and its budgets are those measured
     assert str(OFFICIAL) in capsys.readouterr().out
     curve = read_curve(folder, "ssim")

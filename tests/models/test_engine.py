@@ -20,12 +20,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import models.zoo
-from models.curve import EXACT, CurvePoint, Preset
+from models.curve import EXACT, ComputedSteps, CurvePoint, Preset
 from models.engine import Engine
 from models.errors import UnknownModel, WeightsError
 from models.families.family import Family
 from models.report import Decision
 from models.request import Budget, ComputeBudget, GenerationRequest, PresetBudget, QualityBudget
+from models.rules.dense import DensePolicy
 from models.rules.residual_cache import ResidualCachePolicy
 from models.rules.router import RouterPolicy
 from models.state import DenoiseState
@@ -36,8 +37,10 @@ Guided = Callable[..., dict[str, Any]]
 Denoise = Callable[..., DenoiseState]
 StockResult = Callable[..., Any]
 
-ROUTED = CurvePoint(RouterPolicy(0.3, 0.3, 2, width_bias=0.5), 0.5, 0.5, 0.5)
-CACHED = CurvePoint(ResidualCachePolicy(residual_threshold=0.95, max_reuses=2), 0.5, 0.5, 0.5)
+ROUTED = CurvePoint(RouterPolicy(0.3, 0.3, 2, width_bias=0.5), 0.5, 0.5, 0.5, 0.5)
+FORECAST = CurvePoint(DensePolicy(), 0.5, 0.5, 0.5, 0.5, steps=ComputedSteps(3, 6))
+FORECAST_ROUTED = replace(ROUTED, steps=ComputedSteps(4, 9))
+CACHED = CurvePoint(ResidualCachePolicy(residual_threshold=0.95, max_reuses=2), 0.5, 0.5, 0.5, 0.5)
 
 
 SHAPES = pytest.mark.parametrize(
@@ -155,6 +158,7 @@ def test_every_way_to_ask_for_everything_is_exact(engine: Engine, ask: Ask, deno
 
 
 Visitor = tuple[GenerationRequest, CurvePoint | None]
+ARRIVALS = [0, 3, 1, 0, 2, 5, 4, 2, 1, 3]
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +174,8 @@ def visitors(ask: Ask, guided: Guided, other_scale: Mapping[str, Any]) -> list[V
         (ask(seed=5, num_inference_steps=6, prompt="blue circle", budget=ComputeBudget(0.45)), None),
         (ask(seed=6, num_inference_steps=3, prompt="red", budget=ComputeBudget(0.7), **guided("", 4.0)), None),
         (ask(seed=7, num_inference_steps=6, prompt="square", budget=PresetBudget(Preset.DRAFT)), None),
+        (ask(seed=8, num_inference_steps=8, prompt="a square", **guided("a green triangle", 2.0)), FORECAST),
+        (ask(seed=9, num_inference_steps=9, prompt="the red triangle"), FORECAST_ROUTED),
     ]
 
 
@@ -208,6 +214,7 @@ def test_visitors_differ_in_what_they_do(alone: Sequence[DenoiseState]) -> None:
     assert sum(summary.num_skipped > 0 for summary in summaries) >= 4
     assert sum(summary.num_reused > 0 for summary in summaries) >= 4
     assert sum(summary.mean_mlp_width < 1 for summary in summaries) >= 4
+    assert sum(summary.num_steps_forecast > 0 for summary in summaries) >= 2
     for summary in summaries:
         if summary.rule == "router":
             by_step: dict[int, list[str]] = {}
@@ -216,7 +223,7 @@ def test_visitors_differ_in_what_they_do(alone: Sequence[DenoiseState]) -> None:
             assert len({tuple(entries) for entries in by_step.values()}) > 1, "decisions should differ between steps"
 
 
-@pytest.mark.parametrize("arrivals", [[0] * 8, [0, 3, 1, 0, 2, 5, 4, 2], list(range(8)), list(range(7, -1, -1))])
+@pytest.mark.parametrize("arrivals", [[0] * 10, ARRIVALS, list(range(10)), list(range(9, -1, -1))])
 def test_companions_change_neither_decisions_nor_results(
     engine: Engine, visitors: list[Visitor], alone: list[DenoiseState], arrivals: list[int]
 ) -> None:
@@ -224,7 +231,7 @@ def test_companions_change_neither_decisions_nor_results(
 
 
 @settings(max_examples=4)
-@given(order=st.permutations(range(8)), arrivals=st.lists(st.integers(0, 6), min_size=8, max_size=8))
+@given(order=st.permutations(range(10)), arrivals=st.lists(st.integers(0, 6), min_size=10, max_size=10))
 def test_companions_do_not_matter_in_any_order_of_arrival(
     engine: Engine, visitors: list[Visitor], alone: list[DenoiseState], order: list[int], arrivals: list[int]
 ) -> None:
@@ -238,13 +245,13 @@ def test_dropped_companion_changes_nothing_for_the_others(
     states = [engine.start(request, point) for request, point in visitors]
     for _ in range(2):
         engine.step(states)
-    stay = [i for i in range(8) if i not in (1, 4)]
+    stay = [i for i in range(10) if i not in (1, 4)]
     while present := [states[i] for i in stay if not states[i].is_done]:
         engine.step(present)
     assert_same_results([states[i] for i in stay], [alone[i] for i in stay])
 
 
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("number", range(10))
 def test_request_gets_the_same_bits_every_time(
     engine: Engine, denoise: Denoise, visitors: list[Visitor], alone: list[DenoiseState], number: int
 ) -> None:
@@ -266,13 +273,14 @@ def test_request_after_a_finished_and_a_dropped_one_equals_that_on_a_fresh_engin
 def tensors_of(state: DenoiseState) -> list[Tensor]:
     """Without its noise levels: the scheduler, a calculator that all requests use, keeps those it computed last."""
     tensors = [t for t in (state.latents, state.prediction) if t is not None]
+    tensors += [t for velocity in state.velocities for t in velocity if t is not None]
     tensors += [t for i in state.inputs for t in (i.context, i.pooled, i.guidance) if t is not None]
     tensors += [row.reference for row in state.rows if row.reference is not None]
     residuals = [residual for row in state.rows for residual in row.residuals.values()]
     return tensors + [t for residual in residuals for t in (residual.hidden_states, residual.encoder_hidden_states)]
 
 
-@pytest.mark.parametrize("number", [2, 4], ids=["router", "residual_cache"])
+@pytest.mark.parametrize("number", [2, 4, 8], ids=["router", "residual_cache", "forecast"])
 def test_nothing_of_a_finished_or_dropped_request_lives_on(
     engine: Engine, denoise: Denoise, visitors: list[Visitor], number: int
 ) -> None:
@@ -320,7 +328,7 @@ def test_serving_changes_no_module(
     )  # Qwen-Image's VAE has its counters from now on
     weights = {n: {k: v.clone() for k, v in module.state_dict().items()} for n, module in modules.items()}
     attributes = {n: [held_by(m) for m in module.modules()] for n, module in modules.items()}
-    for state in serve(open_engine, visitors, [0] * 8):
+    for state in serve(open_engine, visitors, [0] * 10):
         open_engine.finish(state)
     open_engine.preview(state)()
     for name, module in modules.items():
@@ -379,13 +387,16 @@ def decided_rows(states: Sequence[DenoiseState]) -> dict[tuple[str, float], int]
 def test_blocks_see_exactly_the_rows_that_run_at_their_width(
     open_engine: Engine, calls: BlockCalls, visitors: list[Visitor]
 ) -> None:
-    states = serve(open_engine, visitors, [0, 3, 1, 0, 2, 5, 4, 2])
+    states = serve(open_engine, visitors, ARRIVALS)
     assert calls.rows == decided_rows(states)
 
 
 @pytest.mark.parametrize(
     "point",
-    [EXACT, ROUTED, CurvePoint(ResidualCachePolicy(residual_threshold=1.3, max_reuses=2), 0.5, 0.5, 0.5)],
+    [
+        *(EXACT, ROUTED, FORECAST, FORECAST_ROUTED),
+        CurvePoint(ResidualCachePolicy(residual_threshold=1.3, max_reuses=2), 0.5, 0.5, 0.5, 0.5),
+    ],
     ids=lambda point: point.rule,
 )
 def test_compute_ratio_is_what_torch_counts_in_the_blocks(
@@ -421,7 +432,7 @@ def test_compute_ratio_is_what_torch_counts_in_the_blocks(
 
 
 def test_block_that_nobody_runs_is_not_called(open_engine: Engine, calls: BlockCalls, ask: Ask) -> None:
-    state = open_engine.start(ask(), CurvePoint(RouterPolicy(skip_threshold=1.1), 0.0, 0.0, 0.0))
+    state = open_engine.start(ask(), CurvePoint(RouterPolicy(skip_threshold=1.1), 0.0, 0.0, 0.0, 0.0))
     report = open_engine.step([state])
     assert calls.num_calls == 0
     assert [block.num_skipped for block in report.blocks] == [1] * len(open_engine.cards[state.request.model].blocks)
@@ -430,7 +441,7 @@ def test_block_that_nobody_runs_is_not_called(open_engine: Engine, calls: BlockC
 
 
 def test_reused_blocks_are_not_called(open_engine: Engine, calls: BlockCalls, ask: Ask) -> None:
-    everything = CurvePoint(RouterPolicy(0.0, 1.0, 2, width_bias=-1e6), 0.0, 0.0, 0.0)
+    everything = CurvePoint(RouterPolicy(0.0, 1.0, 2, width_bias=-1e6), 0.0, 0.0, 0.0, 0.0)
     state = open_engine.start(ask(num_inference_steps=6), everything)
     num_calls = []
     for _ in range(6):
@@ -445,23 +456,26 @@ def test_step_report_tells_what_the_rows_did(open_engine: Engine, visitors: list
     states = [open_engine.start(request, point) for request, point in visitors]
     open_engine.step(states)
     report = open_engine.step(states)
-    entries = [entry for state in states for entry in state.summary().decisions or () if entry.step == 1]
-    assert report.batch_size == 8
+    entries = [e for state in states for e in state.summary().decisions or () if e.step == state.computed[1]]
+    assert report.batch_size == 10
     assert 0 < report.router_seconds < report.seconds
     for block in report.blocks:
         mine = [entry for entry in entries if entry.block == block.block]
         counted = [sum(entry.decision is decision for entry in mine) for decision in Decision]
-        assert [block.num_run, block.num_skipped, block.num_reused] == counted
+        assert [block.num_run, block.num_skipped, block.num_reused, 0] == counted
         assert sorted(block.mlp_widths) == sorted(e.mlp_width for e in mine if e.decision is Decision.RUN)
+    went_on = [state.step_index - state.computed[1] - 1 for state in states]
+    assert report.num_forecast == sum(went_on) > 0
+    assert report.num_forecast_rows == sum(n * len(s.rows) for n, s in zip(went_on, states, strict=True))
 
 
 @pytest.mark.parametrize(
     "point",
     [
         EXACT,
-        CurvePoint(RouterPolicy(skip_threshold=0.3), 0.5, 0.5, 0.5),
-        CurvePoint(RouterPolicy(skip_threshold=0.3, reuse_band=0.3), 0.5, 0.5, 0.5),
-        CurvePoint(ResidualCachePolicy(residual_threshold=0.8), 0.5, 0.5, 0.5),
+        CurvePoint(RouterPolicy(skip_threshold=0.3), 0.5, 0.5, 0.5, 0.5),
+        CurvePoint(RouterPolicy(skip_threshold=0.3, reuse_band=0.3), 0.5, 0.5, 0.5, 0.5),
+        CurvePoint(ResidualCachePolicy(residual_threshold=0.8), 0.5, 0.5, 0.5, 0.5),
     ],
     ids=["exact", "no band", "no router re-use", "no cache re-use"],
 )

@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.curve import EXACT, CurvePoint, Preset
+from models.curve import EXACT, ComputedSteps, CurvePoint, Preset
 from models.elastic.router import RouterStack
 from models.errors import WeightsError
 from models.rules import policy_entry
+from models.rules.dense import DensePolicy
 from models.rules.residual_cache import ResidualCachePolicy
 from models.rules.router import RouterPolicy
 from models.weights import (
@@ -211,8 +212,9 @@ def test_unreadable_manifest_is_refused_by_name(folder: Path) -> None:
 def test_curve_survives_a_round_trip(tmp_path: Path) -> None:
     curve = (
         EXACT,
-        CurvePoint(RouterPolicy(0.1, 0.2, 3, 4, 0.5, 1, 2), 0.7, 0.8, 0.9, Preset.FAST),
-        CurvePoint(ResidualCachePolicy(residual_threshold=0.3, max_reuses=4), 0.3, 0.4, 0.5),
+        CurvePoint(RouterPolicy(0.1, 0.2, 3, 4, 0.5, 1, 2), 0.7, 0.8, 0.9, 0.95, Preset.FAST),
+        CurvePoint(DensePolicy(), 0.5, 0.5, 0.7, 0.8, steps=ComputedSteps(10, 20)),
+        CurvePoint(ResidualCachePolicy(residual_threshold=0.3, max_reuses=4), 0.3, 0.4, 0.5, 0.5),
     )
     write_curve(tmp_path / "new", curve, "iou", {"device": "cpu"})
     assert read_curve(tmp_path / "new", "iou") == curve

@@ -133,7 +133,7 @@ def state_of(recording: Any) -> Callable[..., DenoiseState]:
             rows=rows,
             inputs=[BranchInputs(adapter.embed_prompt(family.transformer, prompt)) for prompt in prompts.values()],
             curve=(),
-            point=CurvePoint(OFFICIAL, 1.0, 1.0, 1.0),
+            point=CurvePoint(OFFICIAL, 1.0, 1.0, 1.0, 1.0),
             dense_flops=1.0,
             compute_cap=None,
         )

@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 
 from models.budget import resolve
 from models.card import Guidance, ImageCard, MeshCard, ModelCard, SizeLimits
-from models.curve import EXACT, CurvePoint, Preset
+from models.curve import EXACT, ComputedSteps, CurvePoint, Preset
 from models.errors import EmptySurface, InvalidRequest
 from models.mesh.cleanup import CleanMesh, clean
 from models.mesh.surface import Mesh
 from models.report import BlockReport, Decision, GenerationSummary, StepDecision, StepReport
 from models.request import ImageRequest, LatencyBudget, MeshRequest, QualityBudget
+from models.rules.dense import DensePolicy
 from models.rules.router import RouterPolicy
 from service.app import build_dispatcher, create_app
 from service.jobs.job import FinishedJob, Job, JobSnapshot, JobStatus, Priority
@@ -43,10 +44,10 @@ T = TypeVar("T")
 
 CURVE = (
     EXACT,
-    CurvePoint(RouterPolicy(skip_threshold=0.2), 0.8, 0.82, 0.97, Preset.HIGH),
-    CurvePoint(RouterPolicy(skip_threshold=0.4), 0.6, 0.64, 0.9, Preset.BALANCED),
-    CurvePoint(RouterPolicy(skip_threshold=0.5), 0.5, 0.55, 0.8, Preset.FAST),
-    CurvePoint(RouterPolicy(skip_threshold=0.7), 0.4, 0.46, 0.6, Preset.DRAFT),
+    CurvePoint(RouterPolicy(skip_threshold=0.2), 0.8, 0.82, 0.97, 0.98, Preset.HIGH),
+    CurvePoint(RouterPolicy(skip_threshold=0.4), 0.6, 0.64, 0.9, 0.93, Preset.BALANCED),
+    CurvePoint(RouterPolicy(skip_threshold=0.5), 0.5, 0.55, 0.8, 0.85, Preset.FAST),
+    CurvePoint(RouterPolicy(skip_threshold=0.7), 0.4, 0.46, 0.6, 0.7, Preset.DRAFT),
 )
 
 DRAWN_CARD = ImageCard(
@@ -74,6 +75,18 @@ DRAWN_CARD = ImageCard(
 # As DRAWN_CARD, of a family whose guidance is true.
 GUIDED_CARD = replace(DRAWN_CARD, id="guided", guidance=Guidance.TRUE)
 
+# As DRAWN_CARD, of a model whose budgets forecast steps.
+FORECASTING_CARD = replace(
+    DRAWN_CARD,
+    id="forecasting",
+    default_num_inference_steps=8,
+    rules=("forecast", "dense"),
+    curve=(
+        EXACT,
+        CurvePoint(DensePolicy(), 0.5, 0.5, 0.9, 0.95, Preset.BALANCED, ComputedSteps(4, 8)),
+        CurvePoint(DensePolicy(), 0.25, 0.25, 0.6, 0.7, Preset.DRAFT, ComputedSteps(2, 8)),
+    ),
+)
 
 MESH_CARD = MeshCard(
     id="ball",
@@ -102,6 +115,7 @@ MESH_CARD = MeshCard(
 class DrawnState:
     request: ImageRequest | MeshRequest
     step_index: int = 0
+    computed: list[int] = field(default_factory=list)
     moves: list[CurvePoint] = field(default_factory=list)
 
     @property
@@ -121,12 +135,26 @@ class DrawnState:
 
     @property
     def expected_runs(self) -> list[float]:
-        return [self.point.compute_ratio] * len(DRAWN_CARD.blocks)
+        return [self.point.compute_ratio / self.point.computed_share] * len(DRAWN_CARD.blocks)
 
     @property
     def num_steps(self) -> int:
         """A mesh's schedule ends in a step of no length, as Hunyuan3D's does."""
         return self.request.num_inference_steps - isinstance(self.request, MeshRequest)
+
+    @property
+    def num_computed_steps(self) -> int:
+        wanted = self.point.num_computed_steps(self.num_steps, self.request.compute_cap)
+        to_compute = max(wanted - len(self.computed), 1)
+        return len(self.computed) + min(to_compute, self.num_steps - self.step_index)
+
+    def compute_step(self) -> int:
+        """Compute the next step, go on to the one after it, and return the number of forecast steps between."""
+        to_compute = self.num_computed_steps - len(self.computed)
+        self.computed.append(self.step_index)
+        num_forecast = (self.num_steps - self.step_index) // to_compute - 1
+        self.step_index += 1 + num_forecast
+        return num_forecast
 
     @property
     def is_done(self) -> bool:
@@ -138,8 +166,11 @@ class DrawnState:
 
     def summary(self) -> GenerationSummary:
         point = self.point
+        num_forecast = self.step_index - len(self.computed)
         decisions = tuple(
             StepDecision(step, "cond", block, Decision.RUN, 1.0)
+            if step in self.computed
+            else StepDecision(step, "cond", block, Decision.FORECAST, 0.0)
             for step in range(self.step_index)
             for block in DRAWN_CARD.blocks
         )
@@ -150,11 +181,15 @@ class DrawnState:
             quality_applied=fmean(move.quality for move in self.moves) if self.moves else point.quality,
             compute_ratio=point.compute_ratio,
             compute_ratio_predicted=point.compute_ratio,
-            num_run=2 * self.step_index,
+            num_run=2 * len(self.computed),
             num_skipped=0,
             num_reused=0,
+            num_forecast=2 * num_forecast,
             mean_mlp_width=1.0,
             num_inference_steps=self.request.num_inference_steps,
+            num_steps_computed=len(self.computed),
+            num_steps_forecast=num_forecast,
+            is_calibrated=point.is_calibrated,
             decisions=decisions if self.request.wants_trace else None,
         )
 
@@ -193,11 +228,11 @@ class DrawnEngine:
         self.batches.append([state.request.seed for state in states])
         if any("break at step" in _prompt(state.request) for state in states):
             raise RuntimeError("secret detail")
-        for state in states:
-            state.step_index += 1
+        num_forecast = sum(state.compute_step() for state in states)
         widths = (1.0,) * len(states)
         blocks = tuple(BlockReport(block, 0.001, len(states), 0, 0, widths) for block in DRAWN_CARD.blocks)
-        return StepReport(0.002 * sum(state.compute_ratio for state in states), 0.0001, len(states), blocks)
+        seconds = 0.002 * sum(state.compute_ratio for state in states)
+        return StepReport(seconds, 0.0001, len(states), blocks, num_forecast, num_forecast)
 
     def memory_bytes(self) -> dict[str, int]:
         return {}
@@ -249,6 +284,13 @@ def guided_card() -> ImageCard:
 @pytest.fixture
 def engine() -> DrawnEngine:
     return DrawnEngine()
+
+
+@pytest.fixture
+def forecasting_card(engine: DrawnEngine) -> ImageCard:
+    """The card of a model whose budgets forecast steps. The engine has loaded it."""
+    engine.cards[FORECASTING_CARD.id] = FORECASTING_CARD
+    return FORECASTING_CARD
 
 
 @pytest.fixture
@@ -372,18 +414,19 @@ def client(start_client: Callable[..., TestClient], settings: Settings) -> TestC
 def make_request() -> Callable[..., ImageRequest]:
     def make(*, card: ImageCard = DRAWN_CARD, **fields: Any) -> ImageRequest:
         defaults: dict[str, Any] = {
-            "model": "drawn",
+            "model": card.id,
             "prompt": "a red circle",
             "height": 64,
             "width": 64,
-            "num_inference_steps": 4,
+            "num_inference_steps": card.default_num_inference_steps,
             "guidance_scale": 3.5,
             "seed": 0,
             "budget": QualityBudget(0.9),
         }
         asked = {**defaults, **fields}
         is_guided = card.is_guided(asked["guidance_scale"], asked.get("true_cfg_scale", 1.0))
-        return ImageRequest(**{"point": resolve(asked["budget"], CURVE), "is_guided": is_guided, **asked})
+        request = ImageRequest(**{"point": EXACT, "is_guided": is_guided, **asked})
+        return replace(request, point=resolve(request.budget, card.curve_for(request)))
 
     return make
 

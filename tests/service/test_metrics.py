@@ -36,6 +36,9 @@ def test_counters_of_loaded_models_begin_at_zero(metrics: Metrics, drawn_card: I
     for name in (
         "elastic_block_decisions_total double.00 skip drawn",
         "elastic_block_decisions_total single.00 reuse drawn",
+        "elastic_block_decisions_total single.00 forecast drawn",
+        "elastic_steps_total computed drawn",
+        "elastic_steps_total forecast drawn",
         "elastic_requests_total drawn cancelled",
         "elastic_requests_total drawn succeeded",
         "elastic_deadline_total drawn missed",
@@ -46,13 +49,17 @@ def test_counters_of_loaded_models_begin_at_zero(metrics: Metrics, drawn_card: I
 
 
 def test_step_is_counted_by_block_and_decision(metrics: Metrics) -> None:
-    report = StepReport(0.5, 0.25, 3, (BlockReport("double.00", 0.125, 2, 1, 0, (0.5, 1.0)),))
+    block = BlockReport("double.00", 0.125, 2, 1, 0, (0.5, 1.0))
+    report = StepReport(0.5, 0.25, 3, (block,), num_forecast=4, num_forecast_rows=5)
     for _ in range(2):
         metrics.observe_step("drawn", report)
     values = samples(metrics)
     assert values["elastic_block_decisions_total double.00 run drawn"] == 4.0
     assert values["elastic_block_decisions_total double.00 skip drawn"] == 2.0
     assert values["elastic_block_decisions_total double.00 reuse drawn"] == 0.0
+    assert values["elastic_block_decisions_total double.00 forecast drawn"] == 10.0
+    assert values["elastic_steps_total computed drawn"] == 6.0
+    assert values["elastic_steps_total forecast drawn"] == 8.0
     assert values["elastic_block_latency_seconds_sum double.00 drawn"] == 0.25
     assert values["elastic_block_mlp_width_ratio_sum double.00 drawn"] == 3.0
     assert values["elastic_step_latency_seconds_sum drawn"] == 1.0

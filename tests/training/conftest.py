@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
-from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from models.families.hunyuan3d.conditioner import SingleImageEncoder
 from models.families.hunyuan3d.plain_dit import HunYuanDiTPlain
@@ -25,10 +25,11 @@ TEXT_CHANNELS = 24
 class RandomConditioner:
     """Embeds each prompt as random numbers that depend on the prompt alone, and records the prompts."""
 
-    encoders: Mapping[str, nn.Module]
+    tokenizers: Mapping[str, PreTrainedTokenizerBase]
+    encoders: Mapping[str, PreTrainedModel]
 
     def __init__(self, num_tokens: int, has_pooled: bool) -> None:
-        self.encoders = {}
+        self.tokenizers, self.encoders = {}, {}
         self.num_tokens, self.has_pooled = num_tokens, has_pooled
         self.asked: list[str] = []
 

@@ -43,7 +43,7 @@ def test_serving_reads_the_manifest_that_training_writes(
     """Without a size in the manifest, Qwen-Image would default to images of 1024 pixels a side."""
     # Given a trained checkpoint and routers
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(type(model), "conditioner", lambda self: Captions())
+    monkeypatch.setattr(type(model), "new_conditioner", lambda self: Captions())
     recipe = ImageRecipe(model)
     checkpoint, folder = Path("checkpoints") / recipe.name, Path("router_weights") / recipe.name
     (checkpoint / "transformer").mkdir(parents=True)
@@ -59,13 +59,14 @@ def test_serving_reads_the_manifest_that_training_writes(
     assert load_router_weights(folder, checkpoint) is not None
     assert json.loads((folder / "manifest.json").read_text())["training_command"].split()[2] == type(model).__module__
     prompts = (folder / "calibration_prompts.txt").read_text().splitlines()
-    assert prompts == [scene.long_caption for scene in calibration_scenes(32)]
+    assert prompts == [scene.long_caption for scene in calibration_scenes(64)]
 
 
 def test_assembled_shape_model_is_served_with_its_routers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Given trained networks and routers
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("training.solids.tiny_hunyuan3d._NUM_CALIBRATION", 2)
+    monkeypatch.setattr(TinyHunyuan3D, "built_in", tmp_path / "pictures")
     recipe = TinyHunyuan3D()
     run_dir, checkpoint, folder = paths(recipe)
     run_dir.mkdir(parents=True)
@@ -84,7 +85,7 @@ def test_assembled_shape_model_is_served_with_its_routers(tmp_path: Path, monkey
     assert card.license == "Apache-2.0"
     assert (card.default_num_inference_steps, card.default_guidance_scale) == (20, 2.0)
     assert card.default_octree_resolution == 128
-    images = sorted((folder / "calibration_pictures").iterdir())
+    images = sorted((tmp_path / "pictures").iterdir())
     assert [image.name for image in images] == ["00.png", "01.png"]
     loaded = recipe.load_backbone(checkpoint).transformer.state_dict()
     for name, tensor in backbone.transformer.state_dict().items():

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from training.lesson import Condition
 from training.precision import autocast
 from training.scenes.backbones import CELLS
+from training.scenes.captions import captioned_scene, draw_caption
 from training.scenes.rendering import object_map, render
-from training.scenes.scenes import COLOURS, SHAPES, Scene, sample_scene, training_scenes
+from training.scenes.scenes import COLOURS, SHAPES, Scene
 from training.scenes.text import Conditioner
 from training.scenes.vae import ImageVae
 
@@ -25,7 +26,7 @@ _FRAGMENT_SHARE = 0.1
 
 
 class SceneLesson:
-    """A `training.lesson.Lesson` whose row i is training scene i.
+    """A `training.lesson.Lesson` whose row i is `captioned_scene(i)`.
 
     With `has_fragments`, some samples get a fragment of their caption as the prompt. The head predicts shape and colour
     of the object that each image token belongs to (cf. representation alignment, Yu et al. 2024). The transformer then
@@ -45,26 +46,32 @@ class SceneLesson:
 
     @torch.no_grad()
     def conditions(self, rows: list[int], generator: torch.Generator) -> tuple[Condition, Tensor]:
-        prompts, is_complete = self.prompts([sample_scene(row) for row in rows], generator)
+        prompts, is_complete = self.prompts([captioned_scene(row) for row in rows], generator)
         return self.conditioner.encode(prompts), is_complete
 
     @torch.no_grad()
     def full_conditions(self, rows: list[int]) -> Condition:
-        return self.conditioner.encode([self.conditioner.caption(sample_scene(row)) for row in rows])
+        caption = self.conditioner.caption
+        prompts = [draw_caption(captioned_scene(row), random.Random(row), caption) for row in rows]
+        return self.conditioner.encode(prompts)
 
     def prompts(self, scenes: Sequence[Scene], generator: torch.Generator) -> tuple[list[str], Tensor]:
-        """A prompt for each scene, and whether it is the whole caption, `(batch,)`."""
+        """A prompt for each scene, and whether it is a caption, no fragment and not empty, `(batch,)`."""
         draw = torch.rand(len(scenes), generator=generator).tolist()
         words = random.Random(draw[0])
         incomplete = _EMPTY_SHARE + self._fragment_share
         prompts = [
-            "" if x < _EMPTY_SHARE else scene.fragment(words) if x < incomplete else self.conditioner.caption(scene)
+            ""
+            if x < _EMPTY_SHARE
+            else scene.fragment(words)
+            if x < incomplete
+            else draw_caption(scene, words, self.conditioner.caption)
             for x, scene in zip(draw, scenes, strict=True)
         ]
         return prompts, torch.tensor(draw) >= incomplete
 
     def auxiliary_loss(self, output: Tensor, rows: list[int], is_complete: Tensor) -> Tensor:
-        scenes = [sample_scene(row) for row in rows]
+        scenes = [captioned_scene(row) for row in rows]
         slot = object_map(scenes, CELLS).flatten(1)
         shape_of = torch.full((len(scenes), 5), len(SHAPES))
         colour_of = torch.full((len(scenes), 5), len(COLOURS))
@@ -79,18 +86,19 @@ class SceneLesson:
 
 
 @torch.no_grad()
-def encode_scenes(vae: ImageVae, count: int, path: Path) -> Tensor:
-    """Packed latents of the first `count` training scenes, `(count, 64, 32)` float16, stored in `path`."""
+def encode_scenes(vae: ImageVae, seeds: range, path: Path) -> Tensor:
+    """Packed latents of the captioned scenes with these seeds, `(scenes, 64, 32)` float16, stored in `path`."""
     if path.exists():
         latents: Tensor = torch.load(path, weights_only=True)
         return latents
     chunks = []
-    for start in range(0, count, 64):
-        images = render(list(training_scenes(start, min(64, count - start))))
+    for start in range(0, len(seeds), 16):
+        images = render([captioned_scene(seed) for seed in seeds[start : start + 16]])
         with autocast():
-            chunks.append(pack(vae.encode(images).float()).half())
+            encoded = vae.encode(images.contiguous(memory_format=torch.channels_last))
+            chunks.append(pack(encoded.float()).half())
         if start % 4096 == 0:
-            print(f"  encoded {start} of {count} scenes", flush=True)
+            print(f"  encoded {start} of {len(seeds)} scenes", flush=True)
     latents = torch.cat(chunks)
     torch.save(latents, path)
     return latents

@@ -39,7 +39,8 @@ class ImageModel(Protocol):
 
     def new_vae(self) -> ImageVae: ...
     def load_vae(self, folder: Path) -> ImageVae: ...
-    def conditioner(self) -> Conditioner: ...
+    def new_conditioner(self) -> Conditioner: ...
+    def load_conditioner(self, checkpoint: Path) -> Conditioner: ...
     def new_backbone(self) -> Backbone: ...
     def load_backbone(self, folder: Path) -> Backbone: ...
 
@@ -72,16 +73,16 @@ class ImageRecipe:
         vae.module.save_pretrained(run_dir / "vae")
 
     def _train_text(self, run_dir: Path) -> None:
-        text.train_text(self.model.conditioner(), run_dir, num_steps=self.model.text_steps)
+        text.train_text(self.model.new_conditioner(), run_dir, num_steps=self.model.text_steps)
 
     def _encode_scenes(self, run_dir: Path) -> None:
-        encode_scenes(self._vae(run_dir), NUM_SCENES, run_dir / "latents.pt")
+        encode_scenes(self._vae(run_dir), range(NUM_SCENES), run_dir / "latents.pt")
 
     def _vae(self, run_dir: Path) -> ImageVae:
         return self.model.load_vae(run_dir / "vae")
 
     def _conditioner(self, run_dir: Path) -> Conditioner:
-        conditioner = self.model.conditioner()
+        conditioner = self.model.new_conditioner()
         text.load_text(conditioner, run_dir)
         return conditioner
 
@@ -90,7 +91,8 @@ class ImageRecipe:
 
     def lesson(self, run_dir: Path, backbone: Backbone, checkpoint: Path | None) -> SceneLesson:
         latents = torch.load(run_dir / "latents.pt", weights_only=True, mmap=True)
-        conditioner, is_true = self._conditioner(run_dir), not backbone.has_guidance_embedding
+        conditioner = self.model.load_conditioner(checkpoint) if checkpoint else self._conditioner(run_dir)
+        is_true = not backbone.has_guidance_embedding
         return SceneLesson(latents, conditioner, backbone.channels, has_fragments=is_true)
 
     def look(self, run_dir: Path, backbone: Backbone, lesson: Lesson) -> Callable[[int, float], None]:
@@ -103,17 +105,24 @@ class ImageRecipe:
         return look
 
     def assemble(self, run_dir: Path, backbone: Backbone, checkpoint: Path) -> None:
-        pipeline = self.model.pipeline(self._vae(run_dir).module, self._conditioner(run_dir), backbone.transformer)
-        pipeline.to(dtype=torch.float16).save_pretrained(checkpoint)
-        for encoder in self.model.encoders:
-            # transformers loads in the type that the configuration names, diffusers in float32. So name float32.
-            path = checkpoint / encoder / "config.json"
-            path.write_text(json.dumps(_in_float32(json.loads(path.read_text())), indent=2) + "\n")
+        save_pipeline(self.model, self._vae(run_dir), self._conditioner(run_dir), backbone, checkpoint)
 
     def write_samples(self, folder: Path) -> None:
-        conditioner = self.model.conditioner()
-        captions = [conditioner.caption(scene) for scene in calibration_scenes(32)]
+        conditioner = self.model.new_conditioner()
+        captions = [conditioner.caption(scene) for scene in calibration_scenes(64)]
         (folder / "calibration_prompts.txt").write_text("\n".join(captions) + "\n")
+
+
+def save_pipeline(
+    model: ImageModel, vae: ImageVae, conditioner: Conditioner, backbone: Backbone, checkpoint: Path
+) -> None:
+    """Write the model directory `checkpoint`, all weights in 16 bits."""
+    pipeline = model.pipeline(vae.module, conditioner, backbone.transformer)
+    pipeline.to(dtype=torch.float16).save_pretrained(checkpoint)
+    for encoder in model.encoders:
+        # transformers loads in the type that the configuration names, diffusers in float32. So name float32.
+        path = checkpoint / encoder / "config.json"
+        path.write_text(json.dumps(_in_float32(json.loads(path.read_text())), indent=2) + "\n")
 
 
 def _in_float32(config: dict[str, Any]) -> dict[str, Any]:

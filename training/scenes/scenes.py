@@ -17,6 +17,7 @@ TONES = ("light", "grey", "dark")
 TEXTURES = ("plain", "striped", "dotted", "busy")
 RELATIONS = ("left of", "right of", "above", "below")
 MAX_OBJECTS = 4
+_NUM_OBJECTS = (1, 1, 1, 2, 2, 2, 3, 3, 4, 4)  # of ten consecutive training scenes
 
 _CORNERS = POSITIONS[:4]
 _PAIRS_OF_RELATION = {
@@ -109,8 +110,11 @@ class Scene:
                 thing.colour,
                 thing.shape,
                 f"{thing.size} objects",
+                f"{thing.colour} objects",
+                self.texture,
                 f"a {thing.colour} {thing.shape}",
                 f"{self.texture} background",
+                f"a {self.texture} background",
                 f"{self.tone} background",
                 f"a {self.texture} {self.tone} background",
             )
@@ -169,6 +173,11 @@ def _sample_object(rng: random.Random, position: str, held_out: bool) -> SceneOb
             return thing
 
 
+def training_scene(seed: int) -> Scene:
+    """Scene `seed` of the endless training stream: three in ten have one object, three two, two three and two four."""
+    return sample_scene(seed, num_objects=_NUM_OBJECTS[seed % len(_NUM_OBJECTS)])
+
+
 def training_scenes(start: int, count: int) -> Iterator[Scene]:
     """Scenes `start` to `start + count - 1` of the endless training stream."""
-    return (sample_scene(seed) for seed in range(start, start + count))
+    return map(training_scene, range(start, start + count))

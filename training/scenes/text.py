@@ -5,6 +5,7 @@ the diffusion transformer reads them. The transformer would need the longest tim
 """
 
 import random
+import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
@@ -13,13 +14,14 @@ from typing import Protocol
 
 import torch
 from diffusers import QwenImagePipeline
-from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -32,6 +34,7 @@ from training.lesson import Condition
 from training.loop import Stateful, run_loop
 from training.optimizers import ScheduledOptimizers, warm_then_linear
 from training.precision import autocast
+from training.scenes.captions import captioned_scene, complete, draw_caption, wording
 from training.scenes.rendering import attribute_targets
 from training.scenes.scenes import (
     COLOURS,
@@ -61,11 +64,18 @@ _CLASSES = {
 }
 
 
+def corpus() -> Iterator[str]:
+    """Captions in every wording and fragments of captions; they determine the vocabularies."""
+    rng = random.Random(0)
+    for scene in training_scenes(0, _NUM_CORPUS_SCENES):
+        whole = complete(scene)
+        yield from (whole.caption, scene.caption, whole.long_caption, wording(scene, rng), scene.fragment(rng))
+
+
 @cache
 def caption_words() -> tuple[str, ...]:
-    """All words of the captions, sorted. A word followed by a comma is listed with the comma."""
-    words = {word for scene in training_scenes(0, _NUM_CORPUS_SCENES) for word in scene.caption.split()}
-    return tuple(sorted(words))
+    """All words of the corpus, sorted. A word followed by a comma or full stop is listed with it."""
+    return tuple(sorted({word for text in corpus() for word in text.split()}))
 
 
 def build_t5_tokenizer() -> T5Tokenizer:
@@ -77,23 +87,13 @@ def build_t5_tokenizer() -> T5Tokenizer:
 
 
 def build_clip_tokenizer() -> CLIPTokenizer:
-    """Byte-level BPE whose merges build the words of the captions, shorter merges first.
+    """Byte-level BPE trained on captions until each of their words is one token.
 
-    Some words stay several tokens, and the longest captions exceed the model's length. As in FLUX itself, the pooled
-    embedding covers the beginning of a prompt, and T5 reads the whole prompt.
+    The longest captions exceed the model's length. As in FLUX itself, the pooled embedding covers the beginning of a
+    prompt, and T5 reads the whole prompt.
     """
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    symbols = alphabet + [f"{char}</w>" for char in alphabet]
-    merges: list[tuple[str, str]] = []
-    for word in sorted({word.strip(",") for word in caption_words()}):
-        parts = [*word[:-1], f"{word[-1]}</w>"]
-        while len(parts) > 1:
-            merges.append((parts[0], parts[1]))
-            parts = [parts[0] + parts[1], *parts[2:]]
-    merges = list(dict.fromkeys(sorted(merges, key=lambda pair: len(pair[0]))))
-    symbols += [a + b for a, b in merges] + ["<|startoftext|>", "<|endoftext|>"]
-    vocab = {symbol: i for i, symbol in enumerate(dict.fromkeys(symbols))}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_SEQUENCE_LENGTH)
+    blank = CLIPTokenizer(model_max_length=MAX_SEQUENCE_LENGTH)
+    return blank.train_new_from_iterator(corpus(), vocab_size=2000, show_progress=False)
 
 
 def build_t5(vocab_size: int) -> T5EncoderModel:
@@ -132,9 +132,13 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 class Conditioner(Protocol):
-    """Tokenizers and text encoders of one family, called as its pipeline calls them."""
+    """Tokenizers and text encoders of one family, called as its pipeline calls them.
 
-    encoders: Mapping[str, nn.Module]
+    An encoder and its tokenizer have the same name.
+    """
+
+    tokenizers: Mapping[str, PreTrainedTokenizerBase]
+    encoders: Mapping[str, PreTrainedModel]
 
     def caption(self, scene: Scene) -> str:
         """The scene's caption in this family's wording."""
@@ -146,12 +150,26 @@ class Conditioner(Protocol):
 class FluxConditioner:
     """T5 and CLIP. Prompts are padded and not masked."""
 
-    def __init__(self) -> None:
-        self.t5_tokenizer = build_t5_tokenizer()
-        self.clip_tokenizer = build_clip_tokenizer()
-        self.t5 = build_t5(len(self.t5_tokenizer))
-        self.clip = build_clip(self.clip_tokenizer)
-        self.encoders: Mapping[str, nn.Module] = {"t5": self.t5, "clip": self.clip}
+    def __init__(
+        self, t5_tokenizer: T5Tokenizer, clip_tokenizer: CLIPTokenizer, t5: T5EncoderModel, clip: CLIPTextModel
+    ) -> None:
+        self.t5_tokenizer, self.clip_tokenizer, self.t5, self.clip = t5_tokenizer, clip_tokenizer, t5, clip
+        self.tokenizers: Mapping[str, PreTrainedTokenizerBase] = {"t5": t5_tokenizer, "clip": clip_tokenizer}
+        self.encoders: Mapping[str, PreTrainedModel] = {"t5": t5, "clip": clip}
+
+    @classmethod
+    def new(cls) -> "FluxConditioner":
+        t5_tokenizer, clip_tokenizer = build_t5_tokenizer(), build_clip_tokenizer()
+        return cls(t5_tokenizer, clip_tokenizer, build_t5(len(t5_tokenizer)), build_clip(clip_tokenizer))
+
+    @classmethod
+    def load(cls, checkpoint: Path) -> "FluxConditioner":
+        return cls(
+            T5Tokenizer.from_pretrained(checkpoint / "tokenizer_2"),
+            CLIPTokenizer.from_pretrained(checkpoint / "tokenizer"),
+            T5EncoderModel.from_pretrained(checkpoint / "text_encoder_2"),
+            CLIPTextModel.from_pretrained(checkpoint / "text_encoder"),
+        )
 
     def caption(self, scene: Scene) -> str:
         return scene.caption
@@ -172,13 +190,23 @@ def _token_ids(tokenizer: T5Tokenizer | CLIPTokenizer, prompts: Sequence[str]) -
 class QwenImageConditioner:
     """Qwen2.5-VL in the chat template of QwenImagePipeline. The template's start is cut off, padding is masked."""
 
-    def __init__(self) -> None:
-        # The pipeline's constructor sets the template and needs no models for that.
-        template = QwenImagePipeline(None, None, None, None, None)
-        self.template, self.start = template.prompt_template_encode, template.prompt_template_encode_start_idx
-        self.tokenizer = build_qwen_tokenizer(self.template)
-        self.encoder = build_qwen(len(self.tokenizer))
-        self.encoders: Mapping[str, nn.Module] = {"qwen": self.encoder}
+    def __init__(self, tokenizer: Qwen2Tokenizer, encoder: Qwen2_5_VLForConditionalGeneration) -> None:
+        self.tokenizer, self.encoder = tokenizer, encoder
+        self.template, self.start = _qwen_template()
+        self.tokenizers: Mapping[str, PreTrainedTokenizerBase] = {"qwen": tokenizer}
+        self.encoders: Mapping[str, PreTrainedModel] = {"qwen": encoder}
+
+    @classmethod
+    def new(cls) -> "QwenImageConditioner":
+        tokenizer = build_qwen_tokenizer(_qwen_template()[0])
+        return cls(tokenizer, build_qwen(len(tokenizer)))
+
+    @classmethod
+    def load(cls, checkpoint: Path) -> "QwenImageConditioner":
+        return cls(
+            Qwen2Tokenizer.from_pretrained(checkpoint / "tokenizer"),
+            Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint / "text_encoder"),
+        )
 
     def caption(self, scene: Scene) -> str:
         return scene.mixed_caption
@@ -196,22 +224,21 @@ class QwenImageConditioner:
         return Condition(hidden[:, self.start :], None, mask[:, self.start :].bool())
 
 
+def _qwen_template() -> tuple[str, int]:
+    """The pipeline's chat template, and the number of tokens that it cuts off."""
+    pipeline = QwenImagePipeline(None, None, None, None, None)  # its constructor needs no models to set them
+    return pipeline.prompt_template_encode, pipeline.prompt_template_encode_start_idx
+
+
 def build_qwen_tokenizer(template: str) -> Qwen2Tokenizer:
     """Byte-level BPE trained on captions in the template until each of their words is one token.
 
     The start of the template then has exactly the 34 tokens that the pipeline cuts off.
     """
-
-    def corpus() -> Iterator[str]:
-        rng = random.Random(0)
-        for scene in training_scenes(0, _NUM_CORPUS_SCENES):
-            for words in (scene.caption, scene.long_caption, scene.fragment(rng)):
-                yield template.format(words)
-
     blank = Qwen2Tokenizer(
         extra_special_tokens=["<|im_start|>", "<|im_end|>"], model_max_length=34 + QWEN_SEQUENCE_LENGTH
     )
-    return blank.train_new_from_iterator(corpus(), vocab_size=2000, show_progress=False)
+    return blank.train_new_from_iterator(map(template.format, corpus()), vocab_size=2000, show_progress=False)
 
 
 def build_qwen(vocab_size: int) -> Qwen2_5_VLForConditionalGeneration:
@@ -278,9 +305,40 @@ class _CaptionReader(nn.Module):
         return loss, torch.tensor(right / count)
 
 
-def train_text(conditioner: Conditioner, run_dir: Path, *, num_steps: int, batch_size: int = 128) -> None:
-    """Train, or resume, all encoders together, to tell the attributes of the scenes that captions describe."""
+def inherit(conditioner: Conditioner, teacher: Conditioner) -> None:
+    """Copy the weights of the teacher's encoders. The rows of the vocabularies are matched by their tokens.
+
+    A token that the teacher lacks gets the row of the same word without capitals and punctuation, if there is one.
+    """
+    for name, encoder in conditioner.encoders.items():
+        old = teacher.encoders[name].get_input_embeddings().weight
+        table = encoder.get_input_embeddings().weight.detach().clone()
+        old_rows = teacher.tokenizers[name].get_vocab()
+        for token, row in conditioner.tokenizers[name].get_vocab().items():
+            relatives = (token, re.sub(r"(?<=\w)[.,]$", "", token).lower(), f"\u0120{token.lower()}")
+            known = next((old_rows[other] for other in relatives if other in old_rows), None)
+            if known is not None:
+                table[row] = old[known].detach()
+        weights = teacher.encoders[name].state_dict()
+        encoder.load_state_dict({k: table if v.data_ptr() == old.data_ptr() else v for k, v in weights.items()})
+
+
+def train_text(
+    conditioner: Conditioner,
+    run_dir: Path,
+    *,
+    num_steps: int,
+    teacher: Conditioner | None = None,
+    batch_size: int = 64,
+) -> None:
+    """Train, or resume, all encoders together, to tell the attributes of the scenes that captions describe.
+
+    With a `teacher`, they begin with its weights and stay near its outputs for complete captions in its wording. A
+    transformer that was trained with the teacher then understands them at once.
+    """
     torch.manual_seed(3)
+    if teacher:
+        inherit(conditioner, teacher)
     reader = _CaptionReader(128)
     modules: dict[str, nn.Module] = {**conditioner.encoders, "reader": reader}
     parameters = [parameter for module in modules.values() for parameter in module.parameters()]
@@ -288,24 +346,44 @@ def train_text(conditioner: Conditioner, run_dir: Path, *, num_steps: int, batch
     schedule = partial(warm_then_linear, num_steps=num_steps, warm_up=50, hold=0.5, end=0.02)
     scheduled = ScheduledOptimizers([optimizer], schedule)
 
-    def loss_of(first: int, held_out: bool = False) -> tuple[Tensor, Tensor]:
-        scenes = [sample_scene(i, held_out=held_out) for i in range(first, first + batch_size)]
-        condition = conditioner.encode([conditioner.caption(scene) for scene in scenes])
-        result: tuple[Tensor, Tensor] = reader(condition, attribute_targets(scenes))
-        return result
-
     def train_step(step: int) -> dict[str, float]:
+        rng = random.Random(step)
+        scenes = [captioned_scene(step * batch_size + i) for i in range(batch_size)]
+        prompts = [
+            scene.fragment(rng) if rng.random() < 0.08 else draw_caption(scene, rng, conditioner.caption)
+            for scene in scenes
+        ]
+        known = [conditioner.caption(complete(scene)) for scene in scenes[: batch_size // 4]] if teacher else []
         with autocast():
-            loss, accuracy = loss_of(step * batch_size)
+            condition = conditioner.encode(prompts + known)
+            loss, accuracy = reader(condition.rows(slice(batch_size)), attribute_targets(scenes))
+            if teacher:
+                with torch.no_grad():
+                    wanted = teacher.encode(known)
+                loss = loss + 10 * _distance(condition.rows(slice(batch_size, None)), wanted)
         scheduled.minimise(loss, step)
         return {"loss": loss.item(), "read": float(accuracy)}
 
+    held_out = [complete(sample_scene(10**8 + i, held_out=True)) for i in range(batch_size)]
+    words = [wording(scene, random.Random(scene.seed)) for scene in held_out]
+
     @torch.no_grad()
     def look(step: int) -> None:
-        print(f"  step {step}: {float(loss_of(10**8, held_out=True)[1]):.4f} of held-out attributes read", flush=True)
+        accuracy = reader(conditioner.encode(words), attribute_targets(held_out))[1]
+        print(f"  step {step}: {float(accuracy):.4f} of the attributes in held-out captions read", flush=True)
 
     state: dict[str, Stateful] = {**modules, "optimizer": optimizer}
-    run_loop("text encoders", num_steps, train_step, state, run_dir / "text.pt", save_every=200, look=look)
+    run_loop("text encoders", num_steps, train_step, state, run_dir / "text.pt", save_every=100, look=look)
+
+
+def _distance(condition: Condition, other: Condition) -> Tensor:
+    """The squared difference of two encodings, relative to the size of the other one."""
+    pairs = [(condition.embeds, other.embeds)]
+    if condition.mask is not None:
+        pairs = [(condition.embeds[condition.mask], other.embeds[condition.mask])]
+    if condition.pooled is not None and other.pooled is not None:
+        pairs.append((condition.pooled, other.pooled))
+    return torch.stack([F.mse_loss(mine, known) / known.square().mean() for mine, known in pairs]).sum()
 
 
 def load_text(conditioner: Conditioner, run_dir: Path) -> None:

@@ -29,8 +29,11 @@ class TinyFlux:
     def load_vae(self, folder: Path) -> ImageVae:
         return wrap_flux_vae(AutoencoderKL.from_pretrained(folder))
 
-    def conditioner(self) -> FluxConditioner:
-        return FluxConditioner()
+    def new_conditioner(self) -> FluxConditioner:
+        return FluxConditioner.new()
+
+    def load_conditioner(self, checkpoint: Path) -> FluxConditioner:
+        return FluxConditioner.load(checkpoint)
 
     def new_backbone(self) -> FluxBackbone:
         return FluxBackbone(build_flux())

@@ -34,8 +34,11 @@ class TinyQwenImage:
     def load_vae(self, folder: Path) -> ImageVae:
         return wrap_qwen_image_vae(AutoencoderKLQwenImage.from_pretrained(folder))
 
-    def conditioner(self) -> QwenImageConditioner:
-        return QwenImageConditioner()
+    def new_conditioner(self) -> QwenImageConditioner:
+        return QwenImageConditioner.new()
+
+    def load_conditioner(self, checkpoint: Path) -> QwenImageConditioner:
+        return QwenImageConditioner.load(checkpoint)
 
     def new_backbone(self) -> QwenImageBackbone:
         return QwenImageBackbone(build_qwen_image())

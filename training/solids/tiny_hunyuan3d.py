@@ -9,6 +9,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
+from models.calibration import BUILT_IN_SAMPLES
 from models.families.hunyuan3d.checkpoint import load_checkpoint
 from models.families.hunyuan3d.conditioner import SingleImageEncoder
 from models.families.hunyuan3d.plain_dit import HunYuanDiTPlain
@@ -44,7 +45,7 @@ from training.solids.surfaces import PointPool
 
 _CONDITIONER_STEPS = 24_500
 _CALIBRATION = 2_000_000_000
-_NUM_CALIBRATION = 32
+_NUM_CALIBRATION = 64
 _NUM_LOOKED_AT = 32
 
 
@@ -57,6 +58,7 @@ class TinyHunyuan3D:
     router_steps = 600
     defaults: Mapping[str, float] = {"num_inference_steps": 20, "guidance_scale": 2.0, "octree_resolution": 128}
     transformer_file = "model.fp16.safetensors"
+    built_in = BUILT_IN_SAMPLES / "pictures"
 
     @property
     def preparations(self) -> Mapping[str, Callable[[Path], None]]:
@@ -125,11 +127,11 @@ class TinyHunyuan3D:
         (checkpoint / "config.yaml").write_text(yaml.safe_dump(_config(), sort_keys=False))
 
     def write_samples(self, folder: Path) -> None:
-        target = folder / "calibration_pictures"
-        target.mkdir(exist_ok=True)
+        """Writes the built-in images, on which any mesh model can be calibrated."""
+        self.built_in.mkdir(exist_ok=True)
         solids = sample_solids(range(_CALIBRATION, _CALIBRATION + _NUM_CALIBRATION), held_out=True)
         for number, solid in enumerate(solids):
-            (target / f"{number:02d}.png").write_bytes(image_file(solid, _CALIBRATION + number))
+            (self.built_in / f"{number:02d}.png").write_bytes(image_file(solid, _CALIBRATION + number))
 
 
 def _train_conditioner(run_dir: Path, rank: int) -> None:

@@ -68,11 +68,16 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """`status` is queued, running, succeeded, failed or cancelled. `error` says why it failed, as the server does."""
+    """`status` is queued, running, succeeded, failed or cancelled. `error` says why it failed, as the server does.
+
+    `step` of `num_computed_steps` are done, the mean over several images; a deadline may change `num_computed_steps`.
+    The other ones of `num_inference_steps` are forecast.
+    """
 
     id: str
     status: str
     step: int
+    num_computed_steps: int
     num_inference_steps: int
     receipt: dict[str, Any] | None
     error: dict[str, Any] | None
@@ -186,7 +191,13 @@ def result_of(body: Mapping[str, Any]) -> Result:
 def job_of(body: Mapping[str, Any]) -> Job:
     progress = body["progress"]
     return Job(
-        body["id"], body["status"], progress["step"], progress["num_inference_steps"], body["receipt"], body["error"]
+        id=body["id"],
+        status=body["status"],
+        step=progress["step"],
+        num_computed_steps=progress["num_computed_steps"],
+        num_inference_steps=progress["num_inference_steps"],
+        receipt=body["receipt"],
+        error=body["error"],
     )
 
 

@@ -25,7 +25,7 @@ def router_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.slow
 def test_rule_is_calibrated_described_and_served(router_weights: Path) -> None:
     # Given a calibration by the rule's own ladder
-    calibrate_model(MODEL, ["a red circle"], rule="every_other", device="cpu", router_weights=router_weights)
+    calibrate_model(MODEL, ["a red circle"], rules=["every_other"], device="cpu", router_weights=router_weights)
     settings = Settings(models=(MODEL,), router_weights=router_weights)
     dispatcher = build_dispatcher(settings, lambda: load_engine([MODEL], device="cpu", router_weights=router_weights))
     dispatcher.worker.start()

@@ -30,7 +30,7 @@ Denoise = Callable[..., DenoiseState]
 Result = NDArray[np.uint8] | CleanMesh
 
 ROOT = Path(__file__).parents[3]
-ROUTED = CurvePoint(RouterPolicy(0.3, 0.3, 2, width_bias=0.5), 0.5, 0.5, 0.5)
+ROUTED = CurvePoint(RouterPolicy(0.3, 0.3, 2, width_bias=0.5), 0.5, 0.5, 0.5, 0.5)
 
 only_images = pytest.mark.parametrize("kind", ["flux", "qwen_image"], indirect=True, scope="session")
 only_meshes = pytest.mark.parametrize("kind", ["hunyuan3d_plain", "hunyuan3d_stream"], indirect=True, scope="session")

@@ -84,7 +84,7 @@ reusing_names = pytest.mark.parametrize("name", REUSING)
 
 
 def point(policy: Policy) -> CurvePoint:
-    return CurvePoint(policy, 1.0, 1.0, 1.0)
+    return CurvePoint(policy, 1.0, 1.0, 1.0, 1.0)
 
 
 @names

@@ -13,6 +13,7 @@ import trimesh
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from models.card import ImageCard
 from service.settings import Settings
 from tests.fixtures.waiting import wait_until
 
@@ -87,7 +88,7 @@ def test_stream_tells_progress_previews_and_the_result(
     assert all(data["type"] == event for event, _, data in events)
     progress = [data for event, _, data in events if event == "job.progress"]
     assert [entry["step"] for entry in progress] == sorted(entry["step"] for entry in progress)
-    assert {"step", "num_inference_steps", "compute_ratio", "eta_s"} <= set(progress[0])
+    assert {"step", "num_computed_steps", "num_inference_steps", "compute_ratio", "eta_s"} <= set(progress[0])
     partial = [data for event, _, data in events if "partial" in event]
     assert [entry["partial_image_index"] for entry in partial] == [0, 1]
     for entry in partial:
@@ -96,6 +97,24 @@ def test_stream_tells_progress_previews_and_the_result(
     result = events[-1][2]
     assert result["b64_json"] == result["data"][0]["b64_json"]
     assert result["receipt"]["rule"] == "router"
+
+
+def test_progress_counts_the_steps_that_a_deadline_leaves_to_compute(
+    client: TestClient, forecasting_card: ImageCard
+) -> None:
+    # Given a deadline that seems to allow no more than the draft, which computes two of eight steps
+    body = {**PROMPT, "model": forecasting_card.id, "budget": {"latency_ms": 1500}, "stream": True, "partial_images": 3}
+    events = events_of(client.post("/v1/images", json=body))
+    # When steps turn out to be much faster, four have been forecast, and all others are computed
+    progress = [(data["step"], data["num_computed_steps"]) for name, _, data in events if name == "job.progress"]
+    assert set(progress) <= {(1, 2), (2, 5), (3, 5), (4, 5), (5, 5)}  # progress that is soon outdated is left out
+    assert progress[-1] == (5, 5)
+    # Then previews and the job follow
+    previews = [data["partial_image_index"] for name, _, data in events if name == "image_generation.partial_image"]
+    assert previews == [0, 1, 2]
+    job = client.get(f"/v1/jobs/{events[-1][2]['id']}").json()
+    assert job["progress"] == {"step": 5, "num_computed_steps": 5, "num_inference_steps": 8}
+    assert job["receipt"]["steps"] == {"computed": 5, "forecast": 3}
 
 
 def test_openai_client_streams_unchanged(client: TestClient) -> None:

@@ -65,7 +65,7 @@ def bench(make_dispatcher: Callable[[Settings], Dispatcher], summary: Generation
 
 async def test_events_have_public_names_and_the_job(bench: Bench, make_job: MakeJob) -> None:
     claim = await bench.claimed(make_job("a"))
-    await bench.dispatcher.store.record(Progress(claim, 2, 0.5, 1.5))
+    await bench.dispatcher.store.record(Progress(claim, 2, 4, 0.5, 1.5))
     await bench.dispatcher.store.add_preview(Preview(claim, 0, 0, b"small"))
     await bench.succeed(claim)
     events = await bench.events(claim.job)

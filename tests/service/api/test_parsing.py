@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from models.budget import resolve
 from models.card import Guidance, ImageCard, SizeLimits
-from models.curve import EXACT, Preset
+from models.curve import EXACT, ComputedSteps, Preset
 from models.errors import InvalidRequest
 from models.file_formats import OutputFormat
 from models.request import Budget, ImageRequest, PresetBudget, QualityBudget
@@ -45,6 +45,24 @@ def test_defaults_are_the_models_and_the_servers(drawn_card: ImageCard) -> None:
         is_guided=False,
     )
     assert parse(drawn_card) == (expected,)
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps", "is_calibrated"),
+    [
+        ({}, ComputedSteps(4, 8), True),
+        ({"guidance_scale": 6}, ComputedSteps(4, 8), True),
+        ({"guidance_scale": 9}, ComputedSteps(5, 8), False),
+        ({"size": "128x64"}, ComputedSteps(5, 8), False),
+        ({"num_inference_steps": 20}, ComputedSteps(5, 20), False),
+        ({"num_inference_steps": 4}, None, True),
+    ],
+)
+def test_budget_is_resolved_for_the_requests_own_steps(
+    fields: dict[str, Any], steps: ComputedSteps | None, is_calibrated: bool, forecasting_card: ImageCard
+) -> None:
+    (request,) = parse(forecasting_card, budget={"preset": "balanced"}, **fields)
+    assert (request.point.steps, request.point.is_calibrated) == (steps, is_calibrated)
 
 
 def test_pictures_have_consecutive_seeds(drawn_card: ImageCard) -> None:

@@ -9,6 +9,7 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from models.card import ImageCard
 from models.file_formats import read_metadata
 from service.app import create_app
 from service.jobs.job import JobStatus
@@ -49,7 +50,9 @@ def test_image_comes_with_a_receipt(path: str, client: TestClient) -> None:
         "quality_applied": 0.8,
         "compute_ratio": 0.5,
         "compute_ratio_predicted": 0.5,
-        "blocks": {"run": 8, "skipped": 0, "reused": 0},
+        "steps": {"computed": 4, "forecast": 0},
+        "calibrated": False,  # its size is not the default
+        "blocks": {"run": 8, "skipped": 0, "reused": 0, "forecast": 0},
         "mean_mlp_width": 1.0,
         "num_inference_steps": 4,
         "batch_size_mean": 1.0,
@@ -74,6 +77,26 @@ def test_trace_lists_every_decision(client: TestClient) -> None:
         {"block": block, "branch": "cond", "decision": "run", "mlp_width": 1.0} for block in ("double.00", "single.00")
     ]
     assert receipt["decisions"] == [step, step]
+
+
+def test_forecast_steps_are_in_the_receipt(client: TestClient, forecasting_card: ImageCard) -> None:
+    body = {**PROMPT, "model": forecasting_card.id, "budget": {"preset": "balanced"}, "trace": True}
+    receipt = client.post("/v1/images", json=body).json()["receipt"]
+    assert (receipt["rule"], receipt["compute_ratio_predicted"], receipt["num_inference_steps"]) == ("forecast", 0.5, 8)
+    assert receipt["steps"] == {"computed": 4, "forecast": 4}
+    assert receipt["blocks"] == {"run": 8, "skipped": 0, "reused": 0, "forecast": 8}
+    decisions = [[(entry["decision"], entry["mlp_width"]) for entry in step] for step in receipt["decisions"]]
+    assert decisions == [[("run", 1.0)] * 2, [("forecast", 0.0)] * 2] * 4
+
+
+def test_receipt_says_whether_the_curve_was_measured_for_such_a_request(
+    client: TestClient, forecasting_card: ImageCard
+) -> None:
+    body = {**PROMPT, "model": forecasting_card.id, "budget": {"preset": "balanced"}}
+    for other in ({}, {"size": "96x64"}, {"num_inference_steps": 16}):
+        receipt = client.post("/v1/images", json={**body, **other}).json()["receipt"]
+        assert receipt["calibrated"] is not bool(other)
+        assert receipt["steps"]["computed"] == 4 + bool(other)
 
 
 def test_random_seed_is_returned_and_repeats_the_image(client: TestClient) -> None:

@@ -17,7 +17,7 @@ def test_finished_job_shows_its_receipt_and_content(client: TestClient) -> None:
         "status": "succeeded",
         "model": "drawn",
         "created": answer["created"],
-        "progress": {"step": 4, "num_inference_steps": 4},
+        "progress": {"step": 4, "num_computed_steps": 4, "num_inference_steps": 4},
         "receipt": answer["receipt"],
         "error": None,
     }

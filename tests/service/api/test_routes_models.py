@@ -1,5 +1,7 @@
 from fastapi.testclient import TestClient
 
+from models.card import ImageCard
+
 
 def test_models_are_listed_with_their_curves(client: TestClient) -> None:
     listed = client.get("/v1/models").json()
@@ -13,7 +15,19 @@ def test_models_are_listed_with_their_curves(client: TestClient) -> None:
     assert [point["preset"] for point in model["curve"]] == ["exact", "high", "balanced", "fast", "draft"]
     assert [point["expected_seconds"] for point in model["curve"]] == [2.0, 1.64, 1.28, 1.1, 0.92]
     assert model["curve"][1]["policy"]["skip_threshold"] == 0.2
+    assert {point["steps"] for point in model["curve"]} == {None}
     assert client.get("/v1/models/drawn").json() == model
+
+
+def test_points_say_how_many_steps_are_computed(client: TestClient, forecasting_card: ImageCard) -> None:
+    model = client.get(f"/v1/models/{forecasting_card.id}").json()
+    assert [point["steps"] for point in model["curve"]] == [
+        None,
+        {"computed": 4, "of": 8},
+        {"computed": 2, "of": 8},
+    ]
+    assert [point["rule"] for point in model["curve"]] == ["dense", "forecast", "forecast"]
+    assert [(point["quality"], point["mean_quality"]) for point in model["curve"]] == [(1, 1), (0.9, 0.95), (0.6, 0.7)]
 
 
 def test_unknown_model_is_not_found(client: TestClient) -> None:

@@ -27,7 +27,7 @@ def answered(job_id: str = "job_1") -> dict[str, Any]:
 
 
 def job_body(status: str = "queued") -> dict[str, Any]:
-    progress = {"step": 0, "num_inference_steps": 4}
+    progress = {"step": 0, "num_computed_steps": 2, "num_inference_steps": 4}
     return {"id": "job_1", "status": status, "progress": progress, "receipt": None, "error": None}
 
 

@@ -3,8 +3,9 @@ from dataclasses import replace
 
 import pytest
 
-from models.curve import EXACT
-from models.request import ComputeBudget, MeshRequest
+from models.card import ImageCard
+from models.curve import EXACT, Preset
+from models.request import Budget, ComputeBudget, MeshRequest, PresetBudget
 from service.jobs.job import IllegalTransition, Job, JobSnapshot, JobState, JobStatus, Priority
 
 LEGAL_MOVES = {
@@ -36,8 +37,19 @@ def test_only_ends_are_terminal() -> None:
 def test_remaining_seconds_shrink_with_the_steps(make_job: Callable[..., Job]) -> None:
     job = make_job("a", seeds=(0, 1))
     assert job.num_steps == 8
-    remaining = [JobSnapshot(job, JobState(steps_done=steps)).remaining_seconds for steps in (0, 2, 8)]
-    assert remaining == [job.predicted_seconds, job.predicted_seconds * 0.75, 0.0]
+    states = [JobState(), *(JobState(steps_done=done, num_steps=steps) for done, steps in ((2, 8), (2, 4), (8, 8)))]
+    remaining = [JobSnapshot(job, state).remaining_seconds / job.predicted_seconds for state in states]
+    assert remaining == [1.0, 0.75, 0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("budget", "num_steps"),
+    [(PresetBudget(Preset.BALANCED), 4), (ComputeBudget(0.5), 4), (ComputeBudget(0.125), 1), (ComputeBudget(1), 8)],
+)
+def test_job_expects_the_steps_that_its_budget_computes(
+    budget: Budget, num_steps: int, make_job: Callable[..., Job], forecasting_card: ImageCard
+) -> None:
+    assert make_job("a", seeds=(0, 1, 2), card=forecasting_card, budget=budget).num_steps == 3 * num_steps
 
 
 def test_place_goes_by_priority_then_by_deadline(make_job: Callable[..., Job]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from models.curve import CurvePoint
+from models.curve import ComputedSteps, CurvePoint
 from models.report import Decision, GenerationSummary, MeshReport, StepDecision
 from models.request import ComputeBudget, MeshRequest
 from models.rules.router import RouterPolicy
@@ -32,8 +32,11 @@ MakeJob = Callable[..., Job]
 BROKEN = Failure(FailureReason.GENERATION_FAILED, "broken")
 RECEIPT = Receipt(
     GenerationSummary(
-        *("router", 0.2, 0.4, 0.9, 0.5, 0.55, 3, 4, 5, 0.75, 4),
-        decisions=(StepDecision(0, "cond", "block.00", Decision.SKIP, 1.0),),
+        *("forecast+router", 0.2, 0.4, 0.9, 0.5, 0.55, 3, 4, 5, 6, 0.75, 4, 3, 1, False),
+        decisions=(
+            StepDecision(0, "cond", "block.00", Decision.SKIP, 1.0),
+            StepDecision(1, "cond", "block.00", Decision.FORECAST, 0.0),
+        ),
     ),
     0.9,
     StageSeconds(0.1, 0.2, 0.3, 0.4, 1.0),
@@ -46,7 +49,12 @@ MESH = MeshRequest(
     guidance_scale=1.5,
     seed=2**63 - 1,
     budget=ComputeBudget(0.5),
-    point=CurvePoint(RouterPolicy(0.3, 0.4, 2, width_bias=-1.5), 0.5, 0.6, 0.7),
+    point=CurvePoint(
+        RouterPolicy(0.3, 0.4, 2, width_bias=-1.5),
+        *(0.5, 0.6, 0.7, 0.8),
+        steps=ComputedSteps(3, 4),
+        is_calibrated=False,
+    ),
     is_guided=True,
     input_image=bytes(range(256)),
     octree_resolution=32,
@@ -133,7 +141,7 @@ async def test_first_end_decides(bench: Any, make_job: MakeJob) -> None:
     assert (cancelled.state.status, is_news) == (JobStatus.CANCELLED, True)
     assert await bench.store.end(Ending(claimed, JobStatus.SUCCEEDED, artifacts=(b"late",))) is None
     assert await bench.store.fail("a", BROKEN) is None
-    await bench.store.record(Progress(claimed, 1, 0.5, 1.0))
+    await bench.store.record(Progress(claimed, 1, 4, 0.5, 1.0))
     await bench.store.release(claimed)
     snapshot, is_news = await bench.store.cancel("a")
     assert (snapshot.state.status, snapshot.state.steps_done, is_news) == (JobStatus.CANCELLED, 0, False)
@@ -185,7 +193,7 @@ async def test_record_is_deleted_after_its_content(bench: Any, make_job: MakeJob
 async def test_dead_workers_job_is_queued_again_then_given_up(bench: Any, make_job: MakeJob) -> None:
     await bench.store.add(make_job("a"))
     first = await claim(bench)
-    await bench.store.record(Progress(first, 2, 0.5, 1.0))
+    await bench.store.record(Progress(first, 2, 3, 0.5, 1.0))
     assert (await bench.store.recover()).requeued == ()
     await bench.elapse(0.4)
     assert (await bench.store.recover()).requeued == ("a",)
@@ -194,7 +202,8 @@ async def test_dead_workers_job_is_queued_again_then_given_up(bench: Any, make_j
     assert await bench.store.renew([first]) == {"a"}
     second = await claim(bench)
     assert second.job.requests == first.job.requests  # and so the same seed
-    assert (await bench.store.get("a")).state.steps_done == 0
+    state = (await bench.store.get("a")).state
+    assert (state.steps_done, state.num_steps) == (0, None)
     assert await bench.store.end(Ending(first, JobStatus.SUCCEEDED, artifacts=(b"late",))) is None
     await bench.elapse(0.4)
     (failed,) = (await bench.store.recover()).failed
@@ -229,8 +238,12 @@ async def test_backlog_counts_what_is_left(bench: Any, make_job: MakeJob) -> Non
         await bench.store.add(replace(make_job(name), created_at=float(number)))
     assert await bench.store.backlog_s() == 4.0
     claimed = await claim(bench)
-    await bench.store.record(Progress(claimed, 1, 0.5, 1.0))
+    await bench.store.record(Progress(claimed, 1, 4, 0.5, 1.0))
     assert await bench.store.backlog_s() == 3.5
+    # A deadline has left out two of its steps
+    await bench.store.record(Progress(claimed, 1, 2, 0.5, 1.0))
+    assert await bench.store.backlog_s() == 3.0
+    assert (await bench.store.get("a")).num_steps == 2
     assert await bench.store.num_waiting() == {"drawn": 1}
     await bench.store.cancel("a")
     assert await bench.store.backlog_s() == 2.0
@@ -251,7 +264,7 @@ async def test_same_key_makes_one_job_however_many_ask_at_once(bench: Any, make_
 async def test_events_are_in_order_and_can_be_resumed(bench: Any, make_job: MakeJob) -> None:
     await bench.store.add(make_job("a", seeds=(0, 1)))
     claimed = await claim(bench)
-    await bench.store.record(Progress(claimed, 3, 0.25, 1.5))
+    await bench.store.record(Progress(claimed, 3, 7, 0.25, 1.5))
     await bench.store.add_preview(Preview(claimed, 1, 0, b"small"))
     await bench.store.end(Ending(claimed, JobStatus.SUCCEEDED, artifacts=(b"x", b"y")))
     events = [event async for event in follow(bench.store, "a")]
@@ -262,7 +275,13 @@ async def test_events_are_in_order_and_can_be_resumed(bench: Any, make_job: Make
         EventName.PREVIEW,
         EventName.ENDED,
     ]
-    assert events[2].data == {"step": 1, "num_inference_steps": 4, "compute_ratio": 0.25, "eta_s": 1.5}
+    assert events[2].data == {
+        "step": 1,
+        "num_computed_steps": 3,
+        "num_inference_steps": 4,
+        "compute_ratio": 0.25,
+        "eta_s": 1.5,
+    }
     assert events[3].data == {"b64_json": "c21hbGw=", "partial_image_index": 0, "index": 1}
     assert events[4].data == {"status": "succeeded"}
     assert [event async for event in follow(bench.store, "a", after=events[2].id)] == events[3:]

@@ -17,7 +17,7 @@ async def test_reports_and_news_without_a_listener_are_dropped(make_job: MakeJob
     inbox.wake()
     inbox.report(ending)
     inbox.connect()
-    inbox.report(Progress(claim, 1, 1.0, 1.0))
+    inbox.report(Progress(claim, 1, 4, 1.0, 1.0))
     assert [type(report) for report in await inbox.next_reports()] == [Progress]
     assert not inbox.news.is_set()
     assert inbox.unstored == []
@@ -26,7 +26,7 @@ async def test_reports_and_news_without_a_listener_are_dropped(make_job: MakeJob
 async def test_ended_job_is_unstored_until_it_is_settled(make_job: MakeJob) -> None:
     inbox, claim = Inbox(), Claim(make_job("a"), "lease")
     inbox.connect()
-    progress = Progress(claim, 1, 1.0, 1.0)
+    progress = Progress(claim, 1, 4, 1.0, 1.0)
     ending = Ending(claim, JobStatus.FAILED, failure=Failure(FailureReason.GENERATION_FAILED, "broken"))
     inbox.report(progress)
     inbox.report(ending)

@@ -4,11 +4,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from models.card import ImageCard
 from models.curve import Preset
 from models.errors import WeightsError
 from models.request import LatencyBudget, PresetBudget
 from service.app import build_dispatcher
 from service.jobs.job import FailureReason, Job, JobStatus, Priority
+from service.running.worker import preview_steps
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -37,6 +39,33 @@ def test_requests_of_one_shape_share_steps_as_they_come(service: Any, engine: An
     first.result(TIMEOUT_S)
     second.result(TIMEOUT_S)
     assert [sorted(batch) for batch in engine.batches] == [[1], [1, 2], [1, 2], [1]]
+
+
+def test_only_computed_steps_take_turns(
+    service: Any, engine: Any, make_job: MakeJob, forecasting_card: ImageCard
+) -> None:
+    engine.gate.clear()
+    fields = {"card": forecasting_card, "budget": PresetBudget(Preset.EXACT)}
+    first = service.submit(make_job("a", seeds=(1,), **fields))
+    assert engine.stepping.wait(TIMEOUT_S)
+    second = service.submit(make_job("b", seeds=(2,), **{**fields, "budget": PresetBudget(Preset.DRAFT)}))
+    service.wait_until_taken("a", "b")
+    engine.gate.set()
+    first.result(TIMEOUT_S)
+    state = second.result(TIMEOUT_S).state
+    assert [sorted(batch) for batch in engine.batches] == [[1], [1, 2], [1, 2], *[[1]] * 5]
+    assert (state.steps_done, state.num_steps) == (2, 2)
+    (receipt,) = state.receipts
+    assert (receipt.summary.num_steps_computed, receipt.summary.num_steps_forecast) == (2, 6)
+    assert receipt.batch_size_mean == 2
+
+
+@pytest.mark.parametrize(
+    ("num_previews", "num_steps", "due"),
+    [(0, 8, []), (3, 8, [2, 4, 6]), (3, 4, [1, 2, 3]), (3, 3, [1, 2]), (3, 2, [1]), (3, 1, [])],
+)
+def test_previews_are_spread_over_the_computed_steps(num_previews: int, num_steps: int, due: list[int]) -> None:
+    assert preview_steps(num_previews, num_steps) == due
 
 
 def test_batch_does_not_change_an_image(service: Any, make_job: MakeJob) -> None:

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models.card import ImageCard
-from models.curve import Preset
+from models.curve import ComputedSteps, Preset
 from models.request import Budget, ComputeBudget, ImageRequest, LatencyBudget, PresetBudget, QualityBudget
 from service.errors import DeadlineUnreachable, Overloaded
 from service.order import Order, Output
@@ -63,6 +63,16 @@ def test_order_is_admitted_after_the_wait(
 def test_cost_of_every_result_counts(make_order: MakeOrder, drawn_card: ImageCard) -> None:
     admission = admit(make_order(QualityBudget(0.9), n=3), drawn_card, backlog(0))
     assert admission.predicted_seconds == pytest.approx(3 * 4 * 0.5 * 0.64)
+
+
+def test_load_lowers_the_computed_steps_of_any_schedule(
+    make_request: Callable[..., ImageRequest], forecasting_card: ImageCard
+) -> None:
+    request = make_request(card=forecasting_card, budget=EXACT, num_inference_steps=16)
+    admission = admit(Order((request,), Output(), None, 0.6), forecasting_card, backlog(90, max_seconds=100))
+    # The calibrated draft computes two steps; other schedules compute one more.
+    assert admission.order.point.steps == ComputedSteps(3, 16)
+    assert admission.predicted_seconds == pytest.approx(1.5)
 
 
 def test_deadline_is_promised_if_it_can_be_met(make_order: MakeOrder, drawn_card: ImageCard) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from models.card import ImageCard
 from models.curve import Preset
-from models.request import ImageRequest, PresetBudget
+from models.request import ComputeBudget, ImageRequest, LatencyBudget, PresetBudget
 from service.scheduling.cost import block_seconds, dense_step_seconds, predicted_seconds
 
 EXACT = PresetBudget(Preset.EXACT)
@@ -26,6 +26,25 @@ def test_cost_grows_with_steps_pixels_branches_and_budget(
     fields: dict[str, object], seconds: float, make_request: Callable[..., ImageRequest], drawn_card: ImageCard
 ) -> None:
     assert predicted_seconds(make_request(**fields), drawn_card) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("fields", "seconds"),
+    [
+        ({"budget": EXACT}, 4.0),
+        ({"budget": PresetBudget(Preset.DRAFT)}, 1.0),
+        ({"budget": PresetBudget(Preset.DRAFT), "num_inference_steps": 16}, 1.5),
+        ({"budget": PresetBudget(Preset.BALANCED), "num_inference_steps": 4}, 2.0),
+        ({"budget": ComputeBudget(0.125)}, 0.5),
+        ({"budget": ComputeBudget(0.01)}, 0.5),
+        ({"budget": LatencyBudget(3.0)}, 2.0),
+    ],
+)
+def test_only_computed_steps_cost_time(
+    fields: dict[str, object], seconds: float, make_request: Callable[..., ImageRequest], forecasting_card: ImageCard
+) -> None:
+    request = make_request(card=forecasting_card, **fields)
+    assert predicted_seconds(request, forecasting_card) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(

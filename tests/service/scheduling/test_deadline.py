@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models.card import ImageCard
+from models.curve import Preset
 from models.request import ImageRequest, LatencyBudget
 from service.errors import DeadlineUnreachable
 from service.scheduling.cost import predicted_seconds
@@ -65,8 +66,51 @@ def test_step_is_as_good_as_the_time_left_allows(
     drawn_card: ImageCard,
 ) -> None:
     request = make_request(budget=LatencyBudget(9.0))
-    point = point_for(request, drawn_card, time_left_s=time_left_s, steps_left=steps_left, pace=pace)
+    point = point_for(request, drawn_card, time_left_s=time_left_s, steps_left=steps_left, num_computed=0, pace=pace)
     assert point.quality == quality
+
+
+# Draft computes two of eight steps, balanced four; each takes 0.5 s.
+@pytest.mark.parametrize(
+    ("time_left_s", "steps_left", "num_computed", "preset"),
+    [
+        (4.3, 8, 0, Preset.EXACT),
+        (2.2, 8, 0, Preset.BALANCED),
+        (2.0, 8, 0, Preset.DRAFT),
+        (0.1, 8, 0, Preset.DRAFT),
+        (1.1, 2, 3, Preset.EXACT),
+        (0.6, 2, 3, Preset.BALANCED),
+        (0.6, 6, 1, Preset.DRAFT),
+        (0.6, 6, 6, Preset.BALANCED),
+    ],
+)
+def test_deadline_leaves_as_many_steps_to_compute_as_there_is_time_for(
+    time_left_s: float,
+    steps_left: int,
+    num_computed: int,
+    preset: Preset,
+    make_request: MakeRequest,
+    forecasting_card: ImageCard,
+) -> None:
+    request = make_request(card=forecasting_card, budget=LatencyBudget(9.0))
+    point = point_for(
+        request,
+        forecasting_card,
+        time_left_s=time_left_s,
+        steps_left=steps_left,
+        num_computed=num_computed,
+        pace=1.0,
+    )
+    assert point.preset == preset
+
+
+def test_deadline_of_another_number_of_steps_is_judged_by_the_steps_it_computes(
+    make_request: MakeRequest, forecasting_card: ImageCard
+) -> None:
+    check = partial(check_reachable, num_results=1, backlog_s=0, finish_s=0)
+    with pytest.raises(DeadlineUnreachable, match="predicted to take 1500 ms"):
+        check(make_request(card=forecasting_card, budget=LatencyBudget(1.4), num_inference_steps=40), forecasting_card)
+    check(make_request(card=forecasting_card, budget=LatencyBudget(1.1)), forecasting_card)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -78,6 +122,7 @@ def test_step_is_never_below_the_floor(data: st.DataObject, make_request: MakeRe
         drawn_card,
         time_left_s=data.draw(st.floats(-1, 10)),
         steps_left=data.draw(st.integers(1, 50)),
+        num_computed=data.draw(st.integers(0, 50)),
         pace=data.draw(st.floats(0.01, 100)),
     )
     assert point.quality >= min_quality

@@ -3,7 +3,14 @@ from dataclasses import replace
 
 import pytest
 
-from training.scenes.prompts import calibration_scenes, complex_scenes, evaluation_scenes, simple_scenes
+from training.scenes.prompts import (
+    calibration_scenes,
+    complex_scenes,
+    evaluation_scenes,
+    related_scenes,
+    simple_scenes,
+    sparse_scenes,
+)
 from training.scenes.scenes import (
     COLOURS,
     POSITIONS,
@@ -15,6 +22,7 @@ from training.scenes.scenes import (
     Scene,
     SceneObject,
     sample_scene,
+    training_scene,
     training_scenes,
 )
 
@@ -34,7 +42,13 @@ PAIR = Scene(
 
 
 def test_same_seed_gives_the_same_scene() -> None:
-    assert list(training_scenes(40, 20)) == [sample_scene(seed) for seed in range(40, 60)]
+    assert list(training_scenes(40, 20)) == [training_scene(seed) for seed in range(40, 60)]
+    assert training_scene(40) == training_scene(40) != training_scene(50)
+
+
+def test_ten_training_scenes_have_every_number_of_objects() -> None:
+    counts = [len(scene.objects) for scene in training_scenes(70, 10)]
+    assert [counts.count(number) for number in (1, 2, 3, 4)] == [3, 3, 2, 2]
 
 
 def test_held_out_combinations_never_occur_in_training_scenes() -> None:
@@ -140,11 +154,11 @@ def test_fragment_is_true_of_its_scene() -> None:
         fragment = scene.fragment(rng)
         words = [word for word in fragment.split() if word not in ("a", "objects", "background")]
         seen.add((len(fragment.split()), len(words)))
-        if "background" in fragment:
+        if "background" in fragment or fragment in TEXTURES:
             assert set(words) <= {scene.texture, scene.tone}
         else:
             assert any(set(words) <= {thing.shape, thing.colour, thing.size} for thing in scene.objects)
-    assert seen == {(1, 1), (2, 1), (3, 2), (4, 2)}
+    assert seen == {(1, 1), (2, 1), (3, 1), (3, 2), (4, 2)}
 
 
 @pytest.mark.parametrize("relation", ["left of", "right of", "above", "below"])
@@ -180,6 +194,20 @@ def test_prompt_sets_have_the_documented_content() -> None:
     assert {texture for _, texture in mixed[:4]} == set(TEXTURES)
 
 
+def test_short_prompts_name_shapes_colours_and_relations_alone() -> None:
+    related, sparse = related_scenes(40), sparse_scenes(8)
+    for scene in related:
+        first, second = scene.objects
+        assert scene.caption == f"a {first.colour} {first.shape} {scene.relation} a {second.colour} {second.shape}"
+    assert {scene.relation for scene in related} == set(RELATIONS)
+    assert [len(scene.objects) for scene in sparse] == [1, 2, 3, 4, 1, 2, 3, 4]
+    for scene in sparse:
+        assert scene.caption == ", ".join(f"a {thing.colour} {thing.shape}" for thing in scene.objects)
+    assert all(thing.is_held_out for scene in related + sparse for thing in scene.objects)
+    assert len({scene.seed for scene in related + sparse}) == 48
+
+
 def test_larger_prompt_set_starts_with_the_smaller_one() -> None:
+    assert related_scenes(10)[:4] == related_scenes(4)
     assert calibration_scenes(20)[:8] == calibration_scenes(8)
     assert evaluation_scenes(10, 0)[:4] == evaluation_scenes(4, 0)

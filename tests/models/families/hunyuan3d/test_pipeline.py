@@ -33,7 +33,7 @@ from models.zoo import load_engine
 Ask = Callable[..., MeshRequest]
 Denoise = Callable[..., DenoiseState]
 
-ALL_SKIPPED = CurvePoint(RouterPolicy(skip_threshold=1.1), 0.0, 0.0, 0.0)
+ALL_SKIPPED = CurvePoint(RouterPolicy(skip_threshold=1.1), 0.0, 0.0, 0.0, 0.0)
 
 
 @pytest.fixture(scope="session", params=["hunyuan3d_plain", "hunyuan3d_stream"])
@@ -150,7 +150,7 @@ def test_rows_without_an_image_take_the_shortcut_and_give_the_same(
 
 @only_plain
 def test_companions_do_not_matter_where_some_rows_take_the_shortcut(engine: Engine, ask: Ask, denoise: Denoise) -> None:
-    routed = CurvePoint(RouterPolicy(0.3, 0.3, 2, width_bias=0.5), 0.5, 0.5, 0.5)
+    routed = CurvePoint(RouterPolicy(0.3, 0.3, 2, width_bias=0.5), 0.5, 0.5, 0.5, 0.5)
     requests = [
         (ask(seed=i, guidance_scale=scale), point)
         for i, scale, point in zip(count(), (1.0, 5.0, 3.0, 2.0), (routed, routed, EXACT, routed), strict=False)

@@ -110,7 +110,7 @@ def generate(engine: Engine, policy: Policy, num_steps: int) -> DenoiseState:
         is_guided=True,
         wants_trace=True,
     )
-    state = engine.start(request, CurvePoint(policy, 1.0, 1.0, 1.0))
+    state = engine.start(request, CurvePoint(policy, 1.0, 1.0, 1.0, 1.0))
     while not state.is_done:
         engine.step([state])
     return state

@@ -26,7 +26,7 @@ from models.zoo import load_engine
 MODEL = "tiny-qwen-image"
 TEMPLATE_END = 5  # tokens
 LONGEST = " ".join(["red"] * 35)
-REUSING = CurvePoint(RouterPolicy(0.0, 1.0, 2, width_bias=-1e6), 0.5, 0.5, 0.5)
+REUSING = CurvePoint(RouterPolicy(0.0, 1.0, 2, width_bias=-1e6), 0.5, 0.5, 0.5, 0.5)
 """Every block runs in every third step and is used again in between."""
 
 Ask = Callable[..., ImageRequest]

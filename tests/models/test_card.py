@@ -1,0 +1,88 @@
+"""A card's curve, as it holds for one request."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from models.card import ImageCard, ModelCard
+from models.curve import EXACT, ComputedSteps, CurvePoint, Preset
+from models.engine import Engine
+from models.request import GenerationRequest
+from models.rules.dense import DensePolicy
+from models.rules.router import RouterPolicy
+from tests.fixtures.kinds import Kind
+
+HIGH = CurvePoint(DensePolicy(), 0.5, 0.5, 0.9, 0.95, Preset.HIGH, ComputedSteps(10, 20))
+DRAFT = CurvePoint(DensePolicy(), 0.2, 0.21, 0.7, 0.8, Preset.DRAFT, ComputedSteps(4, 20))
+ROUTED = CurvePoint(RouterPolicy(0.5), 0.4, 0.5, 0.8, 0.9)
+
+
+@pytest.fixture
+def card(engine: Engine, model: str) -> ModelCard:
+    return replace(engine.cards[model], curve=(EXACT, HIGH, ROUTED, DRAFT), default_num_inference_steps=20)
+
+
+@pytest.fixture
+def usual(kind: Kind, card: ModelCard, ask: Callable[..., GenerationRequest]) -> Callable[..., GenerationRequest]:
+    """Build a request like those that the curve was measured on, but for some fields."""
+    scale = card.default_guidance_scale
+    fields: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": scale, "is_guided": card.is_guided(scale)}
+    if isinstance(card, ImageCard):
+        fields |= {"height": card.default_height, "width": card.default_width}
+    return lambda **others: ask(**{**fields, **others})
+
+
+def test_curve_is_the_measured_one_for_usual_requests(card: ModelCard, usual: Callable[..., GenerationRequest]) -> None:
+    assert card.curve_for(usual()) == card.curve
+
+
+@pytest.mark.parametrize(("factor", "holds"), [(0.5, True), (2.0, True), (0.45, False), (2.2, False)])
+def test_curve_holds_for_half_and_for_twice_the_guidance(
+    card: ModelCard, usual: Callable[..., GenerationRequest], factor: float, holds: bool
+) -> None:
+    request = usual(guidance_scale=card.default_guidance_scale * factor)
+    assert [point.is_calibrated for point in card.curve_for(request)] == [True, holds, holds, holds]
+
+
+def test_one_more_step_is_computed_where_nothing_was_calibrated(
+    card: ModelCard, usual: Callable[..., GenerationRequest]
+) -> None:
+    exact, routed, high, draft = card.curve_for(usual(num_inference_steps=40))
+    assert exact == EXACT
+    assert (high.steps, draft.steps) == (ComputedSteps(11, 40), ComputedSteps(5, 40))
+    assert draft.compute_ratio == pytest.approx(5 / 40)
+    assert draft.relative_seconds == pytest.approx(0.21 * 5 / 40 / (4 / 20))
+    assert routed == replace(ROUTED, is_calibrated=False)
+    assert [point.is_calibrated for point in (high, routed, draft)] == [False] * 3
+
+
+def test_guidance_that_was_not_calibrated_is_noticed(card: ModelCard, usual: Callable[..., GenerationRequest]) -> None:
+    request = usual(is_guided=not usual().is_guided)
+    assert not card.curve_for(request)[-1].is_calibrated
+
+
+@pytest.mark.parametrize("kind", ["flux", "qwen_image"], indirect=True, scope="session")
+def test_size_that_was_not_calibrated_is_noticed(card: ModelCard, usual: Callable[..., GenerationRequest]) -> None:
+    assert not card.curve_for(usual(height=128))[-1].is_calibrated
+
+
+def test_short_schedule_with_nothing_to_forecast_is_exact(
+    card: ModelCard, usual: Callable[..., GenerationRequest]
+) -> None:
+    """And keeps its presets, so that asking for one is never an error."""
+    curve = card.curve_for(usual(num_inference_steps=8))
+    assert [point.is_exact for point in curve] == [True, True, False, False]
+    assert [point.preset for point in curve] == [Preset.EXACT, Preset.HIGH, Preset.DRAFT, None]
+    assert (curve[1].compute_ratio, curve[1].quality) == (1, 1)
+
+
+@pytest.mark.parametrize("num_inference_steps", [2, 3, 4])
+def test_even_the_shortest_schedule_can_meet_a_cap(
+    card: ModelCard, usual: Callable[..., GenerationRequest], num_inference_steps: int
+) -> None:
+    curve = card.curve_for(usual(num_inference_steps=num_inference_steps))
+    assert [point.compute_ratio for point in curve] == sorted((p.compute_ratio for p in curve), reverse=True)
+    steps = [point.steps for point in curve if point.preset is Preset.DRAFT]
+    assert steps == [ComputedSteps(num_inference_steps - 1, num_inference_steps)]
