@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.stamp-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast check bench train
+.PHONY: help setup demo serve test test-fast check bench frontier train
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ check: setup ## formatting, lint, types, import directions
 
 bench: setup ## time dense, exact and every preset, with their quality: ARGS="--model checkpoints/tiny-qwen-image"
 	$(BIN)/python -m benchmarks.engine $(ARGS)
+
+frontier: $(INSTALLED) ## compare ways to buy speed on the small models, with a table and a plot; takes over an hour
+	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_ARGS) -e '.[peers]'
+	$(BIN)/python -m benchmarks.frontier --plot docs/images/frontier.svg $(ARGS)
 
 train: setup ## train the small models again, resuming where they stopped
 	$(BIN)/python -m training.scenes.tiny_flux $(ARGS)
