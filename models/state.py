@@ -16,7 +16,7 @@ from models.elastic.row import Allowance, Row
 from models.report import Decision, GenerationSummary, StepDecision
 from models.request import GenerationRequest
 from models.rules import RULES
-from models.rules.forecast import MAX_VELOCITIES, Forecaster
+from models.rules.forecast import MAX_VELOCITIES, Forecaster, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,32 +189,23 @@ class DenoiseState:
     def _apply(self, velocity: Velocity) -> int:
         """Take the latents on to the next computed step, and return it."""
         step, latents = self.step_index, self.latents
+        velocities = [velocity.copy(), *self.velocities[: MAX_VELOCITIES - 1]] if self.forecaster else []
         if self.point.steps is None:
             following = step + 1
-            self.latents = euler_step(latents, velocity.guided, self.sigmas[step], self.sigmas[following])
+            moved = euler_step(latents, velocity.guided, self.sigmas[step], self.sigmas[following])
             # The last noise level has no noise: it is 0, or 1 where levels rise, as in Hunyuan3D.
-            self.prediction = euler_step(latents, velocity.guided, self.sigmas[step], self.sigmas[-1])
-        if self.forecaster:
-            self.velocities = [velocity.copy(), *self.velocities[: MAX_VELOCITIES - 1]]
-        num_left = self._num_to_compute - 1
+            prediction = euler_step(latents, velocity.guided, self.sigmas[step], self.sigmas[-1])
+        else:
+            assert self.forecaster is not None
+            computed, num_left = [*self.computed, step], self._num_to_compute - 1
+            following = self.forecaster.next_step(computed, num_left) if num_left else self.num_steps
+            moved, prediction = (
+                _forecast(latents, velocities, self.forecaster.weights(computed, end))
+                for end in (following, self.num_steps)
+            )
+        self.latents, self.prediction, self.velocities = moved, prediction, velocities
         self.computed.append(step)
-        if self.point.steps is None:
-            return following
-        assert self.forecaster is not None
-        following = self.forecaster.next_step(self.computed, num_left) if num_left else self.num_steps
-        self.latents = self._forecast(latents, following)
-        self.prediction = self._forecast(latents, self.num_steps)
         return following
-
-    def _forecast(self, latents: Tensor, end: int) -> Tensor:
-        """The latents at step `end`, from those at the step that was computed last."""
-        assert self.forecaster is not None
-        weights = self.forecaster.weights(self.computed, end)
-        guided = [velocity.guided for velocity in self.velocities]
-        conditional = [v.conditional for v in self.velocities[: len(weights.conditionals)] if v.conditional is not None]
-        return linear_step(
-            latents, weights.latents, (*weights.velocities, *weights.conditionals), (*guided, *conditional)
-        )
 
     def summary(self) -> GenerationSummary:
         """The account of the steps taken so far."""
@@ -254,3 +245,10 @@ class DenoiseState:
             for block in row.costs
         ]
         return tuple(sorted((*trace, *forecast), key=lambda entry: (entry.step, entry.branch)))
+
+
+def _forecast(latents: Tensor, velocities: Sequence[Velocity], weights: Weights) -> Tensor:
+    """The latents after a gap; `velocities` are those of the last computed steps, the newest first."""
+    guided = [velocity.guided for velocity in velocities]
+    conditional = [v.conditional for v in velocities[: len(weights.conditionals)] if v.conditional is not None]
+    return linear_step(latents, weights.latents, (*weights.velocities, *weights.conditionals), (*guided, *conditional))

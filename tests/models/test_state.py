@@ -314,3 +314,22 @@ def test_companions_do_not_matter_to_a_state_that_moves(engine: Engine, ask: Ask
         engine.step([companion, states[1]])
     assert states[0].summary() == states[1].summary()
     torch.testing.assert_close(states[1].latents, states[0].latents, rtol=0, atol=1e-5)
+
+
+def test_forecast_that_failed_can_be_repeated(
+    engine: Engine, ask: Ask, denoise: Denoise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory left")
+
+    request = ask(num_inference_steps=8)
+    alone, state = denoise(engine, request, FORECAST), engine.start(request, FORECAST)
+    engine.step([state])
+    with monkeypatch.context() as patched:
+        patched.setattr("models.state.linear_step", run_out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.step([state])
+    while not state.is_done:
+        engine.step([state])
+    assert state.summary() == alone.summary()
+    assert torch.equal(state.latents, alone.latents)
