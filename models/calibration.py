@@ -85,7 +85,8 @@ def calibrate_model(
     requests = [_request(card, sample, seed) for seed, sample in enumerate(samples)]
     policies = [policy for rule in rules if rule != FORECAST for policy in ladder(rule, published)]
     blocks = [CurvePoint(policy, 1.0, 1.0, 1.0, 1.0) for policy in policies]
-    kept = _opened(folder / "calibration.partial", requests, blocks)
+    weights = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(directory.rglob("*"))]
+    kept = _opened(folder / "calibration.partial", repr((weights, requests, blocks)))
     calibration = Calibration(engine, requests[:num_learned], requests[num_learned:], blocks, kept)
     curve = calibration.run(device)
     if calibration.table:
@@ -111,9 +112,9 @@ def _default_samples(card: ModelCard, folder: Path) -> Sequence[str | bytes]:
     return (own if own.exists() else BUILT_IN_SAMPLES / "prompts.txt").read_text().splitlines()
 
 
-def _opened(folder: Path, requests: Sequence[GenerationRequest], points: Sequence[CurvePoint]) -> Path:
-    """The folder of an unfinished calibration, emptied if that one was of other samples or settings."""
-    key, name = hashlib.sha256(repr((requests, points)).encode()).hexdigest(), folder / "key"
+def _opened(folder: Path, described: str) -> Path:
+    """The folder of an unfinished calibration, emptied if that one was of other weights, samples or settings."""
+    key, name = hashlib.sha256(described.encode()).hexdigest(), folder / "key"
     if not name.exists() or name.read_text() != key:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -197,7 +198,7 @@ class Calibration:
             trajectories = record(self.engine, self._start(self.learned), bar.update)
             self.table = learn(self.engine, partial(self._start, self.learned), trajectories, self._nums_computed, bar)
             write_forecast_table(self.folder, self.table)
-        num_left = len(self.measured) - BATCH_SIZE * len([*self.folder.glob("measured-*.json")])
+        num_left = max(0, len(self.measured) - BATCH_SIZE * len([*self.folder.glob("measured-*.json")]))
         (example,) = with_forecasts(self._start(self.measured[:1]), self.table)
         bar.total = bar.n + num_left * self._cost_to_measure(steps_to_follow(example, self._nums_computed))
 

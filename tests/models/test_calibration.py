@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from models.calibration import (
     NUM_LEARNED,
     Calibration,
+    _opened,
     computed_steps,
     efficient,
     name_presets,
@@ -243,3 +244,9 @@ def test_calibration_says_what_it_will_cost_before_it_computes(
     with pytest.raises(KeyboardInterrupt):
         Calibration(engine, requests[:NUM_LEARNED], requests[NUM_LEARNED:], [], tmp_path).run("cpu")
     assert re.search(r"16 samples to learn from, 3 to measure; at most \d+ steps, .* minutes", capsys.readouterr().out)
+
+
+def test_what_was_kept_of_other_weights_or_samples_is_not_used(tmp_path: Path) -> None:
+    (_opened(tmp_path / "kept", "weights A") / "measured-0.json").write_text("{}")
+    assert (_opened(tmp_path / "kept", "weights A") / "measured-0.json").exists()
+    assert [path.name for path in _opened(tmp_path / "kept", "weights B").iterdir()] == ["key"]
