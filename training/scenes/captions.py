@@ -110,8 +110,13 @@ def _with_usual_rest(scene: Scene, rng: random.Random) -> Scene:
 def draw_caption(scene: Scene, rng: random.Random, family_caption: Callable[[Scene], str]) -> str:
     """A random caption of the scene: complete or with the scene's omissions, worded by `family_caption` or freely."""
     said = complete(scene) if rng.random() < 0.3 else scene
-    is_named = said.mentions_background or (said.texture, said.tone) == ("plain", "light")
-    return family_caption(said) if is_named and rng.random() < 0.4 else wording(said, rng)
+    is_whole = said.mentions_background or not _names_background(said)
+    return family_caption(said) if is_whole and rng.random() < 0.4 else wording(said, rng)
+
+
+def _names_background(scene: Scene) -> bool:
+    """Whether the caption has words for the background: if it mentions it, or if it is unusual."""
+    return scene.mentions_background or (scene.texture, scene.tone) != ("plain", "light")
 
 
 def complete(scene: Scene) -> Scene:
@@ -151,7 +156,7 @@ def wording(scene: Scene, rng: random.Random) -> str:
         text = _listed(things, rng)
     text = f"{opening} {text}".strip() + _background(scene, rng)
     if len(text.split()) > _MAX_WORDS:
-        return replace(scene, mentions_background=True).caption
+        return replace(scene, mentions_background=_names_background(scene)).caption
     if rng.random() < 0.4:
         text = text[0].upper() + text[1:]
     return f"{text}." if rng.random() < 0.3 else text

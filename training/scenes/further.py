@@ -12,6 +12,7 @@ Each step resumes where it was interrupted. The autoencoder stays as it is.
 import argparse
 import logging
 import random
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from training.base import WithoutCompilation
 from training.loop import Stateful, run_loop
 from training.optimizers import ScheduledOptimizers, split_optimizers, warm_then_linear
 from training.precision import autocast
-from training.scenes.captions import captioned_scene, complete, draw_caption
+from training.scenes.captions import captioned_scene, complete, draw_caption, wording
 from training.scenes.lesson import encode_scenes
 from training.scenes.recipe import ImageModel, save_pipeline
 from training.scenes.scenes import Scene
@@ -41,6 +42,9 @@ SEEDS = range(200_000, 204_096)
 """Seeds of the scenes; the old models saw the scenes before them."""
 _EMPTY_SHARE = 0.08
 _FRAGMENT_SHARE = 0.06
+_OPEN_SHARE = 0.3
+"""Share of the captions that leave the background open: what is unsaid is else always plain and light, and then a
+negative prompt could not keep such a background away."""
 _MAX_GUIDANCE = 5.0
 
 
@@ -52,6 +56,10 @@ def prompt_pair(scene: Scene, conditioner: Conditioner, has_fragments: bool, rng
     if draw < _EMPTY_SHARE + _FRAGMENT_SHARE and has_fragments:
         fragment = scene.fragment(rng)
         return fragment, fragment
+    if has_fragments and rng.random() < _OPEN_SHARE:
+        said = replace(scene, texture="plain", tone="light", mentions_background=False)
+        prompt = conditioner.caption(said) if rng.random() < 0.3 else wording(said, rng)
+        return prompt, conditioner.caption(replace(complete(scene), mentions_background=False))
     return draw_caption(scene, rng, conditioner.caption), conditioner.caption(complete(scene))
 
 
