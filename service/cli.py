@@ -221,8 +221,8 @@ def calibrate(
         list[str] | None,
         typer.Option(
             "--rule",
-            help="forecast leaves out whole steps. Rules for blocks: router, which needs trained routers, and "
-            "residual_cache. May be given more than once: the curve keeps the best of all.  [default: forecast]",
+            help="forecast leaves out whole steps. router decides for blocks, and needs trained "
+            "routers. May be given more than once: the curve keeps the best of all.  [default: forecast]",
         ),
     ] = None,
     device: Device = None,

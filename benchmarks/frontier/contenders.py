@@ -11,7 +11,6 @@ from benchmarks.frontier.subjects import Prepare
 from models.card import ModelCard
 from models.curve import CurvePoint
 from models.elastic.plan import Policy
-from models.rules.residual_cache import ResidualCachePolicy
 from models.rules.router import RouterPolicy
 
 PRESETS = "presets"
@@ -23,10 +22,6 @@ _SEA = ((0.1, 2), (0.2, 2), (0.4, 2), (0.6, 4), (1.2, 8))  # the same
 _MAG = ((0.03, 2, 0.2), (0.06, 3, 0.2), (0.12, 4, 0.2), (0.24, 5, 0.1), (0.6, 8, 0.1))  # and share that always runs
 
 _POLICIES: Mapping[str, tuple[Policy, ...]] = {
-    "residual_cache": tuple(
-        ResidualCachePolicy(residual_threshold=threshold, max_reuses=reuses, protected_first=1)
-        for threshold, reuses in ((0.08, 2), (0.12, 4), (0.18, 4), (0.25, 4), (0.4, 8), (0.6, 8))
-    ),
     # What calibration has chosen for at least one of the models.
     "router": tuple(
         RouterPolicy(skip_threshold=threshold, reuse_band=band, max_reuses=reuses, width_bias=width_bias)

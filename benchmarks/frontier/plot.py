@@ -18,8 +18,6 @@ _WORST = 0.9
 _STYLES: Mapping[str, tuple[str, str, str]] = {
     # Colour, marker and line. Ours are warm colours; of a kind of peers, one colour.
     PRESETS: ("#d62728", "o", "-"),
-    "forecast": ("#e377c2", "D", "-"),
-    "residual_cache": ("#ff7f0e", "s", "-"),
     "router": ("#bcbd22", "^", "-"),
     "fewer steps": ("#222222", "o", "-"),
     "DPM-Solver++ 2M": ("#777777", "s", "-"),

@@ -31,9 +31,7 @@ class RowView:
     """One row before one block, on the host.
 
     `depth_prob` and `width_logits` are the router's (None where no router ran). `num_reuses` counts since the row's
-    stored residual of this block was computed and is None if there is none. `residual_change` is how far the residual
-    of a block whose plan measures it moved, relative to its size, since the row last stored residuals; None where
-    nothing was measured earlier in this step.
+    stored residual of this block was computed and is None if there is none.
     """
 
     step: int
@@ -42,22 +40,18 @@ class RowView:
     depth_prob: float | None
     width_logits: tuple[float, ...] | None
     num_reuses: int | None
-    residual_change: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
     """What a row does in a block.
 
-    `mlp_width` matters, and `keeps_residual` and `measures_change` can be true, only if the block runs.
-    `measures_change` asks for the residual's change as `RowView.residual_change` of the blocks after it; one block of a
-    step can be measured. It costs a wait for the device.
+    `mlp_width` matters, and `keeps_residual` can be true, only if the block runs.
     """
 
     decision: Decision
     mlp_width: float = 1.0
     keeps_residual: bool = False
-    measures_change: bool = False
 
 
 RUN_IN_FULL = RowPlan(Decision.RUN)

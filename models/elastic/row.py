@@ -34,25 +34,20 @@ class Allowance:
 class StepJournal:
     """The changes that one step makes to a row. They take effect at its end, so a failed step can be repeated.
 
-    `residuals` has None where a stored residual is outdated; `stores_residuals` says whether any was stored. Where a
-    plan measures a block's change, `measured_residual` is what that block added to the image stream, and
-    `residual_change` its distance from the row's reference.
+    `residuals` has None where a stored residual is outdated.
     """
 
     flops: float = 0.0
     trace: list[StepDecision] = field(default_factory=list)
     residuals: dict[str, Residual | None] = field(default_factory=dict)
-    stores_residuals: bool = False
-    measured_residual: Tensor | None = None
-    residual_change: float | None = None
 
 
 @dataclass(slots=True)
 class Row:
     """One row of a batch: one guidance branch of one request, with all the state of its elasticity.
 
-    `residuals` maps block names to stored residuals; `reference` is the measured block's residual in the last step that
-    stored residuals. All branches of a request share one `allowance`. `begin_step` and `end_step` frame a step.
+    `residuals` maps block names to stored residuals. All branches of a request share one `allowance`. `begin_step` and
+    `end_step` frame a step.
     """
 
     rule: Rule[Any]
@@ -63,7 +58,6 @@ class Row:
     step: int = 0
     allowance: Allowance = field(default_factory=Allowance)
     residuals: dict[str, Residual] = field(default_factory=dict)
-    reference: Tensor | None = None
     spent_flops: float = 0.0
     trace: list[StepDecision] = field(default_factory=list)
     journal: StepJournal = field(default_factory=StepJournal)
@@ -81,6 +75,4 @@ class Row:
         self.trace += self.journal.trace
         kept = self.residuals | self.journal.residuals
         self.residuals = {name: residual for name, residual in kept.items() if residual is not None}
-        if self.journal.stores_residuals:
-            self.reference = self.journal.measured_residual
         self.journal = StepJournal()

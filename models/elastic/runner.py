@@ -72,12 +72,6 @@ def run_block(
     after = _reuse(block.name, ran, rows, plans)
     for row, plan in zip(rows, plans, strict=True):
         row.journal.trace.append(StepDecision(row.step, row.branch, block.name, plan.decision, plan.mlp_width))
-    measured = [i for i, plan in enumerate(plans) if plan.measures_change]
-    if measured:
-        added = after.hidden_states - streams.hidden_states
-        if len(measured) < len(rows):
-            added = added[row_index(measured, added.device)]
-        _measure_change([rows[i] for i in measured], added)
     left = block.leave(after) if block.leave else after
     return BlockResult(left, _report(block.name, time.perf_counter() - planned, plans), router_seconds)
 
@@ -115,7 +109,6 @@ def _plan(
             depth_prob=_sigmoid(scores[i][0]) if scores else None,
             width_logits=tuple(scores[i][1:]) if scores else None,
             num_reuses=residual.num_reuses if residual else None,
-            residual_change=row.journal.residual_change,
         )
         plans.append(_settle(row, row.rule.plan(view, row.policy), row.costs[block.name]))
     return plans, router_seconds
@@ -212,7 +205,6 @@ def _keep_residuals(
     for position, i in enumerate(chosen):
         rows[i].journal.residuals[name] = None
         if plans[i].keeps_residual:
-            rows[i].journal.stores_residuals = True
             real = slice(before.text_lengths[position] if before.text_lengths else None)
             rows[i].journal.residuals[name] = Residual(
                 image[position] - before.hidden_states[position],
@@ -237,19 +229,3 @@ def _padded(text: Tensor, like: Tensor) -> Tensor:
     """Text tokens `(rows, tokens, channels)`, padded with zeros to the number of tokens of `like`."""
     missing = like.shape[1] - text.shape[1]
     return F.pad(text, (0, 0, 0, missing)) if missing else text
-
-
-def _measure_change(rows: Sequence[Row], added: Tensor) -> None:
-    """How far what a block `added` to each row's image stream moved from the row's reference. One wait for the device.
-
-    `added` is `(rows, tokens, channels)`.
-    """
-    known = [i for i, row in enumerate(rows) if row.reference is not None]
-    if known:
-        references = torch.stack([r for i in known if (r := rows[i].reference) is not None])
-        change = (added[known] - references).abs().mean((1, 2)) / references.abs().mean((1, 2))
-        for i, value in zip(known, change.float().tolist(), strict=True):
-            rows[i].journal.residual_change = value
-    for row, residual in zip(rows, added, strict=True):
-        # A copy, since a view would keep the whole batch in memory as long as the row.
-        row.journal.measured_residual = residual.clone()

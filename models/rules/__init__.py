@@ -7,7 +7,6 @@ from typing import Any, Protocol, TypeVar
 from models.elastic.plan import Policy, Rule
 from models.errors import WeightsError
 from models.rules.dense import DenseRule
-from models.rules.residual_cache import ResidualCacheRule
 from models.rules.router import RouterRule
 
 P = TypeVar("P", bound=Policy)
@@ -29,7 +28,6 @@ RULES: Mapping[str, CalibratedRule[Any]] = {
     for rule in (
         DenseRule(),
         RouterRule(),
-        ResidualCacheRule(),
     )
 }
 

@@ -128,7 +128,7 @@ PUBLISHED = (
 )
 
 
-@pytest.mark.parametrize(("rule", "published"), [("router", ()), ("router", PUBLISHED), ("residual_cache", ())])
+@pytest.mark.parametrize(("rule", "published"), [("router", ()), ("router", PUBLISHED)])
 def test_no_setting_is_tried_twice(rule: str, published: tuple[RouterPolicy, ...]) -> None:
     settings = ladder(rule, published)
     assert len(set(settings)) == len(settings)

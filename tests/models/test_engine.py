@@ -27,7 +27,6 @@ from models.families.family import Family
 from models.report import Decision
 from models.request import Budget, ComputeBudget, GenerationRequest, PresetBudget, QualityBudget
 from models.rules.dense import DensePolicy
-from models.rules.residual_cache import ResidualCachePolicy
 from models.rules.router import RouterPolicy
 from models.state import DenoiseState
 from models.zoo import fixed_share, load_engine
@@ -40,7 +39,7 @@ StockResult = Callable[..., Any]
 ROUTED = CurvePoint(RouterPolicy(0.3, 0.3, 2, width_bias=0.5), 0.5, 0.5, 0.5, 0.5)
 FORECAST = CurvePoint(DensePolicy(), 0.5, 0.5, 0.5, 0.5, steps=ComputedSteps(3, 6))
 FORECAST_ROUTED = replace(ROUTED, steps=ComputedSteps(4, 9))
-CACHED = CurvePoint(ResidualCachePolicy(residual_threshold=0.95, max_reuses=2), 0.5, 0.5, 0.5, 0.5)
+REUSED = CurvePoint(RouterPolicy(reuse_band=1.0, max_reuses=2), 0.5, 0.5, 0.5, 0.5)
 
 
 SHAPES = pytest.mark.parametrize(
@@ -169,8 +168,8 @@ def visitors(ask: Ask, guided: Guided, other_scale: Mapping[str, Any]) -> list[V
         (ask(seed=0, num_inference_steps=4), None),
         (ask(seed=1, num_inference_steps=7, prompt=longest[:83]), ROUTED),
         (ask(seed=2, num_inference_steps=9, prompt="", **guided(longest[:-1], 2.5)), ROUTED),
-        (ask(seed=3, num_inference_steps=5, prompt="the green triangle on the right", **other_scale), CACHED),
-        (ask(seed=4, num_inference_steps=8, **guided("a large green triangle", 1.5)), CACHED),
+        (ask(seed=3, num_inference_steps=5, prompt="the green triangle on the right", **other_scale), REUSED),
+        (ask(seed=4, num_inference_steps=8, **guided("a large green triangle", 1.5)), REUSED),
         (ask(seed=5, num_inference_steps=6, prompt="blue circle", budget=ComputeBudget(0.45)), None),
         (ask(seed=6, num_inference_steps=3, prompt="red", budget=ComputeBudget(0.7), **guided("", 4.0)), None),
         (ask(seed=7, num_inference_steps=6, prompt="square", budget=PresetBudget(Preset.DRAFT)), None),
@@ -275,12 +274,11 @@ def tensors_of(state: DenoiseState) -> list[Tensor]:
     tensors = [t for t in (state.latents, state.prediction) if t is not None]
     tensors += [t for velocity in state.velocities for t in velocity if t is not None]
     tensors += [t for i in state.inputs for t in (i.context, i.pooled, i.guidance) if t is not None]
-    tensors += [row.reference for row in state.rows if row.reference is not None]
     residuals = [residual for row in state.rows for residual in row.residuals.values()]
     return tensors + [t for residual in residuals for t in (residual.hidden_states, residual.encoder_hidden_states)]
 
 
-@pytest.mark.parametrize("number", [2, 4, 8], ids=["router", "residual_cache", "forecast"])
+@pytest.mark.parametrize("number", [2, 4, 8], ids=["router", "re-use", "forecast"])
 def test_nothing_of_a_finished_or_dropped_request_lives_on(
     engine: Engine, denoise: Denoise, visitors: list[Visitor], number: int
 ) -> None:
@@ -392,12 +390,7 @@ def test_blocks_see_exactly_the_rows_that_run_at_their_width(
 
 
 @pytest.mark.parametrize(
-    "point",
-    [
-        *(EXACT, ROUTED, FORECAST, FORECAST_ROUTED),
-        CurvePoint(ResidualCachePolicy(residual_threshold=1.3, max_reuses=2), 0.5, 0.5, 0.5, 0.5),
-    ],
-    ids=lambda point: point.rule,
+    "point", [EXACT, ROUTED, REUSED, FORECAST, FORECAST_ROUTED], ids=["exact", "routed", "reused", "forecast", "both"]
 )
 def test_compute_ratio_is_what_torch_counts_in_the_blocks(
     family: Family, engine: Engine, ask: Ask, guided: Guided, point: CurvePoint
@@ -475,9 +468,8 @@ def test_step_report_tells_what_the_rows_did(open_engine: Engine, visitors: list
         EXACT,
         CurvePoint(RouterPolicy(skip_threshold=0.3), 0.5, 0.5, 0.5, 0.5),
         CurvePoint(RouterPolicy(skip_threshold=0.3, reuse_band=0.3), 0.5, 0.5, 0.5, 0.5),
-        CurvePoint(ResidualCachePolicy(residual_threshold=0.8), 0.5, 0.5, 0.5, 0.5),
     ],
-    ids=["exact", "no band", "no router re-use", "no cache re-use"],
+    ids=["exact", "no band", "no re-use"],
 )
 def test_no_residual_is_kept_that_the_policy_cannot_use(engine: Engine, ask: Ask, point: CurvePoint) -> None:
     state = engine.start(ask(), point)
@@ -486,7 +478,7 @@ def test_no_residual_is_kept_that_the_policy_cannot_use(engine: Engine, ask: Ask
         assert [row.residuals for row in state.rows] == [{}]
 
 
-@pytest.mark.parametrize("point", [ROUTED, CACHED], ids=["router", "residual_cache"])
+@pytest.mark.parametrize("point", [ROUTED, REUSED], ids=["router", "re-use"])
 def test_last_step_leaves_no_residual_newly_stored(engine: Engine, ask: Ask, point: CurvePoint) -> None:
     state = engine.start(ask(num_inference_steps=5), point)
     while not state.is_done:
@@ -519,12 +511,12 @@ def test_host_reads_are_noticed() -> None:
     assert reads.num_reads >= 4
 
 
-@pytest.mark.parametrize("rules", [["dense"], ["router"], ["residual_cache"], ["dense", "router", "residual_cache"]])
+@pytest.mark.parametrize("rules", [["dense"], ["router"], ["dense", "router"]])
 def test_host_waits_at_most_once_a_block(
     kind: Any, engine: Engine, model: str, visitors: list[Visitor], rules: Sequence[str]
 ) -> None:
-    """And once a step for the first block's change, where it is measured, and in each call of a block with experts."""
-    most = len(engine.cards[model].blocks) * ("router" in rules) + ("residual_cache" in rules)
+    """And once in each call of a block with experts."""
+    most = len(engine.cards[model].blocks) * ("router" in rules)
     states = [engine.start(request, point) for request, point in visitors]
     states = [state for state in states if state.point.rule in rules]
     for _ in range(3):
@@ -576,7 +568,7 @@ def test_card_tells_what_routers_and_curve_allow(kind: Any, engine: Engine, fami
     card = engine.cards[model]
     assert (card.id, card.modality, card.license) == (model, kind.modality, "apache-2.0")
     assert (card.default_num_inference_steps, card.default_guidance_scale) == (4, 2.5)
-    assert card.rules == ("dense", "router", "residual_cache")
+    assert card.rules == ("dense", "router")
     assert card.blocks == tuple(block.name for block in family.blocks)
     assert [point.preset for point in card.curve] == [Preset.EXACT, Preset.HIGH, Preset.BALANCED, Preset.DRAFT]
     assert 0 < card.dense_step_seconds < 60
@@ -600,7 +592,7 @@ def test_card_tells_how_much_of_a_step_a_batch_shares(
 def test_card_of_a_model_without_routers(plain_engine: Engine, model: str) -> None:
     card = plain_engine.cards[model]
     assert card.license == "mit"
-    assert card.rules == ("dense", "residual_cache")
+    assert card.rules == ("dense",)
     assert card.curve == (EXACT,)
 
 
@@ -646,7 +638,7 @@ def test_model_directory_without_its_transformer_is_refused(
 def test_curve_and_manifest_are_read_without_routers(
     directory: Path, router_weights: Path, model: str, tmp_path: Path
 ) -> None:
-    """A model may be elastic by the residual cache alone."""
+    """A model may be elastic by forecast steps alone."""
     folder = Path(shutil.copytree(router_weights / model, tmp_path / model))
     (folder / "router.safetensors").unlink()
     content = json.loads((folder / "calibration.json").read_text())
@@ -654,4 +646,4 @@ def test_curve_and_manifest_are_read_without_routers(
     (folder / "calibration.json").write_text(json.dumps(content))
     card = load_engine([directory], device="cpu", router_weights=tmp_path).cards[model]
     assert card.license == "apache-2.0"
-    assert card.rules == ("dense", "residual_cache")
+    assert card.rules == ("dense",)

@@ -15,7 +15,6 @@ from models.families.family import Family
 from models.report import Decision
 from models.request import ComputeBudget, GenerationRequest, LatencyBudget, PresetBudget
 from models.rules.dense import DensePolicy
-from models.rules.residual_cache import ResidualCachePolicy
 from models.rules.router import RouterPolicy
 from models.state import DenoiseState
 
@@ -233,11 +232,7 @@ def curves(draw: st.DrawFn) -> list[CurvePoint]:
         width_bias=st.floats(-3, 3),
         **protected,
     )
-    cached = st.builds(
-        ResidualCachePolicy, residual_threshold=st.floats(0, 2), max_reuses=st.integers(0, 3), **protected
-    )
-    policies = draw(st.sampled_from([routed, cached]))
-    return [EXACT, *(CurvePoint(draw(policies), ratio, ratio, ratio, ratio) for ratio in ratios)]
+    return [EXACT, *(CurvePoint(draw(routed), ratio, ratio, ratio, ratio) for ratio in ratios)]
 
 
 @settings(max_examples=25)

@@ -13,7 +13,6 @@ from models.elastic.router import RouterStack
 from models.errors import WeightsError
 from models.rules import policy_entry
 from models.rules.dense import DensePolicy
-from models.rules.residual_cache import ResidualCachePolicy
 from models.rules.router import RouterPolicy
 from models.weights import (
     CheckpointTraits,
@@ -214,7 +213,6 @@ def test_curve_survives_a_round_trip(tmp_path: Path) -> None:
         EXACT,
         CurvePoint(RouterPolicy(0.1, 0.2, 3, 4, 0.5, 1, 2), 0.7, 0.8, 0.9, 0.95, Preset.FAST),
         CurvePoint(DensePolicy(), 0.5, 0.5, 0.7, 0.8, steps=ComputedSteps(10, 20)),
-        CurvePoint(ResidualCachePolicy(residual_threshold=0.3, max_reuses=4), 0.3, 0.4, 0.5, 0.5),
     )
     write_curve(tmp_path / "new", curve, "iou", {"device": "cpu"})
     assert read_curve(tmp_path / "new", "iou") == curve

@@ -211,7 +211,7 @@ def test_official_policy_is_that_of_the_recorded_program(recording: Any) -> None
 )
 def test_official_band_includes_both_of_its_ends(prob: float, decision: Decision) -> None:
     """The official program compares a float32 probability, read as a Python float, with 0.5 and 0.515."""
-    view = RowView(OFFICIAL.reuse_from_step, 30, 0, prob, (0.0, 0.0, 0.0, 1.0), 0, None)
+    view = RowView(OFFICIAL.reuse_from_step, 30, 0, prob, (0.0, 0.0, 0.0, 1.0), 0)
     assert RULES["router"].plan(view, OFFICIAL).decision is decision
 
 

@@ -81,7 +81,7 @@ def test_assembled_shape_model_is_served_with_its_routers(tmp_path: Path, monkey
     engine = load_engine([checkpoint], device="cpu", router_weights=folder.parent)
     card = engine.cards["tiny-hunyuan3d"]
     assert isinstance(card, MeshCard)
-    assert card.rules == ("dense", "router", "residual_cache")
+    assert card.rules == ("dense", "router")
     assert card.license == "Apache-2.0"
     assert (card.default_num_inference_steps, card.default_guidance_scale) == (20, 2.0)
     assert card.default_octree_resolution == 128

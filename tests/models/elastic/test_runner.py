@@ -184,26 +184,6 @@ def test_step_that_does_not_end_changes_nothing_about_the_row(block: ElasticBloc
     assert (row.spent_flops, row.trace, row.residuals) == (0, [], {"only": residual})
 
 
-def test_change_of_the_first_residual_is_relative_to_the_last_computed_step(variants: dict[float, Mixing]) -> None:
-    """Step 1 re-uses, so steps 1 and 2 are both compared with step 0."""
-    first, second = (ElasticBlock(name, variants, call, None) for name in ("first", "second"))
-    measured = RowPlan(Decision.RUN, measures_change=True)
-    rule = Scripted([measured, KEEP, measured, REUSE, measured, KEEP])
-    row = Row(rule, Policy(), "cond", 9, {"first": COST, "second": COST})
-    added = []
-    for step in range(3):
-        row.begin_step(step, Policy(), Allowance())
-        before = streams_of(1, step)
-        between = run_block(first, 0, before, None, [row]).streams
-        added.append(between.hidden_states - before.hidden_states)
-        run_block(second, 1, between, None, [row])
-        row.end_step()
-    changes = [view.residual_change for view in rule.seen if view.block_index == 1]
-    scale = added[0].abs().mean()
-    expected = [None, *(float((now - added[0]).abs().mean() / scale) for now in added[1:])]
-    assert changes == pytest.approx(expected)
-
-
 def padded_streams(lengths: Sequence[int], padding: float, seed: int = 0) -> QwenImageStreams:
     """One row for each length, padded to the longest with values of up to `padding`."""
     rng = torch.Generator().manual_seed(seed)

@@ -21,7 +21,7 @@ def row(
     num_reuses: int | None = None,
     width_logits: tuple[float, ...] = FULL,
 ) -> RowView:
-    return RowView(step, 8, 1, depth_prob, width_logits, num_reuses, None)
+    return RowView(step, 8, 1, depth_prob, width_logits, num_reuses)
 
 
 def test_probability_under_the_threshold_skips() -> None:

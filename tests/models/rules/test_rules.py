@@ -17,27 +17,23 @@ from models.report import Decision
 from models.request import GenerationRequest
 from models.rules import RULES, ladder, policy_entry, policy_of
 from models.rules.dense import DensePolicy
-from models.rules.residual_cache import ResidualCachePolicy
 from models.rules.router import RouterPolicy
 from models.state import DenoiseState
 
 EVERYTHING: Mapping[str, Policy] = {
     "dense": DensePolicy(),
     "router": RouterPolicy(skip_threshold=0.0, width_bias=-1e6),
-    "residual_cache": ResidualCachePolicy(residual_threshold=0.0, max_reuses=9),
 }
 """Policies under which a rule leaves nothing out."""
 
 LIGHT: Mapping[str, Policy] = {
     "dense": DensePolicy(),
     "router": RouterPolicy(0.5, 0.3, 2, width_bias=1.0),
-    "residual_cache": ResidualCachePolicy(residual_threshold=1.3, max_reuses=2),
 }
 """Policies under which a rule leaves out much of what it can."""
 
 REUSING: Mapping[str, tuple[Policy, RowView]] = {
-    "router": (RouterPolicy(0.3, 0.4, 2), RowView(3, 8, 4, 0.5, (0.0,) * len(MLP_WIDTHS), 1, None)),
-    "residual_cache": (ResidualCachePolicy(0.1, 2), RowView(3, 8, 4, None, None, 1, 0.05)),
+    "router": (RouterPolicy(0.3, 0.4, 2), RowView(3, 8, 4, 0.5, (0.0,) * len(MLP_WIDTHS), 1)),
 }
 """A policy and a row that re-uses under it, of each rule that can re-use."""
 
@@ -54,7 +50,6 @@ def row_views(draw: st.DrawFn) -> RowView:
         depth_prob=draw(probs),
         width_logits=draw(st.tuples(*[st.floats(-9, 9)] * len(MLP_WIDTHS))),
         num_reuses=draw(st.none() | st.integers(0, 5)),
-        residual_change=draw(st.none() | st.floats(0, 2)),
     )
 
 
@@ -67,13 +62,6 @@ POLICIES: Mapping[str, st.SearchStrategy[Policy]] = {
         max_reuses=st.integers(0, 4),
         reuse_from_step=st.integers(0, 4),
         width_bias=st.floats(-9, 9),
-        protected_first=st.integers(0, 4),
-        protected_last=st.integers(0, 4),
-    ),
-    "residual_cache": st.builds(
-        ResidualCachePolicy,
-        residual_threshold=probs,
-        max_reuses=st.integers(0, 4),
         protected_first=st.integers(0, 4),
         protected_last=st.integers(0, 4),
     ),
@@ -127,11 +115,9 @@ def test_residual_is_kept_for_a_later_step_alone(name: str) -> None:
 
 @names
 @given(data=st.data(), row=row_views())
-def test_only_blocks_that_run_keep_their_residual_or_measure_its_change(
-    name: str, data: st.DataObject, row: RowView
-) -> None:
+def test_only_blocks_that_run_keep_their_residual(name: str, data: st.DataObject, row: RowView) -> None:
     plan = RULES[name].plan(row, data.draw(POLICIES[name]))
-    assert plan.decision is Decision.RUN or not (plan.keeps_residual or plan.measures_change)
+    assert plan.decision is Decision.RUN or not plan.keeps_residual
 
 
 @reusing_names
@@ -151,10 +137,10 @@ def test_policy_survives_its_entry(name: str, data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"rule": "nobody's", "policy": {}}, "there is no rule 'nobody's'; there are: dense, router, residual_cache"),
+        ({"rule": "nobody's", "policy": {}}, "there is no rule 'nobody's'; there are: dense, router"),
         ({"policy": {}}, "there is no rule 'None'"),
         ({"rule": "dense", "policy": {"skip_threshold": 0.5}}, "skip_threshold"),
-        ({"rule": "router", "policy": {"residual_threshold": 0.5}}, "residual_threshold"),
+        ({"rule": "router", "policy": {"width": 0.5}}, "width"),
         ({"rule": "router", "policy": None}, "do not fit"),
     ],
 )
