@@ -35,8 +35,15 @@ local function queue_again(id)
     redis.call('HDEL', job, 'lease', 'num_steps')
     redis.call('HSET', job, 'status', 'queued', 'steps_done', 0)
     redis.call('ZREM', prefix .. 'leases', id)
-    redis.call('ZADD', prefix .. 'queue', redis.call('HGET', job, 'place'), id)
+    redis.call('ZADD', prefix .. 'queue', tonumber(redis.call('HGET', job, 'place')) or 0, id)
     tell(id, 'job.queued', '{}', 'queued')
+end
+local function is_gone(id)
+    if redis.call('HEXISTS', prefix .. 'job:' .. id, 'job') == 1 then return false end
+    redis.call('ZREM', prefix .. 'queue', id)
+    redis.call('ZREM', prefix .. 'leases', id)
+    redis.call('HDEL', prefix .. 'live', id)
+    return true
 end
 """
 
@@ -50,7 +57,9 @@ if redis.call('EXISTS', job) == 1 then return false end
 if ARGV[4] ~= '' then
     local key = prefix .. 'key:' .. ARGV[4]
     local existing = redis.call('GET', key)
-    if existing then return existing end
+    if existing and redis.call('EXISTS', prefix .. 'job:' .. string.match(existing, '[^ ]*$')) == 1 then
+        return existing
+    end
     redis.call('SET', key, ARGV[5])
     redis.call('HSET', job, 'key', key)
 end
@@ -63,13 +72,14 @@ return false
 """
 )
 
-# ARGV: id, lease, its ms, time. Returns the number of the attempt, or nothing if another worker was faster.
+# ARGV: id, lease, its ms, time. Returns the number of the attempt, or nothing if another worker was faster or the job's
+# record is gone.
 CLAIM = (
     _COMMON
     + """
 local id, job = ARGV[1], prefix .. 'job:' .. ARGV[1]
 if is_mine(id, ARGV[2]) then return redis.call('HGET', job, 'attempts') end
-if redis.call('ZREM', prefix .. 'queue', id) == 0 then return false end
+if is_gone(id) or redis.call('ZREM', prefix .. 'queue', id) == 0 then return false end
 redis.call('HSET', job, 'status', 'running', 'lease', ARGV[2], 'started_at', ARGV[4], 'steps_done', 0)
 redis.call('ZADD', prefix .. 'leases', now_ms() + ARGV[3], id)
 tell(id, 'job.started', '{}')
@@ -108,16 +118,17 @@ tell(id, ARGV[3], ARGV[4])
 )
 
 # ARGV: id, lease or '' to end it without one, ms to keep the record, ms to keep the events, status, fields…
-# Returns whether this call ended the job.
+# Returns the fields of the job, one after the other, if this call ended it.
 END = (
     _COMMON
     + """
 local id, lease, job = ARGV[1], ARGV[2], prefix .. 'job:' .. ARGV[1]
 local status = redis.call('HGET', job, 'status')
 if status ~= 'queued' and status ~= 'running' then
-    return (lease ~= '' and redis.call('HGET', job, 'ended_by') == lease) and 1 or 0
+    if lease == '' or redis.call('HGET', job, 'ended_by') ~= lease then return false end
+    return redis.call('HGETALL', job)
 end
-if lease ~= '' and not is_mine(id, lease) then return 0 end
+if lease ~= '' and not is_mine(id, lease) then return false end
 redis.call('ZREM', prefix .. 'queue', id)
 redis.call('ZREM', prefix .. 'leases', id)
 redis.call('HDEL', prefix .. 'live', id)
@@ -132,7 +143,7 @@ redis.call('PEXPIRE', job, ARGV[3])
 local key = redis.call('HGET', job, 'key')
 if key then redis.call('PEXPIRE', key, ARGV[3]) end
 redis.call('PEXPIRE', job .. ':events', ARGV[4])
-return 1
+return redis.call('HGETALL', job)
 """
 )
 
@@ -146,17 +157,21 @@ queue_again(ARGV[1])
 """
 )
 
-# ARGV: most attempts. Returns the ids that it queued again, and the ids of jobs that were claimed too often.
+# ARGV: most attempts. Returns the ids that it queued again, and the ids of jobs that were claimed too often, each with
+# the number of its attempts. Leases of jobs whose record is gone are deleted.
 RECOVER = (
     _COMMON
     + """
 local requeued, given_up = {}, {}
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', prefix .. 'leases', '-inf', now_ms(), 'LIMIT', 0, 100)) do
-    if tonumber(redis.call('HGET', prefix .. 'job:' .. id, 'attempts')) < tonumber(ARGV[1]) then
-        queue_again(id)
-        table.insert(requeued, id)
-    else
-        table.insert(given_up, id)
+    if not is_gone(id) then
+        local attempts = tonumber(redis.call('HGET', prefix .. 'job:' .. id, 'attempts')) or 0
+        if attempts < tonumber(ARGV[1]) then
+            queue_again(id)
+            table.insert(requeued, id)
+        else
+            table.insert(given_up, {id, attempts})
+        end
     end
 end
 return {requeued, given_up}

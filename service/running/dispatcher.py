@@ -12,7 +12,7 @@ from functools import partial
 from typing import TypeVar
 
 from models.card import ModelCard
-from service.errors import Draining, JobNotFound, StoreUnavailable
+from service.errors import Draining, JobNotFound, JobUnreadable, StoreUnavailable
 from service.jobs.job import Failure, FailureReason, JobSnapshot, log_fields
 from service.jobs.store import Claim, Ending, JobStore, Preview, Progress
 from service.metrics import Metrics
@@ -114,7 +114,7 @@ class Dispatcher:
         """Cancel the job of a client that has disconnected, as soon as the store can be reached."""
 
         async def cancel() -> None:
-            with suppress(JobNotFound):
+            with suppress(JobNotFound, JobUnreadable):
                 await self._until_stored(lambda: self.cancel(job_id))
 
         self.worker.drop(job_id)
@@ -225,16 +225,20 @@ class Dispatcher:
             reports = await self._inbox.next_reports()
             latest = {report.claim.lease: report for report in reports if isinstance(report, Progress)}
             for report in reports:
-                match report:
-                    case Progress() if report is latest[report.claim.lease]:
-                        with suppress(StoreUnavailable):
-                            await self.store.record(report)
-                    case Preview():
-                        with suppress(StoreUnavailable):
-                            await self.store.add_preview(report)
-                    case Ending():
-                        await self._until_stored(partial(self._end, report))
-                        self._inbox.settle(report.claim)
+                try:
+                    match report:
+                        case Progress() if report is latest[report.claim.lease]:
+                            with suppress(StoreUnavailable):
+                                await self.store.record(report)
+                        case Preview():
+                            with suppress(StoreUnavailable):
+                                await self.store.add_preview(report)
+                        case Ending():
+                            await self._until_stored(partial(self._end, report))
+                            self._inbox.settle(report.claim)
+                except Exception:  # of this job alone; without an end, its lease runs out
+                    logger.exception("a report can't be stored", extra=log_fields(report.claim.job))
+                    self._inbox.settle(report.claim)
 
     async def _end(self, ending: Ending) -> None:
         snapshot = await self.store.end(ending)

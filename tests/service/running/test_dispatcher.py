@@ -347,3 +347,25 @@ def test_bug_in_the_dispatcher_fails_all_jobs_and_drains(
     assert "the dispatcher stopped" in caplog.text
     with pytest.raises(Draining):
         service.dispatcher.check_accepting()
+
+
+@pytest.mark.anyio
+async def test_end_that_breaks_the_store_is_that_jobs_alone(
+    build: Build, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = FragileStore()
+    end = store.end
+
+    async def break_at_a(ending: Ending) -> JobSnapshot | None:
+        if ending.claim.job.id == "a":
+            raise KeyError("content")
+        return await end(ending)
+
+    monkeypatch.setattr(store, "end", break_at_a)
+    dispatcher = build(store, grace_s=0.0)
+    async with dispatcher.running():
+        for name in ("a", "b"):
+            await store.add(make_job(name))
+        assert await status_at_end(store, "b") is JobStatus.SUCCEEDED
+        await until(lambda: "can't be stored" in caplog.text)
+        dispatcher.check_accepting()
