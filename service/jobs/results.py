@@ -2,16 +2,22 @@
 
 import asyncio
 import json
+import logging
+import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import fsspec
+from pydantic import Field, FiniteFloat, TypeAdapter
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from service.errors import ResultExpired, StoreUnavailable
+
+logger = logging.getLogger(__name__)
 
 
 class Results(Protocol):
@@ -127,6 +133,20 @@ class RedisResults:
         return tuple(files)
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """The file `entry.json` of a result on a volume: when it was put there, and what belongs to it."""
+
+    put_at: FiniteFloat
+    num_files: Annotated[int, Field(ge=1)]
+    size_bytes: int
+
+
+_ENTRY = TypeAdapter(_Entry)
+# The ids of jobs and the names of leases. The volume may hold what others put there, which is left alone.
+_OWN_FOLDER = re.compile(r"/job_[0-9a-f]{32}/[0-9a-f]{32}$")
+
+
 class VolumeResults:
     """Results in files of a volume, such as `file:///srv/results` or `s3://bucket/results`, one folder for each key.
 
@@ -142,6 +162,7 @@ class VolumeResults:
         self._clock = clock
         self._looked_at = clock()
         self._put_since = 0  # bytes
+        self._incomplete: dict[str, float] = {}  # folders without an entry, and since when they are known
 
     async def put(self, key: str, files: Sequence[bytes]) -> None:
         await self._in_thread(self._put, key, files)
@@ -158,43 +179,70 @@ class VolumeResults:
 
     def _put(self, key: str, files: Sequence[bytes]) -> None:
         folder = f"{self._root}/{key}"
-        self._files.makedirs(folder, exist_ok=True)
-        for index, data in enumerate(files):
-            self._files.pipe_file(f"{folder}/{index}", data)
-        # Written last: a folder without this file is incomplete.
-        entry = {"put_at": self._clock(), "num_files": len(files), "size_bytes": sum(map(len, files))}
-        self._files.pipe_file(f"{folder}/entry.json", json.dumps(entry).encode())
-        self._put_since += sum(map(len, files))
+        size_bytes = sum(map(len, files))
+        try:
+            self._files.makedirs(folder, exist_ok=True)
+            for index, data in enumerate(files):
+                self._files.pipe_file(f"{folder}/{index}", data)
+            # Renamed last: a folder without this file is incomplete.
+            entry = {"put_at": self._clock(), "num_files": len(files), "size_bytes": size_bytes}
+            self._files.pipe_file(f"{folder}/entry.part", json.dumps(entry).encode())
+            self._files.mv(f"{folder}/entry.part", f"{folder}/entry.json")
+        except Exception:
+            self._remove(folder)  # a part of a result would only fill the volume
+            raise
+        self._put_since += size_bytes
         if self._put_since > self._max_bytes / 10 or self._clock() - self._looked_at > self._ttl_s / 10:
             self._put_since, self._looked_at = 0, self._clock()
             self._drop_old()
 
     def _get(self, key: str) -> tuple[bytes, ...]:
         folder = f"{self._root}/{key}"
+        entry = self._entry(folder)
+        if entry is None or entry.put_at + self._ttl_s <= self._clock():
+            raise _expired(key, self._ttl_s)
         try:
-            entry = json.loads(self._files.cat_file(f"{folder}/entry.json"))
-            if entry["put_at"] + self._ttl_s > self._clock():
-                return tuple(self._files.cat_file(f"{folder}/{index}") for index in range(entry["num_files"]))
-        except FileNotFoundError:  # deleted, perhaps by another server
-            pass
-        raise _expired(key, self._ttl_s)
+            files = tuple(self._files.cat_file(f"{folder}/{index}") for index in range(entry.num_files))
+        except FileNotFoundError as error:  # deleted meanwhile, perhaps by another server
+            raise _expired(key, self._ttl_s) from error
+        if sum(map(len, files)) != entry.size_bytes:
+            logger.warning("a result is damaged: %s", folder)
+            raise _expired(key, self._ttl_s)
+        return files
+
+    def _entry(self, folder: str) -> _Entry | None:
+        """None if the folder is incomplete, or its entry is not one."""
+        try:
+            return _ENTRY.validate_json(self._files.cat_file(f"{folder}/entry.json"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except ValueError:
+            logger.warning("a result's entry can't be read: %s/entry.json", folder)
+            return None
 
     def _drop_old(self) -> None:
         self._files.invalidate_cache()
-        kept = []
-        for path in self._files.glob(f"{self._root}/*/*/entry.json"):
-            try:
-                entry = json.loads(self._files.cat_file(path))
-            except FileNotFoundError:  # another server has deleted it
-                continue
-            kept.append((entry["put_at"], entry["size_bytes"], path.rpartition("/")[0]))
+        now = self._clock()
+        kept, incomplete = [], {}
+        for folder in self._files.glob(f"{self._root}/*/*"):
+            if (entry := self._entry(folder)) is not None:
+                kept.append((entry.put_at, entry.size_bytes, folder))
+            elif _OWN_FOLDER.search(folder) is not None:
+                # Another server may be writing it. If it stays so, its writer died.
+                incomplete[folder] = self._incomplete.get(folder, now)
+                if incomplete[folder] + self._ttl_s <= now:
+                    self._remove(folder)
+        self._incomplete = incomplete
         kept.sort()
         left = sum(size for _, size, _ in kept)
         for put_at, size, folder in kept[:-1]:
-            if put_at + self._ttl_s > self._clock() and left <= self._max_bytes:
+            if put_at + self._ttl_s > now and left <= self._max_bytes:
                 break
             left -= size
-            try:
-                self._files.rm(folder, recursive=True)
-            except FileNotFoundError:
-                continue
+            self._remove(folder)
+
+    def _remove(self, folder: str) -> None:
+        """Remove a result, and the folder of its job if no other is in there."""
+        with suppress(OSError):  # another server has removed it; or it stays, and is removed later
+            self._files.rm(folder, recursive=True)
+            self._files.rmdir(folder.rpartition("/")[0])
