@@ -64,9 +64,11 @@ def _store(settings: Settings, metrics: Metrics, clock: Callable[[], float]) -> 
     ttl_s, max_bytes = settings.result_ttl_s, settings.max_result_bytes
     results: Results
     if settings.results_url is not None:
-        results = VolumeResults(settings.results_url, ttl_s=ttl_s, max_bytes=max_bytes, clock=clock)
+        results = VolumeResults(
+            settings.results_url, ttl_s=ttl_s, max_bytes=max_bytes, on_error=metrics.observe_store_error, clock=clock
+        )
     elif redis is not None:
-        results = RedisResults(redis, ttl_s=ttl_s, max_bytes=max_bytes)
+        results = RedisResults(redis, ttl_s=ttl_s, max_bytes=max_bytes, on_error=metrics.observe_store_error)
     else:
         results = MemoryResults(ttl_s=ttl_s, max_bytes=max_bytes, clock=clock)
     leases: dict[str, Any] = {

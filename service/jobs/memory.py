@@ -81,7 +81,7 @@ class MemoryStore:
         pass
 
     async def check(self) -> None:
-        pass
+        await self._results.check()
 
     async def add(self, job: Job, idempotency: Idempotency | None = None) -> Job:
         self._delete_old()

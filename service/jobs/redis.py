@@ -21,7 +21,7 @@ from models.request import MeshRequest
 from service.errors import IdempotencyKeyReused, JobNotFinished, JobNotFound, JobUnreadable
 from service.jobs import redis_scripts
 from service.jobs.job import Failure, FailureReason, FinishedJob, Job, JobSnapshot, JobStatus
-from service.jobs.redis_operations import LIMIT_S, RESULTS_LIMIT_S, RedisOperations
+from service.jobs.redis_operations import CHECK_LIMIT_S, LIMIT_S, RESULTS_LIMIT_S, RedisOperations
 from service.jobs.redis_records import (
     RECORD_VERSION,
     LiveEntry,
@@ -129,8 +129,10 @@ class RedisStore:
         await self._redis.aclose()
 
     async def check(self) -> None:
-        async with self._operation("check"):
-            await self._redis.ping()
+        # A full Redis, and one that only replicates another, answer but refuse to write.
+        async with self._operation("check", CHECK_LIMIT_S):
+            await self._redis.set(self._key("check"), 1, px=1000)
+        await self._results.check()
 
     async def add(self, job: Job, idempotency: Idempotency | None = None) -> Job:
         request = job.requests[0]

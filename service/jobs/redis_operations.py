@@ -13,7 +13,9 @@ from service.errors import StoreUnavailable
 LIMIT_S = 3.0
 """How long an operation may take. It has few commands, with little data."""
 RESULTS_LIMIT_S = 30.0
-"""How long it may take to write or to read results or an input image, which may have megabytes."""
+"""How long it may take to write or to read results or an input image, which may have megabytes. Also on a volume."""
+CHECK_LIMIT_S = 1.5
+"""How long a check may take. Probes of readiness give up soon."""
 _SILENCE_S = 1.0
 
 

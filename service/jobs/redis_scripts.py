@@ -12,6 +12,9 @@ The keys, all after a prefix:
     key:<owner>:<key>   string  fingerprint and id of the job that an idempotency key created
     webhooks            zset    id -> when to call its webhook next, in ms
 
+A full Redis refuses a script whose first write would take memory, and runs all others to their end. The scripts that
+keep, end or return jobs begin with a write that takes none.
+
 Changes are published on a channel as `<what>:<id>`. All scripts get the prefix as KEYS[1] and the channel as KEYS[2],
 and build the other keys from ids, so they need one server, not a cluster. A client that lost the answer of a script may
 send the script again: the second call changes nothing.
@@ -92,8 +95,8 @@ RENEW = (
     _COMMON
     + """
 local ends, lost = now_ms() + ARGV[2], {}
-redis.call('ZADD', prefix .. 'workers', ends, ARGV[1])
 redis.call('ZREMRANGEBYSCORE', prefix .. 'workers', '-inf', now_ms())
+redis.call('ZADD', prefix .. 'workers', ends, ARGV[1])
 for i = 3, #ARGV, 2 do
     if is_mine(ARGV[i], ARGV[i + 1]) then
         redis.call('ZADD', prefix .. 'leases', ends, ARGV[i])
@@ -152,8 +155,8 @@ RELEASE = (
     _COMMON
     + """
 if not is_mine(ARGV[1], ARGV[2]) then return end
-redis.call('HINCRBY', prefix .. 'job:' .. ARGV[1], 'attempts', -1)
 queue_again(ARGV[1])
+redis.call('HINCRBY', prefix .. 'job:' .. ARGV[1], 'attempts', -1)
 """
 )
 

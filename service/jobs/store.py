@@ -143,7 +143,7 @@ class JobStore(Protocol):
     async def close(self) -> None: ...
 
     async def check(self) -> None:
-        """Raise StoreUnavailable if the store cannot be reached."""
+        """Raise StoreUnavailable if the store or its results cannot be reached, or refuse to write."""
         ...
 
     async def add(self, job: Job, idempotency: Idempotency | None = None) -> Job:

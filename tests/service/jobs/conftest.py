@@ -60,14 +60,14 @@ async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
     if request.param == "redis":
         server: RedisServer = request.getfixturevalue("redis_server")
         prefix, redis = f"test{next(_names)}:", connect(server.url)
-        results = RedisResults(redis, **limits, prefix=prefix)
+        results = RedisResults(redis, **limits, on_error=pytest.fail, prefix=prefix)
         store = RedisStore(redis, results, **rules, on_error=pytest.fail, prefix=prefix)
         elapse = asyncio.sleep
         while (await redis.info("server"))["uptime_in_seconds"] < LEASE_S:
             await asyncio.sleep(0.1)
     else:
         if request.param == "volume":
-            results = VolumeResults(f"file://{tmp_path}/results", **limits, clock=clock)
+            results = VolumeResults(f"file://{tmp_path}/results", **limits, on_error=pytest.fail, clock=clock)
         else:
             results = MemoryResults(**limits, clock=clock)
         store = MemoryStore(results, **rules)

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ async def shared(redis_server: RedisServer) -> AsyncIterator[Shared]:
     errors: list[str] = []
     store = RedisStore(
         redis,
-        RedisResults(redis, ttl_s=60.0, max_bytes=10_000, prefix=prefix),
+        RedisResults(redis, ttl_s=60.0, max_bytes=10_000, on_error=errors.append, prefix=prefix),
         job_ttl_s=60.0,
         events_ttl_s=60.0,
         lease_s=LEASE_S,
@@ -278,3 +278,54 @@ async def test_record_of_version_0_1_is_readable(shared: Shared, make_job: MakeJ
     await shared.set_in_job("a", status="queued", started_at=0, steps_done=0, attempts=0, receipts=[])
     # Then it is read as before
     assert await shared.store.get("a") == JobSnapshot(job, JobState())
+
+
+@pytest.fixture
+async def full(shared: Shared) -> AsyncIterator[Callable[[int], Awaitable[None]]]:
+    """Limits the memory of Redis to so many bytes; 0 is no limit."""
+
+    async def limit(size_bytes: int) -> None:
+        await shared.redis.config_set("maxmemory", size_bytes)
+
+    yield limit
+    await limit(0)
+
+
+async def test_full_redis_takes_no_new_work_and_loses_none(
+    shared: Shared, make_job: MakeJob, full: Callable[[int], Awaitable[None]]
+) -> None:
+    for name in ("a", "b"):
+        await shared.store.add(make_job(name))
+    first, second = await shared.claim(), await shared.claim()
+    await shared.let_die(first, second)
+    await full(1)
+    for refused in (
+        shared.store.check(),
+        shared.store.add(make_job("c")),
+        shared.store.end(Ending(first, JobStatus.SUCCEEDED, artifacts=(b"image",))),
+    ):
+        with pytest.raises(StoreUnavailable, match=r"maxmemory'$"):
+            await refused
+    assert shared.errors == ["check", "add", "put_results"]
+    # Jobs stay with their workers, and those without a result end
+    assert await shared.store.renew([first, second]) == set()
+    assert (await shared.store.recover()).requeued == ()
+    await shared.store.release(second)
+    assert (await shared.store.cancel("b"))[1]
+    # When there is room again, the result is stored after all
+    await full(0)
+    await shared.store.check()
+    await shared.store.end(Ending(first, JobStatus.SUCCEEDED, artifacts=(b"image",)))
+    assert (await shared.store.content("a")).artifacts == (b"image",)
+
+
+async def test_replica_is_not_ready(shared: Shared, make_job: MakeJob) -> None:
+    await shared.redis.replicaof("127.0.0.1", 1)  # where no Redis listens
+    try:
+        with pytest.raises(StoreUnavailable, match="read only replica"):
+            await shared.store.check()
+        with pytest.raises(StoreUnavailable, match="read only replica"):
+            await shared.store.add(make_job("a"))
+    finally:
+        await shared.redis.replicaof("NO", "ONE")
+    await shared.store.check()

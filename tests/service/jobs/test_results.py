@@ -60,7 +60,7 @@ class Clock:
 
 @pytest.fixture
 def volume(tmp_path: Path, clock: Clock) -> VolumeResults:
-    return VolumeResults(f"file://{tmp_path}", ttl_s=10.0, max_bytes=100, clock=clock)
+    return VolumeResults(f"file://{tmp_path}", ttl_s=10.0, max_bytes=100, on_error=pytest.fail, clock=clock)
 
 
 BROKEN_ENTRIES = [b"", b'{"put_at": 1000.0, "num_fi', b"[]", b'{"put_at": 1000.0, "num_files": "x", "size_bytes": 1}']

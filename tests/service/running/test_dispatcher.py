@@ -1,10 +1,13 @@
 """The dispatcher between a store and a worker with a drawn engine."""
 
 import asyncio
+import errno
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ import pytest
 from service.errors import Draining, StoreUnavailable
 from service.jobs.job import FailureReason, Job, JobSnapshot, JobStatus
 from service.jobs.memory import MemoryStore
-from service.jobs.results import MemoryResults
+from service.jobs.results import MemoryResults, Results, VolumeResults
 from service.jobs.store import Ending, EventName, Preview, Progress, ended
 from service.metrics import Metrics
 from service.running.dispatcher import Dispatcher, Timing
@@ -29,8 +32,8 @@ TIMEOUT_S = 60
 class FragileStore(MemoryStore):
     """A store that cannot be reached while `is_away`. `num_refused` counts the calls that failed."""
 
-    def __init__(self, **options: Any) -> None:
-        results = MemoryResults(ttl_s=60.0, max_bytes=1_000_000, clock=time.time)
+    def __init__(self, results: Results | None = None, **options: Any) -> None:
+        results = results or MemoryResults(ttl_s=60.0, max_bytes=1_000_000, clock=time.time)
         rules = {"job_ttl_s": 60.0, "events_ttl_s": 60.0, "lease_s": 15.0, "max_attempts": 2, "clock": time.time}
         super().__init__(results, **{**rules, **options})
         self.is_away = False
@@ -56,6 +59,26 @@ class FragileStore(MemoryStore):
     async def cancel(self, job_id: str) -> tuple[JobSnapshot, bool]:
         self._check()
         return await super().cancel(job_id)
+
+
+FullVolume = tuple[VolumeResults, ExitStack, list[str]]
+
+
+@pytest.fixture
+def full_volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FullVolume]:
+    """A volume without room until the stack is closed, and the names of the operations that failed."""
+    errors: list[str] = []
+    results = VolumeResults(f"file://{tmp_path}", ttl_s=60.0, max_bytes=1_000_000, on_error=errors.append)
+    write = results._files.pipe_file
+
+    def write_half(path: str, data: bytes) -> None:
+        write(path, data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device", path)
+
+    with ExitStack() as room, monkeypatch.context() as patched:
+        patched.setattr(results._files, "pipe_file", write_half)
+        room.callback(patched.undo)
+        yield results, room, errors
 
 
 class SharedStore(FragileStore):
@@ -369,3 +392,55 @@ async def test_end_that_breaks_the_store_is_that_jobs_alone(
         assert await status_at_end(store, "b") is JobStatus.SUCCEEDED
         await until(lambda: "can't be stored" in caplog.text)
         dispatcher.check_accepting()
+
+
+@pytest.mark.anyio
+async def test_results_wait_until_their_volume_has_room_and_no_more_are_made(
+    build: Build, make_job: MakeJob, full_volume: FullVolume, tmp_path: Path
+) -> None:
+    results, room, errors = full_volume
+    store = FragileStore(results)
+    dispatcher = build(store, max_running=2)
+    jobs = [f"job{number}" for number in range(6)]
+    async with dispatcher.running():
+        for name in jobs:
+            await store.add(make_job(name))
+        await until(lambda: errors.count("put_results") > 8)
+        # No more work is accepted, and no more than fits is in memory
+        with pytest.raises(StoreUnavailable, match="No space left on device") as refused:
+            dispatcher.check_accepting()
+        assert str(tmp_path) not in str(refused.value)
+        with pytest.raises(StoreUnavailable, match="No space left on device"):
+            await store.check()
+        assert (await store.num_waiting())["drawn"] >= 2
+        assert list(tmp_path.iterdir()) == []
+        # When there is room again, everything is delivered
+        room.close()
+        for name in jobs:
+            assert await status_at_end(store, name) is JobStatus.SUCCEEDED
+            assert (await store.content(name)).artifacts[0]
+        await until(lambda: not dispatcher.worker.held())
+        dispatcher.check_accepting()
+        await store.check()
+
+
+@pytest.mark.anyio
+async def test_result_that_cannot_be_stored_does_not_hold_up_others(
+    build: Build, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FragileStore()
+    end = store.end
+    refused: list[str] = []
+
+    async def refuse_a(ending: Ending) -> JobSnapshot | None:
+        if ending.claim.job.id == "a":
+            refused.append("a")
+            raise StoreUnavailable("too large")
+        return await end(ending)
+
+    monkeypatch.setattr(store, "end", refuse_a)
+    async with build(store, grace_s=0.0).running():
+        for name, num_steps in (("a", 1), ("b", 50)):
+            await store.add(make_job(name, num_inference_steps=num_steps))
+        await until(lambda: len(refused) > 1)
+        assert await status_at_end(store, "b") is JobStatus.SUCCEEDED
