@@ -34,6 +34,7 @@ from service.jobs.redis_records import (
     load_snapshot,
 )
 from service.jobs.results import Results
+from service.jobs.shared_clock import SharedClock
 from service.jobs.store import (
     WEBHOOK_HELD_S,
     Changes,
@@ -87,7 +88,7 @@ class RedisStore:
         events_ttl_s: float,
         lease_s: float,
         max_attempts: int,
-        clock: Callable[[], float],
+        clock: SharedClock,
         on_error: Callable[[str], None],
         prefix: str = PREFIX,
     ) -> None:
@@ -99,7 +100,7 @@ class RedisStore:
         self._events_ttl_ms = int(events_ttl_s * 1000)
         self._lease_ms = int(lease_s * 1000)
         self._max_attempts = max_attempts
-        self._clock = clock
+        self.clock = clock
         self._on_error = on_error
         self._operation = RedisOperations(on_error)
         self._prefix = prefix
@@ -202,7 +203,7 @@ class RedisStore:
         """None if another worker was faster, or if the job cannot be read, which ends it."""
         lease = uuid.uuid4().hex
         async with self._operation("claim"):
-            if await self._run(self._claim, job_id, lease, self._lease_ms, self._clock()) is None:
+            if await self._run(self._claim, job_id, lease, self._lease_ms, self.clock()) is None:
                 return None
             fields = await self._redis.hgetall(self._key(f"job:{job_id}"))
         try:
@@ -228,7 +229,10 @@ class RedisStore:
     async def renew(self, claims: Sequence[Claim]) -> set[str]:
         pairs = [part for claim in claims for part in (claim.job.id, claim.lease)]
         async with self._operation("renew"):
-            return {job_id.decode() for job_id in await self._run(self._renew, self.worker_id, self._lease_ms, *pairs)}
+            asked_at = self.clock.local()
+            lost, now_ms = await self._run(self._renew, self.worker_id, self._lease_ms, *pairs)
+        self.clock.adjust(now_ms / 1000, asked_at=asked_at)
+        return {job_id.decode() for job_id in lost}
 
     async def record(self, progress: Progress) -> None:
         job, lease = progress.claim.job, progress.claim.lease
@@ -260,7 +264,7 @@ class RedisStore:
         self, job_id: str, lease: str, status: JobStatus, fields: Mapping[str, Any]
     ) -> dict[bytes, bytes] | None:
         """The fields of the job's record if this call ended it."""
-        changed = {"ended_at": self._clock(), **fields}
+        changed = {"ended_at": self.clock(), **fields}
         pairs = [part for pair in changed.items() for part in pair]
         async with self._operation("end"):
             ended = await self._run(self._end, job_id, lease, self._job_ttl_ms, self._events_ttl_ms, status, *pairs)

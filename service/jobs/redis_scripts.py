@@ -90,7 +90,8 @@ return redis.call('HINCRBY', job, 'attempts', 1)
 """
 )
 
-# ARGV: worker, ms that leases last, then id and lease of each. Returns the ids whose leases are lost.
+# ARGV: worker, ms that leases last, then id and lease of each. Returns the ids whose leases are lost, and the time in
+# ms.
 RENEW = (
     _COMMON
     + """
@@ -104,7 +105,7 @@ for i = 3, #ARGV, 2 do
         table.insert(lost, ARGV[i])
     end
 end
-return lost
+return {lost, now_ms()}
 """
 )
 

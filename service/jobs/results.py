@@ -4,7 +4,6 @@ import asyncio
 import json
 import logging
 import re
-import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -170,7 +169,7 @@ class VolumeResults:
     """Results in files of a volume, such as `file:///srv/results` or `s3://bucket/results`, one folder for each key.
 
     Old results are deleted each time a tenth of the time to live or of the size limit has been used up. Servers that
-    share a volume need roughly synchronous clocks. `on_error` is called with the name of every operation that fails.
+    share a volume need a common `clock`. `on_error` is called with the name of every operation that fails.
     """
 
     def __init__(
@@ -180,7 +179,7 @@ class VolumeResults:
         ttl_s: float,
         max_bytes: int,
         on_error: Callable[[str], None],
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float],
     ) -> None:
         # Of its own: on a volume that does not answer, threads wait for ever.
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="results")

@@ -133,6 +133,11 @@ class JobStore(Protocol):
     """Whether jobs outlive this process, and other processes may claim them."""
     changes: "Changes"
 
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Unix seconds, by one clock for all processes that share the store. All times of jobs are by it."""
+        ...
+
     async def open(self, *, on_queued: Callable[[], None], on_cancelled: Callable[[str], None]) -> None:
         """Begin to pass on changes, also from other processes.
 

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from service.jobs.job import FailureReason, Job, JobSnapshot, JobState, JobStatu
 from service.jobs.redis import RedisStore, connect
 from service.jobs.redis_records import RECORD_VERSION
 from service.jobs.results import RedisResults
+from service.jobs.shared_clock import SharedClock
 from service.jobs.store import Claim, Ending, EventName, Idempotency, ended, follow
 from tests.fixtures.job_records import FAILURE, RECEIPT, dump, play, restore, scenario_jobs
 
@@ -54,26 +56,42 @@ class Shared:
         await self.redis.zadd(f"{self.prefix}leases", {claim.job.id: 1 for claim in claims})
 
 
+Share = Callable[..., Awaitable[Shared]]
+
+
 @pytest.fixture
-async def shared(redis_server: RedisServer) -> AsyncIterator[Shared]:
-    redis: Any = connect(redis_server.url)
+async def share(redis_server: RedisServer) -> AsyncIterator[Share]:
+    """A store on keys of this test's own, with a local clock."""
     prefix = f"own{next(_names)}:"
-    errors: list[str] = []
-    store = RedisStore(
-        redis,
-        RedisResults(redis, ttl_s=60.0, max_bytes=10_000, on_error=errors.append, prefix=prefix),
-        job_ttl_s=60.0,
-        events_ttl_s=60.0,
-        lease_s=LEASE_S,
-        max_attempts=2,
-        clock=lambda: 1000.5,
-        on_error=errors.append,
-        prefix=prefix,
-    )
-    while (await redis.info("server"))["uptime_in_seconds"] < LEASE_S:
-        await asyncio.sleep(0.1)
-    yield Shared(store, redis, prefix, errors)
-    await store.close()
+    stores: list[RedisStore] = []
+
+    async def open_store(clock: Callable[[], float] = lambda: 1000.5) -> Shared:
+        redis: Any = connect(redis_server.url)
+        errors: list[str] = []
+        store = RedisStore(
+            redis,
+            RedisResults(redis, ttl_s=60.0, max_bytes=10_000, on_error=errors.append, prefix=prefix),
+            job_ttl_s=60.0,
+            events_ttl_s=60.0,
+            lease_s=LEASE_S,
+            max_attempts=2,
+            clock=SharedClock(clock),
+            on_error=errors.append,
+            prefix=prefix,
+        )
+        stores.append(store)
+        while (await redis.info("server"))["uptime_in_seconds"] < LEASE_S:
+            await asyncio.sleep(0.1)
+        return Shared(store, redis, prefix, errors)
+
+    yield open_store
+    for store in stores:
+        await store.close()
+
+
+@pytest.fixture
+async def shared(share: Share) -> Shared:
+    return await share()
 
 
 async def break_missing_field(shared: Shared) -> None:
@@ -329,3 +347,21 @@ async def test_replica_is_not_ready(shared: Shared, make_job: MakeJob) -> None:
     finally:
         await shared.redis.replicaof("NO", "ONE")
     await shared.store.check()
+
+
+async def test_servers_whose_clocks_differ_agree_on_times_and_places(share: Share, make_job: MakeJob) -> None:
+    # Given a server whose clock is days behind, and one whose clock is days ahead
+    behind, ahead = [await share(lambda skew_s=skew_s: time.time() + skew_s) for skew_s in (-1e6, 1e6)]
+    for server in (behind, ahead):
+        await server.store.renew([])
+    for server, name, latency_s in ((ahead, "first", 600), (behind, "second", 700)):
+        now = server.store.clock()
+        await server.store.add(replace(make_job(name), created_at=now, deadline_at=now + latency_s))
+    # Then jobs are claimed in the order of their deadlines, and their times are comparable
+    claim = await behind.claim()
+    state = (await ahead.store.get("first")).state
+    assert claim.job.id == "first"
+    assert state.started_at is not None
+    assert abs(state.started_at - claim.job.created_at) < 300
+    assert claim.job.deadline_at is not None
+    assert 300 < claim.job.deadline_at - behind.store.clock() < 900

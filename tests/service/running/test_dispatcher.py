@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.processes import RedisServer
+from models.request import LatencyBudget
+from service.app import build_dispatcher
 from service.errors import Draining, StoreUnavailable
 from service.jobs.job import FailureReason, Job, JobSnapshot, JobStatus
 from service.jobs.memory import MemoryStore
@@ -68,7 +71,9 @@ FullVolume = tuple[VolumeResults, ExitStack, list[str]]
 def full_volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FullVolume]:
     """A volume without room until the stack is closed, and the names of the operations that failed."""
     errors: list[str] = []
-    results = VolumeResults(f"file://{tmp_path}", ttl_s=60.0, max_bytes=1_000_000, on_error=errors.append)
+    results = VolumeResults(
+        f"file://{tmp_path}", ttl_s=60.0, max_bytes=1_000_000, on_error=errors.append, clock=time.time
+    )
     write = results._files.pipe_file
 
     def write_half(path: str, data: bytes) -> None:
@@ -444,3 +449,25 @@ async def test_result_that_cannot_be_stored_does_not_hold_up_others(
             await store.add(make_job(name, num_inference_steps=num_steps))
         await until(lambda: len(refused) > 1)
         assert await status_at_end(store, "b") is JobStatus.SUCCEEDED
+
+
+@pytest.mark.anyio
+@pytest.mark.redis
+@pytest.mark.parametrize("skew_s", [-1e6, 1e6])
+async def test_worker_whose_clock_is_wrong_goes_by_the_clock_of_redis(
+    skew_s: float, redis_server: RedisServer, engine: Any, make_job: MakeJob
+) -> None:
+    settings = Settings(redis_url=redis_server.url.replace("/0", "/7"))
+    dispatcher = build_dispatcher(settings, lambda: engine, clock=lambda: time.time() + skew_s)
+    dispatcher.worker.start()
+    engine.gate.clear()
+    async with dispatcher.running():
+        await until(lambda: abs(dispatcher.store.clock() - time.time()) < 300)  # it has heard of Redis' clock
+        now = dispatcher.store.clock()
+        job = replace(make_job(f"skew{skew_s}", budget=LatencyBudget(600.0)), created_at=now, deadline_at=now + 600)
+        await dispatcher.store.add(job)
+        engine.gate.set()
+        (receipt,) = (await ended(dispatcher.store, job.id)).state.receipts
+    assert 0 <= receipt.seconds.queue < 300
+    assert receipt.deadline_met
+    assert {move.quality for move in engine.moves} == {1.0}
