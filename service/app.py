@@ -20,7 +20,7 @@ from service.jobs.memory import MemoryStore
 from service.jobs.redis import RedisStore, connect
 from service.jobs.results import MemoryResults, RedisResults, Results, VolumeResults
 from service.jobs.shared_clock import SharedClock
-from service.jobs.store import JobStore
+from service.jobs.store import EVENTS_TTL_S, JobStore
 from service.metrics import Metrics
 from service.running.dispatcher import Dispatcher, Timing
 from service.running.inbox import Inbox
@@ -74,7 +74,7 @@ def _store(settings: Settings, metrics: Metrics, local_clock: Callable[[], float
         results = MemoryResults(**limits, clock=clock)
     leases: dict[str, Any] = {
         "job_ttl_s": settings.job_ttl_s,
-        "events_ttl_s": settings.result_ttl_s,
+        "events_ttl_s": min(settings.result_ttl_s, EVENTS_TTL_S),
         "lease_s": settings.lease_s,
         "max_attempts": settings.max_attempts,
         "clock": clock,

@@ -41,11 +41,16 @@ local function queue_again(id)
     redis.call('ZADD', prefix .. 'queue', tonumber(redis.call('HGET', job, 'place')) or 0, id)
     tell(id, 'job.queued', '{}', 'queued')
 end
-local function is_gone(id)
-    if redis.call('HEXISTS', prefix .. 'job:' .. id, 'job') == 1 then return false end
+local function let_go(id)
     redis.call('ZREM', prefix .. 'queue', id)
     redis.call('ZREM', prefix .. 'leases', id)
     redis.call('HDEL', prefix .. 'live', id)
+end
+local function is_gone(id)
+    local job = prefix .. 'job:' .. id
+    if redis.call('HEXISTS', job, 'job') == 1 then return false end
+    let_go(id)
+    redis.call('DEL', job, job .. ':events', job .. ':picture')
     return true
 end
 """
@@ -127,15 +132,15 @@ END = (
     _COMMON
     + """
 local id, lease, job = ARGV[1], ARGV[2], prefix .. 'job:' .. ARGV[1]
+if is_gone(id) then return false end
 local status = redis.call('HGET', job, 'status')
 if status ~= 'queued' and status ~= 'running' then
+    let_go(id)
     if lease == '' or redis.call('HGET', job, 'ended_by') ~= lease then return false end
     return redis.call('HGETALL', job)
 end
 if lease ~= '' and not is_mine(id, lease) then return false end
-redis.call('ZREM', prefix .. 'queue', id)
-redis.call('ZREM', prefix .. 'leases', id)
-redis.call('HDEL', prefix .. 'live', id)
+let_go(id)
 redis.call('HDEL', job, 'lease')
 redis.call('HSET', job, 'status', ARGV[5], 'ended_by', lease, unpack(ARGV, 6))
 if redis.call('HEXISTS', job, 'webhook_url') == 1 then

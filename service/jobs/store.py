@@ -22,6 +22,8 @@ _POLL_S = 1.0
 # How long `follow` retries an unreachable store.
 _RETRY_S = 60.0
 _BEGINNING = "0-0"
+EVENTS_TTL_S = 300.0
+"""How long the events of an ended job are kept. Their previews may have megabytes, and nobody counts these."""
 WEBHOOK_HELD_S = 60.0
 """How long a webhook that was taken is kept from others."""
 

@@ -183,6 +183,21 @@ async def test_job_whose_record_is_gone_holds_nothing_up(shared: Shared, make_jo
     assert shared.errors == []
 
 
+@pytest.mark.parametrize("is_deleted", [False, True])
+async def test_broken_entry_of_an_ended_job_leaves_the_queue(
+    is_deleted: bool, shared: Shared, make_job: MakeJob
+) -> None:
+    await shared.store.add(make_job("broken"))
+    await shared.store.cancel("broken")
+    await shared.redis.zadd(f"{shared.prefix}queue", {"broken": 1})
+    await break_live_entry(shared)
+    if is_deleted:
+        await shared.redis.delete(f"{shared.prefix}job:broken")
+    assert await shared.store.claim(lambda model, shape: True) is None
+    assert await shared.redis.exists(f"{shared.prefix}queue", f"{shared.prefix}live") == 0
+    assert await shared.redis.exists(f"{shared.prefix}job:broken:events") == (not is_deleted)
+
+
 async def test_webhook_of_a_job_that_cannot_be_read_is_given_up(shared: Shared, make_job: MakeJob) -> None:
     for name in ("broken", "whole"):
         await shared.store.add(replace(make_job(name), webhook_url="https://hooks.example/"))
