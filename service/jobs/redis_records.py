@@ -78,7 +78,7 @@ def load_snapshot(job_id: str, fields: Mapping[bytes, bytes]) -> JobSnapshot:
     Raises JobNotFound without a record, StoreUnavailable if a newer version of the server wrote it, JobUnreadable for a
     record that no version should write.
     """
-    if b"job" not in fields:
+    if not fields:
         raise JobNotFound(f"there is no job '{job_id}'")
     try:
         version = int(fields.get(b"version", b"1"))

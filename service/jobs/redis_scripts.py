@@ -48,9 +48,9 @@ local function let_go(id)
 end
 local function is_gone(id)
     local job = prefix .. 'job:' .. id
-    if redis.call('HEXISTS', job, 'job') == 1 then return false end
+    if redis.call('EXISTS', job) == 1 then return false end
     let_go(id)
-    redis.call('DEL', job, job .. ':events', job .. ':picture')
+    redis.call('DEL', job .. ':events', job .. ':picture')
     return true
 end
 """

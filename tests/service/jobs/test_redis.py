@@ -115,6 +115,10 @@ async def break_json(shared: Shared) -> None:
     await shared.redis.hset(f"{shared.prefix}job:broken", "job", b"\xff{")
 
 
+async def break_hash(shared: Shared) -> None:
+    await shared.redis.hdel(f"{shared.prefix}job:broken", "job")
+
+
 async def break_state(shared: Shared) -> None:
     await shared.redis.hset(f"{shared.prefix}job:broken", "num_steps", "many")
 
@@ -123,7 +127,15 @@ async def break_live_entry(shared: Shared) -> None:
     await shared.redis.hset(f"{shared.prefix}live", "broken", '{"model": "drawn"}')
 
 
-BREAKS = (break_missing_field, break_unknown_priority, break_unknown_rule, break_requests, break_json, break_state)
+BREAKS = (
+    break_missing_field,
+    break_unknown_priority,
+    break_unknown_rule,
+    break_requests,
+    break_json,
+    break_hash,
+    break_state,
+)
 
 
 @pytest.mark.parametrize("break_record", BREAKS)
