@@ -183,7 +183,7 @@ class RedisStore:
                 continue
             if live.is_newer or not fits(live.model, live.shape):
                 continue
-            if (claim := await self._claim_job(job_id)) is not None:
+            if (claim := await self._claim_job(job_id, live.model)) is not None:
                 return claim
         return None
 
@@ -199,7 +199,7 @@ class RedisStore:
                 if entry is not None:  # else another call has ended the job since
                     yield job_id.decode(), load_live(entry)
 
-    async def _claim_job(self, job_id: str) -> Claim | None:
+    async def _claim_job(self, job_id: str, model: str) -> Claim | None:
         """None if another worker was faster, or if the job cannot be read, which ends it."""
         lease = uuid.uuid4().hex
         async with self._operation("claim"):
@@ -208,6 +208,8 @@ class RedisStore:
             fields = await self._redis.hgetall(self._key(f"job:{job_id}"))
         try:
             job = load_snapshot(job_id, fields).job
+            if job.model != model:  # which its worker may not have
+                raise JobUnreadable(job_id)
         except JobNotFound:
             return None
         except JobUnreadable as error:

@@ -100,7 +100,7 @@ def load_event(event_id: bytes, fields: Mapping[bytes, bytes]) -> Event | None:
 def _load_job(data: bytes) -> Job:
     fields = json.loads(data)
     for entry in fields["requests"]:
-        entry["point"] = point_of(entry["point"])
+        entry["point"]["policy"] = point_of(entry["point"]).policy  # the rest is left for pydantic to check
     job = _JOB.validate_python(fields)
     if {request.model for request in job.requests} != {job.model}:
         raise ValueError(f"its requests are not all of its model '{job.model}', or there are none")

@@ -1,9 +1,11 @@
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 
-from service.errors import ResultExpired
+from service.errors import ResultExpired, StoreUnavailable
+from service.jobs import results
 from service.jobs.results import VolumeResults
 
 pytestmark = pytest.mark.anyio
@@ -108,3 +110,17 @@ async def test_folder_of_a_job_goes_with_its_results(volume: VolumeResults, tmp_
     clock.now += 20.0
     await volume.put("c/1", (bytes(20),))
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+async def test_volume_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers, errors = Event(), list[str]()
+    for name in ("CHECK_LIMIT_S", "RESULTS_LIMIT_S"):
+        monkeypatch.setattr(results, name, 0.01)
+    volume = VolumeResults(f"file://{tmp_path}", ttl_s=10.0, max_bytes=100, on_error=errors.append, clock=Clock())
+    with monkeypatch.context() as patched:
+        patched.setattr(volume._files, "makedirs", lambda path, exist_ok: answers.wait(60))
+        for call in (volume.check(), volume.put("a/1", (b"one",))):
+            with pytest.raises(StoreUnavailable, match="does not answer"):
+                await call
+    answers.set()
+    assert errors == ["check", "put_results"]
