@@ -19,7 +19,8 @@ from service.jobs.job import JobSnapshot
 from service.jobs.memory import MemoryStore
 from service.jobs.redis import RedisStore, connect
 from service.jobs.results import MemoryResults, RedisResults, Results, VolumeResults
-from service.jobs.store import JobStore
+from service.jobs.shared_clock import SharedClock
+from service.jobs.store import EVENTS_TTL_S, JobStore
 from service.metrics import Metrics
 from service.running.dispatcher import Dispatcher, Timing
 from service.running.inbox import Inbox
@@ -36,14 +37,15 @@ def build_dispatcher(
 ) -> Dispatcher:
     """A dispatcher with its store and its worker, which calls `load_engine` in its own thread when it starts."""
     metrics, inbox = Metrics(), Inbox()
+    store = _store(settings, metrics, clock)
     limits = WorkerLimits(max_batch_size=settings.max_batch_size, max_running=settings.max_running)
     return Dispatcher(
-        _store(settings, metrics, clock),
-        Worker(load_engine, metrics, limits, report=inbox.report, on_room=inbox.wake, clock=clock),
+        store,
+        Worker(load_engine, metrics, limits, report=inbox.report, on_room=inbox.wake, clock=store.clock),
         inbox,
         metrics,
         Timing(lease_s=settings.lease_s, grace_s=settings.grace_s),
-        clock=clock,
+        clock=store.clock,
         deliver_webhook=_webhooks(settings, clock),
     )
 
@@ -59,19 +61,20 @@ def _webhooks(settings: Settings, clock: Callable[[], float]) -> Callable[[JobSn
     return Webhooks(settings.webhook_secret.get_secret_value(), describe, clock=clock).deliver
 
 
-def _store(settings: Settings, metrics: Metrics, clock: Callable[[], float]) -> JobStore:
+def _store(settings: Settings, metrics: Metrics, local_clock: Callable[[], float]) -> JobStore:
     redis = connect(settings.redis_url) if settings.redis_url else None
-    ttl_s, max_bytes = settings.result_ttl_s, settings.max_result_bytes
+    clock = local_clock if redis is None else SharedClock(local_clock)
+    limits: dict[str, Any] = {"ttl_s": settings.result_ttl_s, "max_bytes": settings.max_result_bytes}
     results: Results
     if settings.results_url is not None:
-        results = VolumeResults(settings.results_url, ttl_s=ttl_s, max_bytes=max_bytes, clock=clock)
+        results = VolumeResults(settings.results_url, **limits, on_error=metrics.observe_store_error, clock=clock)
     elif redis is not None:
-        results = RedisResults(redis, ttl_s=ttl_s, max_bytes=max_bytes)
+        results = RedisResults(redis, **limits, on_error=metrics.observe_store_error)
     else:
-        results = MemoryResults(ttl_s=ttl_s, max_bytes=max_bytes, clock=clock)
+        results = MemoryResults(**limits, clock=clock)
     leases: dict[str, Any] = {
         "job_ttl_s": settings.job_ttl_s,
-        "events_ttl_s": ttl_s,
+        "events_ttl_s": min(settings.result_ttl_s, EVENTS_TTL_S),
         "lease_s": settings.lease_s,
         "max_attempts": settings.max_attempts,
         "clock": clock,

@@ -12,6 +12,7 @@ ServiceError
 ├── Draining              the server is shutting down
 ├── StoreUnavailable      the job store or the results cannot be reached
 ├── JobNotFound           no such job, or its record has been deleted
+├── JobUnreadable         the job's record is broken
 ├── JobNotFinished        the job has no content, or not yet
 ├── JobCancelled          the job was cancelled while this call waited for it
 ├── IdempotencyKeyReused  an earlier call with this key had another body
@@ -70,6 +71,11 @@ class DeadlineUnreachable(ServiceError):
 
 class JobNotFound(ServiceError):
     pass
+
+
+class JobUnreadable(ServiceError):
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"the record of job {job_id} can't be read; send the request again")
 
 
 class JobNotFinished(ServiceError):

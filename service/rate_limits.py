@@ -1,5 +1,6 @@
 """Rate limits, counted in memory, or in Redis so that all servers share the count."""
 
+import asyncio
 import logging
 import math
 import time
@@ -54,10 +55,11 @@ class RateLimits:
     async def count(self, limit: RateLimitItem, *caller: str) -> RateLimitStatus:
         """Count a call of `caller`, unless it exceeds the limit. Raises StoreUnavailable."""
         try:
-            is_allowed = await self._limiter.hit(limit, *caller)
-            reset_at, remaining = await self._limiter.get_window_stats(limit, *caller)
-        except StorageError as error:
-            logger.warning("calls can't be counted and are answered 503: %s", error)
+            async with asyncio.timeout(_REDIS_TIMEOUT_S):
+                is_allowed = await self._limiter.hit(limit, *caller)
+                reset_at, remaining = await self._limiter.get_window_stats(limit, *caller)
+        except (StorageError, TimeoutError) as error:
+            logger.warning("calls can't be counted and are answered 503: %r", error)
             raise StoreUnavailable("the store that counts calls can't be reached") from error
         return RateLimitStatus(is_allowed, limit.amount, max(0, remaining), max(1, math.ceil(reset_at - time.time())))
 

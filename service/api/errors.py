@@ -25,6 +25,7 @@ from service.errors import (
     JobCancelled,
     JobNotFinished,
     JobNotFound,
+    JobUnreadable,
     Overloaded,
     RateLimitExceeded,
     ResultExpired,
@@ -49,6 +50,7 @@ STATUS_AND_CODE: Mapping[type[Exception], tuple[int, str]] = {
     IdempotencyKeyReused: (422, "idempotency_key_reused"),
     RateLimitExceeded: (429, "rate_limit_exceeded"),
     GenerationFailed: (500, "generation_failed"),
+    JobUnreadable: (500, "generation_failed"),
     Overloaded: (503, "overloaded"),
     Draining: (503, "draining"),
     StoreUnavailable: (503, "store_unavailable"),
@@ -137,7 +139,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The errors of a route in the OpenAPI document."""
-    codes = [(status, code) for status, code in (*STATUS_AND_CODE.values(), *_FRAMEWORK_CODES.items())]
+    codes = dict.fromkeys((*STATUS_AND_CODE.values(), *_FRAMEWORK_CODES.items()))  # each once, in this order
     return {
         wanted: {
             "model": ErrorBody,

@@ -22,7 +22,7 @@ async def check_health() -> HealthBody:
 
 @router.get(
     "/readyz",
-    summary="Whether the models are loaded, the job store reachable and requests accepted",
+    summary="Whether the models are loaded, jobs and results can be stored and requests are accepted",
     response_model=ReadyBody,
     response_model_exclude_unset=True,
     responses={503: {"model": ReadyBody, "description": "Not ready, with the reason."}},

@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import time
 import uuid
 from collections.abc import Mapping
 from typing import TypeVar
@@ -63,7 +62,7 @@ async def submit(
     idempotency = _idempotency(body, headers, caller, request.url.path)
     recorded = None if idempotency is None else await dispatcher.store.find(idempotency)
     if recorded is None:
-        created_at = time.time()
+        created_at = dispatcher.store.clock()
         backlog = Backlog(
             seconds=await dispatcher.store.backlog_s(),
             max_seconds=settings.max_backlog_s,

@@ -62,7 +62,7 @@ class MemoryStore:
         self._events_ttl_s = events_ttl_s
         self._lease_s = lease_s
         self._max_attempts = max_attempts
-        self._clock = clock
+        self.clock = clock
         self._records: dict[str, _Record] = {}
         self._queue: list[tuple[tuple[float, int], str]] = []  # (place, job id)
         self._arrivals = count()
@@ -81,7 +81,7 @@ class MemoryStore:
         pass
 
     async def check(self) -> None:
-        pass
+        await self._results.check()
 
     async def add(self, job: Job, idempotency: Idempotency | None = None) -> Job:
         self._delete_old()
@@ -124,13 +124,13 @@ class MemoryStore:
                 self._queue.remove(entry)
                 record.state = replace(
                     record.state.moved_to(JobStatus.RUNNING),
-                    started_at=self._clock(),
+                    started_at=self.clock(),
                     steps_done=0,
                     num_steps=None,
                     attempts=record.state.attempts + 1,
                 )
                 record.lease = uuid.uuid4().hex
-                record.lease_ends = self._clock() + self._lease_s
+                record.lease_ends = self.clock() + self._lease_s
                 self._tell(record, EventName.STARTED)
                 return Claim(record.job, record.lease)
         return None
@@ -141,7 +141,7 @@ class MemoryStore:
             if (record := self._claimed(claim)) is None:
                 lost.add(claim.job.id)
             else:
-                record.lease_ends = self._clock() + self._lease_s
+                record.lease_ends = self.clock() + self._lease_s
         return lost
 
     async def record(self, progress: Progress) -> None:
@@ -192,7 +192,7 @@ class MemoryStore:
         requeued, failed = [], []
         for job_id in sorted(self._live):
             record = self._records[job_id]
-            if record.lease is None or record.lease_ends > self._clock():
+            if record.lease is None or record.lease_ends > self.clock():
                 continue
             if record.state.attempts < self._max_attempts:
                 self._queue_again(record)
@@ -203,8 +203,8 @@ class MemoryStore:
 
     async def take_webhook(self) -> tuple[JobSnapshot, int] | None:
         for job_id, (due_at, attempts) in self._webhooks.items():
-            if due_at <= self._clock():
-                self._webhooks[job_id] = (self._clock() + WEBHOOK_HELD_S, attempts + 1)
+            if due_at <= self.clock():
+                self._webhooks[job_id] = (self.clock() + WEBHOOK_HELD_S, attempts + 1)
                 return self._records[job_id].snapshot, attempts
         return None
 
@@ -212,7 +212,7 @@ class MemoryStore:
         if retry_in_s is None:
             self._webhooks.pop(job_id, None)
         elif job_id in self._webhooks:
-            self._webhooks[job_id] = (self._clock() + retry_in_s, self._webhooks[job_id][1])
+            self._webhooks[job_id] = (self.clock() + retry_in_s, self._webhooks[job_id][1])
 
     async def events(self, job_id: str, after: str) -> list[Event]:
         seen = int(after.partition("-")[0])
@@ -246,7 +246,7 @@ class MemoryStore:
         self._on_queued()
 
     def _end(self, record: _Record, status: JobStatus) -> JobSnapshot:
-        now = self._clock()
+        now = self.clock()
         record.state = replace(record.state.moved_to(status), ended_at=now)
         job = record.job = record.job.without_input_images()
         record.lease = None
@@ -264,7 +264,7 @@ class MemoryStore:
         self.changes.notify(record.job.id)
 
     def _delete_old(self) -> None:
-        now = self._clock()
+        now = self.clock()
         for job_id in _due(self._delete_events_at, now):
             if job_id in self._records:
                 self._records[job_id].events.clear()

@@ -6,11 +6,10 @@ import logging
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from pydantic import TypeAdapter
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
@@ -19,11 +18,23 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from models.request import MeshRequest
-from service.errors import IdempotencyKeyReused, JobNotFinished, JobNotFound, StoreUnavailable
+from service.errors import IdempotencyKeyReused, JobNotFinished, JobNotFound, JobUnreadable
 from service.jobs import redis_scripts
-from service.jobs.job import Failure, FinishedJob, Job, JobSnapshot, JobState, JobStatus, Receipt
-from service.jobs.job_json import dump_job, load_job
+from service.jobs.job import Failure, FailureReason, FinishedJob, Job, JobSnapshot, JobStatus
+from service.jobs.redis_operations import CHECK_LIMIT_S, LIMIT_S, RESULTS_LIMIT_S, RedisOperations
+from service.jobs.redis_records import (
+    RECORD_VERSION,
+    LiveEntry,
+    dump_failure,
+    dump_job,
+    dump_live,
+    dump_receipts,
+    load_event,
+    load_live,
+    load_snapshot,
+)
 from service.jobs.results import Results
+from service.jobs.shared_clock import SharedClock
 from service.jobs.store import (
     WEBHOOK_HELD_S,
     Changes,
@@ -37,7 +48,6 @@ from service.jobs.store import (
     Progress,
     Recovery,
 )
-from service.scheduling.batching import shape_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +55,6 @@ PREFIX = "elastic:"
 # The queue is read in pieces of this length until a job fits.
 _CHUNK = 64
 _RECONNECT_S = 0.5
-
-_RECEIPTS = TypeAdapter(tuple[Receipt, ...])
-_FAILURE = TypeAdapter(Failure)
 
 
 def connect(url: str) -> Redis:
@@ -81,7 +88,7 @@ class RedisStore:
         events_ttl_s: float,
         lease_s: float,
         max_attempts: int,
-        clock: Callable[[], float],
+        clock: SharedClock,
         on_error: Callable[[str], None],
         prefix: str = PREFIX,
     ) -> None:
@@ -93,8 +100,9 @@ class RedisStore:
         self._events_ttl_ms = int(events_ttl_s * 1000)
         self._lease_ms = int(lease_s * 1000)
         self._max_attempts = max_attempts
-        self._clock = clock
+        self.clock = clock
         self._on_error = on_error
+        self._operation = RedisOperations(on_error)
         self._prefix = prefix
         self._channel = f"{prefix}changes"
         self._listener: asyncio.Task[None] | None = None
@@ -122,27 +130,32 @@ class RedisStore:
         await self._redis.aclose()
 
     async def check(self) -> None:
-        async with self._operation("check"):
-            await self._redis.ping()
+        # A full Redis, and one that only replicates another, answer but refuse to write.
+        async with self._operation("check", CHECK_LIMIT_S):
+            await self._redis.set(self._key("check"), 1, px=1000)
+        await self._results.check()
 
     async def add(self, job: Job, idempotency: Idempotency | None = None) -> Job:
         request = job.requests[0]
         input_image = request.input_image if isinstance(request, MeshRequest) else b""
-        fields: list[Any] = ["job", dump_job(job.without_input_images())]
+        fields: list[Any] = ["version", RECORD_VERSION, "job", dump_job(job.without_input_images())]
         if job.webhook_url is not None:
             fields += ["webhook_url", job.webhook_url]
         name, value = "", ""
         if idempotency is not None:
             name, value = f"{idempotency.owner}:{idempotency.key}", f"{idempotency.fingerprint} {job.id}"
-        entry = _live_entry(job, job.predicted_seconds)
-        async with self._operation("add"):
+        entry = dump_live(job, job.predicted_seconds)
+        async with self._operation("add", RESULTS_LIMIT_S if input_image else LIMIT_S):
             existing = await self._run(self._add, job.id, job.place, entry, name, value, input_image, *fields)
         return job if existing is None or idempotency is None else await self._existing(idempotency, existing)
 
     async def find(self, idempotency: Idempotency) -> Job | None:
         async with self._operation("find"):
             existing = await self._redis.get(self._key(f"key:{idempotency.owner}:{idempotency.key}"))
-        return None if existing is None else await self._existing(idempotency, existing)
+        try:
+            return None if existing is None else await self._existing(idempotency, existing)
+        except JobNotFound:  # its record was deleted before its key
+            return None
 
     async def _existing(self, idempotency: Idempotency, value: bytes) -> Job:
         """The job of an idempotency key whose `value` in Redis is fingerprint and job id."""
@@ -154,9 +167,7 @@ class RedisStore:
     async def get(self, job_id: str) -> JobSnapshot:
         async with self._operation("get"):
             fields = await self._redis.hgetall(self._key(f"job:{job_id}"))
-        if b"job" not in fields:
-            raise JobNotFound(f"there is no job '{job_id}'")
-        return JobSnapshot(load_job(fields[b"job"]), _state_of(fields))
+        return load_snapshot(job_id, fields)
 
     async def content(self, job_id: str) -> FinishedJob:
         snapshot = await self.get(job_id)
@@ -166,36 +177,64 @@ class RedisStore:
         return FinishedJob(snapshot.job, state, await self._results.get(state.content))
 
     async def claim(self, fits: Fits) -> Claim | None:
-        async with self._operation("claim"):
-            async for job_id in self._waiting(fits):
-                lease = uuid.uuid4().hex
-                if await self._run(self._claim, job_id, lease, self._lease_ms, self._clock()) is None:
-                    continue  # another worker was faster
-                job = (await self.get(job_id)).job
-                if isinstance(job.requests[0], MeshRequest):
-                    input_image = await self._redis.get(self._key(f"job:{job_id}:picture"))
-                    # It is missing if the job was cancelled meanwhile; the worker will learn of that.
-                    job = replace(job, requests=(replace(job.requests[0], input_image=input_image or b""),))
-                return Claim(job, lease)
+        async for job_id, live in self._waiting():
+            if live is None:
+                await self._fail_unreadable(job_id)
+                continue
+            if live.is_newer or not fits(live.model, live.shape):
+                continue
+            if (claim := await self._claim_job(job_id, live.model)) is not None:
+                return claim
         return None
 
-    async def _waiting(self, fits: Fits) -> AsyncIterator[str]:
-        """The ids of the waiting jobs that fit, in the order of the queue."""
+    async def _waiting(self) -> AsyncIterator[tuple[str, LiveEntry | None]]:
+        """The ids of the waiting jobs in the order of the queue, with their entries; None for an unreadable one."""
         for start in range(0, 2**31, _CHUNK):
-            ids = await self._redis.zrange(self._key("queue"), start, start + _CHUNK - 1)
+            async with self._operation("claim"):
+                ids = await self._redis.zrange(self._key("queue"), start, start + _CHUNK - 1)
+                entries = await self._redis.hmget(self._key("live"), ids) if ids else []
             if not ids:
                 return
-            for job_id, entry in zip(ids, await self._redis.hmget(self._key("live"), ids), strict=True):
-                if entry is None:
-                    continue
-                live = json.loads(entry)
-                if fits(live["model"], live["shape"]):
-                    yield job_id.decode()
+            for job_id, entry in zip(ids, entries, strict=True):
+                if entry is not None:  # else another call has ended the job since
+                    yield job_id.decode(), load_live(entry)
+
+    async def _claim_job(self, job_id: str, model: str) -> Claim | None:
+        """None if another worker was faster, or if the job cannot be read, which ends it."""
+        lease = uuid.uuid4().hex
+        async with self._operation("claim"):
+            if await self._run(self._claim, job_id, lease, self._lease_ms, self.clock()) is None:
+                return None
+            fields = await self._redis.hgetall(self._key(f"job:{job_id}"))
+        try:
+            job = load_snapshot(job_id, fields).job
+            if job.model != model:  # which its worker may not have
+                raise JobUnreadable(job_id)
+        except JobNotFound:
+            return None
+        except JobUnreadable as error:
+            await self._fail_unreadable(job_id, error)
+            return None
+        if isinstance(job.requests[0], MeshRequest):
+            async with self._operation("claim", RESULTS_LIMIT_S):
+                input_image = await self._redis.get(self._key(f"job:{job_id}:picture"))
+            # It is missing if the job was cancelled meanwhile; the worker will learn of that.
+            job = replace(job, requests=(replace(job.requests[0], input_image=input_image or b""),))
+        return Claim(job, lease)
+
+    async def _fail_unreadable(self, job_id: str, error: JobUnreadable | None = None) -> None:
+        """End a job without reading its record."""
+        self._report_unreadable(job_id, error)
+        failure = Failure(FailureReason.GENERATION_FAILED, str(JobUnreadable(job_id)))
+        await self._end_job(job_id, "", JobStatus.FAILED, {"failure": dump_failure(failure)})
 
     async def renew(self, claims: Sequence[Claim]) -> set[str]:
         pairs = [part for claim in claims for part in (claim.job.id, claim.lease)]
         async with self._operation("renew"):
-            return {job_id.decode() for job_id in await self._run(self._renew, self.worker_id, self._lease_ms, *pairs)}
+            asked_at = self.clock.local()
+            lost, now_ms = await self._run(self._renew, self.worker_id, self._lease_ms, *pairs)
+        self.clock.adjust(now_ms / 1000, asked_at=asked_at)
+        return {job_id.decode() for job_id in lost}
 
     async def record(self, progress: Progress) -> None:
         job, lease = progress.claim.job, progress.claim.lease
@@ -204,7 +243,7 @@ class RedisStore:
             *("compute_ratio", progress.compute_ratio),
         ]
         seconds_left = job.seconds_left(progress.steps_done, progress.num_steps)
-        data, entry = json.dumps(progress.event_data), _live_entry(job, seconds_left)
+        data, entry = json.dumps(progress.event_data), dump_live(job, seconds_left)
         async with self._operation("record"):
             await self._run(self._record, job.id, lease, EventName.PROGRESS, data, entry, *fields)
 
@@ -215,38 +254,35 @@ class RedisStore:
 
     async def end(self, ending: Ending) -> JobSnapshot | None:
         job_id, lease = ending.claim.job.id, ending.claim.lease
-        fields: dict[str, Any] = {"receipts": _RECEIPTS.dump_json(ending.receipts)}
+        fields: dict[str, Any] = {"receipts": dump_receipts(ending.receipts)}
         if ending.failure is not None:
-            fields["failure"] = _FAILURE.dump_json(ending.failure)
+            fields["failure"] = dump_failure(ending.failure)
         if ending.status is JobStatus.SUCCEEDED:
             fields["content"] = f"{job_id}/{lease}"
-            async with self._operation("put_results"):
-                await self._results.put(fields["content"], ending.artifacts)
-        return await self._end_job(job_id, lease, ending.status, fields)
+            await self._results.put(fields["content"], ending.artifacts)
+        return _snapshot(job_id, await self._end_job(job_id, lease, ending.status, fields))
 
     async def _end_job(
         self, job_id: str, lease: str, status: JobStatus, fields: Mapping[str, Any]
-    ) -> JobSnapshot | None:
-        changed = {"ended_at": self._clock(), **fields}
+    ) -> dict[bytes, bytes] | None:
+        """The fields of the job's record if this call ended it."""
+        changed = {"ended_at": self.clock(), **fields}
+        pairs = [part for pair in changed.items() for part in pair]
         async with self._operation("end"):
-            pairs = [part for pair in changed.items() for part in pair]
-            if not await self._run(self._end, job_id, lease, self._job_ttl_ms, self._events_ttl_ms, status, *pairs):
-                return None
-        return await self.get(job_id)
+            ended = await self._run(self._end, job_id, lease, self._job_ttl_ms, self._events_ttl_ms, status, *pairs)
+        return None if ended is None else dict(zip(ended[::2], ended[1::2], strict=True))
 
     async def release(self, claim: Claim) -> None:
         async with self._operation("release"):
             await self._run(self._release, claim.job.id, claim.lease)
 
     async def cancel(self, job_id: str) -> tuple[JobSnapshot, bool]:
-        snapshot = await self.get(job_id)
-        if snapshot.state.status.is_terminal:
-            return snapshot, False
-        cancelled = await self._end_job(job_id, "", JobStatus.CANCELLED, {})
+        cancelled = _snapshot(job_id, await self._end_job(job_id, "", JobStatus.CANCELLED, {}))
         return (await self.get(job_id), False) if cancelled is None else (cancelled, True)
 
     async def fail(self, job_id: str, failure: Failure) -> JobSnapshot | None:
-        return await self._end_job(job_id, "", JobStatus.FAILED, {"failure": _FAILURE.dump_json(failure)})
+        fields = {"failure": dump_failure(failure)}
+        return _snapshot(job_id, await self._end_job(job_id, "", JobStatus.FAILED, fields))
 
     async def recover(self) -> Recovery:
         async with self._operation("recover"):
@@ -256,16 +292,32 @@ class RedisStore:
                 return Recovery()
             requeued, given_up = await self._run(self._recover, self._max_attempts)
         failed = []
-        for job_id in (job_id.decode() for job_id in given_up):
-            attempts = (await self.get(job_id)).state.attempts
-            failed.append(await self.fail(job_id, Failure.worker_lost(job_id, attempts)))
+        for job_id, attempts in ((job_id.decode(), attempts) for job_id, attempts in given_up):
+            try:
+                failed.append(await self.fail(job_id, Failure.worker_lost(job_id, attempts)))
+            except JobUnreadable as error:
+                self._report_unreadable(job_id, error)
         ids = tuple(job_id.decode() for job_id in requeued)
         return Recovery(ids, tuple(snapshot for snapshot in failed if snapshot is not None))
 
     async def take_webhook(self) -> tuple[JobSnapshot, int] | None:
-        async with self._operation("take_webhook"):
-            taken = await self._run(self._take_webhook, int(WEBHOOK_HELD_S * 1000))
-        return None if taken is None else (await self.get(taken[0].decode()), taken[1])
+        while True:
+            async with self._operation("take_webhook"):
+                taken = await self._run(self._take_webhook, int(WEBHOOK_HELD_S * 1000))
+            if taken is None:
+                return None
+            job_id = taken[0].decode()
+            try:
+                return await self.get(job_id), taken[1]
+            except JobNotFound:
+                pass
+            except JobUnreadable as error:
+                self._report_unreadable(job_id, error)
+            await self.settle_webhook(job_id, None)
+
+    def _report_unreadable(self, job_id: str, error: JobUnreadable | None) -> None:
+        self._on_error("read")
+        logger.error("the job's record can't be read", exc_info=error, extra={"job_id": job_id})
 
     async def settle_webhook(self, job_id: str, retry_in_s: float | None) -> None:
         async with self._operation("settle_webhook"):
@@ -274,51 +326,37 @@ class RedisStore:
     async def events(self, job_id: str, after: str) -> list[Event]:
         async with self._operation("events"):
             entries = await self._redis.xrange(self._key(f"job:{job_id}:events"), f"({after}")
-        if not entries:
-            await self.get(job_id)  # raises JobNotFound
-        return [
-            Event(event_id.decode(), EventName(fields[b"name"].decode()), json.loads(fields[b"data"]))
-            for event_id, fields in entries
-        ]
+            if not entries and not await self._redis.exists(self._key(f"job:{job_id}")):
+                raise JobNotFound(f"there is no job '{job_id}'")
+        return [event for event in (load_event(event_id, fields) for event_id, fields in entries) if event is not None]
 
     async def live_jobs(self) -> list[JobSnapshot]:
         async with self._operation("live_jobs"):
             ids = await self._redis.hkeys(self._key("live"))
         jobs = []
         for job_id in ids:
-            with suppress(JobNotFound):
+            with suppress(JobNotFound, JobUnreadable):
                 jobs.append(await self.get(job_id.decode()))
         return jobs
 
     async def backlog_s(self) -> float:
         async with self._operation("backlog"):
             entries = await self._redis.hvals(self._key("live"))
-            num_workers = await self._redis.zcard(self._key("workers"))
-        return float(sum(json.loads(entry)["seconds"] for entry in entries) / max(1, num_workers))
+            num_workers: int = await self._redis.zcard(self._key("workers"))
+        return sum(live.seconds for live in map(load_live, entries) if live is not None) / max(1, num_workers)
 
     async def num_waiting(self) -> Counter[str]:
         async with self._operation("num_waiting"):
             ids = await self._redis.zrange(self._key("queue"), 0, -1)
             entries = await self._redis.hmget(self._key("live"), ids) if ids else []
-        return Counter(json.loads(entry)["model"] for entry in entries if entry is not None)
+        lives = (load_live(entry) for entry in entries if entry is not None)
+        return Counter(live.model for live in lives if live is not None)
 
     def _key(self, name: str) -> str:
         return self._prefix + name
 
     async def _run(self, script: Any, *arguments: Any) -> Any:
         return await script(keys=[self._prefix, self._channel], args=arguments)
-
-    @asynccontextmanager
-    async def _operation(self, name: str) -> AsyncIterator[None]:
-        """Turn errors of Redis and of the network into StoreUnavailable, and report them to `on_error`."""
-        try:
-            yield
-        except (RedisError, OSError) as error:
-            self._on_error(name)
-            raise StoreUnavailable("the job store can't be reached; try again in a moment") from error
-        except StoreUnavailable:
-            self._on_error(name)
-            raise
 
     async def _listen(self) -> None:
         """Pass on the messages of the channel until cancelled. One connection serves all waiting tasks."""
@@ -329,12 +367,13 @@ class RedisStore:
                     while True:
                         message = await channel.get_message(ignore_subscribe_messages=True, timeout=1)
                         if message is not None:
-                            self._pass_on(*message["data"].decode().split(":", 1))
+                            self._pass_on(message["data"].decode(errors="replace"))
             except (RedisError, OSError) as error:
                 logger.warning("lost the connection that announces changes: %s", error)
                 await asyncio.sleep(_RECONNECT_S)
 
-    def _pass_on(self, what: str, job_id: str) -> None:
+    def _pass_on(self, message: str) -> None:
+        what, _, job_id = message.partition(":")
         self.changes.notify(job_id)
         if what == "queued":
             self._on_queued()
@@ -342,24 +381,5 @@ class RedisStore:
             self._on_cancelled(job_id)
 
 
-def _live_entry(job: Job, seconds_left: float) -> str:
-    return json.dumps({"model": job.model, "shape": shape_of(job.requests[0]), "seconds": round(seconds_left, 6)})
-
-
-def _state_of(fields: Mapping[bytes, bytes]) -> JobState:
-
-    def number(name: bytes) -> float | None:
-        return float(fields[name]) if name in fields else None
-
-    return JobState(
-        status=JobStatus(fields[b"status"].decode()),
-        started_at=number(b"started_at"),
-        ended_at=number(b"ended_at"),
-        steps_done=int(fields.get(b"steps_done", b"0")),
-        num_steps=int(fields[b"num_steps"]) if b"num_steps" in fields else None,
-        compute_ratio=number(b"compute_ratio"),
-        attempts=int(fields.get(b"attempts", b"0")),
-        receipts=_RECEIPTS.validate_json(fields[b"receipts"]) if b"receipts" in fields else (),
-        failure=_FAILURE.validate_json(fields[b"failure"]) if b"failure" in fields else None,
-        content=fields[b"content"].decode() if b"content" in fields else None,
-    )
+def _snapshot(job_id: str, fields: Mapping[bytes, bytes] | None) -> JobSnapshot | None:
+    return None if fields is None else load_snapshot(job_id, fields)

@@ -22,6 +22,8 @@ _POLL_S = 1.0
 # How long `follow` retries an unreachable store.
 _RETRY_S = 60.0
 _BEGINNING = "0-0"
+EVENTS_TTL_S = 300.0
+"""How long the events of an ended job are kept. Their previews may have megabytes, and nobody counts these."""
 WEBHOOK_HELD_S = 60.0
 """How long a webhook that was taken is kept from others."""
 
@@ -133,6 +135,11 @@ class JobStore(Protocol):
     """Whether jobs outlive this process, and other processes may claim them."""
     changes: "Changes"
 
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Unix seconds, by one clock for all processes that share the store. All times of jobs are by it."""
+        ...
+
     async def open(self, *, on_queued: Callable[[], None], on_cancelled: Callable[[str], None]) -> None:
         """Begin to pass on changes, also from other processes.
 
@@ -143,7 +150,7 @@ class JobStore(Protocol):
     async def close(self) -> None: ...
 
     async def check(self) -> None:
-        """Raise StoreUnavailable if the store cannot be reached."""
+        """Raise StoreUnavailable if the store or its results cannot be reached, or refuse to write."""
         ...
 
     async def add(self, job: Job, idempotency: Idempotency | None = None) -> Job:

@@ -8,11 +8,9 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
-from typing import TypeVar
 
 from models.card import ModelCard
-from service.errors import Draining, JobNotFound, StoreUnavailable
+from service.errors import Draining, JobNotFound, JobUnreadable, StoreUnavailable
 from service.jobs.job import Failure, FailureReason, JobSnapshot, log_fields
 from service.jobs.store import Claim, Ending, JobStore, Preview, Progress
 from service.metrics import Metrics
@@ -20,8 +18,6 @@ from service.running.inbox import Inbox
 from service.running.worker import Worker
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 POLL_S = 1.0
 """Notifications can be lost, so the queue and the webhooks are also polled at this interval."""
@@ -68,6 +64,7 @@ class Dispatcher:
         self._clock = clock
         self._drain: asyncio.Task[None] | None = None
         self._background: set[asyncio.Future[object]] = set()
+        self._stuck: dict[str, str] = {}  # leases of jobs whose end could not be stored so far, and why
 
     @property
     def cards(self) -> Mapping[str, ModelCard]:
@@ -95,9 +92,11 @@ class Dispatcher:
             await self.store.close()
 
     def check_accepting(self) -> None:
-        """Raise Draining once the server is shutting down."""
+        """Raise Draining once the server is shutting down, StoreUnavailable while finished jobs can't be stored."""
         if self._drain is not None or self.has_drained.is_set():
             raise Draining("the server is shutting down", math.ceil(self.timing.grace_s))
+        if self._stuck:
+            raise StoreUnavailable(f"finished jobs can't be stored: {next(iter(self._stuck.values()))}")
 
     async def cancel(self, job_id: str) -> JobSnapshot:
         """Cancel a job: a queued job never runs, a running job stops before its next step.
@@ -114,8 +113,14 @@ class Dispatcher:
         """Cancel the job of a client that has disconnected, as soon as the store can be reached."""
 
         async def cancel() -> None:
-            with suppress(JobNotFound):
-                await self._until_stored(lambda: self.cancel(job_id))
+            with suppress(JobNotFound, JobUnreadable):
+                while True:
+                    try:
+                        await self.cancel(job_id)
+                        return
+                    except StoreUnavailable as error:
+                        logger.warning("waiting for the store: %s", error)
+                        await asyncio.sleep(RETRY_S)
 
         self.worker.drop(job_id)
         self.in_background(cancel())
@@ -197,8 +202,10 @@ class Dispatcher:
                     await self._inbox.news.wait()
 
     def _may_claim(self) -> bool:
+        # Results that wait to be stored are in memory, so they count as running.
+        has_room = not self._stuck and len(self._inbox.unstored) < self.worker.limits.max_running
         # Other servers claim the jobs that a draining server leaves in a shared queue.
-        return self.worker.is_alive and (self._drain is None or not self.store.is_shared)
+        return has_room and self.worker.is_alive and (self._drain is None or not self.store.is_shared)
 
     async def _keep_leases(self) -> None:
         """Renew the leases of this worker, drop the jobs whose lease is lost, and recover jobs of dead workers."""
@@ -220,34 +227,47 @@ class Dispatcher:
             await asyncio.sleep(self.timing.lease_s / 4)
 
     async def _store_reports(self) -> None:
-        """Store what the worker reports, in order. Ends wait for an unreachable store; progress and previews do not."""
+        """Store what the worker reports. Ends wait for an unreachable store; progress and previews do not."""
         while True:
             reports = await self._inbox.next_reports()
             latest = {report.claim.lease: report for report in reports if isinstance(report, Progress)}
             for report in reports:
                 match report:
                     case Progress() if report is latest[report.claim.lease]:
-                        with suppress(StoreUnavailable):
-                            await self.store.record(report)
+                        await self._store_if_possible(report.claim, self.store.record(report))
                     case Preview():
-                        with suppress(StoreUnavailable):
-                            await self.store.add_preview(report)
-                    case Ending():
-                        await self._until_stored(partial(self._end, report))
-                        self._inbox.settle(report.claim)
+                        await self._store_if_possible(report.claim, self.store.add_preview(report))
+                    case Ending():  # in a task of its own: one that can't be stored must not hold up the others
+                        self.in_background(self._store_end(report))
 
-    async def _end(self, ending: Ending) -> None:
-        snapshot = await self.store.end(ending)
-        if snapshot is not None:
-            self._record_end(snapshot)
+    async def _store_if_possible(self, claim: Claim, storing: Awaitable[None]) -> None:
+        try:
+            await storing
+        except StoreUnavailable:
+            pass  # the store counts its own errors
+        except Exception:
+            logger.exception("a report can't be stored", extra=log_fields(claim.job))
 
-    async def _until_stored(self, call: Callable[[], Awaitable[T]]) -> T:
-        while True:
-            try:
-                return await call()
-            except StoreUnavailable as error:
-                logger.warning("waiting for the store: %s", error)
-                await asyncio.sleep(RETRY_S)
+    async def _store_end(self, ending: Ending) -> None:
+        """Store the end of a job, however often that has to be tried."""
+        job, lease = ending.claim.job, ending.claim.lease
+        try:
+            while True:
+                try:
+                    snapshot = await self.store.end(ending)
+                    break
+                except StoreUnavailable as error:
+                    if lease not in self._stuck:
+                        logger.warning("the end can't be stored yet: %s", error, extra=log_fields(job))
+                    self._stuck[lease] = str(error)
+                    await asyncio.sleep(RETRY_S)
+            if snapshot is not None:
+                self._record_end(snapshot)
+        except Exception:  # of this job alone, whose lease now runs out
+            logger.exception("the end can't be stored", extra=log_fields(job))
+        finally:
+            self._stuck.pop(lease, None)
+            self._inbox.settle(ending.claim)
 
     async def _call_webhooks(self) -> None:
         """Call the webhooks of ended jobs, one after the other. Failed calls are repeated after RETRY_DELAYS_S."""

@@ -14,7 +14,7 @@ class Inbox:
 
     def __init__(self) -> None:
         self.news = asyncio.Event()
-        """Set by `wake`: there is a job to claim, or room for one."""
+        """There is a job to claim, or room for one."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._reports: asyncio.Queue[Report] = asyncio.Queue()
         self._unstored: dict[str, Claim] = {}  # by lease
@@ -49,6 +49,7 @@ class Inbox:
     def settle(self, claim: Claim) -> None:
         """The end of this job is stored."""
         self._unstored.pop(claim.lease, None)
+        self.news.set()
 
     def _receive(self, report: Report) -> None:
         if isinstance(report, Ending):

@@ -247,7 +247,7 @@ class Worker:
         if not self.is_held(held.claim):  # an earlier request of the job has failed
             return
         job, request = held.job, held.job.requests[index]
-        queue_s = self._clock() - job.created_at
+        queue_s = max(0.0, self._clock() - job.created_at)  # clocks agree only roughly
         began = time.perf_counter()
         try:
             state = engine.start(request)

@@ -1,9 +1,15 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 from fastapi.testclient import TestClient
+
+from service.app import build_dispatcher
+from service.jobs.job import Job
+from service.jobs.store import EventName, follow
+from service.settings import Settings
 
 WITHOUT_TORCH = """
 import sys
@@ -111,3 +117,16 @@ def test_unknown_paths_and_methods_have_our_shape(
 def test_wrong_method_says_which_are_allowed(method: str, path: str, allowed: str, client: TestClient) -> None:
     response = client.request(method, path)
     assert (response.status_code, response.headers["allow"]) == (405, allowed)
+
+
+@pytest.mark.anyio
+async def test_events_and_their_previews_are_kept_for_minutes_only(make_job: Callable[..., Job]) -> None:
+    now = [0.0]
+    store = build_dispatcher(Settings(), lambda: pytest.fail("no engine is needed"), clock=lambda: now[0]).store
+    await store.add(make_job("a"))
+    await store.cancel("a")
+    now[0] = 290.0
+    assert [event.name for event in await store.events("a", "0-0")] == [EventName.QUEUED, EventName.ENDED]
+    now[0] = 310.0
+    assert await store.events("a", "0-0") == []
+    assert [event.name async for event in follow(store, "a")] == [EventName.ENDED]

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from service.errors import JobUnreadable
 from service.settings import Settings
 
 
@@ -74,3 +75,14 @@ def test_content_has_a_file_name(client: TestClient) -> None:
 def test_no_other_key_of_the_store_is_a_job(job_id: str, client: TestClient) -> None:
     assert client.get(f"/v1/jobs/{job_id}").status_code == 404
     assert client.delete(f"/v1/jobs/{job_id}").status_code == 404
+
+
+def test_job_that_cannot_be_read_is_answered_as_failed(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def get(job_id: str) -> None:
+        raise JobUnreadable(job_id)
+
+    monkeypatch.setattr(client.app.state.dispatcher.store, "get", get)
+    response = client.get("/v1/jobs/job_1")
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "generation_failed"
+    assert "job_1" in response.json()["error"]["message"]

@@ -3,6 +3,9 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from service.errors import StoreUnavailable
+from tests.fixtures.waiting import wait_until
+
 
 def test_running_server_is_alive_and_ready(client: TestClient) -> None:
     assert client.get("/healthz").json() == {"status": "ok"}
@@ -15,6 +18,38 @@ def test_draining_server_is_alive_but_not_ready(client: Any) -> None:
     response = client.get("/readyz")
     assert response.status_code == 503
     assert response.json() == {"status": "unavailable", "reason": "the server is shutting down"}
+
+
+def test_server_that_cannot_store_results_is_not_ready_and_takes_no_work(
+    client: Any, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = client.app.state.dispatcher.store._results
+
+    async def refuse(*arguments: Any) -> None:
+        raise StoreUnavailable("the volume of results fails: No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(results, "put", refuse)
+        first = client.post("/v1/images", json={"prompt": "a"}, headers={"Prefer": "respond-async"})
+        wait_until(lambda: client.get("/readyz").status_code == 503)
+        assert "No space left" in client.get("/readyz").json()["reason"]
+        assert client.get("/healthz").status_code == 200
+        refused = client.post("/v1/images", json={"prompt": "b"})
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "store_unavailable"
+        assert refused.headers["retry-after"]
+    wait_until(lambda: client.get(first.headers["location"]).json()["status"] == "succeeded")
+    wait_until(lambda: client.get("/readyz").status_code == 200)
+
+
+def test_server_whose_volume_is_full_is_not_ready(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse() -> None:
+        raise StoreUnavailable("the volume of results fails: No space left on device")
+
+    monkeypatch.setattr(client.app.state.dispatcher.store._results, "check", refuse)
+    response = client.get("/readyz")
+    assert (response.status_code, response.json()["status"]) == (503, "unavailable")
+    assert "No space left" in response.json()["reason"]
 
 
 def test_metrics_count_what_was_done(client: TestClient) -> None:

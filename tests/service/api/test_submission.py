@@ -17,6 +17,7 @@ from service.api.schemas import ImageBody
 from service.api.submission import card_of, submit
 from service.errors import DeadlineUnreachable, IdempotencyKeyReused, Overloaded
 from service.jobs.job import Job, Priority
+from service.jobs.memory import MemoryStore
 from service.keys import ApiKey, Scope
 from service.running.dispatcher import Dispatcher
 from service.settings import Settings
@@ -86,6 +87,13 @@ async def test_job_holds_the_order_and_its_caller(dispatcher: Dispatcher, submit
     assert (await dispatcher.store.get(job.id)).job == job
     assert caller_of(request.scope).job_id == job.id
     assert (await submit_image(call())).id != job.id
+
+
+async def test_job_begins_at_the_time_of_its_store(dispatcher: Dispatcher, submit_image: SubmitImage) -> None:
+    assert isinstance(dispatcher.store, MemoryStore)
+    dispatcher.store.clock = lambda: 5e9
+    job = await submit_image(budget={"latency_ms": 30_000})
+    assert (job.created_at, job.deadline_at) == (5e9, 5e9 + 30)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from benchmarks.processes import RedisServer
 from service.jobs.memory import MemoryStore
 from service.jobs.redis import RedisStore, connect
 from service.jobs.results import MemoryResults, RedisResults, Results, VolumeResults
+from service.jobs.shared_clock import SharedClock
 from service.jobs.store import JobStore
 
 LEASE_S, JOB_TTL_S, RESULT_TTL_S, MAX_BYTES = 0.3, 1.0, 0.5, 100
@@ -60,14 +61,16 @@ async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
     if request.param == "redis":
         server: RedisServer = request.getfixturevalue("redis_server")
         prefix, redis = f"test{next(_names)}:", connect(server.url)
-        results = RedisResults(redis, **limits, prefix=prefix)
-        store = RedisStore(redis, results, **rules, on_error=pytest.fail, prefix=prefix)
+        results = RedisResults(redis, **limits, on_error=pytest.fail, prefix=prefix)
+        store = RedisStore(
+            redis, results, **{**rules, "clock": SharedClock(clock)}, on_error=pytest.fail, prefix=prefix
+        )
         elapse = asyncio.sleep
         while (await redis.info("server"))["uptime_in_seconds"] < LEASE_S:
             await asyncio.sleep(0.1)
     else:
         if request.param == "volume":
-            results = VolumeResults(f"file://{tmp_path}/results", **limits, clock=clock)
+            results = VolumeResults(f"file://{tmp_path}/results", **limits, on_error=pytest.fail, clock=clock)
         else:
             results = MemoryResults(**limits, clock=clock)
         store = MemoryStore(results, **rules)

@@ -1,31 +1,417 @@
-"""What the store in Redis does beyond the contract of all stores."""
+"""What the store in Redis does beyond the contract of all stores: it outlives versions, and broken records."""
 
+import asyncio
+import itertools
 import json
-from collections.abc import Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.processes import RedisServer
-from service.jobs.job import Job, JobSnapshot, JobState
+from models.card import ImageCard
+from service.errors import JobUnreadable, StoreUnavailable
+from service.jobs.job import FailureReason, Job, JobSnapshot, JobState, JobStatus
 from service.jobs.redis import RedisStore, connect
-from service.jobs.results import MemoryResults
+from service.jobs.redis_records import RECORD_VERSION
+from service.jobs.results import RedisResults
+from service.jobs.shared_clock import SharedClock
+from service.jobs.store import Claim, Ending, EventName, Idempotency, ended, follow
+from tests.fixtures.job_records import FAILURE, RECEIPT, dump, play, restore, scenario_jobs
 
 pytestmark = [pytest.mark.anyio, pytest.mark.redis]
 
+MakeJob = Callable[..., Job]
+LEASE_S = 0.05
+VERSION_1 = json.loads((Path(__file__).parent / "version_1_records.json").read_text())
+_names = itertools.count()
 
-async def test_job_of_an_earlier_version_is_readable(redis_server: RedisServer, make_job: Callable[..., Job]) -> None:
-    # Given a job whose fixed record also has the fields of its state, as version 0.1 wrote them
-    redis: Any = connect(redis_server.url)
-    results = MemoryResults(ttl_s=1.0, max_bytes=100, clock=lambda: 0.0)
-    options: dict[str, Any] = {"job_ttl_s": 10.0, "events_ttl_s": 10.0, "lease_s": 10.0, "max_attempts": 2}
-    store = RedisStore(redis, results, **options, clock=lambda: 5.0, on_error=pytest.fail, prefix="earlier:")
+
+@dataclass
+class Shared:
+    """A store, and its Redis. `errors` has the names of the operations that failed."""
+
+    store: RedisStore
+    redis: Any
+    prefix: str
+    errors: list[str] = field(default_factory=list)
+
+    async def claim(self) -> Claim:
+        claim = await self.store.claim(lambda model, shape: True)
+        assert claim is not None
+        return claim
+
+    async def set_in_job(self, job_id: str, **fields: Any) -> None:
+        """Change fields of a job's fixed record; None deletes one."""
+        key = f"{self.prefix}job:{job_id}"
+        record = {**json.loads(await self.redis.hget(key, "job")), **fields}
+        kept = {name: value for name, value in record.items() if value is not None}
+        await self.redis.hset(key, "job", json.dumps(kept))
+
+    async def let_die(self, *claims: Claim) -> None:
+        """Let the leases of these claims run out."""
+        await self.redis.zadd(f"{self.prefix}leases", {claim.job.id: 1 for claim in claims})
+
+
+Share = Callable[..., Awaitable[Shared]]
+
+
+@pytest.fixture
+async def share(redis_server: RedisServer) -> AsyncIterator[Share]:
+    """A store on keys of this test's own, with a local clock."""
+    prefix = f"own{next(_names)}:"
+    stores: list[RedisStore] = []
+
+    async def open_store(clock: Callable[[], float] = lambda: 1000.5) -> Shared:
+        redis: Any = connect(redis_server.url)
+        errors: list[str] = []
+        store = RedisStore(
+            redis,
+            RedisResults(redis, ttl_s=60.0, max_bytes=10_000, on_error=errors.append, prefix=prefix),
+            job_ttl_s=60.0,
+            events_ttl_s=60.0,
+            lease_s=LEASE_S,
+            max_attempts=2,
+            clock=SharedClock(clock),
+            on_error=errors.append,
+            prefix=prefix,
+        )
+        stores.append(store)
+        while (await redis.info("server"))["uptime_in_seconds"] < LEASE_S:
+            await asyncio.sleep(0.1)
+        return Shared(store, redis, prefix, errors)
+
+    yield open_store
+    for store in stores:
+        await store.close()
+
+
+@pytest.fixture
+async def shared(share: Share) -> Shared:
+    return await share()
+
+
+async def break_missing_field(shared: Shared) -> None:
+    await shared.set_in_job("broken", output=None)
+
+
+async def break_unknown_priority(shared: Shared) -> None:
+    await shared.set_in_job("broken", priority="urgent")
+
+
+async def break_unknown_rule(shared: Shared) -> None:
+    await set_in_point(shared, rule="guess")
+
+
+async def break_point(shared: Shared) -> None:
+    await set_in_point(shared, relative_seconds="quick")
+
+
+async def break_steps(shared: Shared) -> None:
+    await set_in_point(shared, steps={"computed": 3})
+
+
+async def set_in_point(shared: Shared, **fields: Any) -> None:
+    (request,) = json.loads(await shared.redis.hget(f"{shared.prefix}job:broken", "job"))["requests"]
+    await shared.set_in_job("broken", requests=[{**request, "point": {**request["point"], **fields}}])
+
+
+async def break_model(shared: Shared) -> None:
+    (request,) = json.loads(await shared.redis.hget(f"{shared.prefix}job:broken", "job"))["requests"]
+    await shared.set_in_job("broken", model="other", requests=[{**request, "model": "other"}])
+
+
+async def break_requests(shared: Shared) -> None:
+    await shared.set_in_job("broken", requests=[])
+
+
+async def break_json(shared: Shared) -> None:
+    await shared.redis.hset(f"{shared.prefix}job:broken", "job", b"\xff{")
+
+
+async def break_hash(shared: Shared) -> None:
+    await shared.redis.hdel(f"{shared.prefix}job:broken", "job")
+
+
+async def break_state(shared: Shared) -> None:
+    await shared.redis.hset(f"{shared.prefix}job:broken", "num_steps", "many")
+
+
+async def break_live_entry(shared: Shared) -> None:
+    await shared.redis.hset(f"{shared.prefix}live", "broken", '{"model": "drawn"}')
+
+
+BREAKS = (
+    break_missing_field,
+    break_unknown_priority,
+    break_unknown_rule,
+    break_point,
+    break_steps,
+    break_requests,
+    break_json,
+    break_hash,
+    break_state,
+)
+
+
+@pytest.mark.parametrize("break_record", BREAKS)
+async def test_queued_job_that_cannot_be_read_fails_alone(break_record: Any, shared: Shared, make_job: MakeJob) -> None:
+    for number, name in enumerate(("broken", "whole")):
+        await shared.store.add(replace(make_job(name), created_at=float(number)))
+    await break_record(shared)
+    # When a worker claims a job, then it gets the other one
+    assert (await shared.claim()).job.id == "whole"
+    # Then the broken one has ended, and its client hears of it
+    assert (await shared.store.events("broken", "0-0"))[-1].data == {"status": "failed"}
+    with pytest.raises(JobUnreadable, match="broken"):
+        await ended(shared.store, "broken")
+    assert [live.job.id for live in await shared.store.live_jobs()] == ["whole"]
+    assert shared.errors == ["read"]
+
+
+@pytest.mark.parametrize("break_record", [break_live_entry, break_model])
+async def test_job_whose_entry_in_the_queue_is_not_its_own_fails_alone(
+    break_record: Any, shared: Shared, make_job: MakeJob
+) -> None:
+    for number, name in enumerate(("broken", "whole")):
+        await shared.store.add(replace(make_job(name), created_at=float(number)))
+    await break_record(shared)
+    assert await shared.store.backlog_s() >= 2.0
+    assert (await shared.store.num_waiting())["drawn"] >= 1
+    assert (await shared.claim()).job.id == "whole"
+    assert await shared.store.backlog_s() == 2.0
+    state = (await shared.store.get("broken")).state
+    assert state.failure is not None
+    assert (state.status, state.failure.reason) == (JobStatus.FAILED, FailureReason.GENERATION_FAILED)
+
+
+async def test_running_job_that_cannot_be_read_fails_when_its_workers_have_died(
+    shared: Shared, make_job: MakeJob
+) -> None:
+    for name in ("broken", "whole"):
+        await shared.store.add(make_job(name))
+    await shared.let_die(await shared.claim(), await shared.claim())
+    assert set((await shared.store.recover()).requeued) == {"broken", "whole"}
+    await shared.let_die(await shared.claim(), await shared.claim())
+    await break_missing_field(shared)
+    recovery = await shared.store.recover()
+    assert [failed.job.id for failed in recovery.failed] == ["whole"]
+    assert await shared.redis.hget(f"{shared.prefix}job:broken", "status") == b"failed"
+    assert await shared.store.live_jobs() == []
+
+
+async def test_job_whose_record_is_gone_holds_nothing_up(shared: Shared, make_job: MakeJob) -> None:
+    for number, name in enumerate(("queued", "running", "whole")):
+        await shared.store.add(replace(make_job(name), created_at=float(number)))
+    queued, running, whole = [await shared.claim() for _ in range(3)]
+    await shared.store.release(queued)
+    await shared.redis.delete(f"{shared.prefix}job:queued", f"{shared.prefix}job:running")
+    await shared.let_die(running, whole)
+    assert (await shared.store.recover()).requeued == ("whole",)
+    assert (await shared.claim()).job.id == "whole"
+    assert await shared.store.claim(lambda model, shape: True) is None
+    assert await shared.store.end(Ending(running, JobStatus.SUCCEEDED, artifacts=(b"late",))) is None
+    assert await shared.store.backlog_s() == 2.0
+    assert shared.errors == []
+
+
+@pytest.mark.parametrize("is_deleted", [False, True])
+async def test_broken_entry_of_an_ended_job_leaves_the_queue(
+    is_deleted: bool, shared: Shared, make_job: MakeJob
+) -> None:
+    await shared.store.add(make_job("broken"))
+    await shared.store.cancel("broken")
+    await shared.redis.zadd(f"{shared.prefix}queue", {"broken": 1})
+    await break_live_entry(shared)
+    if is_deleted:
+        await shared.redis.delete(f"{shared.prefix}job:broken")
+    assert await shared.store.claim(lambda model, shape: True) is None
+    assert await shared.redis.exists(f"{shared.prefix}queue", f"{shared.prefix}live") == 0
+    assert await shared.redis.exists(f"{shared.prefix}job:broken:events") == (not is_deleted)
+
+
+async def test_webhook_of_a_job_that_cannot_be_read_is_given_up(shared: Shared, make_job: MakeJob) -> None:
+    for name in ("broken", "whole"):
+        await shared.store.add(replace(make_job(name), webhook_url="https://hooks.example/"))
+        await shared.store.cancel(name)
+    await break_missing_field(shared)
+    taken = await shared.store.take_webhook()
+    assert taken is not None
+    assert taken[0].job.id == "whole"
+    assert await shared.redis.zrange(f"{shared.prefix}webhooks", 0, -1) == [b"whole"]
+
+
+async def test_idempotency_key_of_a_job_whose_record_is_gone_makes_another(shared: Shared, make_job: MakeJob) -> None:
+    same = Idempotency("owner", "key", "print")
+    await shared.store.add(make_job("a"), same)
+    await shared.redis.delete(f"{shared.prefix}job:a")
+    assert await shared.store.find(same) is None
+    assert (await shared.store.add(make_job("b"), same)).id == "b"
+    found = await shared.store.find(same)
+    assert found is not None
+    assert found.id == "b"
+
+
+async def test_strange_messages_and_events_are_passed_over(shared: Shared, make_job: MakeJob) -> None:
+    queued = asyncio.Event()
+    await shared.store.open(on_queued=queued.set, on_cancelled=lambda job_id: None)
+    while await shared.redis.publish(f"{shared.prefix}changes", b"\xff") == 0:  # until the store listens
+        await asyncio.sleep(0.001)
+    await shared.redis.publish(f"{shared.prefix}changes", b"queued")
+    await shared.store.add(make_job("a"))
+    await shared.redis.xadd(f"{shared.prefix}job:a:events", {"name": "job.dreamt", "data": "{}"})
+    await shared.redis.xadd(f"{shared.prefix}job:a:events", {"name": "job.progress", "data": "{"})
+    await shared.store.cancel("a")
+    async with asyncio.timeout(20):
+        await queued.wait()
+        events = [event.name async for event in follow(shared.store, "a")]
+    assert events == [EventName.QUEUED, EventName.ENDED]
+
+
+async def test_job_of_a_newer_version_is_left_to_newer_processes(shared: Shared, make_job: MakeJob) -> None:
+    for number, name in enumerate(("newer", "whole")):
+        await shared.store.add(replace(make_job(name), created_at=float(number)))
+    live = json.loads(await shared.redis.hget(f"{shared.prefix}live", "newer"))
+    await shared.redis.hset(f"{shared.prefix}live", "newer", json.dumps({**live, "version": RECORD_VERSION + 1}))
+    await shared.redis.hset(f"{shared.prefix}job:newer", "version", RECORD_VERSION + 1)
+    assert (await shared.claim()).job.id == "whole"
+    assert await shared.store.claim(lambda model, shape: True) is None
+    with pytest.raises(StoreUnavailable, match="newer"):  # which clients try again
+        await shared.store.get("newer")
+    assert await shared.redis.zrange(f"{shared.prefix}queue", 0, -1) == [b"newer"]
+
+
+async def test_records_of_the_version_before_are_read_as_they_were_written(
+    shared: Shared, make_job: MakeJob, forecasting_card: ImageCard
+) -> None:
+    jobs = scenario_jobs(make_job, forecasting_card)
+    await restore(shared.redis, shared.prefix, VERSION_1)
+    snapshots = {name: await shared.store.get(name) for name in jobs}
+    assert {name: snapshot.job for name, snapshot in snapshots.items()} == {
+        name: job.without_input_images() for name, job in jobs.items()
+    }
+    assert {snapshot.state.status for snapshot in snapshots.values()} == set(JobStatus)
+    assert snapshots["succeeded"].state.receipts == (RECEIPT,)
+    assert snapshots["failed"].state.failure == FAILURE
+    assert (await shared.store.content("succeeded")).artifacts == (b"mesh",)
+    assert [event.name async for event in follow(shared.store, "failed")] == list(EventName)
+    found = await shared.store.find(Idempotency("key", "wish", "print"))
+    assert found is not None
+    assert found.id == "queued"
+    taken = await shared.store.take_webhook()
+    assert taken is not None
+    assert taken[0].job.id == "succeeded"
+    await shared.redis.zadd(f"{shared.prefix}leases", {"running": 1})  # its worker has died
+    assert (await shared.store.recover()).requeued == ("running",)
+    assert [(await shared.claim()).job for _ in range(3)] == [jobs[name] for name in ("queued", "mesh", "running")]
+
+
+async def test_version_before_can_read_the_records(
+    shared: Shared, make_job: MakeJob, forecasting_card: ImageCard
+) -> None:
+    """It ignores fields that it does not know. So all that it wrote must be there, and mean the same."""
+    await play(shared.store, scenario_jobs(make_job, forecasting_card))
+    await shared.store.renew([])
+    written = await dump(shared.redis, shared.prefix)
+    names = {name for name in VERSION_1 if not name.startswith(("result:", "workers"))}
+    assert names <= written.keys()
+    for name in names:
+        assert_contains(written[name], VERSION_1[name], name)
+
+
+def assert_contains(new: Any, old: Any, path: str) -> None:
+    """All that `old` has is in `new`, except values that differ from run to run."""
+    if path.rpartition(".")[2] in ("ended_by", "lease", "content") or path.startswith(("leases", "result")):
+        assert type(new) is type(old)
+    elif isinstance(old, str) and old.startswith(("{", "[")):
+        assert_contains(json.loads(new), json.loads(old), path)
+    elif isinstance(old, dict):
+        assert old.keys() <= new.keys(), path
+        for name in old:
+            assert_contains(new[name], old[name], f"{path}.{name}")
+        assert path.rpartition(".")[2] not in ("policy", "steps") or old.keys() == new.keys()  # these it reads strictly
+    elif path.endswith(".stream"):
+        assert [fields for _, fields in new] == [fields for _, fields in old]
+    else:
+        assert new == old, path
+
+
+async def test_record_of_version_0_1_is_readable(shared: Shared, make_job: MakeJob) -> None:
+    # Given a job whose fixed record also has the fields of its state
     job = make_job("a")
-    await store.add(job)
-    fixed = json.loads(await redis.hget("earlier:job:a", "job"))
-    assert "status" not in fixed
-    earlier = {**fixed, "status": "queued", "started_at": None, "steps_done": 0, "attempts": 0, "receipts": []}
-    await redis.hset("earlier:job:a", "job", json.dumps(earlier))
+    await shared.store.add(job)
+    await shared.set_in_job("a", status="queued", started_at=0, steps_done=0, attempts=0, receipts=[])
     # Then it is read as before
-    assert await store.get("a") == JobSnapshot(job, JobState())
-    await store.close()
+    assert await shared.store.get("a") == JobSnapshot(job, JobState())
+
+
+@pytest.fixture
+async def full(shared: Shared) -> AsyncIterator[Callable[[int], Awaitable[None]]]:
+    """Limits the memory of Redis to so many bytes; 0 is no limit."""
+
+    async def limit(size_bytes: int) -> None:
+        await shared.redis.config_set("maxmemory", size_bytes)
+
+    yield limit
+    await limit(0)
+
+
+async def test_full_redis_takes_no_new_work_and_loses_none(
+    shared: Shared, make_job: MakeJob, full: Callable[[int], Awaitable[None]]
+) -> None:
+    for name in ("a", "b"):
+        await shared.store.add(make_job(name))
+    first, second = await shared.claim(), await shared.claim()
+    await shared.let_die(first, second)
+    await full(1)
+    for refused in (
+        shared.store.check(),
+        shared.store.add(make_job("c")),
+        shared.store.end(Ending(first, JobStatus.SUCCEEDED, artifacts=(b"image",))),
+    ):
+        with pytest.raises(StoreUnavailable, match=r"maxmemory'$"):
+            await refused
+    assert shared.errors == ["check", "add", "put_results"]
+    # Jobs stay with their workers, and those without a result end
+    assert await shared.store.renew([first, second]) == set()
+    assert (await shared.store.recover()).requeued == ()
+    await shared.store.release(second)
+    assert (await shared.store.cancel("b"))[1]
+    # When there is room again, the result is stored after all
+    await full(0)
+    await shared.store.check()
+    await shared.store.end(Ending(first, JobStatus.SUCCEEDED, artifacts=(b"image",)))
+    assert (await shared.store.content("a")).artifacts == (b"image",)
+
+
+async def test_replica_is_not_ready(shared: Shared, make_job: MakeJob) -> None:
+    await shared.redis.replicaof("127.0.0.1", 1)  # where no Redis listens
+    try:
+        with pytest.raises(StoreUnavailable, match="read only replica"):
+            await shared.store.check()
+        with pytest.raises(StoreUnavailable, match="read only replica"):
+            await shared.store.add(make_job("a"))
+    finally:
+        await shared.redis.replicaof("NO", "ONE")
+    await shared.store.check()
+
+
+async def test_servers_whose_clocks_differ_agree_on_times_and_places(share: Share, make_job: MakeJob) -> None:
+    # Given a server whose clock is days behind, and one whose clock is days ahead
+    behind, ahead = [await share(lambda skew_s=skew_s: time.time() + skew_s) for skew_s in (-1e6, 1e6)]
+    for server in (behind, ahead):
+        await server.store.renew([])
+    for server, name, latency_s in ((ahead, "first", 600), (behind, "second", 700)):
+        now = server.store.clock()
+        await server.store.add(replace(make_job(name), created_at=now, deadline_at=now + latency_s))
+    # Then jobs are claimed in the order of their deadlines, and their times are comparable
+    claim = await behind.claim()
+    state = (await ahead.store.get("first")).state
+    assert claim.job.id == "first"
+    assert state.started_at is not None
+    assert abs(state.started_at - claim.job.created_at) < 300
+    assert claim.job.deadline_at is not None
+    assert 300 < claim.job.deadline_at - behind.store.clock() < 900

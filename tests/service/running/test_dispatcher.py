@@ -1,18 +1,24 @@
 """The dispatcher between a store and a worker with a drawn engine."""
 
 import asyncio
+import errno
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.processes import RedisServer
+from models.request import LatencyBudget
+from service.app import build_dispatcher
 from service.errors import Draining, StoreUnavailable
 from service.jobs.job import FailureReason, Job, JobSnapshot, JobStatus
 from service.jobs.memory import MemoryStore
-from service.jobs.results import MemoryResults
+from service.jobs.results import MemoryResults, Results, VolumeResults
 from service.jobs.store import Ending, EventName, Preview, Progress, ended
 from service.metrics import Metrics
 from service.running.dispatcher import Dispatcher, Timing
@@ -29,8 +35,8 @@ TIMEOUT_S = 60
 class FragileStore(MemoryStore):
     """A store that cannot be reached while `is_away`. `num_refused` counts the calls that failed."""
 
-    def __init__(self, **options: Any) -> None:
-        results = MemoryResults(ttl_s=60.0, max_bytes=1_000_000, clock=time.time)
+    def __init__(self, results: Results | None = None, **options: Any) -> None:
+        results = results or MemoryResults(ttl_s=60.0, max_bytes=1_000_000, clock=time.time)
         rules = {"job_ttl_s": 60.0, "events_ttl_s": 60.0, "lease_s": 15.0, "max_attempts": 2, "clock": time.time}
         super().__init__(results, **{**rules, **options})
         self.is_away = False
@@ -56,6 +62,28 @@ class FragileStore(MemoryStore):
     async def cancel(self, job_id: str) -> tuple[JobSnapshot, bool]:
         self._check()
         return await super().cancel(job_id)
+
+
+FullVolume = tuple[VolumeResults, ExitStack, list[str]]
+
+
+@pytest.fixture
+def full_volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FullVolume]:
+    """A volume without room until the stack is closed, and the names of the operations that failed."""
+    errors: list[str] = []
+    results = VolumeResults(
+        f"file://{tmp_path}", ttl_s=60.0, max_bytes=1_000_000, on_error=errors.append, clock=time.time
+    )
+    write = results._files.pipe_file
+
+    def write_half(path: str, data: bytes) -> None:
+        write(path, data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device", path)
+
+    with ExitStack() as room, monkeypatch.context() as patched:
+        patched.setattr(results._files, "pipe_file", write_half)
+        room.callback(patched.undo)
+        yield results, room, errors
 
 
 class SharedStore(FragileStore):
@@ -347,3 +375,99 @@ def test_bug_in_the_dispatcher_fails_all_jobs_and_drains(
     assert "the dispatcher stopped" in caplog.text
     with pytest.raises(Draining):
         service.dispatcher.check_accepting()
+
+
+@pytest.mark.anyio
+async def test_end_that_breaks_the_store_is_that_jobs_alone(
+    build: Build, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = FragileStore()
+    end = store.end
+
+    async def break_at_a(ending: Ending) -> JobSnapshot | None:
+        if ending.claim.job.id == "a":
+            raise KeyError("content")
+        return await end(ending)
+
+    monkeypatch.setattr(store, "end", break_at_a)
+    dispatcher = build(store, grace_s=0.0)
+    async with dispatcher.running():
+        for name in ("a", "b"):
+            await store.add(make_job(name))
+        assert await status_at_end(store, "b") is JobStatus.SUCCEEDED
+        await until(lambda: "can't be stored" in caplog.text)
+        dispatcher.check_accepting()
+
+
+@pytest.mark.anyio
+async def test_results_wait_until_their_volume_has_room_and_no_more_are_made(
+    build: Build, make_job: MakeJob, full_volume: FullVolume, tmp_path: Path
+) -> None:
+    results, room, errors = full_volume
+    store = FragileStore(results)
+    dispatcher = build(store, max_running=2)
+    jobs = [f"job{number}" for number in range(6)]
+    async with dispatcher.running():
+        for name in jobs:
+            await store.add(make_job(name))
+        await until(lambda: errors.count("put_results") > 8)
+        # No more work is accepted, and no more than fits is in memory
+        with pytest.raises(StoreUnavailable, match="No space left on device") as refused:
+            dispatcher.check_accepting()
+        assert str(tmp_path) not in str(refused.value)
+        with pytest.raises(StoreUnavailable, match="No space left on device"):
+            await store.check()
+        assert (await store.num_waiting())["drawn"] >= 2
+        assert list(tmp_path.iterdir()) == []
+        # When there is room again, everything is delivered
+        room.close()
+        for name in jobs:
+            assert await status_at_end(store, name) is JobStatus.SUCCEEDED
+            assert (await store.content(name)).artifacts[0]
+        await until(lambda: not dispatcher.worker.held())
+        dispatcher.check_accepting()
+        await store.check()
+
+
+@pytest.mark.anyio
+async def test_result_that_cannot_be_stored_does_not_hold_up_others(
+    build: Build, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FragileStore()
+    end = store.end
+    refused: list[str] = []
+
+    async def refuse_a(ending: Ending) -> JobSnapshot | None:
+        if ending.claim.job.id == "a":
+            refused.append("a")
+            raise StoreUnavailable("too large")
+        return await end(ending)
+
+    monkeypatch.setattr(store, "end", refuse_a)
+    async with build(store, grace_s=0.0).running():
+        for name, num_steps in (("a", 1), ("b", 50)):
+            await store.add(make_job(name, num_inference_steps=num_steps))
+        await until(lambda: len(refused) > 1)
+        assert await status_at_end(store, "b") is JobStatus.SUCCEEDED
+
+
+@pytest.mark.anyio
+@pytest.mark.redis
+@pytest.mark.parametrize("skew_s", [-1e6, 1e6])
+async def test_worker_whose_clock_is_wrong_goes_by_the_clock_of_redis(
+    skew_s: float, redis_server: RedisServer, engine: Any, make_job: MakeJob
+) -> None:
+    settings = Settings(redis_url=redis_server.url.replace("/0", "/7"))
+    dispatcher = build_dispatcher(settings, lambda: engine, clock=lambda: time.time() + skew_s)
+    dispatcher.worker.start()
+    engine.gate.clear()
+    async with dispatcher.running():
+        await until(lambda: abs(dispatcher.store.clock() - time.time()) < 300)  # it has heard of Redis' clock
+        now = dispatcher.store.clock()
+        job = replace(make_job(f"skew{skew_s}", budget=LatencyBudget(600.0)), created_at=now, deadline_at=now + 600)
+        await dispatcher.store.add(job)
+        engine.gate.set()
+        (receipt,) = (await ended(dispatcher.store, job.id)).state.receipts
+    assert 0 <= receipt.seconds.queue < 300
+    assert receipt.deadline_met
+    assert {move.quality for move in engine.moves} == {1.0}

@@ -1,0 +1,126 @@
+"""The records of jobs in Redis: what is written, and how it is read.
+
+Servers and workers of two versions share a Redis while one replaces the other. So readers ignore fields that they do
+not know, and read the records of the version before theirs. A change that older readers must not ignore, such as a new
+value of an enumeration or a new setting of a rule, raises RECORD_VERSION: they then leave such jobs to newer processes.
+
+Policies are written by the name of their rule, since each rule has its own type of settings.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pydantic import FiniteFloat, TypeAdapter
+
+from models.curve import point_entry, point_of
+from service.errors import JobNotFound, JobUnreadable, StoreUnavailable
+from service.jobs.job import Failure, Job, JobSnapshot, JobState, JobStatus, Receipt
+from service.jobs.store import Event, EventName
+from service.scheduling.batching import shape_of
+
+RECORD_VERSION = 2
+"""The version of the records that are written. Records of version 1 do not say theirs."""
+
+_JOB = TypeAdapter(Job)
+_RECEIPTS = TypeAdapter(tuple[Receipt, ...])
+_FAILURE = TypeAdapter(Failure)
+
+
+@dataclass(frozen=True, slots=True)
+class LiveEntry:
+    """What the queue and the backlog need to know of a job. `seconds` is the predicted work that is left."""
+
+    model: str
+    shape: str
+    seconds: FiniteFloat
+    version: int = 1
+
+    @property
+    def is_newer(self) -> bool:
+        """Whether a newer version of the server wrote it, which this one leaves to others."""
+        return self.version > RECORD_VERSION
+
+
+_LIVE = TypeAdapter(LiveEntry)
+
+
+def dump_live(job: Job, seconds_left: float) -> bytes:
+    return _LIVE.dump_json(LiveEntry(job.model, shape_of(job.requests[0]), round(seconds_left, 6), RECORD_VERSION))
+
+
+def load_live(data: bytes) -> LiveEntry | None:
+    """None if `data` is not what `dump_live` writes."""
+    try:
+        return _LIVE.validate_json(data)
+    except ValueError:
+        return None
+
+
+def dump_job(job: Job) -> bytes:
+    fields = _JOB.dump_python(job, mode="json", exclude={"requests": {"__all__": {"point"}}})
+    for request, entry in zip(job.requests, fields["requests"], strict=True):
+        entry["point"] = point_entry(request.point)
+    return json.dumps(fields).encode()
+
+
+def dump_receipts(receipts: tuple[Receipt, ...]) -> bytes:
+    return _RECEIPTS.dump_json(receipts)
+
+
+def dump_failure(failure: Failure) -> bytes:
+    return _FAILURE.dump_json(failure)
+
+
+def load_snapshot(job_id: str, fields: Mapping[bytes, bytes]) -> JobSnapshot:
+    """The job whose hash in Redis has these `fields`.
+
+    Raises JobNotFound without a record, StoreUnavailable if a newer version of the server wrote it, JobUnreadable for a
+    record that no version should write.
+    """
+    if not fields:
+        raise JobNotFound(f"there is no job '{job_id}'")
+    try:
+        version = int(fields.get(b"version", b"1"))
+        if version <= RECORD_VERSION:
+            return JobSnapshot(_load_job(fields[b"job"]), _load_state(fields))
+    except Exception as error:  # a record may break in any way that a reader can fail
+        raise JobUnreadable(job_id) from error
+    raise StoreUnavailable(f"job {job_id} was recorded by a newer version of this server; try again in a moment")
+
+
+def load_event(event_id: bytes, fields: Mapping[bytes, bytes]) -> Event | None:
+    """None for an event that this version does not know."""
+    try:
+        return Event(event_id.decode(), EventName(fields[b"name"].decode()), json.loads(fields[b"data"]))
+    except (KeyError, ValueError):
+        return None
+
+
+def _load_job(data: bytes) -> Job:
+    fields = json.loads(data)
+    for entry in fields["requests"]:
+        entry["point"]["policy"] = point_of(entry["point"]).policy  # the rest is left for pydantic to check
+    job = _JOB.validate_python(fields)
+    if {request.model for request in job.requests} != {job.model}:
+        raise ValueError(f"its requests are not all of its model '{job.model}', or there are none")
+    return job
+
+
+def _load_state(fields: Mapping[bytes, bytes]) -> JobState:
+
+    def number(name: bytes) -> float | None:
+        return float(fields[name]) if name in fields else None
+
+    return JobState(
+        status=JobStatus(fields[b"status"].decode()),
+        started_at=number(b"started_at"),
+        ended_at=number(b"ended_at"),
+        steps_done=int(fields.get(b"steps_done", b"0")),
+        num_steps=int(fields[b"num_steps"]) if b"num_steps" in fields else None,
+        compute_ratio=number(b"compute_ratio"),
+        attempts=int(fields.get(b"attempts", b"0")),
+        receipts=_RECEIPTS.validate_json(fields[b"receipts"]) if b"receipts" in fields else (),
+        failure=_FAILURE.validate_json(fields[b"failure"]) if b"failure" in fields else None,
+        content=fields[b"content"].decode() if b"content" in fields else None,
+    )
