@@ -5,6 +5,7 @@ ServiceError
 ├── InvalidApiKey         the call has no key that this server knows
 ├── InsufficientScope     the key does not have the scope that the call needs
 ├── RateLimitExceeded     the caller has called too often; has the time of the next try
+├── MalformedRequest      the HTTP request contradicts itself
 ├── UnsupportedMediaType  the call does not accept bodies of this media type
 ├── InvalidImage          the input image cannot be read, or exceeds a limit
 ├── Overloaded            the predicted backlog is too long; has the time of the next try
@@ -42,6 +43,10 @@ class RateLimitExceeded(ServiceError):
     def __init__(self, message: str, retry_after_s: int) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class MalformedRequest(ServiceError):
+    pass
 
 
 class UnsupportedMediaType(ServiceError):

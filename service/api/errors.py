@@ -25,6 +25,7 @@ from service.errors import (
     JobCancelled,
     JobNotFinished,
     JobNotFound,
+    MalformedRequest,
     Overloaded,
     RateLimitExceeded,
     ResultExpired,
@@ -35,6 +36,7 @@ from service.errors import (
 from service.jobs.job import Failure, FailureReason, JobSnapshot, JobStatus
 
 STATUS_AND_CODE: Mapping[type[Exception], tuple[int, str]] = {
+    MalformedRequest: (400, "invalid_request"),
     InvalidImage: (400, "invalid_image"),
     InvalidApiKey: (401, "invalid_api_key"),
     InsufficientScope: (403, "insufficient_scope"),

@@ -51,6 +51,22 @@ def test_body_declared_too_long_is_refused_at_once(listen: Callable[[Settings], 
     assert "payload_too_large" in answer
 
 
+def test_body_longer_than_it_declares_is_counted(small: TestClient) -> None:
+    long = b'{"prompt": "' + b"x" * 30_000 + b'"}'
+    response = small.post(PATH, content=long, headers={"Content-Type": "application/json", "Content-Length": "5"})
+    assert response.status_code == 413
+
+
+@pytest.mark.parametrize("line", [HEAD, "GET /healthz HTTP/1.1\r\nHost: a\r\n"])
+def test_body_of_two_lengths_is_refused(line: str, listen: Callable[[Settings], socket.socket]) -> None:
+    connection = listen(Settings())
+    connection.sendall(f"{line}Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".encode())
+    answer = read_all(connection)
+    assert answer.startswith("HTTP/1.1 400")
+    assert "invalid_request" in answer
+    assert "Content-Length and Transfer-Encoding" in answer
+
+
 def test_endless_body_is_cut_off(listen: Callable[[Settings], socket.socket]) -> None:
     connection = listen(Settings(max_body_bytes=20_000))
     connection.sendall(f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode())
