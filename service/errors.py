@@ -6,7 +6,8 @@ ServiceError
 ├── InsufficientScope     the key does not have the scope that the call needs
 ├── RateLimitExceeded     the caller has called too often; has the time of the next try
 ├── MalformedRequest      the HTTP request contradicts itself
-├── UnsupportedMediaType  the call does not accept bodies of this media type
+├── UnsupportedMediaType  the call does not accept bodies of this media type or encoding
+├── InvalidJson           the body is not JSON in UTF-8
 ├── InvalidImage          the input image cannot be read, or exceeds a limit
 ├── Overloaded            the predicted backlog is too long; has the time of the next try
 ├── DeadlineUnreachable   even the lowest allowed quality would take too long
@@ -50,6 +51,10 @@ class MalformedRequest(ServiceError):
 
 
 class UnsupportedMediaType(ServiceError):
+    pass
+
+
+class InvalidJson(ServiceError):
     pass
 
 

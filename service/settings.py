@@ -87,9 +87,15 @@ class Settings(BaseSettings):
         description="New requests are refused (503 overloaded) above these predicted seconds of accepted work.",
     )
     grace_s: float = Field(default=30.0, ge=0, description="Seconds that accepted requests have to finish at shutdown.")
-    max_body_bytes: int = Field(default=1_000_000, ge=1, description="The largest request body.")
+    max_body_bytes: int = Field(
+        default=100_000,
+        ge=1,
+        description="The largest request body, apart from an input image. A larger one blocks the server for longer.",
+    )
     max_mesh_body_bytes: int = Field(
-        default=32_000_000, ge=1, description="The largest body of POST /v1/meshes, which holds an image."
+        default=32_000_000,
+        ge=1,
+        description="The largest body of POST /v1/meshes, its image included.",
     )
     max_image_pixels: int = Field(
         default=25_000_000, ge=1, description="The largest input image, in pixels; checked before it is decoded."

@@ -14,6 +14,7 @@ from service.api.events import event_stream
 from service.api.job_views import base_url, job_body
 from service.api.products import PRODUCTS
 from service.api.responses import EVENT_STREAM, JOB_ID_HEADERS, SHOWN, JobBody, header
+from service.api.validation import shown
 from service.errors import JobNotFound
 from service.jobs.job import JobSnapshot
 from service.jobs.store import JobStore
@@ -104,7 +105,7 @@ async def show_content(
     finished = await dispatcher.store.content(job_id)
     last = len(finished.artifacts) - 1
     if index > last:
-        raise InvalidRequest(f"index {index} is above the last artifact of job {job_id}; try {last}", "index")
+        raise InvalidRequest(f"index {shown(index)} is above the last artifact of job {job_id}; try {last}", "index")
     output_format = finished.job.output.format
     name = f"{job_id}-{index}.{output_format}"
     return Response(
@@ -132,7 +133,7 @@ async def cancel_job(
 async def _own_job(job_id: str, caller: Caller, store: JobStore) -> JobSnapshot:
     """The job, if the caller's key created it or has the scope `admin`. Raises JobNotFound otherwise."""
     if not _JOB_ID.fullmatch(job_id):
-        raise JobNotFound(f"there is no job '{job_id}'")
+        raise JobNotFound(f"there is no job {shown(job_id)}")
     snapshot = await store.get(job_id)
     if caller.key is not None and snapshot.job.owner != caller.key.id and Scope.ADMIN not in caller.key.scopes:
         raise JobNotFound(f"there is no job '{job_id}'")

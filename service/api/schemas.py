@@ -3,12 +3,12 @@
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, StrictBool
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from models.file_formats import MeshFormat, OutputFormat
 from models.request import MIN_TARGET_FACES
-from service.budget import BudgetBody, Number
+from service.budget import BudgetBody, ClosedBody, Number
 from service.jobs.job import Priority
 
 MAX_SEED = 2**63 - 1
@@ -58,10 +58,8 @@ def _unless(accepted: tuple[object, ...], message: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-class GenerationBody(BaseModel):
+class GenerationBody(ClosedBody):
     """The fields that image and mesh requests share."""
-
-    model_config = ConfigDict(extra="forbid")
 
     num_inference_steps: Integer | None = Field(
         default=None,
