@@ -142,6 +142,16 @@ class Settings(BaseSettings):
         "limit by default. A key's entry may have its own limit.",
     )
     body_timeout_s: float = Field(default=30.0, gt=0, description="Seconds in which a request's body must arrive.")
+    max_connections: int = Field(
+        default=512,
+        ge=1,
+        description="The most connections at once. A new one takes the place of one that waits for a request, or is "
+        "refused. The process needs some hundred file descriptors more (ulimit -n).",
+    )
+    header_timeout_s: float = Field(default=10.0, gt=0, description="Seconds in which a request's headers must arrive.")
+    send_timeout_s: float = Field(
+        default=120.0, gt=0, description="Seconds after which a client that reads nothing of its answer is dropped."
+    )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
         description="Origins whose pages may call this server, such as https://images.example, separated by commas; * "
