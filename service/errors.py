@@ -4,6 +4,8 @@ ServiceError
 ├── BadConfiguration      settings that cannot work; the server does not start
 ├── InvalidApiKey         the call has no key that this server knows
 ├── InsufficientScope     the key does not have the scope that the call needs
+├── HostNotAllowed        the call names a host that this server does not answer for
+├── CrossSiteCall         a page of another site calls through a browser
 ├── RateLimitExceeded     the caller has called too often; has the time of the next try
 ├── MalformedRequest      the HTTP request contradicts itself
 ├── UnsupportedMediaType  the call does not accept bodies of this media type or encoding
@@ -37,6 +39,14 @@ class InvalidApiKey(ServiceError):
 
 
 class InsufficientScope(ServiceError):
+    pass
+
+
+class HostNotAllowed(ServiceError):
+    pass
+
+
+class CrossSiteCall(ServiceError):
     pass
 
 

@@ -4,6 +4,7 @@ Options take precedence over the environment, the environment over the file, and
 """
 
 import os
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -157,6 +158,16 @@ class Settings(BaseSettings):
         description="Origins whose pages may call this server, such as https://images.example, separated by commas; * "
         "allows all, none by default.",
     )
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Names under which clients reach this server, besides localhost, separated by commas; * allows "
+        "all. By default, a server with API keys allows all, and one without keys the names that no web page can have.",
+    )
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Addresses or networks of proxies, such as 10.0.0.0/8, separated by commas. Their X-Forwarded-For "
+        "and X-Forwarded-Proto are believed; by default, nobody's are.",
+    )
     log_level: LogLevel = Field(default=LogLevel.INFO, description="DEBUG, INFO, WARNING or ERROR.")
     log_format: LogFormat = Field(default=LogFormat.TEXT, description="text, or json: one object a line.")
     otlp_endpoint: str | None = Field(
@@ -178,13 +189,20 @@ class Settings(BaseSettings):
             parse_rate_limit(value)
         return value
 
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _check_networks(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            ip_network(value)
+        return values
+
     @model_validator(mode="after")
     def _check_webhooks(self) -> Self:
         if self.webhook_hosts and self.webhook_secret is None:
             raise ValueError("webhook_hosts requires webhook_secret, which signs the calls")
         return self
 
-    @field_validator("models", "cors_origins", "webhook_hosts", mode="before")
+    @field_validator("models", "cors_origins", "webhook_hosts", "allowed_hosts", "trusted_proxies", mode="before")
     @classmethod
     def _split_at_commas(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value

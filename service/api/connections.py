@@ -40,6 +40,9 @@ class ServerConfig(uvicorn.Config):
             log_config=None,
             access_log=False,
             server_header=False,
+            # Without proxies in front, clients write these headers themselves; uvicorn believes all of 127.0.0.1.
+            proxy_headers=bool(settings.trusted_proxies),
+            forwarded_allow_ips=list(settings.trusted_proxies),
             timeout_graceful_shutdown=SEND_S,
         )
         self.max_connections = settings.max_connections
@@ -154,10 +157,14 @@ class BoundedProtocol(H11Protocol):
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             status, detail = status_and_error(error)
             body = ErrorBody(error=detail).model_dump_json().encode()
-            headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
+            headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
             if isinstance(error, Overloaded):
-                headers.append(("Retry-After", str(error.retry_after_s)))
-            for event in (h11.Response(status_code=status, headers=headers), h11.Data(body), h11.EndOfMessage()):
+                headers["Retry-After"] = str(error.retry_after_s)
+            for event in (
+                h11.Response(status_code=status, headers=list(headers.items())),
+                h11.Data(body),
+                h11.EndOfMessage(),
+            ):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
@@ -179,6 +186,6 @@ class ConnectionErrors:
             return
         self._logged_at[kind] = loop.time()
         if number in _OUT_OF_RESOURCES:
-            logger.error("new connections have to wait: %s; raise the limit (ulimit -n) or lower max_connections", error)
+            logger.error("new connections have to wait: %s; raise ulimit -n, or lower max_connections", error)
         else:
             loop.default_exception_handler(context)

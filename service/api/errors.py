@@ -15,9 +15,11 @@ from service.api.responses import ErrorBody, ErrorDetail, header
 from service.api.security_headers import SECURITY_HEADERS
 from service.api.validation import cut, invalid_request
 from service.errors import (
+    CrossSiteCall,
     DeadlineUnreachable,
     Draining,
     GenerationFailed,
+    HostNotAllowed,
     IdempotencyKeyReused,
     InsufficientScope,
     InvalidApiKey,
@@ -42,6 +44,8 @@ STATUS_AND_CODE: Mapping[type[Exception], tuple[int, str]] = {
     InvalidImage: (400, "invalid_image"),
     InvalidApiKey: (401, "invalid_api_key"),
     InsufficientScope: (403, "insufficient_scope"),
+    HostNotAllowed: (403, "host_not_allowed"),
+    CrossSiteCall: (403, "cross_site_call"),
     UnknownModel: (404, "model_not_found"),
     JobNotFound: (404, "job_not_found"),
     JobNotFinished: (409, "job_not_finished"),

@@ -173,9 +173,7 @@ def no_more_files() -> Iterator[None]:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_connections_wait_while_there_are_no_file_descriptors(
-    listen: Listen, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_connections_wait_while_there_are_no_file_descriptors(listen: Listen, caplog: pytest.LogCaptureFixture) -> None:
     first = listen(Settings())
     assert ask(first) == b"HTTP/1.1 200 OK"
     caplog.set_level(logging.ERROR)
