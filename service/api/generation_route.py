@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Annotated, Any
+from urllib.request import parse_http_list
 
 from fastapi import Depends, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -20,7 +21,7 @@ from service.errors import ServiceError, UnsupportedMediaType
 from service.running.dispatcher import Dispatcher
 from service.settings import Settings
 
-_WAIT = re.compile(r"wait\s*=\s*([0-9]{1,6})", re.ASCII)
+_WAIT = re.compile(r"[0-9]{1,6}", re.ASCII)
 
 
 class ParsedRequest(Request):
@@ -108,13 +109,22 @@ def _generation_headers(
         ),
     ] = None,
 ) -> GenerationHeaders:
-    preference = (prefer or "").lower()
-    wait = _WAIT.search(preference)
+    preferences = _preferences(prefer or "")
+    wait = preferences.get("wait", "")
     return GenerationHeaders(
-        is_async="respond-async" in preference,
-        wait_s=float(wait[1]) if wait else 0.0,
+        is_async="respond-async" in preferences,
+        wait_s=float(wait) if _WAIT.fullmatch(wait) else 0.0,
         idempotency_key=idempotency_key,
     )
+
+
+def _preferences(prefer: str) -> dict[str, str]:
+    """The values of preferences by their names in lower case. The first of equal names counts (RFC 7240, section 2)."""
+    preferences: dict[str, str] = {}
+    for preference in parse_http_list(prefer):
+        name, _, value = preference.partition(";")[0].partition("=")
+        preferences.setdefault(name.strip().lower(), value.strip().strip('"'))
+    return preferences
 
 
 HeadersOfGeneration = Annotated[GenerationHeaders, Depends(_generation_headers)]

@@ -59,6 +59,7 @@ async def show_job(
             "headers": JOB_ID_HEADERS,
             "content": EVENT_STREAM,
         },
+        204: {"description": "Nothing follows `Last-Event-ID`, and the job has ended: do not connect again."},
         **error_responses(404, 422, 503),
     },
 )
@@ -73,8 +74,12 @@ async def stream_events(
     """Every server that shares the job's store can stream them."""
     if last_event_id is not None and not _EVENT_ID.fullmatch(last_event_id):
         raise InvalidRequest("Last-Event-ID is not the id of an event, such as 1-0", "Last-Event-ID")
-    job = (await _own_job(job_id, caller, dispatcher.store)).job
-    return event_stream(job, dispatcher, base_url(request, settings), after=last_event_id or "0-0")
+    snapshot = await _own_job(job_id, caller, dispatcher.store)
+    if last_event_id is not None and not await dispatcher.store.events(job_id, last_event_id):
+        await _check_happened(last_event_id, job_id, dispatcher.store)
+        if snapshot.state.status.is_terminal:
+            return Response(status_code=204, media_type="text/event-stream")
+    return event_stream(snapshot.job, dispatcher, base_url(request, settings), after=last_event_id or "0-0")
 
 
 @router.get(
@@ -128,6 +133,18 @@ async def cancel_job(
     """A queued job never runs. A running job stops before its next denoise step. An ended job stays as it is."""
     await _own_job(job_id, caller, dispatcher.store)
     return job_body(await dispatcher.cancel(job_id), base_url(request, settings))
+
+
+async def _check_happened(event_id: str, job_id: str, store: JobStore) -> None:
+    """Raise InvalidRequest for the id of an event that is yet to come. Events of an ended job may have been deleted."""
+    events = await store.events(job_id, "0-0")
+    if events and _order_of(event_id) > _order_of(events[-1].id):
+        last = events[-1].id
+        raise InvalidRequest(f"Last-Event-ID {event_id} is after the job's last event, {last}", "Last-Event-ID")
+
+
+def _order_of(event_id: str) -> list[int]:
+    return [int(part) for part in event_id.split("-")]
 
 
 async def _own_job(job_id: str, caller: Caller, store: JobStore) -> JobSnapshot:

@@ -1,5 +1,6 @@
 """The bodies of requests, as clients write them. `parsing` checks the limits of the model."""
 
+import re
 from enum import StrEnum
 from typing import Annotated, Literal
 
@@ -28,6 +29,17 @@ def _check_unicode(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_check_unicode)]
+
+
+def _check_url_characters(value: str) -> str:
+    """Refuse what no URL has. Parsers drop line breaks and tabs without a word, so that the URL called is another."""
+    if not re.fullmatch(r"[!-~]*", value):
+        message = "webhook_url has a space, a control character or one beyond ASCII; percent-encode it"
+        raise PydanticCustomError("unsupported", "{message}", {"message": message})
+    return value
+
+
+UrlText = Annotated[str, AfterValidator(_check_url_characters)]
 
 
 class QualityWord(StrEnum):
@@ -83,9 +95,10 @@ class GenerationBody(ClosedBody):
     response_format: ResponseFormat | None = Field(
         default=None, description="b64_json by default; binary only for a single result."
     )
-    webhook_url: str | None = Field(
+    webhook_url: UrlText | None = Field(
         default=None,
         max_length=2000,
+        json_schema_extra={"pattern": "^[!-~]*$"},
         description="URL to call when the job ends; its host must be allowed. The call is signed after Standard "
         "Webhooks.",
     )
