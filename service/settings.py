@@ -98,6 +98,11 @@ class Settings(BaseSettings):
         ge=1,
         description="The largest body of POST /v1/meshes, its image included.",
     )
+    max_held_body_bytes: int = Field(
+        default=512_000_000,
+        ge=1,
+        description="The most bytes of bodies of unanswered requests together; more are refused (503 overloaded).",
+    )
     max_image_pixels: int = Field(
         default=25_000_000, ge=1, description="The largest input image, in pixels; checked before it is decoded."
     )

@@ -62,12 +62,14 @@ STATUS_AND_CODE: Mapping[type[Exception], tuple[int, str]] = {
     StoreUnavailable: (503, "store_unavailable"),
 }
 
-# Errors that the framework and the middlewares raise: an unknown path or method, a body that is too long or too slow.
+# Errors that the framework and the middlewares raise: an unknown path or method, a body that is too long or too slow,
+# bodies that are too long together.
 _FRAMEWORK_CODES = {
     404: "not_found",
     405: "method_not_allowed",
     408: "request_timeout",
     413: "payload_too_large",
+    503: "overloaded",
 }
 
 MAX_MESSAGE_CHARACTERS = 600
@@ -146,7 +148,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The errors of a route in the OpenAPI document."""
-    codes = [(status, code) for status, code in (*STATUS_AND_CODE.values(), *_FRAMEWORK_CODES.items())]
+    codes = dict.fromkeys((*STATUS_AND_CODE.values(), *_FRAMEWORK_CODES.items()))  # each once, in this order
     return {
         wanted: {
             "model": ErrorBody,

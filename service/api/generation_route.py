@@ -11,6 +11,7 @@ from fastapi import Depends, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from models.errors import InvalidRequest, UnknownModel
 from service.api.caller import caller_of
@@ -22,6 +23,10 @@ from service.running.dispatcher import Dispatcher
 from service.settings import Settings
 
 _WAIT = re.compile(r"[0-9]{1,6}", re.ASCII)
+
+
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for a client that closed the connection; nobody receives it."""
 
 
 class ParsedRequest(Request):
@@ -50,6 +55,8 @@ class GenerationRoute(APIRoute):
             try:
                 _check_not_compressed(request)
                 return await handle_route(ParsedRequest(request, await self.fields_of(request)))
+            except ClientDisconnect:
+                return Response(status_code=CLIENT_CLOSED_REQUEST)
             except (ServiceError, InvalidRequest, UnknownModel, RequestValidationError, HTTPException) as error:
                 caller = caller_of(request.scope)
                 if caller.job_id is None:
