@@ -7,6 +7,7 @@ its `limit_concurrency` counts requests, so that silent connections take all fil
 import asyncio
 import errno
 import logging
+import resource
 from typing import Any
 
 import h11
@@ -25,6 +26,12 @@ logger = logging.getLogger(__name__)
 SEND_S = 10
 """How long uvicorn waits, after all jobs have ended, until clients have read their answers."""
 
+_READ_BYTES = 8192
+"""Bytes that are read at once, instead of 256 KiB: as chunks of one byte each, those keep h11 busy for a second."""
+
+_OTHER_FILES = 128
+"""File descriptors for files, Redis and webhooks, generously."""
+
 _LOG_INTERVAL_S = 60.0
 _OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -35,6 +42,7 @@ class ServerConfig(uvicorn.Config):
             app,
             host=settings.host,
             port=settings.port,
+            loop="asyncio",
             http=BoundedProtocol,
             ws="none",
             log_config=None,
@@ -51,8 +59,16 @@ class ServerConfig(uvicorn.Config):
 
 
 class BoundedServer(uvicorn.Server):
+    config: ServerConfig
+
     async def startup(self, sockets: list[Any] | None = None) -> None:
         asyncio.get_running_loop().set_exception_handler(ConnectionErrors().handle)
+        num_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if num_files < self.config.max_connections + _OTHER_FILES:
+            logger.warning(
+                "max_connections %d is too many for %d file descriptors; raise ulimit -n, or lower it to %d",
+                *(self.config.max_connections, num_files, max(1, num_files - _OTHER_FILES)),
+            )
         await super().startup(sockets)
 
 
@@ -71,6 +87,7 @@ class BoundedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
+        transport.max_size = _READ_BYTES  # type: ignore[attr-defined]  # of asyncio's transports for sockets
         self._wait_for_head()
         self._make_room()
 
@@ -108,6 +125,8 @@ class BoundedProtocol(H11Protocol):
         return is_answered and not self.transport.is_closing() and not self.transport.get_write_buffer_size()
 
     def _make_room(self) -> None:
+        if len(self.connections) <= self.config.max_connections:
+            return
         others = [other for other in self.connections if other is not self and not other.transport.is_closing()]
         if len(others) < self.config.max_connections:
             return

@@ -7,7 +7,7 @@ import logging
 import resource
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -36,11 +36,12 @@ def read_all(connection: socket.socket) -> bytes:
 
 def ask(connection: socket.socket) -> bytes:
     """The status line of an answer on a connection that stays open; empty if the server has closed it."""
-    try:
+    answer = b""
+    with suppress(ConnectionError):
         connection.sendall(GET)
-        return connection.recv(65536).partition(b"\r\n")[0]
-    except ConnectionError:
-        return b""
+        while not answer.endswith(b'"ok"') and (part := connection.recv(65536)):
+            answer += part
+    return answer.partition(b"\r\n")[0]
 
 
 def error_of(answer: bytes) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def test_connection_that_was_used_is_closed_too(listen: Listen, rest: bytes) -> 
     """Also one that goes on with its body after the answer."""
     connection = listen(Settings(header_timeout_s=0.2))
     connection.sendall(GET if rest == GET[:20] else GET[:-2] + b"Content-Length: 1000\r\n\r\n")
-    assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+    assert connection.recv(65536, socket.MSG_PEEK).startswith(b"HTTP/1.1 200")
     connection.sendall(rest)
     read_all(connection)
 
@@ -159,6 +160,12 @@ def test_errors_of_connections_are_logged_once_a_minute(caplog: pytest.LogCaptur
         *("new connections have to wait", "a bug", "no exception")
     ]
     loop.close()
+
+
+def test_more_connections_than_file_descriptors_are_warned_of(listen: Listen, caplog: pytest.LogCaptureFixture) -> None:
+    num_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert ask(listen(Settings(max_connections=num_files))) == b"HTTP/1.1 200 OK"
+    assert f"lower it to {num_files - 128}" in caplog.text
 
 
 @contextmanager
