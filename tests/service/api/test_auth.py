@@ -147,10 +147,21 @@ def test_key_may_have_a_limit_of_its_own(guarded: TestClient, keys: Keys) -> Non
     assert answers[1].headers["x-ratelimit-limit-requests"] == "1"
 
 
-def test_open_server_limits_addresses(build_small_app: Callable[[Settings], FastAPI]) -> None:
+@pytest.mark.parametrize(
+    ("addresses", "statuses"),
+    [
+        (("192.0.2.1", "192.0.2.1", "192.0.2.2"), [200, 429, 200]),
+        (("2001:db8::1", "2001:db8::ffff:0:0:2", "2001:db8:0:1::1"), [200, 429, 200]),
+        (("::ffff:192.0.2.1", "192.0.2.1", "::ffff:192.0.2.2"), [200, 429, 200]),
+        (("fe80::1%eth0", "fe80::2%eth0", "testclient"), [200, 429, 200]),
+    ],
+)
+def test_open_server_limits_addresses(
+    addresses: tuple[str, ...], statuses: list[int], build_small_app: Callable[[Settings], FastAPI]
+) -> None:
     app = build_small_app(Settings(rate_limit="1/minute"))
-    with TestClient(app, client=("192.0.2.1", 1)) as first, TestClient(app, client=("192.0.2.2", 1)) as second:
-        assert [client.post(PATH, json=PROMPT).status_code for client in (first, first, second)] == [200, 429, 200]
+    clients = [TestClient(app, client=(address, 1)) for address in addresses]
+    assert [client.post(PATH, json=PROMPT).status_code for client in clients] == statuses
 
 
 @pytest.mark.parametrize(("trusted_proxies", "statuses"), [((), [200, 429]), (("127.0.0.0/8",), [200, 200])])
