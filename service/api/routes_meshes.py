@@ -92,16 +92,13 @@ async def create_mesh(
     dispatcher.check_accepting()
     card = card_of(body.model, dispatcher.cards, MeshCard)
     caller.model = card.id
-    check = partial(_checked, body.input_image, max_pixels=settings.max_image_pixels)
+    file = await asyncio.to_thread(decode_base64_image, body.input_image)
+    check = partial(checked_image, file, max_pixels=settings.max_image_pixels)
     input_image = await asyncio.get_running_loop().run_in_executor(request.app.state.image_checks, check)
     seed = secrets.randbelow(RANDOM_SEEDS)
     order = parse_mesh_body(body, card, input_image, default_budget=settings.default_budget, random_seed=seed)
     job = await submit(order, card, body, headers, request, dispatcher, settings)
     return await answer(job, body, headers, request, dispatcher, settings)
-
-
-def _checked(text: str, *, max_pixels: int) -> bytes:
-    return checked_image(decode_base64_image(text), max_pixels=max_pixels)
 
 
 async def _form_fields_of(request: Request) -> dict[str, Any]:
