@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
@@ -105,6 +106,7 @@ async def _form_fields_of(request: Request) -> dict[str, Any]:
     """The fields of a form, as in a JSON body. Raises InvalidRequest for parts that are not fields of the body."""
     settings: Settings = request.app.state.settings
     max_bytes = settings.max_body_bytes
+    _check_charset(request)
     try:
         async with request.form(max_files=1, max_fields=32, max_part_size=max_bytes) as form:
             parts = form.multi_items()
@@ -117,6 +119,14 @@ async def _form_fields_of(request: Request) -> dict[str, Any]:
             raise
         raise InvalidRequest(f"the form can't be read: {error.detail}", "") from error
     return await asyncio.to_thread(_fields_of, files, texts)
+
+
+def _check_charset(request: Request) -> None:
+    """Raise UnsupportedMediaType unless texts are UTF-8. Some of Python's codecs, such as punycode, take seconds."""
+    _, options = parse_options_header(request.headers["content-type"])
+    charset = options.get(b"charset", b"utf-8").decode("latin-1")
+    if charset.lower() not in ("utf-8", "utf8", "us-ascii"):
+        raise UnsupportedMediaType(f"the form has the charset {shown(charset)}; send it as UTF-8")
 
 
 def _fields_of(files: Mapping[str, bytes], texts: Sequence[tuple[str, str]]) -> dict[str, Any]:
