@@ -32,6 +32,7 @@ from service.keys import Scope
 from service.settings import Settings
 
 _FORM, _FILE_FIELD = "multipart/form-data", "input_image"
+_MAX_CONTENT_TYPE = 1000
 TEXTS = ("model", "output_format", "response_format", "priority")
 """Form fields whose values are plain text. The others are JSON, as in `budget={"preset": "fast"}`."""
 
@@ -106,7 +107,7 @@ async def _form_fields_of(request: Request) -> dict[str, Any]:
     """The fields of a form, as in a JSON body. Raises InvalidRequest for parts that are not fields of the body."""
     settings: Settings = request.app.state.settings
     max_bytes = settings.max_body_bytes
-    _check_charset(request)
+    _check_content_type(request)
     try:
         async with request.form(max_files=1, max_fields=32, max_part_size=max_bytes) as form:
             parts = form.multi_items()
@@ -121,9 +122,15 @@ async def _form_fields_of(request: Request) -> dict[str, Any]:
     return await asyncio.to_thread(_fields_of, files, texts)
 
 
-def _check_charset(request: Request) -> None:
-    """Raise UnsupportedMediaType unless texts are UTF-8. Some of Python's codecs, such as punycode, take seconds."""
-    _, options = parse_options_header(request.headers["content-type"])
+def _check_content_type(request: Request) -> None:
+    """Raise UnsupportedMediaType unless texts are UTF-8. Some of Python's codecs, such as punycode, take seconds.
+
+    Thousands of parameters also take long to read.
+    """
+    content_type = request.headers["content-type"]
+    if len(content_type) > _MAX_CONTENT_TYPE:
+        raise UnsupportedMediaType(f"Content-Type has {len(content_type)} characters; use at most {_MAX_CONTENT_TYPE}")
+    _, options = parse_options_header(content_type)
     charset = options.get(b"charset", b"utf-8").decode("latin-1")
     if charset.lower() not in ("utf-8", "utf8", "us-ascii"):
         raise UnsupportedMediaType(f"the form has the charset {shown(charset)}; send it as UTF-8")

@@ -59,7 +59,7 @@ def test_long_fields_are_refused_briefly(client: TestClient, body: dict[str, Any
         ("POST", "/v1/images", {"Content-Type": JSON, "Content-Encoding": LONG}, 415),
         ("POST", "/v1/images", {"Content-Type": JSON, "Idempotency-Key": LONG}, 422),
         ("POST", "/v1/images", {"Content-Type": JSON, "Prefer": LONG}, 200),
-        ("POST", "/v1/meshes", {"Content-Type": f"multipart/form-data; boundary={LONG}"}, 422),
+        ("POST", "/v1/meshes", {"Content-Type": f"multipart/form-data; boundary={LONG}"}, 415),
     ],
 )
 def test_long_paths_and_headers_are_answered_briefly(

@@ -183,7 +183,7 @@ def test_other_media_types_and_long_bodies_are_refused(client: TestClient, make:
     assert (response.status_code, error_of(response)["code"]) == (413, "payload_too_large")
 
 
-@pytest.mark.parametrize("charset", ["punycode", "idna", "undefined", "latin-1", "x" * 5000])
+@pytest.mark.parametrize("charset", ["punycode", "idna", "undefined", "latin-1", "x" * 900])
 def test_forms_in_other_charsets_are_refused(client: TestClient, charset: str) -> None:
     form = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\n' + b"a" * 9000 + b"-b..\r\n--b--\r\n"
     content_type = f"multipart/form-data; boundary=b; charset={charset}"
