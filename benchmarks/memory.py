@@ -170,6 +170,7 @@ MIX: Mapping[Call, int] = {
 def serving(redis_url: str | None) -> Iterator[str]:
     """The address of a server in a thread of this process."""
     settings = Settings(
+        port=0,
         models=MODELS,
         redis_url=redis_url,
         job_ttl_s=_TTL_S,
