@@ -38,7 +38,6 @@ import httpx2
 import numpy as np
 import redis
 import torch
-import uvicorn
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
@@ -46,6 +45,7 @@ from benchmarks.environment import environment
 from benchmarks.processes import RedisServer
 from benchmarks.table import TableRow, finish, show
 from models.zoo import load_engine
+from service.api.connections import ServerConfig
 from service.app import build_dispatcher, create_app
 from service.server import DrainingServer
 from service.settings import Settings
@@ -170,6 +170,7 @@ MIX: Mapping[Call, int] = {
 def serving(redis_url: str | None) -> Iterator[str]:
     """The address of a server in a thread of this process."""
     settings = Settings(
+        port=0,
         models=MODELS,
         redis_url=redis_url,
         job_ttl_s=_TTL_S,
@@ -183,7 +184,7 @@ def serving(redis_url: str | None) -> Iterator[str]:
     )
     dispatcher.worker.start()
     app = create_app(settings, dispatcher)
-    server = DrainingServer(uvicorn.Config(app, port=0, log_config=None, access_log=False), dispatcher)
+    server = DrainingServer(ServerConfig(app, settings), dispatcher)
     thread = Thread(target=server.run, name="server")
     thread.start()
     deadline = time.monotonic() + _START_S

@@ -2,8 +2,8 @@
 
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from models.curve import Preset
 from models.request import Budget, ComputeBudget, LatencyBudget, PresetBudget, QualityBudget
@@ -13,12 +13,25 @@ _FORMS = ("preset", "quality", "compute_ratio", "latency_ms")
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
-class BudgetBody(BaseModel):
+class ClosedBody(BaseModel):
+    """A body that refuses the first field that it does not know. pydantic alone collects them all, however many."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_field(cls, fields: Any) -> Any:
+        for name in fields if isinstance(fields, dict) else ():
+            if name not in cls.model_fields:
+                unknown = InitErrorDetails(type="extra_forbidden", loc=(name,), input=fields[name])
+                raise ValidationError.from_exception_data(cls.__name__, [unknown])
+        return fields
+
+
+class BudgetBody(ClosedBody):
     """Speed against quality: exactly one of `preset`, `quality`, `compute_ratio` and `latency_ms`."""
 
-    model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"oneOf": [{"required": [form]} for form in _FORMS]}, frozen=True
-    )
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": [form]} for form in _FORMS]}, frozen=True)
 
     preset: Preset | None = Field(
         default=None, description="A named point of the model's calibration curve, see /v1/models."

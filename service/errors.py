@@ -4,8 +4,12 @@ ServiceError
 ├── BadConfiguration      settings that cannot work; the server does not start
 ├── InvalidApiKey         the call has no key that this server knows
 ├── InsufficientScope     the key does not have the scope that the call needs
+├── HostNotAllowed        the call names a host that this server does not answer for
+├── CrossSiteCall         a page of another site calls through a browser
 ├── RateLimitExceeded     the caller has called too often; has the time of the next try
-├── UnsupportedMediaType  the call does not accept bodies of this media type
+├── MalformedRequest      the HTTP request contradicts itself
+├── UnsupportedMediaType  the call does not accept bodies of this media type or encoding
+├── InvalidJson           the body is not JSON in UTF-8
 ├── InvalidImage          the input image cannot be read, or exceeds a limit
 ├── Overloaded            the predicted backlog is too long; has the time of the next try
 ├── DeadlineUnreachable   even the lowest allowed quality would take too long
@@ -39,13 +43,29 @@ class InsufficientScope(ServiceError):
     pass
 
 
+class HostNotAllowed(ServiceError):
+    pass
+
+
+class CrossSiteCall(ServiceError):
+    pass
+
+
 class RateLimitExceeded(ServiceError):
     def __init__(self, message: str, retry_after_s: int) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
 
+class MalformedRequest(ServiceError):
+    pass
+
+
 class UnsupportedMediaType(ServiceError):
+    pass
+
+
+class InvalidJson(ServiceError):
     pass
 
 

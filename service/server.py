@@ -3,20 +3,17 @@
 import asyncio
 import signal
 
-import uvicorn
 from fastapi import FastAPI
 
+from service.api.connections import BoundedServer, ServerConfig
 from service.running.dispatcher import Dispatcher
 from service.settings import Settings
 
-SEND_S = 10
-"""How long uvicorn waits, after all jobs have ended, until clients have read their answers."""
 
-
-class DrainingServer(uvicorn.Server):
+class DrainingServer(BoundedServer):
     """Exits when its dispatcher has drained, which begins after a signal, or when the worker has stopped."""
 
-    def __init__(self, config: uvicorn.Config, dispatcher: Dispatcher) -> None:
+    def __init__(self, config: ServerConfig, dispatcher: Dispatcher) -> None:
         super().__init__(config)
         self._dispatcher = dispatcher
         self._draining: asyncio.Task[None] | None = None
@@ -31,16 +28,7 @@ class DrainingServer(uvicorn.Server):
 
 def serve(settings: Settings, app: FastAPI, dispatcher: Dispatcher) -> None:
     """Answer on `settings.host` and `settings.port` until SIGTERM or SIGINT. The worker has been started."""
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=SEND_S,
-    )
     # uvicorn raises the signal again after its shutdown, when it no longer matters.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    DrainingServer(config, dispatcher).run()
+    DrainingServer(ServerConfig(app, settings), dispatcher).run()

@@ -4,6 +4,7 @@ Options take precedence over the environment, the environment over the file, and
 """
 
 import os
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -87,9 +88,20 @@ class Settings(BaseSettings):
         description="New requests are refused (503 overloaded) above these predicted seconds of accepted work.",
     )
     grace_s: float = Field(default=30.0, ge=0, description="Seconds that accepted requests have to finish at shutdown.")
-    max_body_bytes: int = Field(default=1_000_000, ge=1, description="The largest request body.")
+    max_body_bytes: int = Field(
+        default=100_000,
+        ge=1,
+        description="The largest request body, apart from an input image. A larger one blocks the server for longer.",
+    )
     max_mesh_body_bytes: int = Field(
-        default=32_000_000, ge=1, description="The largest body of POST /v1/meshes, which holds an image."
+        default=32_000_000,
+        ge=1,
+        description="The largest body of POST /v1/meshes, its image included.",
+    )
+    max_held_body_bytes: int = Field(
+        default=512_000_000,
+        ge=1,
+        description="The most bytes of bodies of unanswered requests together; more are refused (503 overloaded).",
     )
     max_image_pixels: int = Field(
         default=25_000_000, ge=1, description="The largest input image, in pixels; checked before it is decoded."
@@ -136,10 +148,30 @@ class Settings(BaseSettings):
         "limit by default. A key's entry may have its own limit.",
     )
     body_timeout_s: float = Field(default=30.0, gt=0, description="Seconds in which a request's body must arrive.")
+    max_connections: int = Field(
+        default=512,
+        ge=1,
+        description="The most connections at once. A new one takes the place of one that waits for a request, or is "
+        "refused. The process needs some hundred file descriptors more (ulimit -n).",
+    )
+    header_timeout_s: float = Field(default=10.0, gt=0, description="Seconds in which a request's headers must arrive.")
+    send_timeout_s: float = Field(
+        default=120.0, gt=0, description="Seconds after which a client that reads nothing of its answer is dropped."
+    )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
         description="Origins whose pages may call this server, such as https://images.example, separated by commas; * "
         "allows all, none by default.",
+    )
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Names under which clients reach this server, besides localhost, separated by commas; * allows "
+        "all. By default, a server with API keys allows all, and one without keys the names that no web page can have.",
+    )
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Addresses or networks of proxies, such as 10.0.0.0/8, separated by commas. Their X-Forwarded-For "
+        "and X-Forwarded-Proto are believed; by default, nobody's are.",
     )
     log_level: LogLevel = Field(default=LogLevel.INFO, description="DEBUG, INFO, WARNING or ERROR.")
     log_format: LogFormat = Field(default=LogFormat.TEXT, description="text, or json: one object a line.")
@@ -162,13 +194,20 @@ class Settings(BaseSettings):
             parse_rate_limit(value)
         return value
 
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _check_networks(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            ip_network(value)
+        return values
+
     @model_validator(mode="after")
     def _check_webhooks(self) -> Self:
         if self.webhook_hosts and self.webhook_secret is None:
             raise ValueError("webhook_hosts requires webhook_secret, which signs the calls")
         return self
 
-    @field_validator("models", "cors_origins", "webhook_hosts", mode="before")
+    @field_validator("models", "cors_origins", "webhook_hosts", "allowed_hosts", "trusted_proxies", mode="before")
     @classmethod
     def _split_at_commas(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value

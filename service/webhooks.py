@@ -34,7 +34,9 @@ def check_webhook_url(url: str, hosts: Sequence[str]) -> None:
         raise InvalidRequest("webhook_url must be http or https, without a user or a fragment", "webhook_url")
     host = f"{parts.hostname}:{port}" if port is not None else parts.hostname
     if host not in hosts:
-        raise InvalidRequest(f"webhook_url leads to {host}; this server calls only {', '.join(hosts)}", "webhook_url")
+        raise InvalidRequest(
+            f"webhook_url leads to {str(host)[:100]}; this server calls only {', '.join(hosts)}", "webhook_url"
+        )
 
 
 class Webhooks:

@@ -17,6 +17,9 @@ SERVER_FIXTURES = {"server", "own_server", "redis_server"}
 # torch reads this when it is imported. Tests and the servers they start run side by side: one thread each.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# Starlette's test client calls the server by this name.
+os.environ["ELASTIC_ALLOWED_HOSTS"] = "testserver"
+
 # Run the same examples every time, without a deadline: on a loaded machine one example may take a second.
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50, database=None)
 settings.load_profile("repeatable")

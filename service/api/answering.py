@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse
 
 from service.api.errors import raise_if_unsuccessful
 from service.api.events import event_stream
-from service.api.generation_route import GenerationHeaders
+from service.api.generation_route import CLIENT_CLOSED_REQUEST, GenerationHeaders
 from service.api.job_views import base_url, binary_response, job_body, result_body
 from service.api.schemas import GenerationBody, ResponseFormat
 from service.errors import Draining
@@ -19,8 +19,6 @@ from service.settings import Settings
 
 # After draining, answers that are about to be sent may take this long.
 _LAST_ANSWER_S = 1.0
-# nginx's status for a client that closed the connection; nobody receives it.
-_CLIENT_CLOSED_REQUEST = 499
 
 
 async def answer(
@@ -49,7 +47,7 @@ async def answer(
         return await _accepted(job, dispatcher, base)
     if cancels:
         dispatcher.cancel_soon(job.id)
-    return Response(status_code=_CLIENT_CLOSED_REQUEST)
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 async def _result(job: Job, body: GenerationBody, dispatcher: Dispatcher, base: str) -> Response:

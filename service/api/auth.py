@@ -5,6 +5,7 @@ without keys is open: everybody may do everything, and rate limits count by addr
 """
 
 from collections.abc import Callable
+from ipaddress import IPv6Address, IPv6Network
 
 from limits import RateLimitItem
 from starlette.datastructures import Headers, MutableHeaders
@@ -78,7 +79,16 @@ class Authentication:
         if key is not None:
             return await self.rate_limits.count(limit, "key", key.id)
         address = scope["client"][0] if scope.get("client") else "unknown"
-        return await self.rate_limits.count(limit, "address", address)
+        return await self.rate_limits.count(limit, "address", _caller_of_address(address))
+
+
+def _caller_of_address(address: str) -> str:
+    """`address`, or its network of 64 bits: one IPv6 client has all addresses of such a network."""
+    try:
+        parsed = IPv6Address(address.partition("%")[0])
+    except ValueError:
+        return address
+    return str(parsed.ipv4_mapped or IPv6Network((parsed, 64), strict=False))
 
 
 def _with_rate_limit_headers(send: Send, status: RateLimitStatus | None) -> Send:

@@ -13,19 +13,23 @@ from models.errors import InvalidRequest, UnknownModel
 from service.api.caller import caller_of
 from service.api.responses import ErrorBody, ErrorDetail, header
 from service.api.security_headers import SECURITY_HEADERS
-from service.api.validation import invalid_request
+from service.api.validation import cut, invalid_request
 from service.errors import (
+    CrossSiteCall,
     DeadlineUnreachable,
     Draining,
     GenerationFailed,
+    HostNotAllowed,
     IdempotencyKeyReused,
     InsufficientScope,
     InvalidApiKey,
     InvalidImage,
+    InvalidJson,
     JobCancelled,
     JobNotFinished,
     JobNotFound,
     JobUnreadable,
+    MalformedRequest,
     Overloaded,
     RateLimitExceeded,
     ResultExpired,
@@ -36,9 +40,13 @@ from service.errors import (
 from service.jobs.job import Failure, FailureReason, JobSnapshot, JobStatus
 
 STATUS_AND_CODE: Mapping[type[Exception], tuple[int, str]] = {
+    MalformedRequest: (400, "invalid_request"),
+    InvalidJson: (400, "invalid_json"),
     InvalidImage: (400, "invalid_image"),
     InvalidApiKey: (401, "invalid_api_key"),
     InsufficientScope: (403, "insufficient_scope"),
+    HostNotAllowed: (403, "host_not_allowed"),
+    CrossSiteCall: (403, "cross_site_call"),
     UnknownModel: (404, "model_not_found"),
     JobNotFound: (404, "job_not_found"),
     JobNotFinished: (409, "job_not_finished"),
@@ -56,15 +64,18 @@ STATUS_AND_CODE: Mapping[type[Exception], tuple[int, str]] = {
     StoreUnavailable: (503, "store_unavailable"),
 }
 
-# Errors that the framework and the middlewares raise: a body that is not JSON, an unknown path or method, a body that
-# is too long or too slow.
+# Errors that the framework and the middlewares raise: an unknown path or method, a body that is too long or too slow,
+# bodies that are too long together.
 _FRAMEWORK_CODES = {
-    400: "invalid_json",
     404: "not_found",
     405: "method_not_allowed",
     408: "request_timeout",
     413: "payload_too_large",
+    503: "overloaded",
 }
+
+MAX_MESSAGE_CHARACTERS = 600
+"""Messages cut the values that they repeat; this holds for any message all the same."""
 
 _RETRY_AFTER = {"Retry-After": header("Seconds to wait before the next try.", type="integer", minimum=0)}
 _HEADERS = {401: {"WWW-Authenticate": header("Bearer.")}, 429: _RETRY_AFTER, 503: _RETRY_AFTER}
@@ -74,7 +85,7 @@ def status_and_error(error: Exception) -> tuple[int, ErrorDetail]:
     """The HTTP status and the body of the answer to `error`."""
     match error:
         case RequestValidationError():
-            return _of_validation(error.errors()[0])
+            return status_and_error(invalid_request(error.errors()[0], skip=1))
         case HTTPException():
             code = _FRAMEWORK_CODES.get(error.status_code, "invalid_request")
             return error.status_code, _detail(error.status_code, code, str(error.detail))
@@ -150,15 +161,6 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def _of_validation(error: Mapping[str, Any]) -> tuple[int, ErrorDetail]:
-    if error["type"] == "json_invalid":
-        reason, position = error["ctx"]["error"], error["loc"][1]
-        return 400, _detail(400, "invalid_json", f"the body is not valid JSON: {reason} at character {position}")
-    if error["type"] == "missing" and tuple(error["loc"]) == ("body",):
-        return 400, _detail(400, "invalid_json", "the body is empty; it must be a JSON object")
-    return status_and_error(invalid_request(error, skip=1))
-
-
 def _allowed_methods(request: Request) -> str:
     """All methods of a path. Starlette names only the methods of the first route with this path."""
     return ", ".join(
@@ -170,8 +172,8 @@ def _allowed_methods(request: Request) -> str:
 
 def _detail(status: int, code: str, message: str, param: str | None = None) -> ErrorDetail:
     return ErrorDetail(
-        message=message,
+        message=cut(message, MAX_MESSAGE_CHARACTERS),
         type="server_error" if status >= 500 else "invalid_request_error",
-        param=param,
+        param=None if param is None else cut(param),
         code=code,
     )

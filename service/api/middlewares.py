@@ -10,6 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from service.api.auth import Authentication
 from service.api.body_limit import BodyLimit
+from service.api.cross_site import CrossSiteGuard
 from service.api.request_log import AccessLog, RequestId
 from service.api.security_headers import SecurityHeaders
 from service.errors import BadConfiguration
@@ -74,6 +75,7 @@ class Middlewares:
             default_limit=None if settings.rate_limit is None else parse_rate_limit(settings.rate_limit),
             count_rejection=count_rejection,
         )
+        app.add_middleware(CrossSiteGuard, settings=settings, count_rejection=count_rejection)
         if settings.cors_origins:
             app.add_middleware(
                 CORSMiddleware,

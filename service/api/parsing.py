@@ -12,6 +12,7 @@ from models.errors import InvalidRequest
 from models.file_formats import MeshFormat, OutputFormat
 from models.request import BackgroundRemoval, Budget, ImageRequest, MeshRequest, PresetBudget, QualityBudget
 from service.api.schemas import MAX_SEED, GenerationBody, ImageBody, MeshBody, QualityWord, ResponseFormat
+from service.api.validation import shown
 from service.budget import BudgetBody
 from service.order import Order, Output
 
@@ -128,7 +129,7 @@ def _parse_steps(body: GenerationBody, card: ModelCard) -> int:
     steps = card.default_num_inference_steps if body.num_inference_steps is None else body.num_inference_steps
     if steps > card.max_num_inference_steps:
         raise InvalidRequest(
-            f"num_inference_steps {steps} is above the limit of {card.id}; try {card.max_num_inference_steps}",
+            f"num_inference_steps {shown(steps)} is above the limit of {card.id}; try {card.max_num_inference_steps}",
             "num_inference_steps",
         )
     return steps
@@ -187,7 +188,8 @@ def _parse_size(body: ImageBody, card: ImageCard) -> tuple[int, int]:
     from_text = None if body.size is None else _size_of_text(body.size, card)
     if explicit and from_text and explicit != from_text:
         raise InvalidRequest(
-            f"size {body.size} and width {body.width}, height {body.height} disagree; give one of the two", "size"
+            f"size {body.size}, width {shown(body.width)} and height {shown(body.height)} disagree; give one of them",
+            "size",
         )
     width, height = explicit or from_text or (card.default_width, card.default_height)
     for name, pixels in (("width", width), ("height", height)):
@@ -214,7 +216,7 @@ def _check_side(name: str, pixels: int, sizes: SizeLimits, *, param: str) -> Non
         problem = f"is not a multiple of {sizes.multiple_of}"
     else:
         problem = f"is not within {sizes.minimum} to {sizes.maximum}"
-    raise InvalidRequest(f"{name} {pixels} {problem}; try {nearest}", param)
+    raise InvalidRequest(f"{name} {shown(pixels)} {problem}; try {nearest}", param)
 
 
 def _parse_image_budget(body: ImageBody, default_budget: BudgetBody) -> tuple[Budget, float | None]:

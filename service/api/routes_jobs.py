@@ -14,6 +14,7 @@ from service.api.events import event_stream
 from service.api.job_views import base_url, job_body
 from service.api.products import PRODUCTS
 from service.api.responses import EVENT_STREAM, JOB_ID_HEADERS, SHOWN, JobBody, header
+from service.api.validation import shown
 from service.errors import JobNotFound
 from service.jobs.job import JobSnapshot
 from service.jobs.store import JobStore
@@ -58,6 +59,7 @@ async def show_job(
             "headers": JOB_ID_HEADERS,
             "content": EVENT_STREAM,
         },
+        204: {"description": "Nothing follows `Last-Event-ID`, and the job has ended: do not connect again."},
         **error_responses(404, 422, 503),
     },
 )
@@ -72,8 +74,12 @@ async def stream_events(
     """Every server that shares the job's store can stream them."""
     if last_event_id is not None and not _EVENT_ID.fullmatch(last_event_id):
         raise InvalidRequest("Last-Event-ID is not the id of an event, such as 1-0", "Last-Event-ID")
-    job = (await _own_job(job_id, caller, dispatcher.store)).job
-    return event_stream(job, dispatcher, base_url(request, settings), after=last_event_id or "0-0")
+    snapshot = await _own_job(job_id, caller, dispatcher.store)
+    if last_event_id is not None and not await dispatcher.store.events(job_id, last_event_id):
+        await _check_happened(last_event_id, job_id, dispatcher.store)
+        if snapshot.state.status.is_terminal:
+            return Response(status_code=204, media_type="text/event-stream")
+    return event_stream(snapshot.job, dispatcher, base_url(request, settings), after=last_event_id or "0-0")
 
 
 @router.get(
@@ -104,7 +110,7 @@ async def show_content(
     finished = await dispatcher.store.content(job_id)
     last = len(finished.artifacts) - 1
     if index > last:
-        raise InvalidRequest(f"index {index} is above the last artifact of job {job_id}; try {last}", "index")
+        raise InvalidRequest(f"index {shown(index)} is above the last artifact of job {job_id}; try {last}", "index")
     output_format = finished.job.output.format
     name = f"{job_id}-{index}.{output_format}"
     return Response(
@@ -129,10 +135,22 @@ async def cancel_job(
     return job_body(await dispatcher.cancel(job_id), base_url(request, settings))
 
 
+async def _check_happened(event_id: str, job_id: str, store: JobStore) -> None:
+    """Raise InvalidRequest for the id of an event that is yet to come. Events of an ended job may have been deleted."""
+    events = await store.events(job_id, "0-0")
+    if events and _order_of(event_id) > _order_of(events[-1].id):
+        last = events[-1].id
+        raise InvalidRequest(f"Last-Event-ID {event_id} is after the job's last event, {last}", "Last-Event-ID")
+
+
+def _order_of(event_id: str) -> list[int]:
+    return [int(part) for part in event_id.split("-")]
+
+
 async def _own_job(job_id: str, caller: Caller, store: JobStore) -> JobSnapshot:
     """The job, if the caller's key created it or has the scope `admin`. Raises JobNotFound otherwise."""
     if not _JOB_ID.fullmatch(job_id):
-        raise JobNotFound(f"there is no job '{job_id}'")
+        raise JobNotFound(f"there is no job {shown(job_id)}")
     snapshot = await store.get(job_id)
     if caller.key is not None and snapshot.job.owner != caller.key.id and Scope.ADMIN not in caller.key.scopes:
         raise JobNotFound(f"there is no job '{job_id}'")

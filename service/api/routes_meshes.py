@@ -4,11 +4,13 @@ import asyncio
 import base64
 import json
 import secrets
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from starlette.datastructures import FormData, UploadFile
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from models.card import MeshCard
@@ -17,16 +19,20 @@ from service.api.access import Access
 from service.api.answering import answer
 from service.api.dependencies import CallerOfRequest, DispatcherOfApp, SettingsOfApp
 from service.api.errors import error_responses
-from service.api.generation_route import GenerationRoute, HeadersOfGeneration, media_type_of
+from service.api.generation_route import GenerationRoute, HeadersOfGeneration, json_fields_of, media_type_of
 from service.api.input_image import checked_image, decode_base64_image
+from service.api.json_body import too_long
 from service.api.parsing import RANDOM_SEEDS, parse_mesh_body
 from service.api.products import MESH
 from service.api.schemas import MeshBody
 from service.api.submission import card_of, submit
+from service.api.validation import shown
 from service.errors import UnsupportedMediaType
 from service.keys import Scope
+from service.settings import Settings
 
-_FORM = "multipart/form-data"
+_FORM, _FILE_FIELD = "multipart/form-data", "input_image"
+_MAX_CONTENT_TYPE = 1000
 TEXTS = ("model", "output_format", "response_format", "priority")
 """Form fields whose values are plain text. The others are JSON, as in `budget={"preset": "fast"}`."""
 
@@ -34,14 +40,14 @@ TEXTS = ("model", "output_format", "response_format", "priority")
 class MeshRoute(GenerationRoute):
     """Also accepts the fields of the JSON body as a form, with the image as a file."""
 
-    async def as_json(self, request: Request) -> Request:
+    async def fields_of(self, request: Request) -> dict[str, Any]:
         match media_type_of(request):
             case "application/json":
-                return request
+                return await json_fields_of(request, file_field=_FILE_FIELD)
             case "multipart/form-data":
-                return await _form_as_json(request)
+                return await _form_fields_of(request)
             case media_type:
-                raise UnsupportedMediaType(f"the body is '{media_type}'; send it as application/json or {_FORM}")
+                raise UnsupportedMediaType(f"the body is {shown(media_type)}; send it as application/json or {_FORM}")
 
 
 router = APIRouter(
@@ -88,7 +94,7 @@ async def create_mesh(
     dispatcher.check_accepting()
     card = card_of(body.model, dispatcher.cards, MeshCard)
     caller.model = card.id
-    file = decode_base64_image(body.input_image)
+    file = await asyncio.to_thread(decode_base64_image, body.input_image)
     check = partial(checked_image, file, max_pixels=settings.max_image_pixels)
     input_image = await asyncio.get_running_loop().run_in_executor(request.app.state.image_checks, check)
     seed = secrets.randbelow(RANDOM_SEEDS)
@@ -97,44 +103,51 @@ async def create_mesh(
     return await answer(job, body, headers, request, dispatcher, settings)
 
 
-async def _form_as_json(request: Request) -> Request:
-    """The request with its form as a JSON body. Raises InvalidRequest for parts that are not fields of the body."""
+async def _form_fields_of(request: Request) -> dict[str, Any]:
+    """The fields of a form, as in a JSON body. Raises InvalidRequest for parts that are not fields of the body."""
+    settings: Settings = request.app.state.settings
+    max_bytes = settings.max_body_bytes
+    _check_content_type(request)
     try:
-        async with request.form(max_files=1, max_fields=32) as form:
-            fields = await _fields_of(form)
+        async with request.form(max_files=1, max_fields=32, max_part_size=max_bytes) as form:
+            parts = form.multi_items()
+            if sum(len(value) for _, value in parts if isinstance(value, str)) > max_bytes:
+                raise too_long(max_bytes, _FILE_FIELD)
+            files = {name: await value.read() for name, value in parts if isinstance(value, UploadFile)}
+            texts = [(name, value) for name, value in parts if isinstance(value, str)]
     except HTTPException as error:
         if error.status_code != 400:
             raise
         raise InvalidRequest(f"the form can't be read: {error.detail}", "") from error
-    body = json.dumps(fields).encode()
-    headers = [
-        (name, value) for name, value in request.scope["headers"] if name not in (b"content-type", b"content-length")
-    ]
-    scope = {**request.scope, "headers": [*headers, (b"content-type", b"application/json")]}
-    rest = request.receive
-    messages = iter([{"type": "http.request", "body": body, "more_body": False}])
-
-    async def receive() -> Any:
-        for message in messages:
-            return message
-        return await rest()
-
-    return Request(scope, receive)
+    return await asyncio.to_thread(_fields_of, files, texts)
 
 
-async def _fields_of(form: FormData) -> dict[str, Any]:
+def _check_content_type(request: Request) -> None:
+    """Raise UnsupportedMediaType unless texts are UTF-8. Some of Python's codecs, such as punycode, take seconds.
+
+    Thousands of parameters also take long to read.
+    """
+    content_type = request.headers["content-type"]
+    if len(content_type) > _MAX_CONTENT_TYPE:
+        raise UnsupportedMediaType(f"Content-Type has {len(content_type)} characters; use at most {_MAX_CONTENT_TYPE}")
+    _, options = parse_options_header(content_type)
+    charset = options.get(b"charset", b"utf-8").decode("latin-1")
+    if charset.lower() not in ("utf-8", "utf8", "us-ascii"):
+        raise UnsupportedMediaType(f"the form has the charset {shown(charset)}; send it as UTF-8")
+
+
+def _fields_of(files: Mapping[str, bytes], texts: Sequence[tuple[str, str]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
-    for name, value in form.multi_items():
+    for name, data in files.items():
+        if name != _FILE_FIELD:
+            raise InvalidRequest(f"{shown(name)} is a file; only {_FILE_FIELD} can be one", name)
+        fields[name] = base64.b64encode(data).decode("ascii")
+    for name, text in texts:
         if name in fields:
-            raise InvalidRequest(f"{name} is given more than once; give it once", name)
-        if isinstance(value, UploadFile):
-            if name != "input_image":
-                raise InvalidRequest(f"{name} is a file; only input_image can be one", name)
-            fields[name] = base64.b64encode(await value.read()).decode("ascii")
-        elif name == "input_image":
-            raise InvalidRequest("input_image is a text field; send it as a file, with a filename", name)
-        else:
-            fields[name] = value if name in TEXTS else _json_or_text(value)
+            raise InvalidRequest(f"{shown(name)} is given more than once; give it once", name)
+        if name == _FILE_FIELD:
+            raise InvalidRequest(f"{name} is a text field; send it as a file, with a filename", name)
+        fields[name] = text if name in TEXTS else _json_or_text(text)
     return fields
 
 

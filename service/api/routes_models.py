@@ -7,6 +7,7 @@ from service.api.access import Access
 from service.api.dependencies import DispatcherOfApp
 from service.api.errors import error_responses
 from service.api.responses import ModelBody, ModelList
+from service.api.validation import shown
 from service.api.views import model_body
 from service.keys import Scope
 
@@ -27,5 +28,5 @@ async def list_models(dispatcher: DispatcherOfApp) -> ModelList:
 @router.get("/{model_id:path}", summary="One model", response_model_exclude_unset=True, responses=error_responses(404))
 async def show_model(model_id: str, dispatcher: DispatcherOfApp) -> ModelBody:
     if model_id not in dispatcher.cards:
-        raise UnknownModel(f"there is no model '{model_id}'; loaded: {', '.join(dispatcher.cards)}")
+        raise UnknownModel(f"there is no model {shown(model_id)}; loaded: {', '.join(dispatcher.cards)}")
     return model_body(dispatcher.cards[model_id])

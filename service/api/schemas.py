@@ -1,14 +1,15 @@
 """The bodies of requests, as clients write them. `parsing` checks the limits of the model."""
 
+import re
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, StrictBool
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from models.file_formats import MeshFormat, OutputFormat
 from models.request import MIN_TARGET_FACES
-from service.budget import BudgetBody, Number
+from service.budget import BudgetBody, ClosedBody, Number
 from service.jobs.job import Priority
 
 MAX_SEED = 2**63 - 1
@@ -28,6 +29,17 @@ def _check_unicode(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_check_unicode)]
+
+
+def _check_url_characters(value: str) -> str:
+    """Refuse what no URL has. Parsers drop line breaks and tabs without a word, so that the URL called is another."""
+    if not re.fullmatch(r"[!-~]*", value):
+        message = "webhook_url has a space, a control character or one beyond ASCII; percent-encode it"
+        raise PydanticCustomError("unsupported", "{message}", {"message": message})
+    return value
+
+
+UrlText = Annotated[str, AfterValidator(_check_url_characters)]
 
 
 class QualityWord(StrEnum):
@@ -58,10 +70,8 @@ def _unless(accepted: tuple[object, ...], message: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-class GenerationBody(BaseModel):
+class GenerationBody(ClosedBody):
     """The fields that image and mesh requests share."""
-
-    model_config = ConfigDict(extra="forbid")
 
     num_inference_steps: Integer | None = Field(
         default=None,
@@ -85,9 +95,10 @@ class GenerationBody(BaseModel):
     response_format: ResponseFormat | None = Field(
         default=None, description="b64_json by default; binary only for a single result."
     )
-    webhook_url: str | None = Field(
+    webhook_url: UrlText | None = Field(
         default=None,
         max_length=2000,
+        json_schema_extra={"pattern": "^[!-~]*$"},
         description="URL to call when the job ends; its host must be allowed. The call is signed after Standard "
         "Webhooks.",
     )

@@ -1,5 +1,6 @@
 """From an order to a job in the store: admit the order, make the job, record it."""
 
+import asyncio
 import hashlib
 import re
 import uuid
@@ -13,6 +14,7 @@ from models.errors import InvalidRequest, UnknownModel
 from service.api.caller import Caller, caller_of
 from service.api.generation_route import GenerationHeaders
 from service.api.schemas import GenerationBody, ResponseFormat
+from service.api.validation import shown
 from service.jobs.job import Job, Priority
 from service.jobs.store import Idempotency
 from service.order import Order
@@ -39,8 +41,8 @@ def card_of(model: str | None, loaded: Mapping[str, ModelCard], card_type: type[
         return cards[model]
     if model in loaded:
         able = f"try {', '.join(cards)}" if cards else f"no {kind} model is loaded"
-        raise InvalidRequest(f"model '{model}' makes no {kind}, but a {loaded[model].modality}; {able}", "model")
-    raise UnknownModel(f"there is no model '{model}'; loaded: {', '.join(loaded)}")
+        raise InvalidRequest(f"model {shown(model)} makes no {kind}, but a {loaded[model].modality}; {able}", "model")
+    raise UnknownModel(f"there is no model {shown(model)}; loaded: {', '.join(loaded)}")
 
 
 async def submit(
@@ -59,7 +61,7 @@ async def submit(
     """
     _check_answering(body, headers, settings)
     caller = caller_of(request.scope)
-    idempotency = _idempotency(body, headers, caller, request.url.path)
+    idempotency = await asyncio.to_thread(_idempotency, body, headers, caller, request.url.path)  # it hashes pictures
     recorded = None if idempotency is None else await dispatcher.store.find(idempotency)
     if recorded is None:
         created_at = dispatcher.store.clock()

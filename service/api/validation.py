@@ -1,11 +1,14 @@
 """Turns pydantic's errors into ours, which name the value, the limits, and the nearest valid value."""
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from models.errors import InvalidRequest
 
 MAX_SHOWN_CHARACTERS = 60
+
+_brief = reprlib.Repr()
 
 
 def invalid_request(error: Mapping[str, Any], *, skip: int = 0) -> InvalidRequest:
@@ -16,12 +19,12 @@ def invalid_request(error: Mapping[str, Any], *, skip: int = 0) -> InvalidReques
 
 def _message(error: Mapping[str, Any], name: str) -> str:
     limits = error.get("ctx", {})
-    given = _shown(error["input"])
+    given = shown(error["input"])
     match error["type"]:
         case "missing":
             return f"{name} is required"
         case "extra_forbidden":
-            return f"unknown field {name}"
+            return f"unknown field {cut(name)}"
         case "less_than_equal":
             return f"{name} {given} is above {limits['le']}; try {limits['le']}"
         case "greater_than_equal":
@@ -40,6 +43,12 @@ def _message(error: Mapping[str, Any], name: str) -> str:
             return f"{name} {given} is not valid: {error['msg'].lower()}"
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + "…"
+def shown(value: object) -> str:
+    """`value` as a message repeats it: some MAX_SHOWN_CHARACTERS of it at most, whatever its size and depth."""
+    return cut(repr(value[: MAX_SHOWN_CHARACTERS + 1]) if isinstance(value, str) else _brief.repr(value))
+
+
+def cut(text: str, max_characters: int = MAX_SHOWN_CHARACTERS) -> str:
+    """The beginning of `text`, as UTF-8 can spell it: JSON can name half surrogate pairs."""
+    text = text if len(text) <= max_characters else text[:max_characters] + "…"
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -11,7 +11,7 @@ import typer
 import yaml
 
 from service import cli
-from service.server import SEND_S
+from service.api.connections import SEND_S
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[2]

@@ -9,12 +9,12 @@ from threading import Thread
 from typing import Annotated, Any
 
 import pytest
-import uvicorn
 from fastapi import Body, Depends, FastAPI
 from fastapi.testclient import TestClient
-from starlette.responses import HTMLResponse
+from starlette.responses import HTMLResponse, Response
 
 from service.api.access import Access
+from service.api.connections import BoundedServer, ServerConfig
 from service.api.dependencies import CallerOfRequest
 from service.api.errors import add_error_handlers
 from service.api.middlewares import Middlewares
@@ -63,6 +63,10 @@ def build_small_app(rejections: list[str]) -> Callable[[Settings], FastAPI]:
         async def show_page() -> HTMLResponse:
             return HTMLResponse("<p>page</p>", headers={"Referrer-Policy": "origin"})
 
+        @app.get("/large")
+        async def show_file() -> Response:
+            return Response(bytes(20_000_000))
+
         middlewares.add_to(app, rejections.append)
         add_error_handlers(app)
         return app
@@ -83,8 +87,7 @@ def listen(build_small_app: Callable[[Settings], FastAPI]) -> Iterator[Callable[
 
         def start(settings: Settings) -> socket.socket:
             door = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-            config = uvicorn.Config(build_small_app(settings), log_config=None, access_log=False)
-            server = uvicorn.Server(config)
+            server = BoundedServer(ServerConfig(build_small_app(settings), settings))
             thread = Thread(target=asyncio.run, args=(server.serve(sockets=[door]),))
             thread.start()
             stack.callback(thread.join, 20)

@@ -70,6 +70,28 @@ def test_preference_may_wait_first(client: TestClient, engine: Any) -> None:
     engine.gate.set()
 
 
+@pytest.mark.parametrize(
+    ("prefer", "status"),
+    [
+        ("norespond-async", 200),
+        ("respond-asynchronously", 200),
+        ('note="a, respond-async"', 200),
+        ("foo=respond-async", 200),
+        ("RESPOND-ASYNC", 202),
+        ('foo; bar="a,b", respond-async; baz', 202),
+        ("respond-async, wait=x", 202),
+        ("respond-async, wait=0, wait=20", 202),
+        ("respond-async, nowait=20", 202),
+        ('respond-async, wait="20"', 200),
+    ],
+)
+def test_preferences_are_whole_words(client: TestClient, engine: Any, prefer: str, status: int) -> None:
+    if status == 202:
+        engine.gate.clear()
+    assert client.post("/v1/images", json=PROMPT, headers={"Prefer": prefer}).status_code == status
+    engine.gate.set()
+
+
 @pytest.mark.parametrize("name", ["image", "mesh"])
 def test_stream_tells_progress_previews_and_the_result(
     name: str, client: TestClient, mesh_body: dict[str, Any]
@@ -117,6 +139,11 @@ def test_progress_counts_the_steps_that_a_deadline_leaves_to_compute(
     assert job["receipt"]["steps"] == {"computed": 5, "forecast": 3}
 
 
+def test_event_that_is_yet_to_come_is_refused_before_the_job_ends(client: TestClient, steps_are_held: None) -> None:
+    job_id = client.post("/v1/images", json=PROMPT, headers=ASYNC).json()["id"]
+    assert client.get(f"/v1/jobs/{job_id}/events", headers={"Last-Event-ID": "99-0"}).status_code == 422
+
+
 def test_openai_client_streams_unchanged(client: TestClient) -> None:
     sdk: Any = openai.OpenAI(base_url="http://testserver/v1", api_key="none", http_client=client)
     events = list(sdk.images.generate(prompt="a", stream=True, partial_images=1))
@@ -143,7 +170,12 @@ def test_stream_resumes_after_the_last_event_that_arrived(client: TestClient) ->
     events = events_of(client.get(path))
     rest = events_of(client.get(path, headers={"Last-Event-ID": str(events[1][1])}))
     assert rest == events[2:]
-    assert client.get(path, headers={"Last-Event-ID": str(events[-1][1])}).text == ""
+    at_end = client.get(path, headers={"Last-Event-ID": str(events[-1][1])})
+    assert (at_end.status_code, at_end.text) == (204, "")  # which stops an EventSource
+    beyond = f"{int(str(events[-1][1]).partition('-')[0]) + 1}-0"
+    refused = client.get(path, headers={"Last-Event-ID": beyond})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (422, "Last-Event-ID")
+    assert f"{beyond} is after the job's last event, {events[-1][1]}" in refused.json()["error"]["message"]
     refused = client.get(path, headers={"Last-Event-ID": "yesterday"})
     assert (refused.status_code, refused.json()["error"]["param"]) == (422, "Last-Event-ID")
 

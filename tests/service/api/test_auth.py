@@ -2,6 +2,7 @@ import json
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.client import HTTPConnection
 
 import openai
 import pytest
@@ -146,10 +147,37 @@ def test_key_may_have_a_limit_of_its_own(guarded: TestClient, keys: Keys) -> Non
     assert answers[1].headers["x-ratelimit-limit-requests"] == "1"
 
 
-def test_open_server_limits_addresses(build_small_app: Callable[[Settings], FastAPI]) -> None:
+@pytest.mark.parametrize(
+    ("addresses", "statuses"),
+    [
+        (("192.0.2.1", "192.0.2.1", "192.0.2.2"), [200, 429, 200]),
+        (("2001:db8::1", "2001:db8::ffff:0:0:2", "2001:db8:0:1::1"), [200, 429, 200]),
+        (("::ffff:192.0.2.1", "192.0.2.1", "::ffff:192.0.2.2"), [200, 429, 200]),
+        (("fe80::1%eth0", "fe80::2%eth0", "testclient"), [200, 429, 200]),
+    ],
+)
+def test_open_server_limits_addresses(
+    addresses: tuple[str, ...], statuses: list[int], build_small_app: Callable[[Settings], FastAPI]
+) -> None:
     app = build_small_app(Settings(rate_limit="1/minute"))
-    with TestClient(app, client=("192.0.2.1", 1)) as first, TestClient(app, client=("192.0.2.2", 1)) as second:
-        assert [client.post(PATH, json=PROMPT).status_code for client in (first, first, second)] == [200, 429, 200]
+    clients = [TestClient(app, client=(address, 1)) for address in addresses]
+    assert [client.post(PATH, json=PROMPT).status_code for client in clients] == statuses
+
+
+@pytest.mark.parametrize(("trusted_proxies", "statuses"), [((), [200, 429]), (("127.0.0.0/8",), [200, 200])])
+def test_only_a_trusted_proxy_says_for_whom_it_calls(
+    trusted_proxies: tuple[str, ...], statuses: list[int], listen: Callable[[Settings], socket.socket]
+) -> None:
+    client = HTTPConnection("127.0.0.1")
+    client.sock = listen(Settings(rate_limit="1/minute", trusted_proxies=trusted_proxies))
+    given = []
+    for address in ("192.0.2.1", "192.0.2.2"):
+        headers = {"Content-Type": "application/json", "X-Forwarded-For": address}
+        client.request("POST", PATH, json.dumps(PROMPT), headers)
+        with client.getresponse() as response:
+            given.append(response.status)
+            response.read()
+    assert given == statuses
 
 
 def test_unreachable_store_is_answered_503(build_small_app: Callable[[Settings], FastAPI]) -> None:

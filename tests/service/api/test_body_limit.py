@@ -1,4 +1,5 @@
 import contextlib
+import logging
 import socket
 import time
 from collections.abc import Callable
@@ -6,12 +7,16 @@ from http.client import HTTPConnection
 
 import pytest
 from fastapi.testclient import TestClient
+from starlette.types import Message
 
+from service.app import create_app
 from service.keys import Scope, new_key
+from service.running.dispatcher import Dispatcher
 from service.settings import Settings
+from tests.fixtures.waiting import wait_until
 
 PATH = "/v1/images/generations"
-HEAD = f"POST {PATH} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+HEAD = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 def read_all(connection: socket.socket) -> str:
@@ -51,6 +56,22 @@ def test_body_declared_too_long_is_refused_at_once(listen: Callable[[Settings], 
     assert "payload_too_large" in answer
 
 
+def test_body_longer_than_it_declares_is_counted(small: TestClient) -> None:
+    long = b'{"prompt": "' + b"x" * 30_000 + b'"}'
+    response = small.post(PATH, content=long, headers={"Content-Type": "application/json", "Content-Length": "5"})
+    assert response.status_code == 413
+
+
+@pytest.mark.parametrize("line", [HEAD, "GET /healthz HTTP/1.1\r\nHost: localhost\r\n"])
+def test_body_of_two_lengths_is_refused(line: str, listen: Callable[[Settings], socket.socket]) -> None:
+    connection = listen(Settings())
+    connection.sendall(f"{line}Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".encode())
+    answer = read_all(connection)
+    assert answer.startswith("HTTP/1.1 400")
+    assert "invalid_request" in answer
+    assert "Content-Length and Transfer-Encoding" in answer
+
+
 def test_endless_body_is_cut_off(listen: Callable[[Settings], socket.socket]) -> None:
     connection = listen(Settings(max_body_bytes=20_000))
     connection.sendall(f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode())
@@ -63,7 +84,7 @@ def test_body_that_no_route_reads_is_cut_off(
     length: str, line: str, listen: Callable[[Settings], socket.socket]
 ) -> None:
     connection = listen(Settings())
-    connection.sendall(f"{line} HTTP/1.1\r\nHost: a\r\n{length}\r\n\r\n".encode())
+    connection.sendall(f"{line} HTTP/1.1\r\nHost: localhost\r\n{length}\r\n\r\n".encode())
     assert drip(connection, b"1000\r\n" + b"x" * 0x1000 + b"\r\n", seconds=20) < 10
 
 
@@ -89,6 +110,66 @@ def test_body_without_a_valid_key_is_not_waited_for(listen: Callable[[Settings],
     connection = listen(Settings(api_keys=f"[{entry.model_dump_json()}]"))
     connection.sendall(f"{HEAD}Content-Length: 15000\r\n\r\n".encode())
     assert read_all(connection).startswith("HTTP/1.1 401")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("path", "media_type", "begin"),
+    [
+        ("/v1/images", "application/json", b"{"),
+        ("/v1/meshes", "application/json", b"{"),
+        ("/v1/meshes", "multipart/form-data; boundary=b", b"--b"),
+    ],
+)
+async def test_client_that_leaves_in_its_body_is_no_error(
+    path: str,
+    media_type: str,
+    begin: bytes,
+    make_dispatcher: Callable[[Settings], Dispatcher],
+    settings: Settings,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    dispatcher = make_dispatcher(settings)
+    messages: list[Message] = [
+        {"type": "http.request", "body": begin, "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return messages.pop(0)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", media_type.encode()), (b"host", b"localhost"), (b"content-length", b"20")]
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
+    await create_app(settings, dispatcher)(scope, receive, send)
+    assert sent[0]["status"] == 499
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert dispatcher.worker.stop(20)
+
+
+def test_bodies_are_limited_together(listen: Callable[[Settings], socket.socket]) -> None:
+    # Given a request that has sent most of what all may send
+    first = listen(Settings(max_held_body_bytes=100))
+    first.sendall(f"{HEAD}Content-Length: 95\r\nExpect: 100-continue\r\n\r\n".encode())
+    assert first.recv(1000).startswith(b"HTTP/1.1 100")  # its body is being read
+    first.sendall(b'{"prompt": "' + b"x" * 68)
+
+    # When another one sends a little
+    def ask() -> int:
+        with contextlib.closing(HTTPConnection(*first.getpeername())) as client:
+            client.request("POST", PATH, '{"prompt": "aaaaaaaaa"}', {"Content-Type": "application/json"})
+            with client.getresponse() as response:
+                assert b"overloaded" in response.read() or response.status == 200
+                return response.status
+
+    # Then it is refused, until the first one is answered
+    wait_until(lambda: ask() == 503)
+    first.sendall(b"x" * 13 + b'"}')
+    assert first.recv(1000).startswith(b"HTTP/1.1 200")
+    assert ask() == 200
 
 
 def test_body_in_time_is_served_and_the_connection_kept(listen: Callable[[Settings], socket.socket]) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from models.budget import resolve
 from models.card import Guidance, ImageCard, SizeLimits
@@ -267,3 +268,12 @@ def test_any_size_is_taken_or_refused_with_one_that_is_taken(width: int, height:
             assert (request.width, request.height) == size
             return
     pytest.fail("the nearest valid sizes were refused")
+
+
+@pytest.mark.parametrize("character", ["\n", "\t", " ", "\0", "\x7f", "é", "\u2028"])
+def test_webhook_url_has_the_characters_of_a_url(character: str) -> None:
+    url = "https://hooks.example/a"
+    assert ImageBody(prompt="a", webhook_url=url).webhook_url == url
+    for wrong in (url + character, character + url, url.replace("/a", f"/{character}a")):
+        with pytest.raises(ValidationError, match="percent-encode"):
+            ImageBody(prompt="a", webhook_url=wrong)

@@ -183,6 +183,33 @@ def test_other_media_types_and_long_bodies_are_refused(client: TestClient, make:
     assert (response.status_code, error_of(response)["code"]) == (413, "payload_too_large")
 
 
+@pytest.mark.parametrize("charset", ["punycode", "idna", "undefined", "latin-1", "x" * 900])
+def test_forms_in_other_charsets_are_refused(client: TestClient, charset: str) -> None:
+    form = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\n' + b"a" * 9000 + b"-b..\r\n--b--\r\n"
+    content_type = f"multipart/form-data; boundary=b; charset={charset}"
+    response = client.post("/v1/meshes", content=form, headers={"Content-Type": content_type})
+    assert response.status_code == 415
+    assert "send it as UTF-8" in error_of(response)["message"]
+
+
+def test_image_may_be_longer_than_the_limit_of_other_bodies(make: Callable[..., Response], image: bytes) -> None:
+    encoded = base64.b64encode(image).decode()
+    assert make(input_image=encoded + " \n" * 30_000).status_code == 200  # the limit is 20 000 bytes
+    assert make(input_image=encoded, model="x" * 20_000).status_code == 413
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [[("model", "x" * 20_001)], [("model", "x" * 10_001), ("seed", "1" * 10_001)], [(f"a{i}", "1") for i in range(33)]],
+    ids=["one long text", "several texts", "many texts"],
+)
+def test_texts_of_a_form_are_limited(client: TestClient, image: bytes, texts: list[tuple[str, str]]) -> None:
+    parts: Any = [("input_image", ("a", image)), *((name, (None, text)) for name, text in texts)]
+    response = client.post("/v1/meshes", files=parts)
+    assert response.status_code in (413, 422)
+    assert len(response.text) < 400
+
+
 def test_empty_surface_fails_with_its_reason(make: Callable[..., Response]) -> None:
     response = make(seed=666)
     assert response.status_code == 500
