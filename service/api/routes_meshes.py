@@ -1,10 +1,8 @@
 """Image to mesh."""
 
-import asyncio
 import base64
 import json
 import secrets
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -18,7 +16,8 @@ from service.api.answering import answer
 from service.api.dependencies import CallerOfRequest, DispatcherOfApp, SettingsOfApp
 from service.api.errors import error_responses
 from service.api.generation_route import GenerationRoute, HeadersOfGeneration, media_type_of
-from service.api.input_image import checked_image, decode_base64_image
+from service.api.image_checks import ImageChecks
+from service.api.input_image import decode_base64_image
 from service.api.parsing import RANDOM_SEEDS, parse_mesh_body
 from service.api.products import MESH
 from service.api.schemas import MeshBody
@@ -89,8 +88,8 @@ async def create_mesh(
     card = card_of(body.model, dispatcher.cards, MeshCard)
     caller.model = card.id
     file = decode_base64_image(body.input_image)
-    check = partial(checked_image, file, max_pixels=settings.max_image_pixels)
-    input_image = await asyncio.get_running_loop().run_in_executor(request.app.state.image_checks, check)
+    image_checks: ImageChecks = request.app.state.image_checks
+    input_image = await image_checks.checked(file)
     seed = secrets.randbelow(RANDOM_SEEDS)
     order = parse_mesh_body(body, card, input_image, default_budget=settings.default_budget, random_seed=seed)
     job = await submit(order, card, body, headers, request, dispatcher, settings)
