@@ -36,7 +36,7 @@ def build_dispatcher(
 ) -> Dispatcher:
     """A dispatcher with its store and its worker, which calls `load_engine` in its own thread when it starts."""
     metrics, inbox = Metrics(), Inbox()
-    limits = WorkerLimits(max_batch_size=settings.max_batch_size, max_running=settings.max_running)
+    limits = WorkerLimits(settings.max_batch_size, settings.max_running, settings.max_decode_bytes)
     return Dispatcher(
         _store(settings, metrics, clock),
         Worker(load_engine, metrics, limits, report=inbox.report, on_room=inbox.wake, clock=clock),
