@@ -32,6 +32,11 @@ class Engine:
         self.cards = cards
         self._families = families
 
+    def preparation(self, request: GenerationRequest) -> Callable[[], GenerationRequest] | None:
+        """Work for `start` that a process without torch can do: it returns the request to start, or raises
+        InvalidRequest. None if there is none. `start` does what was not done before."""
+        return self._family(request.model).preparation(request)
+
     def start(self, request: GenerationRequest, point: CurvePoint | None = None) -> DenoiseState:
         """Encode the prompt or image and draw the noise.
 

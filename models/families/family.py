@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Hashable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -88,6 +88,14 @@ class Family(ABC):
     @abstractmethod
     def example_request(self, card: ModelCard) -> GenerationRequest:
         """A request with the card's defaults at the exact budget. It costs as much as a client's."""
+
+    def preparation(self, request: GenerationRequest) -> Callable[[], GenerationRequest] | None:
+        """Work for `start` that another process can do: it returns the request to start. None if there is none.
+
+        It can be pickled, imports no torch, and raises InvalidRequest if the input can't be used. `start` does what was
+        not done before.
+        """
+        return None
 
     @abstractmethod
     def start(

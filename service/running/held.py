@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Generator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,8 @@ _WEIGHTS = {Priority.LOW: 0.5, Priority.NORMAL: 1.0, Priority.HIGH: 2.0}
 
 @dataclass(slots=True, eq=False)
 class HeldJob:
-    """A claimed job. `unstarted` are the indices of its requests that wait for room.
+    """A claimed job. `unstarted` are the indices of its requests that wait for room, `prepared` has those that wait for
+    their input image.
 
     `num_steps` has the number of computed steps of each request, as things stand; `steps_done` is their sum so far.
     """
@@ -29,6 +31,7 @@ class HeldJob:
     shape: str
     unstarted: list[int]
     num_steps: list[int]
+    prepared: dict[int, Future[GenerationRequest]] = field(default_factory=dict)
     began: float = field(default_factory=time.perf_counter)
     steps_done: int = 0
 

@@ -15,6 +15,7 @@ from models.report import StepReport
 from service.jobs.store import Claim, Ending, Progress
 from service.metrics import Metrics
 from service.running.held import HeldJob, Running, preview_steps
+from service.running.preparer import Preparer
 from service.running.publisher import Decoded, Denoised, PendingPreview, Publisher, Report
 from service.scheduling.batching import Candidate, FairShare, form_groups, shape_of
 from service.scheduling.cost import block_seconds, dense_step_seconds, grid_bytes
@@ -65,10 +66,11 @@ class Worker:
         self._metrics = metrics
         self._load_engine = load_engine
         self._clock = clock
+        self._wake = Event()
         self._publisher = Publisher(metrics, self._tell, self.is_held, clock=clock)
+        self._preparer = Preparer(on_prepared=self._wake.set)
         self._loaded: Future[None] = Future()
         self._thread = Thread(target=self._run, name="worker", daemon=True)
-        self._wake = Event()
         self._is_stopping = False
         self._lock = Lock()  # protects the attributes that several threads use: `_held` and `_running`
         self._held: dict[str, HeldJob] = {}
@@ -146,6 +148,7 @@ class Worker:
         except Exception:
             logger.exception("the worker stopped")
         finally:
+            self._preparer.close()
             self._publisher.close()
             self._on_room()
 
@@ -177,12 +180,23 @@ class Worker:
         with self._lock:
             waiting = [(held, index) for held in self._held.values() for index in held.unstarted]
         for held, index in waiting:
+            if not self._is_prepared(engine, held, index):
+                continue
             with self._lock:
                 has_room = self._has_room(held.job.model, held.shape, [])
                 if has_room and index in held.unstarted:
                     held.unstarted.remove(index)
             if has_room:
                 self._start(engine, held, index)
+
+    def _is_prepared(self, engine: "Engine", held: HeldJob, index: int) -> bool:
+        """Whether a request can start. If another process can do a part of that, it begins here."""
+        if index not in held.prepared:
+            preparation = engine.preparation(held.job.requests[index])
+            if preparation is None:
+                return True
+            held.prepared[index] = self._preparer.prepare(preparation, partial(self.is_held, held.claim))
+        return held.prepared[index].done()
 
     def _has_room(self, model: str, shape: str, waiting: Sequence[str]) -> bool:
         """Whether one more request could start if the requests of the shapes `waiting` had started. Needs the lock."""
@@ -200,7 +214,7 @@ class Worker:
         queue_s = self._clock() - job.created_at
         began = time.perf_counter()
         try:
-            state = engine.start(request)
+            state = engine.start(held.prepared[index].result() if index in held.prepared else request)
         except Exception as error:
             self._publisher.fail(held.claim, error)
             return

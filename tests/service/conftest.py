@@ -221,6 +221,9 @@ class DrawnEngine:
         self.fields: list[int] = []
         self.dropped_fields: list[int] = []
 
+    def preparation(self, request: ImageRequest | MeshRequest) -> Callable[[], Any] | None:
+        return None
+
     def start(self, request: ImageRequest | MeshRequest) -> DrawnState:
         if "refuse" in _prompt(request):
             raise InvalidRequest("the prompt has 900 tokens; try 512", "prompt")

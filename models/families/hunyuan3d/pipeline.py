@@ -1,7 +1,7 @@
 """Hunyuan3D makes meshes from images: loading, image tokens, batches of rows, decoding."""
 
-from collections.abc import Generator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import cached_property, partial
 from io import BytesIO
 from pathlib import Path
 from typing import ClassVar, Self
@@ -21,8 +21,9 @@ from models.errors import WeightsError
 from models.families.family import BranchStart, Family
 from models.families.hunyuan3d import plain_adapter, stream_adapter
 from models.families.hunyuan3d.checkpoint import Hunyuan3DCheckpoint, load_checkpoint
+from models.families.hunyuan3d.conditioner import image_tensor
 from models.families.hunyuan3d.plain_dit import HunYuanDiTPlain
-from models.families.hunyuan3d.preparation import prepare_image
+from models.families.hunyuan3d.preparation import prepared_request
 from models.families.hunyuan3d.shape_vae import DecodedField
 from models.families.wrapping import Adapter
 from models.mesh.cleanup import CleanMesh, clean
@@ -123,6 +124,10 @@ class Hunyuan3DFamily(Family):
             octree_resolution=card.default_octree_resolution,
         )
 
+    def preparation(self, request: GenerationRequest) -> Callable[[], MeshRequest]:
+        assert isinstance(request, MeshRequest)
+        return partial(prepared_request, request, self.checkpoint.image_settings)
+
     @torch.inference_mode()
     def start(
         self,
@@ -134,8 +139,10 @@ class Hunyuan3DFamily(Family):
         """Raises InvalidRequest if the image shows no object, or if its background can't be removed as asked."""
         assert isinstance(request, MeshRequest)
         vae = self.checkpoint.vae
+        if not request.is_prepared:
+            request = prepared_request(request, self.checkpoint.image_settings)
         with Image.open(BytesIO(request.input_image)) as file:
-            image = prepare_image(file, self.checkpoint.image_settings, request.remove_background)
+            image = image_tensor(np.asarray(file))
         encoder = next(self.checkpoint.conditioner.parameters())
         context = self.checkpoint.conditioner(image.to(encoder.device)).to(self._parameter)
         # Latents stay in float32 between steps, whatever the denoiser's type.

@@ -194,6 +194,17 @@ def test_decoding_in_turns_gives_the_same_file(
     assert (file.data, file.report) == (encode_mesh(at_once.mesh, MeshFormat.OBJ), at_once.report)
 
 
+def test_preparation_changes_nothing(engine: Engine, ask: Ask) -> None:
+    request = ask()
+    preparation = engine.preparation(request)
+    assert preparation is not None
+    prepared = preparation()
+    assert isinstance(prepared, MeshRequest)
+    assert prepared.is_prepared
+    direct, in_two_parts = engine.start(request), engine.start(prepared)
+    assert torch.equal(direct.inputs[0].context, in_two_parts.inputs[0].context)
+
+
 def test_seconds_of_decoding_are_predicted_from_the_resolution(engine: Engine, model: str) -> None:
     card = engine.cards[model]
     assert isinstance(card, MeshCard)
