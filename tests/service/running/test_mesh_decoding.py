@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from io import BytesIO
+from threading import Event
 from typing import Any
 
 import pytest
@@ -102,6 +103,30 @@ def test_shutdown_does_not_wait_for_a_mesh(start_service: StartService, engine: 
     service.drain()
     assert not service.dispatcher.worker.is_alive
     assert mesh.result(TIMEOUT_S).state.failure.reason is FailureReason.DRAINING
+
+
+@pytest.mark.parametrize("end", ["cancel", "shutdown"])
+def test_process_that_makes_a_file_ends_with_its_job(
+    start_service: StartService, engine: Any, make_mesh_job: MakeJob, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    service, has_begun = start_service(Settings(grace_s=0)), Event()
+    run = Sandbox.run
+
+    def run_for_long(self: Sandbox, *arguments: Any, max_bytes: int, is_wanted: Callable[[], bool]) -> Any:
+        has_begun.set()
+        return run(self, time.sleep, 3600, max_bytes=max_bytes, is_wanted=is_wanted)
+
+    monkeypatch.setattr(Sandbox, "run", run_for_long)
+    engine.field_gate.set()
+    mesh = service.submit(make_mesh_job("mesh"))
+    assert has_begun.wait(TIMEOUT_S)
+    if end == "cancel":
+        service.cancel("mesh")
+        assert mesh.result(TIMEOUT_S).state.status is JobStatus.CANCELLED
+    service.drain()
+    assert not service.dispatcher.worker.is_alive  # it waits for its processes
+    if end == "shutdown":
+        assert mesh.result(TIMEOUT_S).state.failure.reason is FailureReason.DRAINING
 
 
 def test_mesh_that_needs_too_much_memory_fails_with_the_reason(
