@@ -200,14 +200,18 @@ class Publisher:
         request = job.requests[denoised.index]
         assert isinstance(request, MeshRequest)
         assert isinstance(job.output.format, MeshFormat)
-        return self._sandboxes[job.model].run(
-            make_mesh_file,
-            result,
-            request.target_faces,
-            job.output.format,
-            max_bytes=surface_bytes(request.octree_resolution),
-            is_wanted=partial(self._is_wanted, denoised.claim),
-        )
+        try:
+            return self._sandboxes[job.model].run(
+                make_mesh_file,
+                result,
+                request.target_faces,
+                job.output.format,
+                max_bytes=surface_bytes(request.octree_resolution),
+                is_wanted=partial(self._is_wanted, denoised.claim),
+            )
+        except SandboxFailed as error:
+            cells = request.octree_resolution
+            raise SandboxFailed(f"{error}; try an octree_resolution of less than {cells}") from error
 
     def _make_preview(self, pending: PendingPreview) -> None:
         """A preview that fails is left out: no client relies on it."""

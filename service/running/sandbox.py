@@ -74,6 +74,8 @@ class Sandbox:
 
     def _call(self, call: object, is_wanted: Callable[[], bool]) -> tuple[object, BaseException | None, str]:
         """The answer of the process: a result, or an error and where it was raised. Needs the lock."""
+        if self._running is not None and self._running.process.poll() is not None:
+            self._end()  # it was killed between two calls, which is no fault of this one
         running = self._running or self._start()
         try:
             running.connection.send(call)
@@ -92,12 +94,13 @@ class Sandbox:
         if self._is_closed:
             raise NotWanted
         ours, theirs = Pipe()
+        settings_free = {name: value for name, value in os.environ.items() if not name.startswith("ELASTIC_")}
         # Not multiprocessing.Process, which would import the server's main module again.
         process = subprocess.Popen(
             [sys.executable, "-m", "service.running.sandbox_process", str(theirs.fileno())],
             stdin=subprocess.PIPE,  # ends with the server, however that ends
             pass_fds=(theirs.fileno(),),
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"},
+            env={**settings_free, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"},
         )
         theirs.close()
         self._running = _Running(process, ours)

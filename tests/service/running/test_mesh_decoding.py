@@ -152,5 +152,7 @@ def test_killed_process_fails_its_job_and_the_next_gets_another(
 
     monkeypatch.setattr(Sandbox, "run", run_in_a_dying_process)
     failure = service.submit(make_mesh_job("first")).result(TIMEOUT_S).state.failure
-    assert failure.message == f"job first failed: its process ended by signal {signal.SIGABRT.name}"
+    assert failure.message == (
+        f"job first failed: its process ended by signal {signal.SIGABRT.name}; try an octree_resolution of less than 32"
+    )
     assert service.submit(make_mesh_job("second")).result(TIMEOUT_S).state.status is JobStatus.SUCCEEDED

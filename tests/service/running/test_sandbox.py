@@ -87,6 +87,18 @@ def test_process_that_ends_fails_its_call_alone(sandbox: Sandbox) -> None:
     assert sandbox.run(os.getpid, max_bytes=GIGABYTE) != first
 
 
+def test_process_killed_between_calls_fails_none(sandbox: Sandbox) -> None:
+    pid = sandbox.run(os.getpid, max_bytes=GIGABYTE)
+    os.kill(pid, signal.SIGKILL)
+    wait_until_ended(pid)
+    assert sandbox.run(os.getpid, max_bytes=GIGABYTE) != pid
+
+
+def test_settings_with_secrets_are_not_passed_on(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ELASTIC_WEBHOOK_SECRET", "whsec_secret")
+    assert sandbox.run(os.getenv, "ELASTIC_WEBHOOK_SECRET", max_bytes=GIGABYTE) is None
+
+
 def test_call_that_is_no_longer_wanted_ends_its_process(sandbox: Sandbox) -> None:
     pid = sandbox.run(os.getpid, max_bytes=GIGABYTE)
     with pytest.raises(NotWanted):
