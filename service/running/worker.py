@@ -155,6 +155,7 @@ class Worker:
     def _take_turn(self, engine: "Engine") -> None:
         self._wake.clear()  # first, so that anything that arrives from here on wakes the loop again
         self._drop_unwanted()
+        self._decode_done(engine)
         self._start_what_fits(engine)
         if self._running:
             batch = self._next_batch()
@@ -162,7 +163,6 @@ class Worker:
                 self._step(engine, batch)
             else:
                 self._decode(batch[0], batch[0].decoding)
-            self._decode_done(engine)
         else:
             self._metrics.observe_groups(self.cards, [])
             self._wake.wait()

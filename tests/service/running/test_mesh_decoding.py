@@ -68,12 +68,28 @@ def test_grids_of_meshes_are_bounded_and_a_larger_one_goes_alone(
     jobs = [make_mesh_job(str(seed), seed=seed, octree_resolution=cells) for seed, cells in enumerate((32, 32, 64, 32))]
     meshes = [service.submit(job) for job in jobs]
     service.wait_until_taken("0", "1", "2", "3")
-    while len([seeds for seeds in engine.batches if 3 in seeds]) < 3:  # all are denoised
+    while sum(3 in seeds for seeds in engine.batches) < 3:  # until all are denoised
         service.submit(make_job(f"image {len(engine.batches)}")).result(TIMEOUT_S)
     assert sorted(engine.fields) == [0, 1]
     engine.field_gate.set()
     assert all(mesh.result(TIMEOUT_S).state.status is JobStatus.SUCCEEDED for mesh in meshes)
     assert sorted(engine.fields) == [0, 1, 2, 3]
+
+
+def test_mesh_that_waits_for_a_grid_goes_on_when_another_is_cancelled(
+    start_service: StartService, engine: Any, make_job: MakeJob, make_mesh_job: MakeJob
+) -> None:
+    service = start_service(Settings(max_decode_bytes=1))
+    service.submit(make_mesh_job("first", seed=1))
+    assert engine.is_decoding.wait(TIMEOUT_S)
+    second = service.submit(make_mesh_job("second", seed=2))
+    while sum(2 in seeds for seeds in engine.batches) < 3:  # until it is denoised
+        service.submit(make_job(f"image {len(engine.batches)}")).result(TIMEOUT_S)
+    service.cancel("first")
+    while engine.dropped_fields != [1]:
+        time.sleep(0.001)
+    engine.field_gate.set()
+    assert second.result(TIMEOUT_S).state.status is JobStatus.SUCCEEDED
 
 
 def test_deadline_leaves_time_for_the_decoding(service: Any, engine: Any, make_mesh_job: MakeJob) -> None:
