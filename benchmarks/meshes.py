@@ -39,7 +39,8 @@ from models.diffusion.sampling import classifier_free_guidance, euler_step
 from models.engine import Engine
 from models.errors import EmptySurface
 from models.families.hunyuan3d.checkpoint import Hunyuan3DCheckpoint, load_checkpoint
-from models.families.hunyuan3d.preparation import prepare_image
+from models.families.hunyuan3d.conditioner import image_tensor
+from models.families.hunyuan3d.preparation import prepare_pixels
 from models.mesh.cleanup import CleanMesh
 from models.mesh.surface import Mesh
 from models.report import GenerationSummary
@@ -118,9 +119,8 @@ def stock_inputs(checkpoint: Hunyuan3DCheckpoint, requests: Sequence[MeshRequest
     contexts, noise = [], []
     for each in requests:
         with Image.open(BytesIO(each.input_image)) as file:
-            contexts.append(
-                checkpoint.conditioner(prepare_image(file, checkpoint.image_settings, each.remove_background))
-            )
+            pixels = prepare_pixels(file, checkpoint.image_settings, each.remove_background)
+        contexts.append(checkpoint.conditioner(image_tensor(pixels)))
         rng = torch.Generator().manual_seed(each.seed)
         noise.append(torch.randn(1, vae.num_latents, vae.embed_dim, generator=rng))
     return torch.cat(noise), torch.cat(contexts)

@@ -5,6 +5,7 @@ from enum import StrEnum
 from typing import Any, ClassVar
 
 from models.curve import CurvePoint
+from models.mesh import size
 from models.request import GenerationRequest, ImageRequest
 
 
@@ -91,6 +92,18 @@ class ImageCard(ModelCard):
         return is_usual_size and ModelCard._is_calibrated_for(self, request)
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeSpeed:
+    """Seconds that the parts of a mesh's decoding take, measured on this device.
+
+    To read the field at a point, to search a grid per point of it, and to make a triangle of the file.
+    """
+
+    field_point: float
+    grid_point: float
+    face: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeshCard(ModelCard):
     """An image-to-mesh model.
@@ -105,6 +118,16 @@ class MeshCard(ModelCard):
     min_octree_resolution: int
     max_octree_resolution: int
     octree_resolution_step: int
+    decode_speed: DecodeSpeed
+
+    def decode_seconds(self, octree_resolution: int) -> float:
+        """Predicted seconds from the last step to the file, of a typical shape with all its faces."""
+        speed = self.decode_speed
+        return (
+            size.num_field_points(octree_resolution) * speed.field_point
+            + size.num_grid_points(octree_resolution) * speed.grid_point
+            + size.num_faces(octree_resolution) * speed.face
+        )
 
     def is_guided(self, guidance_scale: float, true_cfg_scale: float = 1.0) -> bool:
         """At a scale of 1 the branch without an image cancels out. Unlike in diffusers, it counts below 1 too."""

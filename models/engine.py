@@ -1,7 +1,7 @@
 """The engine: generates images and meshes, one denoise step at a time, with any mix of requests in a step."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from models.errors import UnknownModel
 from models.families.family import Family
 from models.families.image import ImageFamily
 from models.mesh.cleanup import CleanMesh
+from models.mesh.surface import FieldSamples
 from models.report import BlockReport, StepReport
 from models.request import GenerationRequest
 from models.state import DenoiseState, Velocity
@@ -30,6 +31,11 @@ class Engine:
     def __init__(self, families: Mapping[str, Family], cards: Mapping[str, ModelCard]) -> None:
         self.cards = cards
         self._families = families
+
+    def preparation(self, request: GenerationRequest) -> Callable[[], GenerationRequest] | None:
+        """Work for `start` that a process without torch can do: it returns the request to start, or raises
+        InvalidRequest. None if there is none. `start` does what was not done before."""
+        return self._family(request.model).preparation(request)
 
     def start(self, request: GenerationRequest, point: CurvePoint | None = None) -> DenoiseState:
         """Encode the prompt or image and draw the noise.
@@ -94,12 +100,21 @@ class Engine:
         assert state.is_done
         return self._family(state.request.model).decode(state)
 
+    def decode_in_turns(self, state: DenoiseState) -> Generator[None, None, FieldSamples] | None:
+        """Decode a done state to a field, which `models.mesh.file` makes a file: the long way to what `finish` returns.
+
+        Each `next` takes a small part of the time, so that denoise steps can go between. It raises EmptySurface if the
+        field is not finite. None for models without a field, which only `finish` decodes. Used by the device's thread.
+        """
+        assert state.is_done
+        return self._family(state.request.model).decode_in_turns(state)
+
     def preview(self, state: DenoiseState) -> Callable[[], NDArray[np.uint8] | CleanMesh]:
         """A function that decodes the current estimate of the result cheaply. The state needs at least one step.
 
         It returns pixels `(rows, columns, 3)`, one per latent pixel, or a coarse mesh. It raises EmptySurface if the
         field has no surface yet. Later steps do not change what it returns. Any thread may call it, but per model only
-        one thread at a time may be in it or in `finish`.
+        one thread at a time may be in it or in `finish`; another may be in `decode_in_turns`.
         """
         assert state.prediction is not None
         return partial(self._family(state.request.model).preview, state.request, state.prediction)

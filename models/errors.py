@@ -7,6 +7,8 @@ GenerationError
 └── WeightsError        a model directory or a router file is not what it should be
 """
 
+from typing import Self
+
 
 class GenerationError(Exception):
     """Base of everything that `models` raises on purpose. The message is fit for a client to read."""
@@ -18,6 +20,10 @@ class InvalidRequest(GenerationError):
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
         self.param = param
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, str]]:
+        """It is raised in other processes too."""
+        return type(self), (str(self), self.param)
 
 
 class UnknownModel(GenerationError):

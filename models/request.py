@@ -101,7 +101,8 @@ class BackgroundRemoval(StrEnum):
 class MeshRequest(GenerationRequest):
     """One mesh to generate from an image.
 
-    `input_image` is a checked image file: upright, decodable, within the pixel limit. `octree_resolution` is the number
+    `input_image` is a checked image file: upright, decodable, within the pixel limit. If `is_prepared`, it shows what
+    the model looks at: the object alone, as `Family.preparation` cuts it out. `octree_resolution` is the number
     of grid cells along each side of the field. `target_faces` is the most triangles the mesh may have, None for no
     reduction.
     """
@@ -110,3 +111,4 @@ class MeshRequest(GenerationRequest):
     octree_resolution: int
     target_faces: int | None = None
     remove_background: BackgroundRemoval = BackgroundRemoval.AUTO
+    is_prepared: bool = False

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from fastapi_offline import FastAPIOffline
 
 from service.api import routes_images, routes_jobs, routes_meshes, routes_models, routes_operations
 from service.api.errors import add_error_handlers
+from service.api.image_checks import ImageChecks
 from service.api.job_views import job_body
 from service.api.middlewares import Middlewares
 from service.api.routes_playground import add_playground
@@ -38,7 +38,7 @@ def build_dispatcher(
     """A dispatcher with its store and its worker, which calls `load_engine` in its own thread when it starts."""
     metrics, inbox = Metrics(), Inbox()
     store = _store(settings, metrics, clock)
-    limits = WorkerLimits(max_batch_size=settings.max_batch_size, max_running=settings.max_running)
+    limits = WorkerLimits(settings.max_batch_size, settings.max_running, settings.max_decode_bytes)
     return Dispatcher(
         store,
         Worker(load_engine, metrics, limits, report=inbox.report, on_room=inbox.wake, clock=store.clock),
@@ -101,15 +101,14 @@ def create_worker_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
 
 
 def _bare_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
-    # One image at a time, which bounds the memory for decoded images.
-    image_checks = ThreadPoolExecutor(1, thread_name_prefix="images")
+    image_checks = ImageChecks(settings.max_image_pixels)
     middlewares = Middlewares(settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with dispatcher.running():
             yield
-        image_checks.shutdown(wait=False, cancel_futures=True)
+        image_checks.close()
         await middlewares.close()
 
     # FastAPI's own documentation page loads its scripts from a CDN; fastapi-offline serves them itself.

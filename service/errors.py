@@ -21,7 +21,8 @@ ServiceError
 ├── JobCancelled          the job was cancelled while this call waited for it
 ├── IdempotencyKeyReused  an earlier call with this key had another body
 ├── ResultExpired         the job's content has been deleted
-└── GenerationFailed      the engine failed on this job
+├── GenerationFailed      the engine failed on this job
+└── SandboxFailed         a process of this server ended, or needed too much memory
 """
 
 
@@ -107,6 +108,10 @@ class ResultExpired(ServiceError):
 
 
 class GenerationFailed(ServiceError):
+    pass
+
+
+class SandboxFailed(ServiceError):
     pass
 
 

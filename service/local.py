@@ -21,6 +21,7 @@ from service.api.views import receipt_body
 from service.jobs.job import Receipt, StageSeconds
 from service.order import Order
 from service.running.output import encode_output
+from service.scheduling.cost import decode_seconds
 from service.scheduling.deadline import point_for
 from service.settings import Settings
 
@@ -71,7 +72,8 @@ def _generate(directory: Path, settings: Settings, parse: Callable[[ModelCard], 
     with typer.progressbar(length=state.num_computed_steps, label="denoising", file=sys.stderr) as progress:
         while not state.is_done:
             if isinstance(request.budget, LatencyBudget):
-                _keep_deadline(state, card, left_s=request.budget.latency_s - (time.perf_counter() - arrived))
+                left_s = request.budget.latency_s - (time.perf_counter() - arrived) - decode_seconds(request, card)
+                _keep_deadline(state, card, left_s)
             engine.step([state])
             progress.length = state.num_computed_steps
             progress.update(1)
@@ -96,7 +98,7 @@ def _generate(directory: Path, settings: Settings, parse: Callable[[ModelCard], 
 
 
 def _keep_deadline(state: "DenoiseState", card: ModelCard, left_s: float) -> None:
-    """Move along the curve as the server does. Decoding has no prediction, since nothing was decoded before."""
+    """Move along the curve as the server does. An image's decoding has no prediction: nothing was decoded before."""
     steps_left = state.num_steps - state.step_index
     point = point_for(
         state.request, card, time_left_s=left_s, steps_left=steps_left, num_computed=len(state.computed), pace=1.0

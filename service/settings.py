@@ -82,6 +82,12 @@ class Settings(BaseSettings):
     max_running: int = Field(
         default=16, ge=1, description="The most images and meshes in memory at once, over all models and sizes."
     )
+    max_decode_bytes: int = Field(
+        default=4_000_000_000,
+        ge=1,
+        description="The most bytes, as predicted, of the grids of meshes that are decoded at once; a larger mesh is "
+        "decoded alone. A grid of 512 cells a side is predicted to take 0.8 GB.",
+    )
     max_backlog_s: float = Field(
         default=120.0,
         gt=0,

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -20,6 +20,7 @@ from models.elastic.streams import Streams
 from models.errors import InvalidRequest
 from models.families.wrapping import Adapter, elastic_blocks
 from models.mesh.cleanup import CleanMesh
+from models.mesh.surface import FieldSamples
 from models.request import GenerationRequest, LatencyBudget
 from models.rules import RULES
 from models.rules.forecast import Forecaster, ForecastTable
@@ -88,6 +89,14 @@ class Family(ABC):
     def example_request(self, card: ModelCard) -> GenerationRequest:
         """A request with the card's defaults at the exact budget. It costs as much as a client's."""
 
+    def preparation(self, request: GenerationRequest) -> Callable[[], GenerationRequest] | None:
+        """Work for `start` that another process can do: it returns the request to start. None if there is none.
+
+        It can be pickled, imports no torch, and raises InvalidRequest if the input can't be used. `start` does what was
+        not done before.
+        """
+        return None
+
     @abstractmethod
     def start(
         self,
@@ -109,6 +118,10 @@ class Family(ABC):
     @abstractmethod
     def decode(self, state: DenoiseState) -> NDArray[np.uint8] | CleanMesh:
         """Decode a done state to pixels `(height, width, 3)` or a mesh."""
+
+    def decode_in_turns(self, state: DenoiseState) -> Generator[None, None, FieldSamples] | None:
+        """The decoding of a done state to a field, a small part of it at each `next`. None if `decode` is short."""
+        return None
 
     @abstractmethod
     def preview(self, request: GenerationRequest, prediction: Tensor) -> NDArray[np.uint8] | CleanMesh:

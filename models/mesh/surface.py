@@ -24,6 +24,24 @@ class Mesh:
     faces: NDArray[np.int32]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class FieldSamples:
+    """The evaluated points of a grid with `num_points` a side: little to send to another process.
+
+    `index` `(samples,)` int32 are places in the flattened grid, `logits` `(samples,)` float32 the field's values there.
+    """
+
+    num_points: int
+    index: NDArray[np.int32]
+    logits: NDArray[np.float32]
+
+    def grid_logits(self) -> NDArray[np.float32]:
+        """The grid `(num_points,) * 3`; NaN marks points that were not evaluated."""
+        grid = np.full(self.num_points**3, np.nan, np.float32)
+        grid[self.index] = self.logits
+        return grid.reshape((self.num_points,) * 3)
+
+
 def extract_surface(grid_logits: NDArray[np.float32], *, iso_level: float = 0.0, bounds: float = BOUNDS) -> Mesh:
     """The surface where the field is `iso_level`, by marching cubes (Lewiner et al. 2003, scikit-image).
 

@@ -9,19 +9,21 @@ Levels go from coarse to fine, as in Hunyuan3D's hierarchical volume decoding. T
   point. Hunyuan3D refines wherever the field has not saturated, which is costly where the unsaturated band is wide.
 - After each level, all cells that the surface passes are completed, until no more are found. So the surface is followed
   to its end from any point where it is met.
+
+Grids are searched slab by slab. That bounds the memory beside the grid, and the time of each turn of a decoding.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from models.errors import EmptySurface
-from models.mesh.surface import BOUNDS
-
-MIN_COARSE_CELLS = 64
-"""Least number of cells a side of the coarsest level. Its points are 1.6 % of a grid of 256."""
+from models.mesh.size import coarsest_stride, num_cells
+from models.mesh.surface import BOUNDS, FieldSamples
 
 _REACH = 0.5
 """A point is refined if its distance from the iso level is at most this share of the change to its neighbours, summed
@@ -31,8 +33,17 @@ With twice the share, random fields lost as many points, all of them in parts th
 _PLATEAU = 0.95
 """Below this share of the median magnitude the field counts as unsaturated. Hunyuan3D's limit is 0.95 for its +-1."""
 
+T = TypeVar("T")
+
 Field = Callable[[Tensor], Tensor]
 """Maps points `(points, 3)` float32 in [-bounds, bounds] to logits `(points,)`. Points do not interact."""
+
+
+Decoding = Generator[None, None, Tensor]
+"""Decodes a grid in turns: each `next` takes a small part of the whole time, and the end returns the grid."""
+
+_SLAB_POINTS = 2**22
+"""Points of a slab. A grid of 512 cells a side has slabs of 14 planes; each is read with a plane of both neighbours."""
 
 
 @torch.inference_mode()
@@ -43,10 +54,9 @@ def decode_dense(
 
     Raises `EmptySurface` where the field is not finite, as does `decode_coarse_to_fine`.
     """
-    return _evaluated(field, _axis(octree_resolution, 1, bounds, device), points_per_call)
+    return finished(_evaluated(field, _axis(octree_resolution, 1, bounds, device), points_per_call))
 
 
-@torch.inference_mode()
 def decode_coarse_to_fine(
     field: Field,
     octree_resolution: int,
@@ -56,72 +66,122 @@ def decode_coarse_to_fine(
     bounds: float = BOUNDS,
     iso_level: float = 0.0,
 ) -> Tensor:
+    """The grid of `decode_in_turns`, decoded in one call."""
+    return finished(
+        decode_in_turns(
+            field,
+            octree_resolution,
+            points_per_call=points_per_call,
+            device=device,
+            bounds=bounds,
+            iso_level=iso_level,
+        )
+    )
+
+
+def finished(decoding: Generator[None, None, T]) -> T:
+    """The result of `decoding`, after all its turns."""
+    while True:
+        try:
+            next(decoding)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+
+@torch.inference_mode()
+def decode_in_turns(
+    field: Field,
+    octree_resolution: int,
+    *,
+    points_per_call: int,
+    device: torch.device,
+    bounds: float = BOUNDS,
+    iso_level: float = 0.0,
+) -> Decoding:
     """The grid of `decode_dense`, evaluated only near the surface at `iso_level`; NaN elsewhere.
 
     Every cell with evaluated corners on both sides of the surface is complete. So are the cells at the grid's border
     where the border cuts the inside. A separate part can be missed if it is smaller than the cells of the coarsest
     level and its field saturates within half a cell, so that no coarse point shows it.
-    All points are evaluated if half of the resolution is less than `MIN_COARSE_CELLS`.
+    All points are evaluated if half of the resolution is less than `MIN_COARSE_CELLS` of `models.mesh.size`.
     """
-    stride = 1
-    while _num_cells(octree_resolution, 2 * stride) >= MIN_COARSE_CELLS:
-        stride *= 2
-    grid_logits = _evaluated(field, _axis(octree_resolution, stride, bounds, device), points_per_call)
+    stride = coarsest_stride(octree_resolution)
+    grid_logits = yield from _evaluated(field, _axis(octree_resolution, stride, bounds, device), points_per_call)
     plateau = _PLATEAU * (grid_logits - iso_level).abs().median()
     while stride > 1:
         stride //= 2
-        is_near = _near_surface(grid_logits - iso_level, plateau)
-        grid_logits = _refined(grid_logits, _num_cells(octree_resolution, stride))
         axis = _axis(octree_resolution, stride, bounds, device)
-        wanted = _refined_boxes(is_near, len(axis)) & grid_logits.isnan()
-        # To find the points waits for the device, once a pass. There are two or three passes a level.
-        while len(index := wanted.flatten().nonzero().squeeze(1)):
-            _evaluate(field, grid_logits, index.split(points_per_call), axis)
-            wanted = _corners_of_crossed_cells(grid_logits, iso_level) & grid_logits.isnan()
+        is_near = yield from _near_surface(grid_logits, iso_level, plateau)
+        grid_logits, index = yield from _refined(grid_logits, is_near, len(axis))
+        # To find the points waits for the device, once a slab. There are two or three passes a level.
+        while len(index):
+            yield from _evaluate(field, grid_logits, index.split(points_per_call), axis)
+            index = yield from _missing_corners(grid_logits, iso_level)
     return grid_logits
 
 
-def _num_cells(octree_resolution: int, stride: int) -> int:
-    """Cells a side of a level. The last one is smaller where the stride does not divide the resolution."""
-    return -(-octree_resolution // stride)
+def sample_in_turns(grid_logits: Tensor) -> Generator[None, None, FieldSamples]:
+    """The evaluated points of a grid, in turns as short as those of its decoding."""
+    index, logits = [], []
+    for start, end in _slabs(len(grid_logits)):
+        known = _points(grid_logits[start:end].isfinite(), start)
+        index.append(known.int().cpu().numpy())
+        logits.append(grid_logits.view(-1)[known].cpu().numpy())
+        yield
+    return FieldSamples(len(grid_logits), np.concatenate(index), np.concatenate(logits))
 
 
 def _axis(octree_resolution: int, stride: int, bounds: float, device: torch.device) -> Tensor:
     """Coordinates of a level's points along an axis: every `stride`-th of the full grid, and the last."""
-    index = (torch.arange(_num_cells(octree_resolution, stride) + 1) * stride).clamp(max=octree_resolution)
+    index = (torch.arange(num_cells(octree_resolution, stride) + 1) * stride).clamp(max=octree_resolution)
     coordinates = index.double() * (2 * bounds / octree_resolution) - bounds
     return coordinates.to(device, torch.float32)
 
 
-def _unknown(num_cells: int, device: torch.device) -> Tensor:
-    return torch.full((num_cells + 1,) * 3, torch.nan, device=device)
+def _slabs(side: int) -> Iterator[tuple[int, int]]:
+    """The first plane of each slab of a grid, an even number, and the plane after its last."""
+    num_planes = max(2, _SLAB_POINTS // side**2 // 2 * 2)
+    return ((start, min(start + num_planes, side)) for start in range(0, side, num_planes))
 
 
-def _evaluated(field: Field, axis: Tensor, points_per_call: int) -> Tensor:
+def _evaluated(field: Field, axis: Tensor, points_per_call: int) -> Decoding:
     """A level with all points evaluated."""
-    grid_logits = _unknown(len(axis) - 1, axis.device)
+    grid_logits = torch.full((len(axis),) * 3, torch.nan, device=axis.device)
     total = grid_logits.numel()
     starts = range(0, total, points_per_call)
     index = (torch.arange(start, min(start + points_per_call, total), device=axis.device) for start in starts)
-    _evaluate(field, grid_logits, index, axis)
+    yield from _evaluate(field, grid_logits, index, axis)
     return grid_logits
 
 
-def _evaluate(field: Field, grid_logits: Tensor, calls: Iterable[Tensor], axis: Tensor) -> None:
+def _evaluate(field: Field, grid_logits: Tensor, calls: Iterable[Tensor], axis: Tensor) -> Generator[None, None, None]:
     """Evaluate the points of each call, given as indices of the flattened grid."""
-    flat, side = grid_logits.view(-1), len(axis)
-    num_bad = torch.zeros((), dtype=torch.int64, device=axis.device)
+    flat, side, num_bad = grid_logits.view(-1), len(axis), 0
     for index in calls:
         points = torch.stack([axis[index // side**2], axis[index // side % side], axis[index % side]], dim=1)
         logits = field(points).float()
         flat[index] = logits
-        num_bad += logits.isfinite().logical_not().sum()
-    if count := int(num_bad):
-        raise EmptySurface(f"no surface: the field is not finite at {count} points")
+        num_bad += int(logits.isfinite().logical_not().sum())  # waits for the device, so that a turn takes its time
+        yield
+    if num_bad:
+        raise EmptySurface(f"no surface: the field is not finite at {num_bad} points")
 
 
-def _near_surface(logits: Tensor, plateau: Tensor) -> Tensor:
-    """Points within half a cell of which the surface may pass, judged by the point and its six neighbours.
+def _near_surface(grid_logits: Tensor, iso_level: float, plateau: Tensor) -> Decoding:
+    """Points within half a cell of which the surface may pass."""
+    is_near = torch.empty(grid_logits.shape, dtype=torch.bool, device=grid_logits.device)
+    for start, end in _slabs(len(grid_logits)):
+        first = max(start - 1, 0)
+        is_near[start:end] = _may_pass(grid_logits[first : end + 1] - iso_level, plateau)[start - first :][
+            : end - start
+        ]
+        yield
+    return is_near
+
+
+def _may_pass(logits: Tensor, plateau: Tensor) -> Tensor:
+    """Whether the surface may pass within half a cell, judged by the point and its six neighbours.
 
     Either the field could reach 0 there. Or its magnitude has a minimum there and is unsaturated, as where a part lies
     between points and is so thin that the field saturates on both sides of it.
@@ -141,22 +201,45 @@ def _near_surface(logits: Tensor, plateau: Tensor) -> Tensor:
     return (size <= _REACH * reach) | is_lowest
 
 
-def _refined(coarse: Tensor, num_cells: int) -> Tensor:
-    """A level's values at their places in the next finer level."""
-    fine = _unknown(num_cells, coarse.device)
-    index = (2 * torch.arange(len(coarse), device=coarse.device)).clamp(max=num_cells)
-    fine[index[:, None, None], index[:, None], index] = coarse
-    return fine
+def _refined(coarse: Tensor, is_near: Tensor, side: int) -> Generator[None, None, tuple[Tensor, Tensor]]:
+    """The next finer level with the values of `coarse` at their places, and the points of it to evaluate."""
+    fine = torch.empty((side,) * 3, device=coarse.device)
+    place = (2 * torch.arange(len(coarse), device=coarse.device)).clamp(max=side - 1)
+    found = []
+    for start, end in _slabs(side):
+        known = slice(start // 2, len(coarse) if end == side else end // 2)
+        fine[start:end] = torch.nan
+        fine[place[known, None, None], place[:, None], place] = coarse[known]
+        boxes = _refined_boxes(is_near[start // 2 : end // 2 + 1], (end - start, side, side))
+        found.append(_points(boxes & fine[start:end].isnan(), start))
+        yield
+    return fine, torch.cat(found)
 
 
-def _refined_boxes(marked: Tensor, side: int) -> Tensor:
-    """The points of the next finer level that are marked points or their neighbours."""
-    for dim in range(3):
+def _refined_boxes(marked: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """The points of the next finer level that are marked points or their neighbours; `shape` is the finer shape."""
+    for dim, length in enumerate(shape):
         between = _either(marked, dim)
         first, last = marked.split([between.shape[dim], 1], dim)
         interleaved = torch.stack([first, between], dim + 1).flatten(dim, dim + 1)
-        marked = torch.cat([interleaved, last], dim).narrow(dim, 0, side)
+        marked = torch.cat([interleaved, last], dim).narrow(dim, 0, length)
     return marked
+
+
+def _missing_corners(grid_logits: Tensor, iso_level: float) -> Decoding:
+    """The points not yet evaluated of the cells that the surface passes."""
+    found = []
+    for start, end in _slabs(len(grid_logits)):
+        first = max(start - 1, 0)
+        corners = _corners_of_crossed_cells(grid_logits[first : end + 1], iso_level)[start - first :][: end - start]
+        found.append(_points(corners & grid_logits[start:end].isnan(), start))
+        yield
+    return torch.cat(found)
+
+
+def _points(wanted: Tensor, first_plane: int) -> Tensor:
+    """The marked points of a slab, as indices of the flattened grid."""
+    return wanted.flatten().nonzero().squeeze(1) + first_plane * wanted[0].numel()
 
 
 def _corners_of_crossed_cells(grid_logits: Tensor, iso_level: float) -> Tensor:

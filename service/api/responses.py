@@ -234,7 +234,9 @@ class CurvePointBody(BaseModel):
     mean_quality: float
     steps: ComputedStepsBody | None = Field(description="How many steps are computed; null if all of them are.")
     compute_ratio: float
-    expected_seconds: float = Field(description="Denoising time of one request alone, with the model's defaults.")
+    expected_seconds: float = Field(
+        description="Time of one request alone, with the model's defaults: denoising, and a mesh's decoding."
+    )
     rule: str
     policy: dict[str, float] = Field(description="The settings of the rule; each rule has its own.")
 

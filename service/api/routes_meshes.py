@@ -5,7 +5,6 @@ import base64
 import json
 import secrets
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -20,7 +19,8 @@ from service.api.answering import answer
 from service.api.dependencies import CallerOfRequest, DispatcherOfApp, SettingsOfApp
 from service.api.errors import error_responses
 from service.api.generation_route import GenerationRoute, HeadersOfGeneration, json_fields_of, media_type_of
-from service.api.input_image import checked_image, decode_base64_image
+from service.api.image_checks import ImageChecks
+from service.api.input_image import decode_base64_image
 from service.api.json_body import too_long
 from service.api.parsing import RANDOM_SEEDS, parse_mesh_body
 from service.api.products import MESH
@@ -95,8 +95,8 @@ async def create_mesh(
     card = card_of(body.model, dispatcher.cards, MeshCard)
     caller.model = card.id
     file = await asyncio.to_thread(decode_base64_image, body.input_image)
-    check = partial(checked_image, file, max_pixels=settings.max_image_pixels)
-    input_image = await asyncio.get_running_loop().run_in_executor(request.app.state.image_checks, check)
+    image_checks: ImageChecks = request.app.state.image_checks
+    input_image = await image_checks.checked(file)
     seed = secrets.randbelow(RANDOM_SEEDS)
     order = parse_mesh_body(body, card, input_image, default_budget=settings.default_budget, random_seed=seed)
     job = await submit(order, card, body, headers, request, dispatcher, settings)

@@ -101,6 +101,7 @@ def _job_of(admission: Admission, body: GenerationBody, caller: Caller, created_
         priority=body.priority or Priority.NORMAL,
         quality_requested=order.quality_requested,
         predicted_seconds=admission.predicted_seconds,
+        decode_seconds=admission.decode_seconds,
         request_id=caller.request_id,
         created_at=created_at,
         owner=caller.owner,

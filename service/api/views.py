@@ -117,13 +117,14 @@ def model_body(card: ModelCard) -> ModelBody:
 
 
 def _curve_point_body(point: CurvePoint, card: ModelCard) -> CurvePointBody:
+    decode_s = card.decode_seconds(card.default_octree_resolution) if isinstance(card, MeshCard) else 0.0
     return CurvePointBody(
         preset=point.preset,
         quality=point.quality,
         mean_quality=point.mean_quality,
         steps=ComputedStepsBody(**asdict(point.steps)) if point.steps else None,
         compute_ratio=point.compute_ratio,
-        expected_seconds=card.dense_step_seconds * card.default_num_inference_steps * point.relative_seconds,
+        expected_seconds=card.dense_step_seconds * card.default_num_inference_steps * point.relative_seconds + decode_s,
         rule=point.rule,
         policy=asdict(point.policy),
     )

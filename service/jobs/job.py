@@ -99,7 +99,8 @@ class Receipt:
 class Job:
     """What was asked and what was promised; nothing of it changes after submission. Times are Unix seconds.
 
-    `predicted_seconds` is the cost that admission counted. `request_id` names the API call in logs, `owner` the API key
+    `predicted_seconds` is the cost that admission counted, `decode_seconds` the part of it after the last step, which
+    only meshes have. `request_id` names the API call in logs, `owner` the API key
     that created the job, None without keys. `is_degraded` says that load has lowered the quality. `num_previews` is how
     many previews of the unfinished result its events get.
     """
@@ -113,6 +114,7 @@ class Job:
     predicted_seconds: float
     request_id: str
     created_at: float
+    decode_seconds: float = 0.0
     owner: str | None = None
     deadline_at: float | None = None
     is_degraded: bool = False
@@ -135,7 +137,8 @@ class Job:
 
     def seconds_left(self, steps_done: int, num_steps: int) -> float:
         """Predicted seconds of work after `steps_done` of its `num_steps` computed steps."""
-        return self.predicted_seconds * (1 - steps_done / num_steps)
+        denoise_s = self.predicted_seconds - self.decode_seconds
+        return denoise_s * (1 - steps_done / num_steps) + self.decode_seconds
 
     def without_input_images(self) -> Self:
         """This job without the input images of mesh requests, which may be megabytes."""

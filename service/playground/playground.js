@@ -76,7 +76,7 @@ function showExpectation() {
   byId("expected").textContent = point
     ? `On average${byId("budget").value === "preset" ? "" : " at most"}: ${percent(point.compute_ratio)} of the full compute, ` +
       `${point.mean_quality.toFixed(3)} ${MEASURES[model.quality_metric] ?? model.quality_metric} to the exact result, ` +
-      `${point.expected_seconds.toFixed(2)} s of denoising. Nine of ten results reach ${point.quality.toFixed(3)}.`
+      `${point.expected_seconds.toFixed(2)} s of computing. Nine of ten results reach ${point.quality.toFixed(3)}.`
     : "The server adapts every step to the compute or the time that is left.";
 }
 

@@ -14,13 +14,22 @@ from numpy.typing import NDArray
 from models.errors import EmptySurface, GenerationError, InvalidRequest
 from models.file_formats import MeshFormat, OutputFormat
 from models.mesh.cleanup import CleanMesh
+from models.mesh.file import MeshFile, make_mesh_file
+from models.mesh.size import surface_bytes
+from models.mesh.surface import FieldSamples
 from models.report import GenerationSummary
+from models.request import MeshRequest
+from service.errors import SandboxFailed
 from service.jobs.job import Failure, FailureReason, JobStatus, Receipt, StageSeconds, log_fields
 from service.jobs.store import Claim, Ending, Preview, Progress
 from service.metrics import Metrics
 from service.running.output import encode_output
+from service.running.sandbox import NotWanted, Sandbox
 
 logger = logging.getLogger(__name__)
+
+Decoded = NDArray[np.uint8] | CleanMesh | FieldSamples
+"""Pixels, a mesh, or a field, which still has to become a mesh."""
 
 Report = Progress | Preview | Ending
 """What a worker reports about the jobs that it holds."""
@@ -28,15 +37,19 @@ Report = Progress | Preview | Ending
 
 @dataclass(frozen=True, slots=True)
 class Denoised:
-    """The result of request `index` of a job after its last step. `decode` may be called in any thread."""
+    """The result of request `index` of a job after its last step. `decode` may be called in any thread.
+
+    `field_s` is the time since the last step, in which a mesh's field was decoded.
+    """
 
     claim: Claim
     index: int
-    decode: Callable[[], NDArray[np.uint8] | CleanMesh]
+    decode: Callable[[], Decoded]
     summary: GenerationSummary
     queue_s: float
     encode_s: float
     denoise_s: float
+    field_s: float
     batch_size_mean: float
 
 
@@ -50,10 +63,6 @@ class PendingPreview:
     decode: Callable[[], NDArray[np.uint8] | CleanMesh]
 
 
-class _NotWanted(Exception):
-    """The job has ended, so nobody waits for this artifact."""
-
-
 _Encoded = Future[tuple[bytes, Receipt]]
 """An artifact with its receipt, or why there is none."""
 
@@ -63,7 +72,8 @@ class Publisher:
 
     Decoding and encoding run in one thread for each model: most of a mesh's time is its decoding, and neither the next
     steps nor the artifacts of another model wait for it. diffusers' AutoencoderKLQwenImage cannot decode in two threads
-    at once.
+    at once. A field becomes a mesh in a process beside the model's thread: that work would hold the interpreter's lock
+    for seconds, could not be cancelled, and takes gigabytes at high resolutions.
     """
 
     def __init__(
@@ -81,6 +91,7 @@ class Publisher:
         self._pools: defaultdict[str, ThreadPoolExecutor] = defaultdict(
             partial(ThreadPoolExecutor, 1, thread_name_prefix="publisher")
         )
+        self._sandboxes: defaultdict[str, Sandbox] = defaultdict(Sandbox)
         self._artifacts: dict[str, dict[int, _Encoded]] = {}  # lease -> index of the request -> artifact
         self._claims: dict[str, Claim] = {}
         self._finish_s: dict[str, float] = {}
@@ -111,7 +122,10 @@ class Publisher:
         return sum(not artifact.done() for artifact in self._unfinished)
 
     def finish_seconds(self, model: str) -> float:
-        """How long decoding and encoding the model's last result took; 0 before the first. Any thread may ask."""
+        """How long decoding and encoding the model's last result took; 0 before the first. Any thread may ask.
+
+        It is 0 for meshes, whose time is predicted from their resolution.
+        """
         return self._finish_s.get(model, 0.0)
 
     def drop_unwanted(self) -> None:
@@ -126,7 +140,7 @@ class Publisher:
         match error:
             case InvalidRequest():
                 failure = Failure(FailureReason.INVALID_REQUEST, str(error), error.param)
-            case GenerationError():
+            case GenerationError() | SandboxFailed():
                 failure = Failure(FailureReason.GENERATION_FAILED, f"job {job.id} failed: {error}")
             case _:
                 failure = Failure(FailureReason.GENERATION_FAILED, f"job {job.id} failed while generating")
@@ -138,6 +152,8 @@ class Publisher:
         """Return when all decoding and encoding has ended."""
         for pool in self._pools.values():
             pool.shutdown()
+        for sandbox in self._sandboxes.values():
+            sandbox.close()
 
     def _forget(self, lease: str) -> None:
         self._claims.pop(lease, None)
@@ -146,32 +162,56 @@ class Publisher:
     def _make_artifact(self, denoised: Denoised) -> tuple[bytes, Receipt]:
         job = denoised.claim.job
         if not self._is_wanted(denoised.claim):
-            raise _NotWanted
+            raise NotWanted
         began = time.perf_counter()
-        result = denoised.decode()
+        result = self._decoded(denoised)
         decoded = time.perf_counter()
-        data = encode_output(result, job.requests[denoised.index], job.output)
-        self._metrics.observe_stage(job.model, "decode", decoded - began)
+        decode_s = denoised.field_s + decoded - began
+        request = job.requests[denoised.index]
+        data = result.data if isinstance(result, MeshFile) else encode_output(result, request, job.output)
+        self._metrics.observe_stage(job.model, "decode", decode_s)
         self._metrics.observe_stage(job.model, "output", time.perf_counter() - decoded)
         total_s = self._clock() - job.created_at
         seconds = StageSeconds(
             queue=denoised.queue_s,
             encode=denoised.encode_s,
             denoise=denoised.denoise_s,
-            decode=decoded - began,
+            decode=decode_s,
             total=total_s,
         )
-        self._finish_s[job.model] = time.perf_counter() - began
+        if not isinstance(result, MeshFile):
+            self._finish_s[job.model] = time.perf_counter() - began
         receipt = Receipt(
             denoised.summary,
             job.quality_requested,
             seconds,
             denoised.batch_size_mean,
-            mesh=result.report if isinstance(result, CleanMesh) else None,
+            mesh=result.report if isinstance(result, CleanMesh | MeshFile) else None,
             is_degraded=job.is_degraded,
             deadline_met=None if job.deadline_at is None else job.created_at + total_s <= job.deadline_at,
         )
         return data, receipt
+
+    def _decoded(self, denoised: Denoised) -> NDArray[np.uint8] | CleanMesh | MeshFile:
+        """Pixels, a mesh, or the file of a mesh that was made in a process of its own."""
+        result, job = denoised.decode(), denoised.claim.job
+        if not isinstance(result, FieldSamples):
+            return result
+        request = job.requests[denoised.index]
+        assert isinstance(request, MeshRequest)
+        assert isinstance(job.output.format, MeshFormat)
+        try:
+            return self._sandboxes[job.model].run(
+                make_mesh_file,
+                result,
+                request.target_faces,
+                job.output.format,
+                max_bytes=surface_bytes(request.octree_resolution),
+                is_wanted=partial(self._is_wanted, denoised.claim),
+            )
+        except SandboxFailed as error:
+            cells = request.octree_resolution
+            raise SandboxFailed(f"{error}; try an octree_resolution of less than {cells}") from error
 
     def _make_preview(self, pending: PendingPreview) -> None:
         """A preview that fails is left out: no client relies on it."""
@@ -194,7 +234,7 @@ class Publisher:
     def _succeed(self, claim: Claim, encoded: list[_Encoded]) -> None:
         try:
             artifacts, receipts = zip(*(artifact.result() for artifact in encoded), strict=True)
-        except _NotWanted:
+        except NotWanted:
             return
         except Exception as error:
             self.fail(claim, error)

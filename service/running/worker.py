@@ -1,98 +1,45 @@
-"""The loop that runs claimed jobs: start, step, publish. One thread runs all steps."""
+"""The loop that runs claimed jobs: start, step, decode a mesh's field, publish. One thread has the device."""
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING
 
 from models.card import ModelCard
+from models.mesh.surface import FieldSamples
 from models.report import StepReport
-from models.request import GenerationRequest
-from service.jobs.job import Job, Priority
 from service.jobs.store import Claim, Ending, Progress
 from service.metrics import Metrics
-from service.running.publisher import Denoised, PendingPreview, Publisher, Report
+from service.running.held import HeldJob, Running, preview_steps
+from service.running.preparer import Preparer
+from service.running.publisher import Decoded, Denoised, PendingPreview, Publisher, Report
 from service.scheduling.batching import Candidate, FairShare, form_groups, shape_of
-from service.scheduling.cost import BlockSeconds, block_seconds, dense_step_seconds
+from service.scheduling.cost import block_seconds, dense_step_seconds, grid_bytes
 from service.scheduling.deadline import point_for
 
 if TYPE_CHECKING:  # models.engine brings torch, which the API side never loads
     from models.engine import Engine
-    from models.state import DenoiseState
 
 logger = logging.getLogger(__name__)
 
-_WEIGHTS = {Priority.LOW: 0.5, Priority.NORMAL: 1.0, Priority.HIGH: 2.0}
+_DECODE_TURN_S = 0.05
+"""How long a mesh is decoded before others have their turn. Its fair share of the device does not depend on it."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerLimits:
-    """At most `max_batch_size` requests share a step, and at most `max_running` are in memory."""
+    """At most `max_batch_size` requests share a step, and at most `max_running` are in memory.
+
+    The grids of meshes that are decoded at once take at most `max_decode_bytes`, as predicted. A larger one goes alone.
+    """
 
     max_batch_size: int
     max_running: int
-
-
-@dataclass(slots=True, eq=False)
-class _HeldJob:
-    """A claimed job. `unstarted` are the indices of its requests that wait for room.
-
-    `num_steps` has the number of computed steps of each request, as things stand; `steps_done` is their sum so far.
-    """
-
-    claim: Claim
-    shape: str
-    unstarted: list[int]
-    num_steps: list[int]
-    began: float = field(default_factory=time.perf_counter)
-    steps_done: int = 0
-
-    @property
-    def job(self) -> Job:
-        return self.claim.job
-
-
-@dataclass(slots=True, eq=False)
-class _Running:
-    """Request `index` of a held job between its start and its last step.
-
-    `denoise_began` and `last_step_ended` are times of the performance counter. `virtual_time` is the weighted device
-    time that the request has had, see `scheduling.batching.FairShare`. `batch_size_sum` adds up the batch sizes of its
-    computed steps. `pace` is how much longer than predicted its last computed step took, including the steps of other
-    requests. `num_previews` is how many previews were made.
-    """
-
-    held: _HeldJob
-    index: int
-    state: "DenoiseState"
-    queue_s: float
-    encode_s: float
-    denoise_began: float
-    virtual_time: float
-    block_seconds: BlockSeconds
-    batch_size_sum: int = 0
-    pace: float = 1.0
-    num_previews: int = 0
-    last_step_ended: float | None = None
-
-    @property
-    def claim(self) -> Claim:
-        return self.held.claim
-
-    @property
-    def job(self) -> Job:
-        return self.held.job
-
-    @property
-    def request(self) -> GenerationRequest:
-        return self.job.requests[self.index]
-
-    def as_candidate(self) -> Candidate:
-        return Candidate(self.state.batch_key, self.virtual_time, self.state.expected_runs, self.block_seconds)
+    max_decode_bytes: int
 
 
 class Worker:
@@ -119,14 +66,15 @@ class Worker:
         self._metrics = metrics
         self._load_engine = load_engine
         self._clock = clock
+        self._wake = Event()
         self._publisher = Publisher(metrics, self._tell, self.is_held, clock=clock)
+        self._preparer = Preparer(on_prepared=self._wake.set)
         self._loaded: Future[None] = Future()
         self._thread = Thread(target=self._run, name="worker", daemon=True)
-        self._wake = Event()
         self._is_stopping = False
         self._lock = Lock()  # protects the attributes that several threads use: `_held` and `_running`
-        self._held: dict[str, _HeldJob] = {}
-        self._running: list[_Running] = []
+        self._held: dict[str, HeldJob] = {}
+        self._running: list[Running] = []
         self._fair_share = FairShare()
 
     def start(self) -> None:
@@ -155,7 +103,7 @@ class Worker:
     def take(self, claim: Claim) -> None:
         """Run this job, which was claimed because `can_take` allowed it."""
         job = claim.job
-        held = _HeldJob(
+        held = HeldJob(
             claim,
             shape_of(job.requests[0]),
             unstarted=list(range(len(job.requests))),
@@ -200,16 +148,21 @@ class Worker:
         except Exception:
             logger.exception("the worker stopped")
         finally:
+            self._preparer.close()
             self._publisher.close()
             self._on_room()
 
     def _take_turn(self, engine: "Engine") -> None:
         self._wake.clear()  # first, so that anything that arrives from here on wakes the loop again
         self._drop_unwanted()
+        self._decode_done(engine)
         self._start_what_fits(engine)
         if self._running:
-            self._step(engine, self._next_batch())
-            self._publish_done(engine)
+            batch = self._next_batch()
+            if batch[0].decoding is None:
+                self._step(engine, batch)
+            else:
+                self._decode(batch[0], batch[0].decoding)
         else:
             self._metrics.observe_groups(self.cards, [])
             self._wake.wait()
@@ -227,12 +180,23 @@ class Worker:
         with self._lock:
             waiting = [(held, index) for held in self._held.values() for index in held.unstarted]
         for held, index in waiting:
+            if not self._is_prepared(engine, held, index):
+                continue
             with self._lock:
                 has_room = self._has_room(held.job.model, held.shape, [])
                 if has_room and index in held.unstarted:
                     held.unstarted.remove(index)
             if has_room:
                 self._start(engine, held, index)
+
+    def _is_prepared(self, engine: "Engine", held: HeldJob, index: int) -> bool:
+        """Whether a request can start. If another process can do a part of that, it begins here."""
+        if index not in held.prepared:
+            preparation = engine.preparation(held.job.requests[index])
+            if preparation is None:
+                return True
+            held.prepared[index] = self._preparer.prepare(preparation, partial(self.is_held, held.claim))
+        return held.prepared[index].done()
 
     def _has_room(self, model: str, shape: str, waiting: Sequence[str]) -> bool:
         """Whether one more request could start if the requests of the shapes `waiting` had started. Needs the lock."""
@@ -243,20 +207,20 @@ class Worker:
     def _max_batch_size(self, model: str) -> int:
         return min(self.limits.max_batch_size, self.cards[model].max_batch_size)
 
-    def _start(self, engine: "Engine", held: _HeldJob, index: int) -> None:
+    def _start(self, engine: "Engine", held: HeldJob, index: int) -> None:
         if not self.is_held(held.claim):  # an earlier request of the job has failed
             return
         job, request = held.job, held.job.requests[index]
         queue_s = max(0.0, self._clock() - job.created_at)  # clocks agree only roughly
         began = time.perf_counter()
         try:
-            state = engine.start(request)
+            state = engine.start(held.prepared[index].result() if index in held.prepared else request)
         except Exception as error:
             self._publisher.fail(held.claim, error)
             return
         now = time.perf_counter()
         self._metrics.observe_stage(job.model, "encode", now - began)
-        running = _Running(
+        running = Running(
             held=held,
             index=index,
             state=state,
@@ -269,13 +233,16 @@ class Worker:
         with self._lock:
             self._running.append(running)
 
-    def _next_batch(self) -> list[_Running]:
-        groups = form_groups([running.as_candidate() for running in self._running])
-        self._metrics.observe_groups(self.cards, [self._running[group[0]].job.model for group in groups])
-        batch = [self._running[index] for index in groups[0]]
+    def _next_batch(self) -> list[Running]:
+        """The requests that share the next step, or the one whose decoding has a turn."""
+        # Without those that wait until there is room for their grid.
+        ready = [running for running in self._running if running.decoding is not None or not running.state.is_done]
+        groups = form_groups([running.as_candidate() for running in ready])
+        self._metrics.observe_groups(self.cards, [ready[group[0]].job.model for group in groups])
+        batch = [ready[index] for index in groups[0]]
         return batch[: self._max_batch_size(batch[0].job.model)]
 
-    def _step(self, engine: "Engine", batch: Sequence[_Running]) -> None:
+    def _step(self, engine: "Engine", batch: Sequence[Running]) -> None:
         """Run one computed step of `batch`. If it fails, repeat it for each request alone: only the culprits fail."""
         for running in batch:
             self._keep_deadline(running)
@@ -299,10 +266,10 @@ class Worker:
         for running in batch:
             self._preview_if_due(engine, running)
 
-    def _account(self, batch: Sequence[_Running], expected: Sequence[Candidate], report: StepReport) -> None:
+    def _account(self, batch: Sequence[Running], expected: Sequence[Candidate], report: StepReport) -> None:
         """Charge a step to its requests."""
         now = time.perf_counter()
-        weights = [_weight(running.job) for running in batch]
+        weights = [running.weight for running in batch]
         virtual_times = self._fair_share.after_step(expected, weights, report.seconds)
         for running, virtual_time in zip(batch, virtual_times, strict=True):
             self._measure_pace(running, now)
@@ -311,7 +278,7 @@ class Worker:
             running.held.steps_done += 1
             running.held.num_steps[running.index] = running.state.num_computed_steps
 
-    def _keep_deadline(self, running: _Running) -> None:
+    def _keep_deadline(self, running: Running) -> None:
         """For a job with a deadline, choose the curve point of the coming steps from the time that is left."""
         job, state = running.job, running.state
         if job.deadline_at is None:
@@ -319,21 +286,24 @@ class Worker:
         point = point_for(
             running.request,
             self.cards[job.model],
-            time_left_s=job.deadline_at - self._clock() - self.finish_seconds(job.model),
+            time_left_s=job.deadline_at - self._clock() - self.finish_seconds(job.model) - job.decode_seconds,
             steps_left=state.num_steps - state.step_index,
             num_computed=len(state.computed),
             pace=running.pace,
         )
         state.move_to(point)
 
-    def _measure_pace(self, running: _Running, now: float) -> None:
+    def _measure_pace(self, running: Running, now: float) -> None:
         card = self.cards[running.job.model]
         predicted_s = dense_step_seconds(running.request, card) * running.state.point.relative_step_seconds
         running.pace = (now - (running.last_step_ended or running.denoise_began)) / predicted_s
         running.last_step_ended = now
 
-    def _progress(self, held: _HeldJob) -> Progress:
-        """The progress of a job; `eta_s` assumes that the steps left to compute take as long as those so far."""
+    def _progress(self, held: HeldJob) -> Progress:
+        """The progress of a job; `eta_s` assumes that the steps left to compute take as long as those so far.
+
+        A mesh's decoding comes on top, as it was predicted.
+        """
         states = [running.state for running in self._running if running.held is held]
         elapsed_s = time.perf_counter() - held.began
         num_steps = sum(held.num_steps)
@@ -342,10 +312,10 @@ class Worker:
             steps_done=held.steps_done,
             num_steps=num_steps,
             compute_ratio=sum(state.compute_ratio for state in states) / len(states),
-            eta_s=elapsed_s / held.steps_done * (num_steps - held.steps_done),
+            eta_s=elapsed_s / held.steps_done * (num_steps - held.steps_done) + held.job.decode_seconds,
         )
 
-    def _preview_if_due(self, engine: "Engine", running: _Running) -> None:
+    def _preview_if_due(self, engine: "Engine", running: Running) -> None:
         state = running.state
         due = preview_steps(running.job.num_previews, state.num_computed_steps)[running.num_previews :]
         for step in due:
@@ -354,23 +324,53 @@ class Worker:
                 self._publisher.preview(preview)
                 running.num_previews += 1
 
-    def _publish_done(self, engine: "Engine") -> None:
-        """Hand the requests that took their last step to the publisher."""
-        for running in [running for running in self._running if running.state.is_done]:
-            denoised = Denoised(
-                claim=running.claim,
-                index=running.index,
-                decode=partial(engine.finish, running.state),
-                summary=running.state.summary(),
-                queue_s=running.queue_s,
-                encode_s=running.encode_s,
-                denoise_s=time.perf_counter() - running.denoise_began,
-                batch_size_mean=running.batch_size_sum / len(running.state.computed),
-            )
-            self._publisher.publish(denoised, on_artifact=self._look_for_room)
-            self._let_go(running)
+    def _decode_done(self, engine: "Engine") -> None:
+        """Begin the decoding of requests that took their last step. The publisher does what takes no turns."""
+        for running in [running for running in self._running if running.state.is_done and running.decoding is None]:
+            running.denoise_ended = running.denoise_ended or time.perf_counter()
+            decoding = engine.decode_in_turns(running.state)
+            if decoding is None:
+                self._publish(running, partial(engine.finish, running.state))
+            elif self._has_room_for_grid(running):
+                running.decoding = decoding
 
-    def _let_go(self, running: _Running) -> None:
+    def _has_room_for_grid(self, running: Running) -> bool:
+        others = sum(other.grid_bytes for other in self._running)
+        return not others or others + grid_bytes(running.request) <= self.limits.max_decode_bytes
+
+    def _decode(self, running: Running, decoding: Generator[None, None, FieldSamples]) -> None:
+        """Give a mesh its turn."""
+        candidate, began = running.as_candidate(), time.perf_counter()
+        try:
+            while time.perf_counter() - began < _DECODE_TURN_S:
+                next(decoding)
+        except StopIteration as end:
+            samples: FieldSamples = end.value
+            self._publish(running, lambda: samples)
+        except Exception as error:
+            self._let_go(running)
+            self._publisher.fail(running.claim, error)
+        seconds = time.perf_counter() - began
+        (running.virtual_time,) = self._fair_share.after_step([candidate], [running.weight], seconds)
+
+    def _publish(self, running: Running, decode: Callable[[], Decoded]) -> None:
+        """Hand a request to the publisher."""
+        assert running.denoise_ended is not None
+        denoised = Denoised(
+            claim=running.claim,
+            index=running.index,
+            decode=decode,
+            summary=running.state.summary(),
+            queue_s=running.queue_s,
+            encode_s=running.encode_s,
+            denoise_s=running.denoise_ended - running.denoise_began,
+            field_s=time.perf_counter() - running.denoise_ended,
+            batch_size_mean=running.batch_size_sum / len(running.state.computed),
+        )
+        self._publisher.publish(denoised, on_artifact=self._look_for_room)
+        self._let_go(running)
+
+    def _let_go(self, running: Running) -> None:
         with self._lock:
             self._running.remove(running)
         self._on_room()
@@ -384,14 +384,3 @@ class Worker:
         self._report(report)
         if isinstance(report, Ending):
             self.drop(report.claim.job.id)
-
-
-def preview_steps(num_previews: int, num_steps: int) -> list[int]:
-    """The computed step after which each preview is due: spread evenly, one a step, none after the last."""
-    due = {max(1, round((number + 1) * num_steps / (num_previews + 1))) for number in range(num_previews)}
-    return sorted(step for step in due if step < num_steps)
-
-
-def _weight(job: Job) -> float:
-    """Scheduling weight. A deadline counts as high priority."""
-    return _WEIGHTS[job.priority if job.deadline_at is None else Priority.HIGH]

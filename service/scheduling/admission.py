@@ -8,7 +8,7 @@ from models.card import ModelCard
 from models.request import LatencyBudget, QualityBudget
 from service.errors import Overloaded
 from service.order import Order
-from service.scheduling.cost import predicted_seconds
+from service.scheduling.cost import decode_seconds, predicted_seconds
 from service.scheduling.deadline import check_reachable
 from service.scheduling.load import lowered_quality
 
@@ -29,11 +29,13 @@ class Backlog:
 class Admission:
     """An accepted order. `is_degraded` says that load lowered its quality, within its `min_quality`.
 
+    `decode_seconds` is the part of `predicted_seconds` after the last step.
     `latency_s` is the promised time from arrival to result, None if the order has no deadline.
     """
 
     order: Order
     predicted_seconds: float
+    decode_seconds: float
     is_degraded: bool
     latency_s: float | None
 
@@ -56,7 +58,8 @@ def admit(order: Order, card: ModelCard, backlog: Backlog) -> Admission:
         order = _lowered(order, card, backlog)
     seconds = sum(predicted_seconds(request, card) for request in order.requests)
     _check_room(seconds, backlog)
-    return Admission(order, seconds, order != wanted, latency_s)
+    decode_s = sum(decode_seconds(request, card) for request in order.requests)
+    return Admission(order, seconds, decode_s, order != wanted, latency_s)
 
 
 def _lowered(order: Order, card: ModelCard, backlog: Backlog) -> Order:

@@ -3,12 +3,13 @@
 from typing import NamedTuple
 
 from models.budget import fastest_enough
-from models.card import ImageCard, ModelCard
-from models.request import GenerationRequest, ImageRequest, LatencyBudget
+from models.card import ImageCard, MeshCard, ModelCard
+from models.mesh import size
+from models.request import GenerationRequest, ImageRequest, LatencyBudget, MeshRequest
 
 
 def predicted_seconds(request: GenerationRequest, card: ModelCard) -> float:
-    """Seconds to denoise `request` alone on this device.
+    """Seconds to denoise `request` alone on this device, and to decode it if it is a mesh.
 
     Only computed steps take time. A request with a deadline is expected at the best point of the curve that meets it.
     """
@@ -17,7 +18,20 @@ def predicted_seconds(request: GenerationRequest, card: ModelCard) -> float:
     if isinstance(request.budget, LatencyBudget):
         curve, dense_steps = card.curve_for(request), request.budget.latency_s / step_s
         point = fastest_enough(curve, request.budget.min_quality, dense_steps, steps_left=num_steps)
-    return point.num_computed_steps(num_steps, request.compute_cap) * point.relative_step_seconds * step_s
+    denoise_s = point.num_computed_steps(num_steps, request.compute_cap) * point.relative_step_seconds * step_s
+    return denoise_s + decode_seconds(request, card)
+
+
+def decode_seconds(request: GenerationRequest, card: ModelCard) -> float:
+    """Seconds from the last step of a mesh to its file; 0 for an image, whose decoding is short."""
+    if isinstance(request, MeshRequest) and isinstance(card, MeshCard):
+        return card.decode_seconds(request.octree_resolution)
+    return 0.0
+
+
+def grid_bytes(request: GenerationRequest) -> int:
+    """Bytes that the field of a mesh takes while it is decoded."""
+    return size.grid_bytes(request.octree_resolution) if isinstance(request, MeshRequest) else 0
 
 
 def dense_step_seconds(request: GenerationRequest, card: ModelCard) -> float:

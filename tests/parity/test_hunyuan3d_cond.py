@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from models.families.hunyuan3d.conditioner import SingleImageEncoder
-from models.families.hunyuan3d.preparation import ImageSettings, on_white, prepare_image, recentre, to_rgba
+from models.families.hunyuan3d.conditioner import SingleImageEncoder, image_tensor
+from models.families.hunyuan3d.preparation import ImageSettings, on_white, prepare_pixels, recentre, to_rgba
 from models.request import BackgroundRemoval
 
 NEAR: dict[str, Any] = {"atol": 5e-5, "rtol": 1e-4}
@@ -45,7 +45,7 @@ def test_image_is_prepared_as_recorded(recording: Any, settings: ImageSettings, 
     canvas = recentre(to_rgba(image), settings.border_ratio)
     np.testing.assert_array_equal(canvas[..., 3:], expected["recentered_mask"].numpy())
     np.testing.assert_array_equal(on_white(canvas), expected["recentered"].numpy())
-    prepared = prepare_image(image, settings, BackgroundRemoval.NEVER)
+    prepared = image_tensor(prepare_pixels(image, settings, BackgroundRemoval.NEVER))
     # OpenCV's resize may round halves differently on another CPU: a few values differ by one of 255 levels.
     difference = (prepared - expected["image"]).abs()
     assert difference.max() < 1.01 * 2 / 255

@@ -6,7 +6,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -21,11 +21,12 @@ from fastapi.testclient import TestClient
 from numpy.typing import NDArray
 
 from models.budget import resolve
-from models.card import Guidance, ImageCard, MeshCard, ModelCard, SizeLimits
+from models.card import DecodeSpeed, Guidance, ImageCard, MeshCard, ModelCard, SizeLimits
 from models.curve import EXACT, ComputedSteps, CurvePoint, Preset
 from models.errors import EmptySurface, InvalidRequest
+from models.file_formats import MeshFormat
 from models.mesh.cleanup import CleanMesh, clean
-from models.mesh.surface import Mesh
+from models.mesh.surface import FieldSamples, Mesh
 from models.report import BlockReport, Decision, GenerationSummary, StepDecision, StepReport
 from models.request import ImageRequest, LatencyBudget, MeshRequest, QualityBudget
 from models.rules.dense import DensePolicy
@@ -108,6 +109,7 @@ MESH_CARD = MeshCard(
     min_octree_resolution=16,
     max_octree_resolution=64,
     octree_resolution_step=8,
+    decode_speed=DecodeSpeed(field_point=0.0, grid_point=0.0, face=0.0),
 )
 
 
@@ -197,6 +199,8 @@ class DrawnState:
 class DrawnEngine:
     """`gate` holds steps back while it is cleared, `decoding_gate` what comes after them. A batch saves no time.
 
+    With `has_fields` meshes are decoded in turns, without end until `field_gate` is set; `fields` has the seeds
+    of those that have begun, `dropped_fields` of those that were given up; `is_decoding` is set once one has begun.
     `batches` has the seeds of every step's batch, `moves` the places on the curve of steps under a deadline. Meshes are
     balls; of seed 666 there is no surface.
     """
@@ -211,6 +215,14 @@ class DrawnEngine:
         self.batches: list[list[int]] = []
         self.started: list[int] = []
         self.moves: list[CurvePoint] = []
+        self.has_fields = False
+        self.field_gate = Event()
+        self.is_decoding = Event()
+        self.fields: list[int] = []
+        self.dropped_fields: list[int] = []
+
+    def preparation(self, request: ImageRequest | MeshRequest) -> Callable[[], Any] | None:
+        return None
 
     def start(self, request: ImageRequest | MeshRequest) -> DrawnState:
         if "refuse" in _prompt(request):
@@ -243,6 +255,25 @@ class DrawnEngine:
             return lambda: _ball(1, None)
         return lambda: np.full((8, 8, 3), step, dtype=np.uint8)
 
+    def decode_in_turns(self, state: DrawnState) -> Generator[None, None, FieldSamples] | None:
+        assert state.is_done
+        return self._field(state) if self.has_fields and isinstance(state.request, MeshRequest) else None
+
+    def _field(self, state: DrawnState) -> Generator[None, None, FieldSamples]:
+        self.fields.append(state.request.seed)
+        self.is_decoding.set()
+        try:
+            while not self.field_gate.is_set():
+                yield
+        except GeneratorExit:
+            self.dropped_fields.append(state.request.seed)
+            raise
+        if state.request.seed == 666:
+            raise EmptySurface("no surface: the field is not finite at 3 points")
+        side = np.linspace(-1, 1, 9, dtype=np.float32)
+        ball = 0.8 - np.sqrt(side[:, None, None] ** 2 + side[:, None] ** 2 + side**2)
+        return FieldSamples(9, np.arange(ball.size, dtype=np.int32), ball.ravel())
+
     def finish(self, state: DrawnState) -> NDArray[np.uint8] | CleanMesh:
         assert state.is_done
         assert self.decoding_gate.wait(timeout=20)
@@ -274,6 +305,11 @@ def anyio_backend() -> str:
 @pytest.fixture
 def drawn_card() -> ImageCard:
     return DRAWN_CARD
+
+
+@pytest.fixture
+def mesh_card() -> MeshCard:
+    return MESH_CARD
 
 
 @pytest.fixture
@@ -454,5 +490,27 @@ def make_job(make_request: Callable[..., ImageRequest]) -> Callable[..., Job]:
             request_id="test",
             created_at=0.0,
         )
+
+    return make
+
+
+@pytest.fixture
+def make_mesh_job(make_job: Callable[..., Job]) -> Callable[..., Job]:
+    """A job of one mesh; other fields are its request's."""
+
+    def make(job_id: str, **fields: Any) -> Job:
+        defaults: dict[str, Any] = {
+            "model": MESH_CARD.id,
+            "num_inference_steps": MESH_CARD.default_num_inference_steps,
+            "guidance_scale": MESH_CARD.default_guidance_scale,
+            "seed": 0,
+            "budget": QualityBudget(1.0),
+            "point": EXACT,
+            "is_guided": True,
+            "input_image": b"png",
+            "octree_resolution": MESH_CARD.default_octree_resolution,
+        }
+        request = MeshRequest(**{**defaults, **fields})
+        return replace(make_job(job_id), model=request.model, requests=(request,), output=Output(MeshFormat.GLB))
 
     return make

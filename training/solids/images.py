@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from models.families.hunyuan3d.preparation import ImageSettings, prepare_image
+from models.families.hunyuan3d.conditioner import image_tensor
+from models.families.hunyuan3d.preparation import ImageSettings, prepare_pixels
 from models.request import BackgroundRemoval
 from training.solids.rendering import render, render_surfaces
 from training.solids.sampling import training_solids
@@ -28,7 +29,10 @@ CHUNK = 512
 def prepared(images: Tensor, settings: ImageSettings = SETTINGS) -> Tensor:
     """Prepare RGBA images `(batch, height, width, 4)` as in serving: `(batch, 3, size, size)` in [-1, 1]."""
     return torch.cat(
-        [prepare_image(Image.fromarray(rgba.numpy()), settings, BackgroundRemoval.NEVER) for rgba in images]
+        [
+            image_tensor(prepare_pixels(Image.fromarray(rgba.numpy()), settings, BackgroundRemoval.NEVER))
+            for rgba in images
+        ]
     )
 
 

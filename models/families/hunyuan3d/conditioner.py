@@ -7,6 +7,7 @@ The class of transformers 5 cannot load them: it has other names and splits the 
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
@@ -19,6 +20,11 @@ from models.errors import WeightsError
 # Of ImageNet's red, green and blue in [0, 1], with which DINOv2 was trained.
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
+
+
+def image_tensor(pixels: np.ndarray) -> Tensor:
+    """The encoder's input `(1, 3, height, width)` float32 in [-1, 1], from `(height, width, 3)` uint8."""
+    return torch.from_numpy(pixels.astype(np.float32) / 255 * 2 - 1).permute(2, 0, 1)[None].contiguous()
 
 
 class SingleImageEncoder(nn.Module):

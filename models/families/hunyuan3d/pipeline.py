@@ -1,7 +1,7 @@
 """Hunyuan3D makes meshes from images: loading, image tokens, batches of rows, decoding."""
 
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import cached_property, partial
 from io import BytesIO
 from pathlib import Path
 from typing import ClassVar, Self
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from models.card import Guidance, MeshCard, ModelCard, basics_of
+from models.card import DecodeSpeed, Guidance, MeshCard, ModelCard, basics_of
 from models.curve import EXACT, CurvePoint, Preset
 from models.diffusion.sampling import classifier_free_guidance
 from models.elastic.compute import BlockCost
@@ -21,13 +21,15 @@ from models.errors import WeightsError
 from models.families.family import BranchStart, Family
 from models.families.hunyuan3d import plain_adapter, stream_adapter
 from models.families.hunyuan3d.checkpoint import Hunyuan3DCheckpoint, load_checkpoint
+from models.families.hunyuan3d.conditioner import image_tensor
 from models.families.hunyuan3d.plain_dit import HunYuanDiTPlain
-from models.families.hunyuan3d.preparation import prepare_image
+from models.families.hunyuan3d.preparation import prepared_request
 from models.families.hunyuan3d.shape_vae import DecodedField
 from models.families.wrapping import Adapter
 from models.mesh.cleanup import CleanMesh, clean
-from models.mesh.surface import BOUNDS, Mesh, extract_surface
-from models.mesh.volume import decode_coarse_to_fine
+from models.mesh.speed import measure_decode_speed
+from models.mesh.surface import BOUNDS, FieldSamples, Mesh, extract_surface
+from models.mesh.volume import decode_coarse_to_fine, decode_in_turns, sample_in_turns
 from models.request import GenerationRequest, MeshRequest, PresetBudget
 from models.state import BranchInputs, DenoiseState
 from models.weights import CheckpointTraits, Manifest, RouterWeights
@@ -35,6 +37,8 @@ from models.weights import CheckpointTraits, Manifest, RouterWeights
 _NUM_QUALITY_POINTS = 8192
 _POINTS_PER_CALL_CPU = 2048
 """More points do not fit in a CPU's caches (`ShapeVAE.field`)."""
+_MOST_POINTS_PER_CALL = 2**17
+"""A denoise step may wait for one call. In Hunyuan3D-2.1 this is 3 TFLOP, and fills any GPU."""
 _PREVIEW_OCTREE_RESOLUTION = 32
 _OCTREE_STEP = 8
 """Grids of up to 512 cells are halved at most three times, since the coarsest has at least 64 cells: 2 ** 3 = 8."""
@@ -92,7 +96,14 @@ class Hunyuan3DFamily(Family):
             min_octree_resolution=2 * _OCTREE_STEP,
             max_octree_resolution=512,
             octree_resolution_step=_OCTREE_STEP,
+            decode_speed=self._decode_speed(),
         )
+
+    @torch.inference_mode()
+    def _decode_speed(self) -> DecodeSpeed:
+        vae, device = self.checkpoint.vae, self._parameter.device
+        field = self._field(torch.zeros((1, vae.num_latents, vae.embed_dim), device=device))
+        return measure_decode_speed(field, points_per_call=self._points_per_call, device=device)
 
     def example_request(self, card: ModelCard) -> MeshRequest:
         """The image shows a disc."""
@@ -113,6 +124,10 @@ class Hunyuan3DFamily(Family):
             octree_resolution=card.default_octree_resolution,
         )
 
+    def preparation(self, request: GenerationRequest) -> Callable[[], MeshRequest]:
+        assert isinstance(request, MeshRequest)
+        return partial(prepared_request, request, self.checkpoint.image_settings)
+
     @torch.inference_mode()
     def start(
         self,
@@ -124,8 +139,10 @@ class Hunyuan3DFamily(Family):
         """Raises InvalidRequest if the image shows no object, or if its background can't be removed as asked."""
         assert isinstance(request, MeshRequest)
         vae = self.checkpoint.vae
+        if not request.is_prepared:
+            request = prepared_request(request, self.checkpoint.image_settings)
         with Image.open(BytesIO(request.input_image)) as file:
-            image = prepare_image(file, self.checkpoint.image_settings, request.remove_background)
+            image = image_tensor(np.asarray(file))
         encoder = next(self.checkpoint.conditioner.parameters())
         context = self.checkpoint.conditioner(image.to(encoder.device)).to(self._parameter)
         # Latents stay in float32 between steps, whatever the denoiser's type.
@@ -191,6 +208,15 @@ class Hunyuan3DFamily(Family):
         return clean(self._surface(state.latents, request.octree_resolution), request.target_faces)
 
     @torch.inference_mode()
+    def decode_in_turns(self, state: DenoiseState) -> Generator[None, None, FieldSamples]:
+        assert isinstance(state.request, MeshRequest)
+        field, resolution = self._field(state.latents), state.request.octree_resolution
+        yield
+        points_per_call, device = self._points_per_call, self._parameter.device
+        grid_logits = yield from decode_in_turns(field, resolution, points_per_call=points_per_call, device=device)
+        return (yield from sample_in_turns(grid_logits))
+
+    @torch.inference_mode()
     def preview(self, request: GenerationRequest, prediction: Tensor) -> CleanMesh:
         """A mesh on a coarse grid, with all its faces. Raises EmptySurface as `decode` does."""
         return clean(self._surface(prediction, _PREVIEW_OCTREE_RESOLUTION))
@@ -240,4 +266,4 @@ class Hunyuan3DFamily(Family):
         free, _ = torch.cuda.mem_get_info(parameter.device)
         # A point takes about ten times the width. Using a quarter of the free memory leaves room for running steps.
         bytes_per_point = 10 * self.checkpoint.vae.post_kl.out_features * parameter.element_size()
-        return max(_POINTS_PER_CALL_CPU, free // 4 // bytes_per_point)
+        return min(max(_POINTS_PER_CALL_CPU, free // 4 // bytes_per_point), _MOST_POINTS_PER_CALL)

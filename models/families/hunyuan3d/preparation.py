@@ -1,21 +1,22 @@
 """Prepares a client's image for Hunyuan3D's conditioner: the object alone, centred on white.
 
 Sizes, rounding and OpenCV's filters are those of `ImageProcessorV2` (Tencent-Hunyuan/Hunyuan3D-2.1 at 5e3ec6d,
-`hy3dshape/preprocessors.py`), bit for bit, so that the denoiser sees images prepared as in its training.
+`hy3dshape/preprocessors.py`), bit for bit, so that the denoiser sees images prepared as in its training. No torch: the
+server runs this in a process of its own, since a large image takes most of a second.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from io import BytesIO
 
 import cv2
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 from skimage.morphology import remove_small_holes, remove_small_objects
-from torch import Tensor
 
 from models.errors import InvalidRequest
-from models.request import BackgroundRemoval
+from models.file_formats import OutputFormat, encode_image
+from models.request import BackgroundRemoval, MeshRequest
 
 BackgroundRemover = Callable[[np.ndarray], np.ndarray]
 """Takes colours `(height, width, 3)`, returns the object's alpha `(height, width)`, which is 0 on the background.
@@ -65,13 +66,20 @@ def remove_plain_background(colours: np.ndarray) -> np.ndarray:
     return cv2.resize(mask.astype(np.uint8) * 255, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
-def prepare_image(
+def prepared_request(request: MeshRequest, settings: ImageSettings) -> MeshRequest:
+    """The request with its input image prepared. Raises what `prepare_pixels` raises."""
+    with Image.open(BytesIO(request.input_image)) as image:
+        pixels = prepare_pixels(image, settings, request.remove_background)
+    return replace(request, input_image=encode_image(pixels, OutputFormat.PNG), is_prepared=True)
+
+
+def prepare_pixels(
     image: Image.Image,
     settings: ImageSettings,
     removal: BackgroundRemoval,
     remover: BackgroundRemover = remove_plain_background,
-) -> Tensor:
-    """`(1, 3, size, size)` float32 in [-1, 1]: the object, centred on white.
+) -> np.ndarray:
+    """`(size, size, 3)` uint8: the object, centred on white.
 
     Where no background is removed, every pixel that is not fully transparent belongs to the object. Raises
     InvalidRequest if there is no object, or if the image's mode does not define its colours.
@@ -81,8 +89,7 @@ def prepare_image(
         colours = on_white(rgba)
         rgba = np.dstack((colours, remover(colours)))
     colours = on_white(recentre(rgba, settings.border_ratio))
-    resized = cv2.resize(colours, (settings.size, settings.size), interpolation=cv2.INTER_CUBIC)
-    return torch.from_numpy(resized.astype(np.float32) / 255 * 2 - 1).permute(2, 0, 1)[None].contiguous()
+    return cv2.resize(colours, (settings.size, settings.size), interpolation=cv2.INTER_CUBIC)
 
 
 def to_rgba(image: Image.Image) -> np.ndarray:

@@ -7,8 +7,16 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from models.errors import EmptySurface
+from models.mesh import size, volume
 from models.mesh.surface import BOUNDS, extract_surface
-from models.mesh.volume import Field, decode_coarse_to_fine, decode_dense
+from models.mesh.volume import (
+    Field,
+    decode_coarse_to_fine,
+    decode_dense,
+    decode_in_turns,
+    finished,
+    sample_in_turns,
+)
 from training.solids.sampling import sample_solids
 from training.solids.solids import Solid, SolidBatch
 
@@ -137,6 +145,41 @@ def test_at_256_a_fifteenth_of_the_points_is_evaluated_and_the_surface_is_the_de
     fine_grid = fine(field, 256)
     assert field.num_points < 257**3 / 15
     assert_same_surface(fine_grid, dense(field, 256))
+
+
+@pytest.mark.parametrize("octree_resolution", [129, 130, 131, 160])
+def test_slabs_and_turns_do_not_change_the_grid(octree_resolution: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    field = clipped(bumpy_ball, saturation=2.0)
+    whole = fine(field, octree_resolution, points_per_call=5000)
+    monkeypatch.setattr(volume, "_SLAB_POINTS", 5 * octree_resolution**2)  # slabs of 4 planes
+    turns = decode_in_turns(field, octree_resolution, points_per_call=5000, device=CPU)
+    assert torch.equal(finished(turns).nan_to_num(9.0), whole.nan_to_num(9.0))
+
+
+def test_each_turn_of_a_decoding_is_a_small_part_of_it() -> None:
+    field, num_turns, most = CountedField(clipped(bumpy_ball, saturation=2.0)), 0, 0
+    before = 0
+    for _ in decode_in_turns(field, 160, points_per_call=5000, device=CPU):
+        most, before = max(most, field.num_points - before), field.num_points
+        num_turns += 1
+    assert most == 5000
+    assert num_turns > field.num_points / 5000
+
+
+def test_samples_are_the_evaluated_points_of_a_grid() -> None:
+    grid_logits = fine(clipped(bumpy_ball, saturation=2.0), 130)
+    samples = finished(sample_in_turns(grid_logits))
+    assert samples.index.dtype == np.int32
+    assert 0 < len(samples.index) < grid_logits.numel() / 5
+    np.testing.assert_array_equal(samples.grid_logits(), grid_logits.numpy())
+
+
+@pytest.mark.parametrize("octree_resolution", [48, 96, 128, 160, 200])
+def test_predicted_size_of_a_decoding_is_about_right(octree_resolution: int) -> None:
+    field = CountedField(clipped(ball((0.0, 0.0, 0.0), 0.75)))
+    mesh = extract_surface(fine(field, octree_resolution).numpy())
+    assert size.num_field_points(octree_resolution) == pytest.approx(field.num_points, rel=0.3)
+    assert size.num_faces(octree_resolution) == pytest.approx(len(mesh.faces), rel=0.3)
 
 
 def test_another_level_moves_the_surface() -> None:

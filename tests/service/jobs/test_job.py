@@ -52,6 +52,11 @@ def test_job_expects_the_steps_that_its_budget_computes(
     assert make_job("a", seeds=(0, 1, 2), card=forecasting_card, budget=budget).num_steps == 3 * num_steps
 
 
+def test_decoding_is_left_until_the_job_has_ended(make_mesh_job: Callable[..., Job]) -> None:
+    job = replace(make_mesh_job("a"), predicted_seconds=12.0, decode_seconds=10.0)
+    assert [job.seconds_left(done, 4) for done in (0, 2, 4)] == [12.0, 11.0, 10.0]
+
+
 def test_place_goes_by_priority_then_by_deadline(make_job: Callable[..., Job]) -> None:
     early, late = (replace(make_job(name), created_at=at) for name, at in (("early", 100.0), ("late", 101.0)))
     urgent = replace(late, deadline_at=159.0)  # a job without a deadline sorts as if due 60 s after its arrival

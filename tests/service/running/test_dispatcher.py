@@ -107,7 +107,7 @@ def build(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Build:
         deliver_webhook: Callable[[JobSnapshot], Awaitable[bool]] | None = None,
     ) -> Dispatcher:
         metrics, inbox = Metrics(), Inbox()
-        limits = WorkerLimits(max_batch_size=4, max_running=max_running)
+        limits = WorkerLimits(max_batch_size=4, max_running=max_running, max_decode_bytes=10**9)
         worker = Worker(lambda: engine, metrics, limits, report=inbox.report, on_room=inbox.wake)
         worker.start()
         timing = Timing(lease_s=lease_s, grace_s=grace_s)

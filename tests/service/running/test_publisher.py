@@ -50,7 +50,15 @@ class Bench:
         """Publish a denoised result; the event is set when it is encoded."""
         is_encoded = Event()
         denoised = Denoised(
-            claim, index, decode, self.summary, queue_s=1.0, encode_s=2.0, denoise_s=3.0, batch_size_mean=2.5
+            claim,
+            index,
+            decode,
+            self.summary,
+            queue_s=1.0,
+            encode_s=2.0,
+            denoise_s=3.0,
+            field_s=4.0,
+            batch_size_mean=2.5,
         )
         self.publisher.publish(denoised, on_artifact=is_encoded.set)
         return is_encoded

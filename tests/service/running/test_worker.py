@@ -10,7 +10,7 @@ from models.errors import WeightsError
 from models.request import LatencyBudget, PresetBudget
 from service.app import build_dispatcher
 from service.jobs.job import FailureReason, Job, JobStatus, Priority
-from service.running.worker import preview_steps
+from service.running.held import preview_steps
 from service.settings import Settings
 
 if TYPE_CHECKING:

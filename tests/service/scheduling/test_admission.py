@@ -5,10 +5,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from models.card import ImageCard
+from models.card import DecodeSpeed, ImageCard, MeshCard
 from models.curve import ComputedSteps, Preset
-from models.request import Budget, ComputeBudget, ImageRequest, LatencyBudget, PresetBudget, QualityBudget
+from models.request import Budget, ComputeBudget, ImageRequest, LatencyBudget, MeshRequest, PresetBudget, QualityBudget
 from service.errors import DeadlineUnreachable, Overloaded
+from service.jobs.job import Job
 from service.order import Order, Output
 from service.scheduling.admission import Backlog, admit
 
@@ -109,3 +110,20 @@ def test_load_lowers_quality_down_to_the_floor_and_no_further(
     assert {request.point for request in admission.order.requests} == {admission.order.point}
     if not is_degraded:
         assert admission.order is order
+
+
+def test_decoding_of_a_mesh_counts(mesh_card: MeshCard, make_mesh_job: Callable[..., Job]) -> None:
+    card = replace(mesh_card, decode_speed=DecodeSpeed(field_point=0.0, grid_point=0.0, face=1e-5))  # 11 s at 512
+    job = make_mesh_job("mesh", octree_resolution=512)
+    order = Order(job.requests, job.output, None, None)
+    admission = admit(order, card, backlog(0))
+    assert admission.decode_seconds == pytest.approx(11.0, abs=0.1)
+    assert admission.predicted_seconds == pytest.approx(13.0, abs=0.1)
+    with pytest.raises(Overloaded, match=r"would add 13\.0 s"):
+        admit(order, card, backlog(50))
+    request = job.requests[0]
+    assert isinstance(request, MeshRequest)
+    hasty = replace(request, budget=LatencyBudget(5.0))
+    with pytest.raises(DeadlineUnreachable, match="predicted to take 11"):
+        admit(replace(order, requests=(hasty,)), card, backlog(0))
+    admit(replace(order, requests=(replace(hasty, octree_resolution=64),)), card, backlog(0))

@@ -3,10 +3,17 @@ from dataclasses import replace
 
 import pytest
 
-from models.card import ImageCard
+from models.card import DecodeSpeed, ImageCard, MeshCard
 from models.curve import Preset
 from models.request import ComputeBudget, ImageRequest, LatencyBudget, PresetBudget
-from service.scheduling.cost import block_seconds, dense_step_seconds, predicted_seconds
+from service.jobs.job import Job
+from service.scheduling.cost import (
+    block_seconds,
+    decode_seconds,
+    dense_step_seconds,
+    grid_bytes,
+    predicted_seconds,
+)
 
 EXACT = PresetBudget(Preset.EXACT)
 
@@ -79,3 +86,23 @@ def test_cost_of_true_guidance_is_relative_to_the_default_guidance(
     card = replace(guided_card, default_guidance_scale=default_guidance_scale)
     request = make_request(card=card, budget=EXACT, guidance_scale=guidance_scale)
     assert predicted_seconds(request, card) == pytest.approx(seconds)
+
+
+def test_decoding_a_mesh_costs_time_and_memory_by_its_resolution(
+    mesh_card: MeshCard, make_mesh_job: Callable[..., Job]
+) -> None:
+    card = replace(mesh_card, decode_speed=DecodeSpeed(field_point=1e-6, grid_point=1e-8, face=1e-5))
+    coarse, fine = (make_mesh_job("mesh", octree_resolution=cells).requests[0] for cells in (32, 512))
+    denoise_s = 4 * card.dense_step_seconds
+    assert decode_seconds(coarse, card) == pytest.approx(33**3 * 1e-6 + 33**3 * 1e-8 + 4.2 * 32**2 * 1e-5, rel=0.01)
+    points = 65**3 + 6 * (128**2 + 256**2 + 512**2)
+    assert decode_seconds(fine, card) == pytest.approx(points * 1e-6 + 513**3 * 1e-8 + 4.2 * 512**2 * 1e-5, rel=0.01)
+    for request in (coarse, fine):
+        assert predicted_seconds(request, card) == pytest.approx(denoise_s + decode_seconds(request, card))
+    assert grid_bytes(fine) == pytest.approx(16**3 * grid_bytes(coarse), rel=0.1)
+
+
+def test_decoding_an_image_costs_nothing_extra(
+    make_request: Callable[..., ImageRequest], drawn_card: ImageCard
+) -> None:
+    assert (decode_seconds(make_request(), drawn_card), grid_bytes(make_request())) == (0, 0)

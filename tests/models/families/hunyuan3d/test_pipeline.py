@@ -21,9 +21,13 @@ from models.curve import EXACT, CurvePoint
 from models.engine import Engine
 from models.errors import InvalidRequest
 from models.families.hunyuan3d.pipeline import Hunyuan3DFamily
+from models.file_formats import MeshFormat
 from models.mesh.cleanup import CleanMesh, clean
+from models.mesh.file import make_mesh_file
+from models.mesh.formats import encode_mesh
+from models.mesh.size import MIN_COARSE_CELLS
 from models.mesh.surface import extract_surface
-from models.mesh.volume import MIN_COARSE_CELLS, decode_dense
+from models.mesh.volume import decode_dense, finished
 from models.request import MeshRequest
 from models.rules.router import RouterPolicy
 from models.state import DenoiseState
@@ -176,6 +180,37 @@ def test_result_is_the_cleaned_surface_of_the_dense_field(
     expected = clean(extract_surface(grid_logits.numpy()))
     np.testing.assert_allclose(result.mesh.vertices, expected.mesh.vertices, atol=1e-4)
     assert result.report == expected.report
+
+
+@pytest.mark.parametrize("target_faces", [None, 2000])
+def test_decoding_in_turns_gives_the_same_file(
+    engine: Engine, ask: Ask, denoise: Denoise, target_faces: int | None
+) -> None:
+    state = denoise(engine, replace(ask(), octree_resolution=48, target_faces=target_faces))
+    at_once, turns = engine.finish(state), engine.decode_in_turns(state)
+    assert isinstance(at_once, CleanMesh)
+    assert turns is not None
+    file = make_mesh_file(finished(turns), target_faces, MeshFormat.OBJ)
+    assert (file.data, file.report) == (encode_mesh(at_once.mesh, MeshFormat.OBJ), at_once.report)
+
+
+def test_preparation_changes_nothing(engine: Engine, ask: Ask) -> None:
+    request = ask()
+    preparation = engine.preparation(request)
+    assert preparation is not None
+    prepared = preparation()
+    assert isinstance(prepared, MeshRequest)
+    assert prepared.is_prepared
+    direct, in_two_parts = engine.start(request), engine.start(prepared)
+    assert torch.equal(direct.inputs[0].context, in_two_parts.inputs[0].context)
+
+
+def test_seconds_of_decoding_are_predicted_from_the_resolution(engine: Engine, model: str) -> None:
+    card = engine.cards[model]
+    assert isinstance(card, MeshCard)
+    speed = card.decode_speed
+    assert min(speed.field_point, speed.grid_point, speed.face) > 0
+    assert card.decode_seconds(512) > 4 * card.decode_seconds(128) > 0
 
 
 def test_reduced_mesh_has_no_more_faces_than_asked_for(engine: Engine, ask: Ask, denoise: Denoise) -> None:

@@ -1,0 +1,99 @@
+"""What a worker holds: the jobs that it has taken, and their requests from start to decoded field."""
+
+import time
+from collections.abc import Generator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from models.mesh.surface import FieldSamples
+from models.request import GenerationRequest
+from service.jobs.job import Job, Priority
+from service.jobs.store import Claim
+from service.scheduling.batching import Candidate
+from service.scheduling.cost import BlockSeconds, grid_bytes
+
+if TYPE_CHECKING:  # brings torch, which the API side never loads
+    from models.state import DenoiseState
+
+_WEIGHTS = {Priority.LOW: 0.5, Priority.NORMAL: 1.0, Priority.HIGH: 2.0}
+
+
+@dataclass(slots=True, eq=False)
+class HeldJob:
+    """A claimed job. `unstarted` are the indices of its requests that wait for room, `prepared` has those that wait for
+    their input image.
+
+    `num_steps` has the number of computed steps of each request, as things stand; `steps_done` is their sum so far.
+    """
+
+    claim: Claim
+    shape: str
+    unstarted: list[int]
+    num_steps: list[int]
+    prepared: dict[int, Future[GenerationRequest]] = field(default_factory=dict)
+    began: float = field(default_factory=time.perf_counter)
+    steps_done: int = 0
+
+    @property
+    def job(self) -> Job:
+        return self.claim.job
+
+
+@dataclass(slots=True, eq=False)
+class Running:
+    """Request `index` of a held job between its start and its last step, or the last turn of its `decoding`.
+
+    `denoise_began`, `last_step_ended` and `denoise_ended` are times of the performance counter. `virtual_time` is the
+    weighted device time that the request has had, see `scheduling.batching.FairShare`. `batch_size_sum` adds up the
+    batch sizes of its computed steps. `pace` is how much longer than predicted its last computed step took, including
+    the steps of other requests. `num_previews` is how many previews were made.
+    """
+
+    held: HeldJob
+    index: int
+    state: "DenoiseState"
+    queue_s: float
+    encode_s: float
+    denoise_began: float
+    virtual_time: float
+    block_seconds: BlockSeconds
+    batch_size_sum: int = 0
+    pace: float = 1.0
+    num_previews: int = 0
+    last_step_ended: float | None = None
+    denoise_ended: float | None = None
+    decoding: Generator[None, None, FieldSamples] | None = None
+
+    @property
+    def claim(self) -> Claim:
+        return self.held.claim
+
+    @property
+    def job(self) -> Job:
+        return self.held.job
+
+    @property
+    def request(self) -> GenerationRequest:
+        return self.job.requests[self.index]
+
+    @property
+    def grid_bytes(self) -> int:
+        """Predicted bytes of its grid, if it is being decoded."""
+        return 0 if self.decoding is None else grid_bytes(self.request)
+
+    @property
+    def weight(self) -> float:
+        """Scheduling weight. A deadline counts as high priority."""
+        return _WEIGHTS[self.job.priority if self.job.deadline_at is None else Priority.HIGH]
+
+    def as_candidate(self) -> Candidate:
+        if self.decoding is not None:
+            return Candidate(self, self.virtual_time, [1.0], BlockSeconds(0.0, 1.0))  # shares its turn with nobody
+        return Candidate(self.state.batch_key, self.virtual_time, self.state.expected_runs, self.block_seconds)
+
+
+def preview_steps(num_previews: int, num_steps: int) -> list[int]:
+    """The computed step after which each preview is due: spread evenly, one a step, none after the last."""
+    due = {max(1, round((number + 1) * num_steps / (num_previews + 1))) for number in range(num_previews)}
+    return sorted(step for step in due if step < num_steps)
