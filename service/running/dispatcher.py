@@ -17,6 +17,7 @@ from service.jobs.job import Failure, FailureReason, JobSnapshot, log_fields
 from service.jobs.store import Claim, Ending, JobStore, Preview, Progress
 from service.metrics import Metrics
 from service.running.inbox import Inbox
+from service.running.webhook_calls import WebhookCalls
 from service.running.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -24,11 +25,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 POLL_S = 1.0
-"""Notifications can be lost, so the queue and the webhooks are also polled at this interval."""
+"""Notifications can be lost, so the queue is also polled at this interval."""
 RETRY_S = 0.5
 """Delay before the next try of a call to an unreachable store."""
-RETRY_DELAYS_S = (1, 5, 30, 120, 600)
-"""Delays between the calls of a webhook, which is given up after the last. Clients can still ask for the job."""
 LAST_STEP_S = 5.0
 """How long `drain` waits, after the grace period, for a denoise step that is still running."""
 
@@ -79,7 +78,9 @@ class Dispatcher:
         self._inbox.connect()
         self.metrics.declare(self.cards.values())
         await self.store.open(on_queued=self._inbox.news.set, on_cancelled=self.worker.drop)
-        loops = (self._claim, self._keep_leases, self._store_reports, self._call_webhooks)
+        loops = [self._claim, self._keep_leases, self._store_reports]
+        if self._deliver_webhook is not None:
+            loops.append(WebhookCalls(self.store, self._deliver_webhook).run)
         tasks: list[asyncio.Future[object]] = [asyncio.create_task(run()) for run in loops]
         for task in tasks:
             task.add_done_callback(self._drain_if_broken)
@@ -248,19 +249,6 @@ class Dispatcher:
             except StoreUnavailable as error:
                 logger.warning("waiting for the store: %s", error)
                 await asyncio.sleep(RETRY_S)
-
-    async def _call_webhooks(self) -> None:
-        """Call the webhooks of ended jobs, one after the other. Failed calls are repeated after RETRY_DELAYS_S."""
-        while self._deliver_webhook is not None:
-            try:
-                while (taken := await self.store.take_webhook()) is not None:
-                    snapshot, num_failures = taken
-                    is_over = await self._deliver_webhook(snapshot) or num_failures == len(RETRY_DELAYS_S)
-                    retry_in_s = None if is_over else RETRY_DELAYS_S[num_failures]
-                    await self.store.settle_webhook(snapshot.job.id, retry_in_s)
-            except (StoreUnavailable, JobNotFound) as error:
-                logger.warning("webhooks can't be called: %s", error)
-            await asyncio.sleep(POLL_S)
 
     def _record_end(self, snapshot: JobSnapshot) -> None:
         """Count and log an ended job."""

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -248,27 +247,6 @@ async def test_draining_server_claims_nothing_more_from_a_shared_store(build: Bu
         await dispatcher.drain()
         await store.add(make_job("a"))
     assert (await store.get("a")).state.status is JobStatus.QUEUED
-
-
-@pytest.mark.anyio
-async def test_webhook_is_called_again_until_it_succeeds_or_is_given_up(
-    build: Build, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("service.running.dispatcher.RETRY_DELAYS_S", (0.01, 0.01))
-    calls: list[str] = []
-
-    async def deliver(snapshot: JobSnapshot) -> bool:
-        assert snapshot.state.status is JobStatus.SUCCEEDED
-        calls.append(snapshot.job.id)
-        return snapshot.job.id == "second try" and calls.count("second try") == 2
-
-    store = FragileStore()
-    async with build(store, deliver_webhook=deliver).running():
-        for name in ("never", "second try"):
-            await store.add(replace(make_job(name), webhook_url="https://hooks.example/"))
-        await until(lambda: len(calls) == 5)
-        assert await store.take_webhook() is None
-    assert (calls.count("never"), calls.count("second try")) == (3, 2)
 
 
 def test_draining_finishes_running_and_queued_jobs_and_refuses_new_ones(
