@@ -6,6 +6,7 @@ import signal
 import uvicorn
 from fastapi import FastAPI
 
+from service.errors import Broken
 from service.running.dispatcher import Dispatcher
 from service.settings import Settings
 
@@ -14,7 +15,7 @@ SEND_S = 10
 
 
 class DrainingServer(uvicorn.Server):
-    """Exits when its dispatcher has drained, which begins after a signal, or when the worker has stopped."""
+    """Exits when its dispatcher has drained, which begins after a signal, or when the dispatcher or worker broke."""
 
     def __init__(self, config: uvicorn.Config, dispatcher: Dispatcher) -> None:
         super().__init__(config)
@@ -23,14 +24,17 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to exit; uvicorn calls this ten times a second."""
-        wants_exit = await super().on_tick(counter) or not self._dispatcher.worker.is_alive
+        wants_exit = await super().on_tick(counter) or self._dispatcher.is_broken
         if wants_exit and self._draining is None:
             self._draining = asyncio.create_task(self._dispatcher.drain())
-        return self.force_exit or self._dispatcher.has_drained.is_set()
+        return self.force_exit or (self._draining is not None and self._draining.done())
 
 
 def serve(settings: Settings, app: FastAPI, dispatcher: Dispatcher) -> None:
-    """Answer on `settings.host` and `settings.port` until SIGTERM or SIGINT. The worker has been started."""
+    """Answer on `settings.host` and `settings.port` until SIGTERM or SIGINT. The worker has been started.
+
+    Raises Broken if the server ends for another reason, which the log has.
+    """
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -43,4 +47,7 @@ def serve(settings: Settings, app: FastAPI, dispatcher: Dispatcher) -> None:
     # uvicorn raises the signal again after its shutdown, when it no longer matters.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    DrainingServer(config, dispatcher).run()
+    server = DrainingServer(config, dispatcher)
+    server.run()
+    if dispatcher.is_broken or server.lifespan.error_occurred or server.lifespan.shutdown_failed:
+        raise Broken("the server has stopped because a part of it failed; the log says which")

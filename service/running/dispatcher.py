@@ -62,6 +62,7 @@ class Dispatcher:
         self.metrics = metrics
         self.timing = timing
         self.has_drained = asyncio.Event()
+        self._has_broken_loop = False
         self._inbox = inbox
         self._deliver_webhook = deliver_webhook
         self._clock = clock
@@ -71,6 +72,11 @@ class Dispatcher:
     @property
     def cards(self) -> Mapping[str, ModelCard]:
         return self.worker.cards
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether one of its loops or the worker has failed. It drains then, or has drained."""
+        return self._has_broken_loop or self.worker.is_broken
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -125,6 +131,7 @@ class Dispatcher:
         """Drain if one of the loops has failed: the server would accept jobs that it never finishes."""
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("the dispatcher stopped", exc_info=error)
+            self._has_broken_loop = True
             self.in_background(self.drain())
 
     def in_background(self, work: Awaitable[object]) -> None:

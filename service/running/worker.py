@@ -114,6 +114,8 @@ class Worker:
     ) -> None:
         self.limits = limits
         self.cards: Mapping[str, ModelCard] = {}
+        self.is_broken = False
+        """Whether the thread has ended because of an error."""
         self._report = report
         self._on_room = on_room
         self._metrics = metrics
@@ -199,6 +201,7 @@ class Worker:
                 self._take_turn(engine)
         except Exception:
             logger.exception("the worker stopped")
+            self.is_broken = True
         finally:
             self._publisher.close()
             self._on_room()
