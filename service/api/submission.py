@@ -63,14 +63,19 @@ async def submit(
     idempotency = _idempotency(body, headers, caller, request.url.path)
     recorded = None if idempotency is None else await dispatcher.store.find(idempotency)
     if recorded is None:
-        created_at = time.time()
+        created_at, intake = time.time(), dispatcher.intake
+        recorded_s = intake.recorded_s
+        backlog_s = await dispatcher.backlog_s()
+        pace = dispatcher.worker.pace.ratio
         backlog = Backlog(
-            seconds=await dispatcher.store.backlog_s(),
+            seconds=backlog_s + pace * (intake.admitted_s - recorded_s),
             max_seconds=settings.max_backlog_s,
             finish_s=dispatcher.worker.finish_seconds(card.id),
+            pace=pace,
         )
         job = _job_of(admit(order, card, backlog), body, caller, created_at)
-        recorded = await dispatcher.store.add(job, idempotency)
+        with intake.recording(job.predicted_seconds):
+            recorded = await dispatcher.store.add(job, idempotency)
     caller.job_id = recorded.id
     return recorded
 

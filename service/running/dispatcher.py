@@ -19,6 +19,7 @@ from service.metrics import Metrics
 from service.running.inbox import Inbox
 from service.running.webhook_calls import WebhookCalls
 from service.running.worker import Worker
+from service.scheduling.admission import Intake
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class Dispatcher:
         self.worker = worker
         self.metrics = metrics
         self.timing = timing
+        self.intake = Intake()
         self.has_drained = asyncio.Event()
         self._has_broken_loop = False
         self._inbox = inbox
@@ -105,6 +107,10 @@ class Dispatcher:
         """Raise Draining once the server is shutting down."""
         if self._drain is not None or self.has_drained.is_set():
             raise Draining("the server is shutting down", math.ceil(self.timing.grace_s))
+
+    async def backlog_s(self) -> float:
+        """Seconds of work for each worker, at this worker's measured pace. Raises StoreUnavailable."""
+        return await self.store.backlog_s() * self.worker.pace.ratio
 
     async def cancel(self, job_id: str) -> JobSnapshot:
         """Cancel a job: a queued job never runs, a running job stops before its next step.

@@ -1,6 +1,8 @@
 """Whether an order is accepted, and what is promised. Pure: the clock and the backlog are passed in."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from models.budget import point_of_quality
@@ -15,21 +17,45 @@ from service.scheduling.load import lowered_quality
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """Work before an order: predicted seconds for each worker, and the most that is accepted.
+    """Work before an order: seconds for each worker, and the most that is accepted.
 
-    `finish_s` is how long encoding and decoding take a result of the order's model.
+    `seconds` is corrected by `pace`, the measured seconds for each predicted one. `finish_s` is how long decoding and
+    encoding the last result of the order's model took.
     """
 
     seconds: float
     max_seconds: float
     finish_s: float
+    pace: float = 1.0
+
+
+@dataclass(slots=True)
+class Intake:
+    """The work that this process has admitted, and the part of it that is in the store, in predicted seconds.
+
+    Calls arrive while others are recorded. The work that was admitted by now, but not recorded when a call began to
+    read the store's backlog, may be missing from what it has read.
+    """
+
+    admitted_s: float = 0.0
+    recorded_s: float = 0.0
+
+    @contextmanager
+    def recording(self, seconds: float) -> Iterator[None]:
+        """The context in which admitted work is recorded."""
+        self.admitted_s += seconds
+        try:
+            yield
+        finally:
+            self.recorded_s += seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
     """An accepted order. `is_degraded` says that load lowered its quality, within its `min_quality`.
 
-    `latency_s` is the promised time from arrival to result, None if the order has no deadline.
+    `predicted_seconds` is not corrected by measured speed, since that may change until the order's turn. `latency_s` is
+    the promised time from arrival to result, None if the order has no deadline.
     """
 
     order: Order
@@ -55,7 +81,7 @@ def admit(order: Order, card: ModelCard, backlog: Backlog) -> Admission:
     else:
         order = _lowered(order, card, backlog)
     seconds = sum(predicted_seconds(request, card) for request in order.requests)
-    _check_room(seconds, backlog)
+    _check_room(seconds * backlog.pace, backlog)
     return Admission(order, seconds, order != wanted, latency_s)
 
 
@@ -75,12 +101,13 @@ def _lowered(order: Order, card: ModelCard, backlog: Backlog) -> Order:
 def _check_room(cost_s: float, backlog: Backlog) -> None:
     """Raise Overloaded if `cost_s` more would make the backlog too long.
 
-    An idle server takes any order, however long, since waiting would not make it shorter.
+    An idle server takes any order, however long, since waiting would not make it shorter. Callers are told to wait
+    until half of the room is free: those who come back together find room then, not one place that the first one takes.
     """
     excess_s = backlog.seconds + cost_s - backlog.max_seconds
     if backlog.seconds <= 0 or excess_s <= 0:
         return
-    retry_after_s = max(1, math.ceil(min(excess_s, backlog.seconds)))
+    retry_after_s = max(1, math.ceil(min(excess_s + backlog.max_seconds / 2, backlog.seconds)))
     raise Overloaded(
         f"the server has {backlog.seconds:.1f} s of work and this request would add {cost_s:.1f} s, more than the "
         f"{backlog.max_seconds:g} s it accepts; try again in {retry_after_s} s",

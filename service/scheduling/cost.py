@@ -8,6 +8,15 @@ from models.request import GenerationRequest, ImageRequest, LatencyBudget
 
 
 def predicted_seconds(request: GenerationRequest, card: ModelCard) -> float:
+    """Seconds that `request` takes a worker, from its prompt or image to its file, alone on this device.
+
+    This is the one prediction that admission counts. `scheduling.pace` corrects it by measured speed.
+    """
+    decode_s = card.decode_seconds * _relative_size(request, card) if isinstance(card, ImageCard) else 0.0
+    return card.encode_seconds + denoise_seconds(request, card) + decode_s
+
+
+def denoise_seconds(request: GenerationRequest, card: ModelCard) -> float:
     """Seconds to denoise `request` alone on this device.
 
     Only computed steps take time. A request with a deadline is expected at the best point of the curve that meets it.

@@ -21,7 +21,7 @@ def check_reachable(
     assert isinstance(request.budget, LatencyBudget)
     floor = point_of_quality(request.budget.min_quality, card.curve_for(request))
     dense_s = num_results * request.num_inference_steps * dense_step_seconds(request, card)
-    predicted_s = backlog_s + dense_s * floor.relative_seconds + finish_s
+    predicted_s = backlog_s + num_results * card.encode_seconds + dense_s * floor.relative_seconds + finish_s
     if predicted_s > request.budget.latency_s:
         raise DeadlineUnreachable(
             f"latency_ms {request.budget.latency_s * 1000:g} can't be met: at the lowest quality allowed, "

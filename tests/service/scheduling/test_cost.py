@@ -49,6 +49,17 @@ def test_only_computed_steps_cost_time(
 
 @pytest.mark.parametrize(
     ("fields", "seconds"),
+    [({}, 0.1 + 2.0 + 0.2), ({"height": 128}, 0.1 + 4.0 + 0.4), ({"num_inference_steps": 8}, 0.1 + 4.0 + 0.2)],
+)
+def test_cost_of_encoding_is_fixed_and_cost_of_decoding_grows_with_pixels(
+    fields: dict[str, object], seconds: float, make_request: Callable[..., ImageRequest], drawn_card: ImageCard
+) -> None:
+    card = replace(drawn_card, encode_seconds=0.1, decode_seconds=0.2)
+    assert predicted_seconds(make_request(budget=EXACT, **fields), card) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("fields", "seconds"),
     [
         ({}, 0.5),
         ({"height": 128, "width": 128}, 0.2 + 4 * 0.3),
