@@ -114,6 +114,11 @@ class Settings(BaseSettings):
         description="The most bytes of finished results to keep; the oldest are dropped first.",
     )
     job_ttl_s: float = Field(default=86400.0, gt=0, description="Seconds for which the record of an ended job is kept.")
+    max_trace_decisions: int = Field(
+        default=20_000,
+        ge=1,
+        description="The most decisions in a trace: images, times steps, guidance branches and blocks.",
+    )
     webhook_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
         description="Hosts that a job's webhook_url may name, with any unusual port, separated by commas; none by "

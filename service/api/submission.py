@@ -59,6 +59,7 @@ async def submit(
     Overloaded and DeadlineUnreachable if the order is not admitted, StoreUnavailable.
     """
     _check_answering(body, headers, settings)
+    _check_trace(order, card, settings.max_trace_decisions)
     caller = caller_of(request.scope)
     idempotency = _idempotency(body, headers, caller, request.url.path)
     recorded = None if idempotency is None else await dispatcher.store.find(idempotency)
@@ -93,6 +94,18 @@ def _check_answering(body: GenerationBody, headers: GenerationHeaders, settings:
         )
     if body.webhook_url is not None:
         check_webhook_url(body.webhook_url, settings.webhook_hosts)
+
+
+def _check_trace(order: Order, card: ModelCard, most: int) -> None:
+    """Raise InvalidRequest if the trace would have more than `most` decisions."""
+    request, num_results = order.requests[0], len(order.requests)
+    size = num_results * request.num_inference_steps * order.num_branches * len(card.blocks)
+    if request.wants_trace and size > most:
+        raise InvalidRequest(
+            f"a trace of n {num_results} and num_inference_steps {request.num_inference_steps} has {size} decisions, "
+            f"more than the {most} that this server keeps; ask for less of either, or for no trace",
+            "trace",
+        )
 
 
 def _job_of(admission: Admission, body: GenerationBody, caller: Caller, created_at: float) -> Job:

@@ -171,7 +171,7 @@ class Publisher:
             is_degraded=job.is_degraded,
             deadline_met=None if job.deadline_at is None else job.created_at + total_s <= job.deadline_at,
         )
-        return data, receipt
+        return data, receipt.with_packed_trace()
 
     def _make_preview(self, pending: PendingPreview) -> None:
         """A preview that fails is left out: no client relies on it."""

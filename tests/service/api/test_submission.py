@@ -25,7 +25,12 @@ from service.settings import Settings
 pytestmark = pytest.mark.anyio
 
 SubmitImage = Callable[..., Awaitable[Job]]
-SETTINGS = Settings(max_backlog_s=10.0, webhook_hosts=("hooks.example",), webhook_secret=SecretStr("whsec_" + "A" * 32))
+SETTINGS = Settings(
+    max_backlog_s=10.0,
+    max_trace_decisions=16,
+    webhook_hosts=("hooks.example",),
+    webhook_secret=SecretStr("whsec_" + "A" * 32),
+)
 PLAIN = GenerationHeaders()
 KEYED = GenerationHeaders(idempotency_key="k")
 
@@ -105,6 +110,15 @@ async def test_ways_of_answering_that_exclude_each_other_are_refused(
         await submit_image(headers=GenerationHeaders(is_async=is_async), **fields)
     assert caught.value.param == param
     assert await dispatcher.store.live_jobs() == []
+
+
+async def test_longest_trace_is_bounded(dispatcher: Dispatcher, submit_image: SubmitImage) -> None:
+    fields = {"num_inference_steps": 4, "budget": {"quality": 0.5}, "trace": True}
+    await submit_image(n=2, **fields)  # twice four steps of two blocks
+    with pytest.raises(InvalidRequest, match="n 3 and num_inference_steps 4 has 24 decisions, more than the 16"):
+        await submit_image(n=3, **fields)
+    await submit_image(n=3, **{**fields, "trace": False})
+    assert len(await dispatcher.store.live_jobs()) == 2
 
 
 async def test_key_returns_its_job_and_is_bound_to_owner_path_and_body(
