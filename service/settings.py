@@ -114,6 +114,12 @@ class Settings(BaseSettings):
         description="The most bytes of finished results to keep; the oldest are dropped first.",
     )
     job_ttl_s: float = Field(default=86400.0, gt=0, description="Seconds for which the record of an ended job is kept.")
+    max_input_image_bytes: int = Field(
+        default=256_000_000,
+        ge=1,
+        description="The most bytes of input images of queued and running jobs together; above it, requests with an "
+        "image are refused (503 overloaded).",
+    )
     max_trace_decisions: int = Field(
         default=20_000,
         ge=1,

@@ -16,7 +16,7 @@ from service.api.generation_route import GenerationHeaders
 from service.api.schemas import GenerationBody, ResponseFormat
 from service.jobs.job import Job, Priority
 from service.jobs.store import Idempotency
-from service.order import Order
+from service.order import Order, input_image_bytes
 from service.running.dispatcher import Dispatcher
 from service.scheduling.admission import Admission, Backlog, admit
 from service.settings import Settings
@@ -64,21 +64,32 @@ async def submit(
     idempotency = _idempotency(body, headers, caller, request.url.path)
     recorded = None if idempotency is None else await dispatcher.store.find(idempotency)
     if recorded is None:
-        created_at, intake = time.time(), dispatcher.intake
-        recorded_s = intake.recorded_s
-        backlog_s = await dispatcher.backlog_s()
-        pace = dispatcher.worker.pace.ratio
-        backlog = Backlog(
-            seconds=backlog_s + pace * (intake.admitted_s - recorded_s),
-            max_seconds=settings.max_backlog_s,
-            finish_s=dispatcher.worker.finish_seconds(card.id),
-            pace=pace,
-        )
+        created_at = time.time()
+        backlog = await _backlog(order, card, dispatcher, settings)
         job = _job_of(admit(order, card, backlog), body, caller, created_at)
-        with intake.recording(job.predicted_seconds):
+        with (
+            dispatcher.work_intake.recording(job.predicted_seconds),
+            dispatcher.image_intake.recording(input_image_bytes(job.requests)),
+        ):
             recorded = await dispatcher.store.add(job, idempotency)
     caller.job_id = recorded.id
     return recorded
+
+
+async def _backlog(order: Order, card: ModelCard, dispatcher: Dispatcher, settings: Settings) -> Backlog:
+    """The work before `order`: what is in the store, and what this process was adding while that was read."""
+    work, images, pace = dispatcher.work_intake, dispatcher.image_intake, dispatcher.worker.pace.ratio
+    recorded_s, recorded_bytes = work.recorded, images.recorded
+    seconds = await dispatcher.store.backlog_s()
+    image_bytes = await dispatcher.store.input_image_bytes() if input_image_bytes(order.requests) else 0
+    return Backlog(
+        seconds=(seconds + work.admitted - recorded_s) * pace,
+        max_seconds=settings.max_backlog_s,
+        finish_s=dispatcher.worker.finish_seconds(card.id),
+        pace=pace,
+        image_bytes=image_bytes + images.admitted - recorded_bytes,
+        max_image_bytes=settings.max_input_image_bytes,
+    )
 
 
 def _check_answering(body: GenerationBody, headers: GenerationHeaders, settings: Settings) -> None:

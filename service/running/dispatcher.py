@@ -62,7 +62,7 @@ class Dispatcher:
         self.worker = worker
         self.metrics = metrics
         self.timing = timing
-        self.intake = Intake()
+        self.work_intake, self.image_intake = Intake(), Intake()
         self.has_drained = asyncio.Event()
         self._has_broken_loop = False
         self._inbox = inbox

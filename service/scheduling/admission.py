@@ -9,7 +9,7 @@ from models.budget import point_of_quality
 from models.card import ModelCard
 from models.request import LatencyBudget, QualityBudget
 from service.errors import Overloaded
-from service.order import Order
+from service.order import Order, input_image_bytes
 from service.scheduling.cost import predicted_seconds
 from service.scheduling.deadline import check_reachable
 from service.scheduling.load import lowered_quality
@@ -20,34 +20,37 @@ class Backlog:
     """Work before an order: seconds for each worker, and the most that is accepted.
 
     `seconds` is corrected by `pace`, the measured seconds for each predicted one. `finish_s` is how long decoding and
-    encoding the last result of the order's model took.
+    encoding the last result of the order's model took. `image_bytes` is the size of the input images before the order,
+    at most `max_image_bytes`.
     """
 
     seconds: float
     max_seconds: float
     finish_s: float
     pace: float = 1.0
+    image_bytes: float = 0.0
+    max_image_bytes: float = math.inf
 
 
 @dataclass(slots=True)
 class Intake:
-    """The work that this process has admitted, and the part of it that is in the store, in predicted seconds.
+    """What this process has admitted, and how much of it is in the store: predicted seconds, or bytes.
 
-    Calls arrive while others are recorded. The work that was admitted by now, but not recorded when a call began to
-    read the store's backlog, may be missing from what it has read.
+    Calls arrive while others are recorded. What was admitted by now, but not recorded when a call began to read from
+    the store, may be missing from what it has read.
     """
 
-    admitted_s: float = 0.0
-    recorded_s: float = 0.0
+    admitted: float = 0.0
+    recorded: float = 0.0
 
     @contextmanager
-    def recording(self, seconds: float) -> Iterator[None]:
-        """The context in which admitted work is recorded."""
-        self.admitted_s += seconds
+    def recording(self, amount: float) -> Iterator[None]:
+        """The context in which an admitted amount is recorded."""
+        self.admitted += amount
         try:
             yield
         finally:
-            self.recorded_s += seconds
+            self.recorded += amount
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,7 @@ def admit(order: Order, card: ModelCard, backlog: Backlog) -> Admission:
         )
     else:
         order = _lowered(order, card, backlog)
+    _check_images(order, backlog)
     seconds = sum(predicted_seconds(request, card) for request in order.requests)
     _check_room(seconds * backlog.pace, backlog)
     return Admission(order, seconds, order != wanted, latency_s)
@@ -96,6 +100,18 @@ def _lowered(order: Order, card: ModelCard, backlog: Backlog) -> Order:
         return order
     budget = QualityBudget(quality)
     return replace(order, requests=tuple(replace(request, budget=budget, point=point) for request in order.requests))
+
+
+def _check_images(order: Order, backlog: Backlog) -> None:
+    """Raise Overloaded if the input images of waiting orders would take too much memory."""
+    image_bytes = input_image_bytes(order.requests)
+    if image_bytes and backlog.image_bytes and backlog.image_bytes + image_bytes > backlog.max_image_bytes:
+        retry_after_s = max(1, math.ceil(backlog.seconds / 2))
+        raise Overloaded(
+            f"the images of waiting requests have {backlog.image_bytes:.0f} bytes and this one would add "
+            f"{image_bytes}, more than the {backlog.max_image_bytes:.0f} that are kept; try again in {retry_after_s} s",
+            retry_after_s,
+        )
 
 
 def _check_room(cost_s: float, backlog: Backlog) -> None:

@@ -6,8 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models.card import ImageCard
+from models.curve import EXACT as EXACT_POINT
 from models.curve import ComputedSteps, Preset
-from models.request import Budget, ComputeBudget, ImageRequest, LatencyBudget, PresetBudget, QualityBudget
+from models.request import Budget, ComputeBudget, ImageRequest, LatencyBudget, MeshRequest, PresetBudget, QualityBudget
 from service.errors import DeadlineUnreachable, Overloaded
 from service.order import Order, Output
 from service.scheduling.admission import Backlog, admit
@@ -82,6 +83,29 @@ def test_encoding_and_decoding_count(make_order: MakeOrder, drawn_card: ImageCar
     assert admission.predicted_seconds == pytest.approx(2 * 3.0)
     with pytest.raises(DeadlineUnreachable):
         admit(make_order(LatencyBudget(1.2)), card, backlog(0))
+
+
+def test_input_images_of_waiting_orders_are_bounded(drawn_card: ImageCard) -> None:
+    mesh = MeshRequest(
+        model="ball",
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        seed=0,
+        budget=EXACT,
+        point=EXACT_POINT,
+        is_guided=False,
+        input_image=b"12345",
+        octree_resolution=64,
+    )
+    order = Order((mesh,), Output(), None, None)
+    bounded = replace(backlog(6.0), max_image_bytes=14)
+    for waiting in (0, 9):
+        admit(order, drawn_card, replace(bounded, image_bytes=waiting))
+    with pytest.raises(Overloaded, match=r"10 bytes and this one would add 5, more than the 14") as caught:
+        admit(order, drawn_card, replace(bounded, image_bytes=10))
+    assert caught.value.retry_after_s == 3
+    # One image that is larger than the bound is accepted alone
+    admit(order, drawn_card, replace(bounded, max_image_bytes=1))
 
 
 def test_cost_of_every_result_counts(make_order: MakeOrder, drawn_card: ImageCard) -> None:
