@@ -2,11 +2,12 @@
 
 import asyncio
 import signal
+import socket
 
 import uvicorn
 from fastapi import FastAPI
 
-from service.errors import Broken
+from service.errors import BadConfiguration, Broken
 from service.running.dispatcher import Dispatcher
 from service.settings import Settings
 
@@ -28,6 +29,20 @@ class DrainingServer(uvicorn.Server):
         if wants_exit and self._draining is None:
             self._draining = asyncio.create_task(self._dispatcher.drain())
         return self.force_exit or (self._draining is not None and self._draining.done())
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise BadConfiguration unless a server could listen on all addresses of `host` at this port."""
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, address in addresses:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as asyncio does
+                if family is socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
+    except OSError as error:
+        raise BadConfiguration(f"can't listen on {host} port {port}: {error.strerror}") from error
 
 
 def serve(settings: Settings, app: FastAPI, dispatcher: Dispatcher) -> None:

@@ -13,6 +13,7 @@ from pydantic_settings import (
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -199,7 +200,8 @@ class Settings(BaseSettings):
 def load_settings(config: Path | None = None, **options: Any) -> Settings:
     """The settings from `options`, the environment, and the file `config` or the one that `ELASTIC_CONFIG` names.
 
-    Options that are None are not set. Raises FileNotFoundError, tomllib.TOMLDecodeError and pydantic.ValidationError.
+    Options that are None are not set. Raises BadConfiguration, FileNotFoundError, tomllib.TOMLDecodeError
+    and pydantic.ValidationError.
     """
     named = os.environ.get("ELASTIC_CONFIG")
     path = config or (Path(named) if named else None)
@@ -209,4 +211,9 @@ def load_settings(config: Path | None = None, **options: Any) -> Settings:
     class SettingsWithFile(Settings):
         model_config = SettingsConfigDict(toml_file=path)
 
-    return SettingsWithFile(**{name: value for name, value in options.items() if value is not None})
+    try:
+        return SettingsWithFile(**{name: value for name, value in options.items() if value is not None})
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise BadConfiguration(f"{path} is not TOML: {error}") from error
+    except SettingsError as error:  # such as a variable that is not JSON
+        raise BadConfiguration(f"{error}: {error.__cause__}") from error
