@@ -69,6 +69,7 @@ def test_missing_and_wrong_keys_are_refused(header: str | None) -> None:
 def test_without_keys_everybody_may_call() -> None:
     assert load_keys(None, None).identify(None) is None
     assert load_keys(None, None).identify("Bearer none") is None
+    assert load_keys(None, None).identify("Bearer ") is None  # as Prometheus sends it with an empty key file
 
 
 def test_admin_may_do_everything_and_other_keys_only_their_scopes() -> None:
