@@ -80,7 +80,8 @@ class ModelCard:
 class ImageCard(ModelCard):
     """A text-to-image model. Heights and widths are in pixels.
 
-    `decode_seconds` is the time to decode an image of the default size, measured when the model is loaded.
+    `decode_seconds` is the time to decode an image of the default size to a PNG file, measured when the model is
+    loaded.
     """
 
     modality: ClassVar[str] = "image"
