@@ -16,10 +16,11 @@ POLL_S = 1.0
 """The interval at which the store is asked for webhooks that are due."""
 RETRY_DELAYS_S = (1, 5, 30, 120, 600)
 """Delays between the calls of a webhook, which is given up after the last. Clients can still ask for the job."""
-MAX_CALLS = 256
+MAX_CALLS = 1000
 """How many webhooks are taken from the store at once. Most of them wait for their host."""
-MAX_CALLS_PER_HOST = 32
-MAX_WAIT_S = 5.0
+MAX_CALLS_PER_HOST = 4
+"""Fewer than the threads, at least five, in which asyncio looks up names: a host with a slow name server leaves one."""
+MAX_WAIT_S = 20.0
 """How long a webhook may wait for others of its host before it counts as failed. With the call's own deadline, this is
 less than `store.WEBHOOK_HELD_S`, after which another server would take the webhook as well."""
 
