@@ -30,7 +30,7 @@ POLL_S = 1.0
 RETRY_S = 0.5
 """Delay before the next try of a call to an unreachable store."""
 LAST_STEP_S = 5.0
-"""How long `drain` waits, after the grace period, for a denoise step that is still running."""
+"""How long a shutdown waits, after the grace period, for a denoise step that is still running, and for other ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +99,15 @@ class Dispatcher:
             tasks += self._background  # tasks that still wait for an unreachable store
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            # Not for ever: a library that loses a cancellation must not keep the process from ending.
+            if (await asyncio.wait(tasks, timeout=LAST_STEP_S))[1]:
+                logger.warning("a part of the dispatcher does not end; the server ends without it")
             self._inbox.disconnect()  # reports of a step that is still running are dropped
-            await self.store.close()
+            closing = asyncio.create_task(self.store.close())
+            if (await asyncio.wait([closing], timeout=LAST_STEP_S))[1]:
+                logger.warning("the job store does not close; the server ends without that")
+            else:
+                closing.result()
 
     def check_accepting(self) -> None:
         """Raise Draining once the server is shutting down."""

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -247,6 +248,27 @@ async def test_draining_server_claims_nothing_more_from_a_shared_store(build: Bu
         await dispatcher.drain()
         await store.add(make_job("a"))
     assert (await store.get("a")).state.status is JobStatus.QUEUED
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("operation", ["claim", "close"])
+async def test_lost_cancellation_does_not_block_the_end(
+    operation: str, build: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """redis-py may lose one that comes together with an answer."""
+    monkeypatch.setattr("service.running.dispatcher.LAST_STEP_S", 0.2)
+    store = SharedStore()
+
+    async def wait_through_a_cancellation(*_: object) -> None:
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        if operation == "claim":
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(store, operation, wait_through_a_cancellation)
+    async with asyncio.timeout(TIMEOUT_S), build(store).running():
+        await asyncio.sleep(0)
+    assert "does not" in caplog.text
 
 
 def test_draining_finishes_running_and_queued_jobs_and_refuses_new_ones(
