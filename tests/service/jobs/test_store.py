@@ -252,7 +252,7 @@ async def test_backlog_counts_what_is_left(bench: Any, make_job: MakeJob) -> Non
 async def test_size_of_input_images_is_that_of_jobs_that_have_not_ended(bench: Any, make_job: MakeJob) -> None:
     assert await bench.store.input_image_bytes() == 0
     for name in ("a", "b"):
-        await bench.store.add(replace(make_job(name), requests=(MESH,)))
+        await bench.store.add(replace(make_job(name), model=MESH.model, requests=(MESH,)))
     await bench.store.add(make_job("c"))
     await claim(bench)
     assert await bench.store.input_image_bytes() == 2 * 256
