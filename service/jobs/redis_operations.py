@@ -10,8 +10,8 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from service.errors import StoreUnavailable
 
-LIMIT_S = 3.0
-"""How long an operation may take. It has few commands, with little data."""
+LIMIT_S = 5.0
+"""How long an operation may take. It has few commands, with little data; a busy machine may be slow."""
 RESULTS_LIMIT_S = 30.0
 """How long it may take to write or to read results or an input image, which may have megabytes. Also on a volume."""
 CHECK_LIMIT_S = 1.5
