@@ -1,0 +1,73 @@
+"""One run: jobs are asked for while faults befall the cluster; then everything is checked."""
+
+import math
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.chaos.clients import Client, Outcome
+from benchmarks.chaos.cluster import Cluster
+from benchmarks.chaos.faults import faults_befall
+from benchmarks.chaos.tasks import IMAGE_MODEL, MESH_MODEL, Kind, Task, files_alone, random_tasks
+from benchmarks.chaos.verdict import Findings, count_errors, judge_job, judge_redis, judge_webhooks
+from benchmarks.chaos.webhooks import webhook_host
+from models.zoo import load_engine
+
+_NUM_CLIENTS = 8
+_START_S = 300.0
+
+
+def run(
+    num_jobs: int,
+    *,
+    seed: int,
+    mean_s: float,
+    num_servers: int,
+    num_workers: int,
+    max_faults: float = math.inf,
+    other: Path | None = None,
+) -> Findings:
+    """Ask for the jobs while faults befall the cluster, then check every job, every process and Redis.
+
+    `other` is a checkout of another version, which every second server and worker runs.
+    """
+    torch.set_num_threads(1)
+    tasks, findings = random_tasks(num_jobs, seed), Findings()
+    engine = load_engine([IMAGE_MODEL, MESH_MODEL], device="cpu", router_weights=Path("router_weights"))
+    expected = [files_alone(engine, task) for task in tqdm(tasks, desc="made alone")]
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        webhooks = stack.enter_context(webhook_host())
+        cluster = Cluster(
+            folder, num_servers=num_servers, num_workers=num_workers, webhook_hosts=webhooks.address, other=other
+        )
+        stack.callback(cluster.close)
+        cluster.wait_until_ready(_START_S)
+        began = time.monotonic()
+
+        def ask(task: Task) -> Outcome:
+            return Client(cluster, webhooks, task).run()
+
+        with (
+            faults_befall(cluster, seed, mean_s, max_faults, findings.befell),
+            ThreadPoolExecutor(_NUM_CLIENTS) as clients,
+        ):
+            outcomes = list(tqdm(clients.map(ask, tasks), total=num_jobs, desc="ended"))
+        findings.seconds = time.monotonic() - began
+        cluster.wait_until_ready(_START_S)
+        for outcome, files in zip(outcomes, expected, strict=True):
+            is_comparable = outcome.task.kind is not Kind.DEADLINE and (other is None or outcome.task.is_exact)
+            is_emptied = cluster.is_emptied_since(outcome.began)
+            judge_job(outcome, files, findings, is_emptied=is_emptied, is_comparable=is_comparable)
+        judge_webhooks(webhooks, outcomes, cluster, findings)
+        judge_redis(cluster.client(), outcomes, max(cluster.emptied_at, default=-math.inf), findings)
+        cluster.exits.notice(cluster.members)
+        cluster.stop_all()
+        findings.exits, findings.log_errors = cluster.exits.counts, count_errors(cluster.logs)
+        findings.faults += [*cluster.exits.faults, *cluster.faults]
+    return findings
