@@ -335,6 +335,9 @@ def assert_contains(new: Any, old: Any, path: str) -> None:
         assert path.rpartition(".")[2] not in ("policy", "steps") or old.keys() == new.keys()  # these it reads strictly
     elif path.endswith(".stream"):
         assert [fields for _, fields in new] == [fields for _, fields in old]
+    elif isinstance(old, list):
+        for index, (new_item, old_item) in enumerate(zip(new, old, strict=True)):
+            assert_contains(new_item, old_item, f"{path}.{index}")
     else:
         assert new == old, path
 
