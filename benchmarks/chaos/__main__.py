@@ -20,7 +20,7 @@ With `--other FOLDER`, every second server and worker runs the version in that c
   because another version may have another calibration;
 - every webhook was called, and was told how its job ended;
 - Redis holds no job that no client was told of, nothing queued, running or leased, and no key without a time to live;
-- no process has ended by itself, and each ends with status 0 when it is told to.
+- no process has ended by itself; each ends with status 0 when it is told to, and so do the processes it started.
 
 The exit status is 1 if any of this does not hold.
 """
@@ -93,6 +93,7 @@ def _show(findings: Findings) -> None:
         print(f"\n{title}")
         print("\n".join(f"{count:>6}  {name}" for name, count in sorted(tally.items())) or "     none")
     print(f"\nlargest difference of an image: {findings.largest_difference} of 255")
+    print("\n".join(f"left out: {reason}" for reason in findings.left_out))
     print("\n".join(findings.faults) or "no job was lost, run twice or mixed up")
 
 
@@ -100,6 +101,7 @@ def _result(findings: Findings) -> dict[str, Any]:
     return {
         "jobs": {kind: dict(ends) for kind, ends in sorted(findings.jobs.items())},
         "injected": dict(sorted(findings.befell.items())),
+        "left_out": findings.left_out,
         "exits": dict(sorted(findings.exits.items())),
         "attempts": {str(count): jobs for count, jobs in sorted(findings.attempts.items())},
         "messages": dict(findings.reasons),

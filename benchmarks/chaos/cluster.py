@@ -27,6 +27,7 @@ MAX_ATTEMPTS = 10
 GRACE_S = 5.0
 LEASE_S = 3.0
 _CALL_S = 20.0
+_MARK = "CHAOS_RUN"  # in the environment of all processes of a run
 _STOP_S = GRACE_S + 55  # its last step, sending what is left, and a slow machine
 _VOLUME_BYTES = 32_000_000
 
@@ -132,6 +133,7 @@ class Cluster:
             "ELASTIC_WEBHOOK_HOSTS": webhook_hosts,
             "ELASTIC_WEBHOOK_SECRET": SECRET,
             "OMP_NUM_THREADS": "1",
+            _MARK: self.redis.url,
         }
         # Python then finds the packages of the other checkout first, and none in the working directory.
         of_other = {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(other)} if other else {}
@@ -190,6 +192,14 @@ class Cluster:
         for member in self.members:
             self.exits.note_stop(member)
 
+    def note_left_processes(self) -> None:
+        """Processes of any member that outlive them all, such as those that decode, are faults."""
+        mark = f"{_MARK}={self.redis.url}".encode()
+        deadline = time.monotonic() + _STOP_S
+        while (left := _processes_with(mark)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        self.faults += [f"a process outlives its server: {command}" for command in left]
+
     def close(self) -> None:
         self.http.close()
         for member in self.members:
@@ -197,6 +207,16 @@ class Cluster:
         self.redis.kill()
         if self.volume is not None:
             subprocess.run(["umount", "--lazy", self.volume], check=True)
+
+
+def _processes_with(mark: bytes) -> list[str]:
+    """The command lines of the processes whose environment has the entry `mark`."""
+    commands = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or is another user's
+            if mark in (process / "environ").read_bytes().split(b"\0"):
+                commands.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return commands
 
 
 def _mount(folder: Path) -> Path | None:

@@ -42,7 +42,8 @@ _KEYS: Mapping[str, bool] = {
 class Findings:
     """How all jobs ended by their kind, what befell the cluster, how processes ended, and what was wrong.
 
-    `log_errors` counts the lines of level ERROR in the logs by their text, without ids.
+    `log_errors` counts the lines of level ERROR in the logs by their text, without ids. `left_out` names the faults
+    that could not be injected.
     """
 
     jobs: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
@@ -53,6 +54,7 @@ class Findings:
     keys: Counter[str] = field(default_factory=Counter)
     log_errors: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
     largest_difference: int = 0
     seconds: float = 0.0
 
