@@ -14,7 +14,7 @@ from benchmarks.chaos.clients import Client, Outcome
 from benchmarks.chaos.cluster import Cluster
 from benchmarks.chaos.faults import faults_befall
 from benchmarks.chaos.tasks import IMAGE_MODEL, MESH_MODEL, Kind, Task, files_alone, random_tasks
-from benchmarks.chaos.verdict import Findings, count_errors, judge_job, judge_redis, judge_webhooks
+from benchmarks.chaos.verdict import Findings, judge_job, judge_logs, judge_redis, judge_webhooks
 from benchmarks.chaos.webhooks import webhook_host
 from models.zoo import load_engine
 from service.jobs.job import JobStatus
@@ -65,7 +65,8 @@ def run(
         cluster.note_left_processes()
         if cluster.volume is None:
             findings.left_out.append("a full volume: mounting a small one takes more rights")
-        findings.exits, findings.log_errors = cluster.exits.counts, count_errors(cluster.logs)
+        findings.exits = cluster.exits.counts
+        judge_logs(cluster.logs, findings)
         findings.faults += [*cluster.exits.faults, *cluster.faults]
     torch.set_num_threads(1)
     engine = load_engine([IMAGE_MODEL, MESH_MODEL], device="cpu", router_weights=Path("router_weights"))

@@ -182,12 +182,12 @@ def judge_webhooks(host: WebhookHost, outcomes: Iterable[Outcome], cluster: Clus
     findings.faults += host.faults
 
 
-def count_errors(logs: Iterable[Path]) -> Counter[str]:
-    """The lines of level ERROR by their text, without ids and numbers."""
-    errors: Counter[str] = Counter()
+def judge_logs(logs: Iterable[Path], findings: Findings) -> None:
+    """Count the lines of level ERROR by their text, without ids and numbers. An interpreter that aborted is a fault."""
     for log in logs:
         for line in log.read_text(errors="replace").splitlines():
             if " ERROR " in line:
                 text = line.partition(" ERROR ")[2]
-                errors[re.sub(r"job_\w+|[0-9a-f]{16,}|\d+", "…", text)[:160]] += 1
-    return errors
+                findings.log_errors[re.sub(r"job_\w+|[0-9a-f]{16,}|\d+", "…", text)[:160]] += 1
+            elif line.startswith("Fatal Python error"):
+                findings.faults.append(f"{log.name}: {line}")

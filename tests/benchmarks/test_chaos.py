@@ -14,7 +14,7 @@ from PIL import Image
 from benchmarks.chaos.clients import Outcome, events_of
 from benchmarks.chaos.cluster import Exits, Member
 from benchmarks.chaos.tasks import Kind, random_tasks
-from benchmarks.chaos.verdict import Findings, judge_job, judge_redis
+from benchmarks.chaos.verdict import Findings, judge_job, judge_logs, judge_redis
 from benchmarks.chaos.webhooks import Behaviour, WebhookHost, webhook_host
 from benchmarks.processes import RedisServer
 from tests.fixtures.waiting import wait_until
@@ -184,3 +184,12 @@ def test_webhook_host_answers_badly_once_and_checks_signatures() -> None:
             assert call(host, behaviour, number).status_code == 204
         assert host.calls[1] == ["job.succeeded", "job.succeeded"]
         assert "not signed" in host.faults[0]
+
+
+def test_errors_in_logs_are_counted_and_an_aborted_interpreter_is_a_fault(tmp_path: Path) -> None:
+    log = tmp_path / "serve0.log"
+    log.write_text("12:00 ERROR service: job_1 broke\n12:01 ERROR service: job_2 broke\nFatal Python error: a lock\n")
+    findings = Findings()
+    judge_logs([log], findings)
+    assert findings.log_errors == {"service: … broke": 2}
+    assert findings.faults == ["serve0.log: Fatal Python error: a lock"]
