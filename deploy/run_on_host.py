@@ -156,7 +156,7 @@ def prometheus_command(folder: Path, api: str, port: int) -> list[str]:
     target = folder / "prometheus"
     target.mkdir()
     (target / "prometheus.yml").write_text(yaml.safe_dump(config))
-    for name in config["rule_files"]:
+    for name in (*config["rule_files"], "metrics_key"):
         shutil.copy(source / name, target)
     return [
         "prometheus",

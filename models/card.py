@@ -1,5 +1,6 @@
 """The description of a loaded model, as plain data. No torch: the API side reads it too."""
 
+import math
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -32,7 +33,8 @@ class ModelCard:
 
     `curve` begins with EXACT and descends in both compute and quality. `dense_step_seconds` is the time of one dense
     denoise step at the defaults on this device. `fixed_share`, from 0 to 1, is the part of it that does not grow with
-    the rows of a batch. Both are measured when the model is loaded. `blocks` are the block names.
+    the rows of a batch. `encode_seconds` is the time to encode a prompt or an image. They are measured when the model
+    is loaded. `blocks` are the block names.
     """
 
     modality: ClassVar[str]
@@ -51,6 +53,7 @@ class ModelCard:
     blocks: tuple[str, ...]
     dense_step_seconds: float
     fixed_share: float
+    encode_seconds: float
     max_batch_size: int
 
     def is_guided(self, guidance_scale: float, true_cfg_scale: float = 1.0) -> bool:
@@ -76,12 +79,17 @@ class ModelCard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageCard(ModelCard):
-    """A text-to-image model. Heights and widths are in pixels."""
+    """A text-to-image model. Heights and widths are in pixels.
+
+    `decode_seconds` is the time to decode an image of the default size to a PNG file, measured when the model is
+    loaded.
+    """
 
     modality: ClassVar[str] = "image"
 
     default_height: int
     default_width: int
+    decode_seconds: float = math.inf
     sizes: SizeLimits
     max_prompt_characters: int
 

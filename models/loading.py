@@ -22,6 +22,9 @@ from models.errors import WeightsError
 from models.families.entry import NamedClass
 from models.weights import read_json
 
+# diffusers checks little of a configuration, and fails anywhere on a malformed one.
+_MALFORMED = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, SafetensorError)
+
 
 def pipeline_class(directory: Path) -> NamedClass | None:
     """The class of a diffusers pipeline's directory; None if it has no `model_index.json`. Raises WeightsError if that
@@ -47,7 +50,8 @@ def stream_pipeline(
     index = read_json(directory / "model_index.json")
     modules = {}
     for name in ("transformer", "vae"):
-        class_name = str((index.get(name) or ["", None])[1])
+        entry = index.get(name)
+        class_name = str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else str(entry)
         cls = getattr(diffusers, class_name, None)
         if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
             raise WeightsError(f"{directory / 'model_index.json'} names no diffusers model as its {name}: {class_name}")
@@ -56,7 +60,7 @@ def stream_pipeline(
         pipeline = pipeline_class.from_pretrained(
             directory, dtype=dtype, local_files_only=True, use_safetensors=True, **modules
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except _MALFORMED as error:
         raise WeightsError(f"{directory} can't be loaded: {error}") from error
     return pipeline if offload_text_encoders else pipeline.to(device)
 
@@ -85,7 +89,7 @@ def stream_module(cls: type[ModelMixin], directory: Path, device: str | torch.de
             return device, torch.float32 if any(part in kept for part in name.split(".")) else dtype
 
         stream_tensors(module, files, place, str(directory))
-    except (OSError, ValueError, SafetensorError) as error:
+    except _MALFORMED as error:
         raise WeightsError(f"{directory} can't be loaded: {error}") from error
     # Moves buffers that are not saved, which were computed on the host.
     return module.to(device).eval()

@@ -180,7 +180,9 @@ def sha256(path: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path} can't be read: {error}") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} is not a JSON object")
     return content

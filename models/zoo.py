@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,15 @@ import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 
-from models.card import ModelCard
+from models.card import ImageCard, ModelCard
 from models.curve import EXACT, FORECAST
 from models.engine import Engine
 from models.errors import WeightsError
 from models.families import FAMILIES
 from models.families.entry import FamilyEntry, NamedClass
 from models.families.family import Family
+from models.file_formats import OutputFormat, encode_image
+from models.mesh.cleanup import CleanMesh
 from models.rules import RULES
 from models.rules.forecast import read_forecast_table
 from models.weights import Manifest, load_router_weights, read_curve, read_manifest
@@ -102,11 +105,14 @@ def _card(family: Family, family_name: str, index: Path, folder: Path, manifest:
         blocks=tuple(block.name for block in family.blocks),
         dense_step_seconds=math.inf,
         fixed_share=0.0,
+        encode_seconds=math.inf,
         max_batch_size=8,
     )
     card = family.card(basics, manifest)
     alone_s, pair_s = (_dense_step_seconds(family, card, batch_size) for batch_size in (1, 2))
-    return replace(card, dense_step_seconds=alone_s, fixed_share=fixed_share(alone_s, pair_s))
+    encode_s, decode_s = _encode_and_decode_seconds(family, card)
+    card = replace(card, dense_step_seconds=alone_s, fixed_share=fixed_share(alone_s, pair_s), encode_seconds=encode_s)
+    return replace(card, decode_seconds=decode_s) if isinstance(card, ImageCard) else card
 
 
 def fixed_share(alone_s: float, pair_s: float) -> float:
@@ -123,3 +129,24 @@ def _dense_step_seconds(family: Family, card: ModelCard, batch_size: int) -> flo
     engine = Engine({card.id: family}, {})
     states = [family.start(request, (EXACT,), EXACT) for _ in range(batch_size)]
     return min(engine.step(states).seconds for _ in range(states[0].num_steps))
+
+
+def _encode_and_decode_seconds(family: Family, card: ModelCard) -> tuple[float, float]:
+    """Seconds to encode a request at the card's defaults, and to decode its result to a PNG file.
+
+    Each is the faster of two, the first of which warms up. A mesh is not decoded here, since that may take a minute.
+    """
+    request = replace(family.example_request(card), num_inference_steps=1)
+    engine, encode_s, decode_s = Engine({card.id: family}, {}), math.inf, math.inf
+    for _ in range(2):
+        began = time.perf_counter()
+        state = family.start(request, (EXACT,), EXACT)
+        encode_s = min(encode_s, time.perf_counter() - began)
+        if isinstance(card, ImageCard):
+            engine.step([state])
+            began = time.perf_counter()
+            pixels = engine.finish(state)
+            assert not isinstance(pixels, CleanMesh)
+            encode_image(pixels, OutputFormat.PNG)
+            decode_s = min(decode_s, time.perf_counter() - began)
+    return encode_s, decode_s

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
+from redis.asyncio import Redis
 
 from service.api import routes_images, routes_jobs, routes_meshes, routes_models, routes_operations
 from service.api.errors import add_error_handlers
@@ -15,6 +16,7 @@ from service.api.image_checks import ImageChecks
 from service.api.job_views import job_body
 from service.api.middlewares import Middlewares
 from service.api.routes_playground import add_playground
+from service.errors import BadConfiguration
 from service.jobs.job import JobSnapshot
 from service.jobs.memory import MemoryStore
 from service.jobs.redis import RedisStore, connect
@@ -62,12 +64,15 @@ def _webhooks(settings: Settings, clock: Callable[[], float]) -> Callable[[JobSn
 
 
 def _store(settings: Settings, metrics: Metrics, local_clock: Callable[[], float]) -> JobStore:
-    redis = connect(settings.redis_url) if settings.redis_url else None
+    redis = _redis(settings.redis_url) if settings.redis_url is not None else None
     clock = local_clock if redis is None else SharedClock(local_clock)
     limits: dict[str, Any] = {"ttl_s": settings.result_ttl_s, "max_bytes": settings.max_result_bytes}
     results: Results
     if settings.results_url is not None:
-        results = VolumeResults(settings.results_url, **limits, on_error=metrics.observe_store_error, clock=clock)
+        try:
+            results = VolumeResults(settings.results_url, **limits, on_error=metrics.observe_store_error, clock=clock)
+        except (ValueError, ImportError) as error:  # an unknown scheme, or a package that it needs
+            raise BadConfiguration(f"results_url: {error}") from error
     elif redis is not None:
         results = RedisResults(redis, **limits, on_error=metrics.observe_store_error)
     else:
@@ -82,6 +87,17 @@ def _store(settings: Settings, metrics: Metrics, local_clock: Callable[[], float
     if redis is None:
         return MemoryStore(results, **leases)
     return RedisStore(redis, results, on_error=metrics.observe_store_error, **leases)
+
+
+def _redis(url: str) -> Redis:
+    """A client of the Redis at `url`. Raises BadConfiguration if that is not the URL of a Redis."""
+    try:
+        redis = connect(url)
+        # Checks the options, and does not connect. redis-py leaves it without types.
+        redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+    except (ValueError, TypeError) as error:
+        raise BadConfiguration(f"redis_url: {error}; write one such as redis://localhost:6379/0") from error
+    return redis
 
 
 def create_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:

@@ -94,9 +94,12 @@ def worker(
 
 def _serve(settings: Settings, create: Callable[[Settings, Dispatcher], FastAPI]) -> None:
     directories = settings.model_directories
+    from service.server import check_address
+    from service.server import serve as serve_http
+
+    check_address(settings.host, settings.port)  # loading the models may take minutes
     from models.zoo import load_engine  # imports torch, so only where something is computed
     from service.app import build_dispatcher
-    from service.server import serve as serve_http
 
     dispatcher = build_dispatcher(
         settings,

@@ -2,6 +2,7 @@
 
 ServiceError
 ├── BadConfiguration      settings that cannot work; the server does not start
+├── Broken                a part of the server failed for good; the process ends
 ├── InvalidApiKey         the call has no key that this server knows
 ├── InsufficientScope     the key does not have the scope that the call needs
 ├── HostNotAllowed        the call names a host that this server does not answer for
@@ -33,6 +34,10 @@ class ServiceError(Exception):
 
 
 class BadConfiguration(ServiceError):
+    pass
+
+
+class Broken(ServiceError):
     pass
 
 

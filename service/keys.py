@@ -101,12 +101,15 @@ def load_keys(path: Path | None, text: str | None) -> ApiKeys:
 
 
 def _entries_of_file(path: Path) -> list[Any]:
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadConfiguration(f"{path} is not UTF-8: {error}") from error
     if path.suffix == ".json":
         return _entries_of_json(text, str(path))
     try:
         entries = tomllib.loads(text).get("keys")
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise BadConfiguration(f"{path} is not TOML: {error}") from error
     if not isinstance(entries, list):
         raise BadConfiguration(f"{path} has no [[keys]]; 'elastic-dit new-key' prints what belongs there")
@@ -116,7 +119,7 @@ def _entries_of_file(path: Path) -> list[Any]:
 def _entries_of_json(text: str, source: str) -> list[Any]:
     try:
         entries = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadConfiguration(f"{source} is not JSON: {error}") from error
     if not isinstance(entries, list):
         raise BadConfiguration(f"{source} must be a JSON list of keys")

@@ -21,7 +21,7 @@ from service.api.views import receipt_body
 from service.jobs.job import Receipt, StageSeconds
 from service.order import Order
 from service.running.output import encode_output
-from service.scheduling.cost import decode_seconds
+from service.scheduling.cost import mesh_decode_seconds
 from service.scheduling.deadline import point_for
 from service.settings import Settings
 
@@ -72,7 +72,7 @@ def _generate(directory: Path, settings: Settings, parse: Callable[[ModelCard], 
     with typer.progressbar(length=state.num_computed_steps, label="denoising", file=sys.stderr) as progress:
         while not state.is_done:
             if isinstance(request.budget, LatencyBudget):
-                left_s = request.budget.latency_s - (time.perf_counter() - arrived) - decode_seconds(request, card)
+                left_s = request.budget.latency_s - (time.perf_counter() - arrived) - mesh_decode_seconds(request, card)
                 _keep_deadline(state, card, left_s)
             engine.step([state])
             progress.length = state.num_computed_steps

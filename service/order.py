@@ -1,5 +1,6 @@
 """An order: what one call asks for, parsed. It exists only if it is valid; nothing checks or resolves it again."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from models.curve import CurvePoint
@@ -38,3 +39,8 @@ class Order:
     def num_branches(self) -> int:
         """Guidance branches of a step."""
         return self.requests[0].num_branches
+
+
+def input_image_bytes(requests: Iterable[ImageRequest | MeshRequest]) -> int:
+    """The size of the input images of all these requests."""
+    return sum(len(request.input_image) for request in requests if isinstance(request, MeshRequest))

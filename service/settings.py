@@ -14,6 +14,7 @@ from pydantic_settings import (
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -132,6 +133,17 @@ class Settings(BaseSettings):
         description="The most bytes of finished results to keep; the oldest are dropped first.",
     )
     job_ttl_s: float = Field(default=86400.0, gt=0, description="Seconds for which the record of an ended job is kept.")
+    max_input_image_bytes: int = Field(
+        default=256_000_000,
+        ge=1,
+        description="The most bytes of input images of queued and running jobs together; above it, requests with an "
+        "image are refused (503 overloaded).",
+    )
+    max_trace_decisions: int = Field(
+        default=20_000,
+        ge=1,
+        description="The most decisions in a trace: images, times steps, guidance branches and blocks.",
+    )
     webhook_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
         description="Hosts that a job's webhook_url may name, with any unusual port, separated by commas; none by "
@@ -233,7 +245,8 @@ class Settings(BaseSettings):
 def load_settings(config: Path | None = None, **options: Any) -> Settings:
     """The settings from `options`, the environment, and the file `config` or the one that `ELASTIC_CONFIG` names.
 
-    Options that are None are not set. Raises FileNotFoundError, tomllib.TOMLDecodeError and pydantic.ValidationError.
+    Options that are None are not set. Raises BadConfiguration, FileNotFoundError, tomllib.TOMLDecodeError
+    and pydantic.ValidationError.
     """
     named = os.environ.get("ELASTIC_CONFIG")
     path = config or (Path(named) if named else None)
@@ -243,4 +256,9 @@ def load_settings(config: Path | None = None, **options: Any) -> Settings:
     class SettingsWithFile(Settings):
         model_config = SettingsConfigDict(toml_file=path)
 
-    return SettingsWithFile(**{name: value for name, value in options.items() if value is not None})
+    try:
+        return SettingsWithFile(**{name: value for name, value in options.items() if value is not None})
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise BadConfiguration(f"{path} is not TOML: {error}") from error
+    except SettingsError as error:  # such as a variable that is not JSON
+        raise BadConfiguration(f"{error}: {error.__cause__}") from error

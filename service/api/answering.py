@@ -62,7 +62,7 @@ async def _accepted(job: Job, dispatcher: Dispatcher, base: str) -> JSONResponse
     headers = {
         "X-Job-ID": job.id,
         "Location": f"/v1/jobs/{job.id}",
-        "Retry-After": str(max(1, math.ceil(await dispatcher.store.backlog_s()))),
+        "Retry-After": str(max(1, math.ceil(await dispatcher.backlog_s()))),
         "Preference-Applied": "respond-async",
     }
     body = job_body(await dispatcher.store.get(job.id), base)

@@ -66,7 +66,7 @@ class CrossSiteGuard:
 
 
 class AllowedHosts:
-    """The names under which a server answers; decision 17 has the rule."""
+    """The names under which a server answers; decision 20 has the rule."""
 
     def __init__(self, settings: Settings) -> None:
         self._names = {name.lower() for name in settings.allowed_hosts}

@@ -17,7 +17,7 @@ from service.api.schemas import GenerationBody, ResponseFormat
 from service.api.validation import shown
 from service.jobs.job import Job, Priority
 from service.jobs.store import Idempotency
-from service.order import Order
+from service.order import Order, input_image_bytes
 from service.running.dispatcher import Dispatcher
 from service.scheduling.admission import Admission, Backlog, admit
 from service.settings import Settings
@@ -60,20 +60,37 @@ async def submit(
     Overloaded and DeadlineUnreachable if the order is not admitted, StoreUnavailable.
     """
     _check_answering(body, headers, settings)
+    _check_trace(order, card, settings.max_trace_decisions)
     caller = caller_of(request.scope)
     idempotency = await asyncio.to_thread(_idempotency, body, headers, caller, request.url.path)  # it hashes pictures
     recorded = None if idempotency is None else await dispatcher.store.find(idempotency)
     if recorded is None:
         created_at = dispatcher.store.clock()
-        backlog = Backlog(
-            seconds=await dispatcher.store.backlog_s(),
-            max_seconds=settings.max_backlog_s,
-            finish_s=dispatcher.worker.finish_seconds(card.id),
-        )
+        backlog = await _backlog(order, card, dispatcher, settings)
         job = _job_of(admit(order, card, backlog), body, caller, created_at)
-        recorded = await dispatcher.store.add(job, idempotency)
+        with (
+            dispatcher.work_intake.recording(job.predicted_seconds),
+            dispatcher.image_intake.recording(input_image_bytes(job.requests)),
+        ):
+            recorded = await dispatcher.store.add(job, idempotency)
     caller.job_id = recorded.id
     return recorded
+
+
+async def _backlog(order: Order, card: ModelCard, dispatcher: Dispatcher, settings: Settings) -> Backlog:
+    """The work before `order`: what is in the store, and what this process was adding while that was read."""
+    work, images, pace = dispatcher.work_intake, dispatcher.image_intake, dispatcher.worker.pace.ratio
+    recorded_s, recorded_bytes = work.recorded, images.recorded
+    seconds = await dispatcher.store.backlog_s()
+    image_bytes = await dispatcher.store.input_image_bytes() if input_image_bytes(order.requests) else 0
+    return Backlog(
+        seconds=(seconds + work.admitted - recorded_s) * pace,
+        max_seconds=settings.max_backlog_s,
+        finish_s=dispatcher.worker.finish_seconds(card.id),
+        pace=pace,
+        image_bytes=image_bytes + images.admitted - recorded_bytes,
+        max_image_bytes=settings.max_input_image_bytes,
+    )
 
 
 def _check_answering(body: GenerationBody, headers: GenerationHeaders, settings: Settings) -> None:
@@ -89,6 +106,18 @@ def _check_answering(body: GenerationBody, headers: GenerationHeaders, settings:
         )
     if body.webhook_url is not None:
         check_webhook_url(body.webhook_url, settings.webhook_hosts)
+
+
+def _check_trace(order: Order, card: ModelCard, most: int) -> None:
+    """Raise InvalidRequest if the trace would have more than `most` decisions."""
+    request, num_results = order.requests[0], len(order.requests)
+    size = num_results * request.num_inference_steps * order.num_branches * len(card.blocks)
+    if request.wants_trace and size > most:
+        raise InvalidRequest(
+            f"a trace of n {num_results} and num_inference_steps {request.num_inference_steps} has {size} decisions, "
+            f"more than the {most} that this server keeps; ask for less of either, or for no trace",
+            "trace",
+        )
 
 
 def _job_of(admission: Admission, body: GenerationBody, caller: Caller, created_at: float) -> Job:

@@ -38,8 +38,8 @@ def receipt_body(receipt: Receipt) -> ReceiptBody:
     body = _merged([receipt])
     if receipt.mesh is not None:
         body.mesh = MeshReportBody(**asdict(receipt.mesh))
-    if receipt.summary.decisions is not None:
-        body.decisions = _decisions_by_step(receipt.summary.decisions)
+    if (decisions := receipt.decisions) is not None:
+        body.decisions = _decisions_by_step(decisions)
     return body
 
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Self
 
-from models.report import GenerationSummary, MeshReport
+from models.report import GenerationSummary, MeshReport, StepDecision
 from models.request import ImageRequest, MeshRequest
+from service.jobs.traces import pack, unpack
 from service.order import Output
 
 
@@ -83,7 +84,8 @@ class Receipt:
     """What one artifact got.
 
     `batch_size_mean` is the mean over its computed steps. `quality_requested` is None for a compute ratio or a
-    deadline, `mesh` None for an image, `deadline_met` None without a deadline.
+    deadline, `mesh` None for an image, `deadline_met` None without a deadline. `trace` has the decisions of a traced
+    request once they are packed, and the summary has none then.
     """
 
     summary: GenerationSummary
@@ -93,6 +95,18 @@ class Receipt:
     mesh: MeshReport | None = None
     is_degraded: bool = False
     deadline_met: bool | None = None
+    trace: str | None = None
+
+    @property
+    def decisions(self) -> tuple[StepDecision, ...] | None:
+        """The decisions of all blocks, in the order of their steps; None if the request was not traced."""
+        return self.summary.decisions if self.trace is None else unpack(self.trace)
+
+    def with_packed_trace(self) -> Self:
+        """This receipt with its decisions compressed."""
+        if self.summary.decisions is None:
+            return self
+        return replace(self, summary=replace(self.summary, decisions=None), trace=pack(self.summary.decisions))
 
 
 @dataclass(frozen=True, slots=True)

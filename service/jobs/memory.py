@@ -23,6 +23,7 @@ from service.jobs.store import (
     Progress,
     Recovery,
 )
+from service.order import input_image_bytes
 from service.scheduling.batching import shape_of
 
 
@@ -223,6 +224,9 @@ class MemoryStore:
 
     async def backlog_s(self) -> float:
         return sum(self._records[job_id].snapshot.remaining_seconds for job_id in self._live)
+
+    async def input_image_bytes(self) -> int:
+        return sum(input_image_bytes(self._records[job_id].job.requests) for job_id in self._live)
 
     async def num_waiting(self) -> Counter[str]:
         return Counter(self._records[job_id].job.model for _, job_id in self._queue)

@@ -345,6 +345,14 @@ class RedisStore:
             num_workers: int = await self._redis.zcard(self._key("workers"))
         return sum(live.seconds for live in map(load_live, entries) if live is not None) / max(1, num_workers)
 
+    async def input_image_bytes(self) -> int:
+        async with self._operation("input_image_bytes"):
+            ids = await self._redis.hkeys(self._key("live"))
+            async with self._redis.pipeline(transaction=False) as sizes:
+                for job_id in ids:
+                    sizes.strlen(self._key(f"job:{job_id.decode()}:picture"))
+                return sum(await sizes.execute())
+
     async def num_waiting(self) -> Counter[str]:
         async with self._operation("num_waiting"):
             ids = await self._redis.zrange(self._key("queue"), 0, -1)

@@ -228,6 +228,10 @@ class JobStore(Protocol):
         """Predicted seconds of work in all queued and running jobs, divided by the number of living workers."""
         ...
 
+    async def input_image_bytes(self) -> int:
+        """The size of the input images of all queued and running jobs."""
+        ...
+
     async def num_waiting(self) -> Counter[str]:
         """How many jobs of each model are queued."""
         ...

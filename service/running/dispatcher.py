@@ -15,18 +15,18 @@ from service.jobs.job import Failure, FailureReason, JobSnapshot, log_fields
 from service.jobs.store import Claim, Ending, JobStore, Preview, Progress
 from service.metrics import Metrics
 from service.running.inbox import Inbox
+from service.running.webhook_calls import WebhookCalls
 from service.running.worker import Worker
+from service.scheduling.admission import Intake
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
-"""Notifications can be lost, so the queue and the webhooks are also polled at this interval."""
+"""Notifications can be lost, so the queue is also polled at this interval."""
 RETRY_S = 0.5
 """Delay before the next try of a call to an unreachable store."""
-RETRY_DELAYS_S = (1, 5, 30, 120, 600)
-"""Delays between the calls of a webhook, which is given up after the last. Clients can still ask for the job."""
 LAST_STEP_S = 5.0
-"""How long `drain` waits, after the grace period, for a denoise step that is still running."""
+"""How long a shutdown waits, after the grace period, for a denoise step that is still running, and for other ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,9 @@ class Dispatcher:
         self.worker = worker
         self.metrics = metrics
         self.timing = timing
+        self.work_intake, self.image_intake = Intake(), Intake()
         self.has_drained = asyncio.Event()
+        self._has_broken_loop = False
         self._inbox = inbox
         self._deliver_webhook = deliver_webhook
         self._clock = clock
@@ -70,13 +72,20 @@ class Dispatcher:
     def cards(self) -> Mapping[str, ModelCard]:
         return self.worker.cards
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether one of its loops or the worker has failed. It drains then, or has drained."""
+        return self._has_broken_loop or self.worker.is_broken
+
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Claim jobs and store results while the context lasts; drain at its end."""
         self._inbox.connect()
         self.metrics.declare(self.cards.values())
         await self.store.open(on_queued=self._inbox.news.set, on_cancelled=self.worker.drop)
-        loops = (self._claim, self._keep_leases, self._store_reports, self._call_webhooks)
+        loops = [self._claim, self._keep_leases, self._store_reports]
+        if self._deliver_webhook is not None:
+            loops.append(WebhookCalls(self.store, self._deliver_webhook).run)
         tasks: list[asyncio.Future[object]] = [asyncio.create_task(run()) for run in loops]
         for task in tasks:
             task.add_done_callback(self._drain_if_broken)
@@ -87,9 +96,15 @@ class Dispatcher:
             tasks += self._background  # tasks that still wait for an unreachable store
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            # Not for ever: a library that loses a cancellation must not keep the process from ending.
+            if (await asyncio.wait(tasks, timeout=LAST_STEP_S))[1]:
+                logger.warning("a part of the dispatcher does not end; the server ends without it")
             self._inbox.disconnect()  # reports of a step that is still running are dropped
-            await self.store.close()
+            closing = asyncio.create_task(self.store.close())
+            if (await asyncio.wait([closing], timeout=LAST_STEP_S))[1]:
+                logger.warning("the job store does not close; the server ends without that")
+            else:
+                closing.result()
 
     def check_accepting(self) -> None:
         """Raise Draining once the server is shutting down, StoreUnavailable while finished jobs can't be stored."""
@@ -97,6 +112,10 @@ class Dispatcher:
             raise Draining("the server is shutting down", math.ceil(self.timing.grace_s))
         if self._stuck:
             raise StoreUnavailable(f"finished jobs can't be stored: {next(iter(self._stuck.values()))}")
+
+    async def backlog_s(self) -> float:
+        """Seconds of work for each worker, at this worker's measured pace. Raises StoreUnavailable."""
+        return await self.store.backlog_s() * self.worker.pace.ratio
 
     async def cancel(self, job_id: str) -> JobSnapshot:
         """Cancel a job: a queued job never runs, a running job stops before its next step.
@@ -129,6 +148,7 @@ class Dispatcher:
         """Drain if one of the loops has failed: the server would accept jobs that it never finishes."""
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("the dispatcher stopped", exc_info=error)
+            self._has_broken_loop = True
             self.in_background(self.drain())
 
     def in_background(self, work: Awaitable[object]) -> None:
@@ -268,19 +288,6 @@ class Dispatcher:
         finally:
             self._stuck.pop(lease, None)
             self._inbox.settle(ending.claim)
-
-    async def _call_webhooks(self) -> None:
-        """Call the webhooks of ended jobs, one after the other. Failed calls are repeated after RETRY_DELAYS_S."""
-        while self._deliver_webhook is not None:
-            try:
-                while (taken := await self.store.take_webhook()) is not None:
-                    snapshot, num_failures = taken
-                    is_over = await self._deliver_webhook(snapshot) or num_failures == len(RETRY_DELAYS_S)
-                    retry_in_s = None if is_over else RETRY_DELAYS_S[num_failures]
-                    await self.store.settle_webhook(snapshot.job.id, retry_in_s)
-            except (StoreUnavailable, JobNotFound) as error:
-                logger.warning("webhooks can't be called: %s", error)
-            await asyncio.sleep(POLL_S)
 
     def _record_end(self, snapshot: JobSnapshot) -> None:
         """Count and log an ended job."""

@@ -190,7 +190,7 @@ class Publisher:
             is_degraded=job.is_degraded,
             deadline_met=None if job.deadline_at is None else job.created_at + total_s <= job.deadline_at,
         )
-        return data, receipt
+        return data, receipt.with_packed_trace()
 
     def _decoded(self, denoised: Denoised) -> NDArray[np.uint8] | CleanMesh | MeshFile:
         """Pixels, a mesh, or the file of a mesh that was made in a process of its own."""

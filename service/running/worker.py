@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from models.card import ModelCard
 from models.mesh.surface import FieldSamples
 from models.report import StepReport
+from service.jobs.job import JobStatus
 from service.jobs.store import Claim, Ending, Progress
 from service.metrics import Metrics
 from service.running.held import HeldJob, Running, preview_steps
@@ -20,6 +21,7 @@ from service.running.publisher import Decoded, Denoised, PendingPreview, Publish
 from service.scheduling.batching import Candidate, FairShare, form_groups, shape_of
 from service.scheduling.cost import block_seconds, dense_step_seconds, grid_bytes
 from service.scheduling.deadline import point_for
+from service.scheduling.pace import Pace
 
 if TYPE_CHECKING:  # models.engine brings torch, which the API side never loads
     from models.engine import Engine
@@ -61,6 +63,9 @@ class Worker:
     ) -> None:
         self.limits = limits
         self.cards: Mapping[str, ModelCard] = {}
+        self.is_broken = False
+        """Whether the thread has ended because of an error."""
+        self.pace = Pace()
         self._report = report
         self._on_room = on_room
         self._metrics = metrics
@@ -110,13 +115,18 @@ class Worker:
             num_steps=[request.num_computed_steps for request in job.requests],
         )
         with self._lock:
+            if not self._held:
+                self.pace.begin(held.began)
             self._held[job.id] = held
         self._wake.set()
 
-    def drop(self, job_id: str) -> None:
-        """Stop a job before its next step. Nothing happens if the worker does not hold it."""
+    def drop(self, job_id: str, *, is_finished: bool = False) -> None:
+        """Let go of a job: stop it before its next step, or note that it is finished. It need not be held."""
         with self._lock:
-            self._held.pop(job_id, None)
+            held = self._held.pop(job_id, None)
+        if held is not None:
+            left_s = 0.0 if is_finished else held.job.seconds_left(held.steps_done, sum(held.num_steps))
+            self.pace.advance(held.job.predicted_seconds - left_s, time.perf_counter())
         self._wake.set()
 
     def held(self) -> list[Claim]:
@@ -147,6 +157,7 @@ class Worker:
                 self._take_turn(engine)
         except Exception:
             logger.exception("the worker stopped")
+            self.is_broken = True
         finally:
             self._preparer.close()
             self._publisher.close()
@@ -383,4 +394,4 @@ class Worker:
         """Report. A job that has ended is no longer held."""
         self._report(report)
         if isinstance(report, Ending):
-            self.drop(report.claim.job.id)
+            self.drop(report.claim.job.id, is_finished=report.status is JobStatus.SUCCEEDED)

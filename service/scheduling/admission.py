@@ -1,36 +1,65 @@
 """Whether an order is accepted, and what is promised. Pure: the clock and the backlog are passed in."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from models.budget import point_of_quality
 from models.card import ModelCard
 from models.request import LatencyBudget, QualityBudget
 from service.errors import Overloaded
-from service.order import Order
-from service.scheduling.cost import decode_seconds, predicted_seconds
+from service.order import Order, input_image_bytes
+from service.scheduling.cost import mesh_decode_seconds, predicted_seconds
 from service.scheduling.deadline import check_reachable
 from service.scheduling.load import lowered_quality
 
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """Work before an order: predicted seconds for each worker, and the most that is accepted.
+    """Work before an order: seconds for each worker, and the most that is accepted.
 
-    `finish_s` is how long encoding and decoding take a result of the order's model.
+    `seconds` is corrected by `pace`, the measured seconds for each predicted one. `finish_s` is how long decoding and
+    encoding the last result of the order's model took. `image_bytes` is the size of the input images before the order,
+    at most `max_image_bytes`.
     """
 
     seconds: float
     max_seconds: float
     finish_s: float
+    pace: float = 1.0
+    image_bytes: float = 0.0
+    max_image_bytes: float = math.inf
+
+
+@dataclass(slots=True)
+class Intake:
+    """What this process has admitted, and how much of it is in the store: predicted seconds, or bytes.
+
+    Calls arrive while others are recorded. What was admitted by now, but not recorded when a call began to read from
+    the store, may be missing from what it has read.
+    """
+
+    admitted: float = 0.0
+    recorded: float = 0.0
+
+    @contextmanager
+    def recording(self, amount: float) -> Iterator[None]:
+        """The context in which an admitted amount is recorded."""
+        self.admitted += amount
+        try:
+            yield
+        finally:
+            self.recorded += amount
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
     """An accepted order. `is_degraded` says that load lowered its quality, within its `min_quality`.
 
-    `decode_seconds` is the part of `predicted_seconds` after the last step.
-    `latency_s` is the promised time from arrival to result, None if the order has no deadline.
+    `predicted_seconds` is not corrected by measured speed, since that may change until the order's turn.
+    `decode_seconds` is the part of it that decoding a mesh takes. `latency_s` is the promised time from arrival to
+    result, None if the order has no deadline.
     """
 
     order: Order
@@ -56,9 +85,10 @@ def admit(order: Order, card: ModelCard, backlog: Backlog) -> Admission:
         )
     else:
         order = _lowered(order, card, backlog)
+    _check_images(order, backlog)
     seconds = sum(predicted_seconds(request, card) for request in order.requests)
-    _check_room(seconds, backlog)
-    decode_s = sum(decode_seconds(request, card) for request in order.requests)
+    _check_room(seconds * backlog.pace, backlog)
+    decode_s = sum(mesh_decode_seconds(request, card) for request in order.requests)
     return Admission(order, seconds, decode_s, order != wanted, latency_s)
 
 
@@ -75,15 +105,28 @@ def _lowered(order: Order, card: ModelCard, backlog: Backlog) -> Order:
     return replace(order, requests=tuple(replace(request, budget=budget, point=point) for request in order.requests))
 
 
+def _check_images(order: Order, backlog: Backlog) -> None:
+    """Raise Overloaded if the input images of waiting orders would take too much memory."""
+    image_bytes = input_image_bytes(order.requests)
+    if image_bytes and backlog.image_bytes and backlog.image_bytes + image_bytes > backlog.max_image_bytes:
+        retry_after_s = max(1, math.ceil(backlog.seconds / 2))
+        raise Overloaded(
+            f"the images of waiting requests have {backlog.image_bytes:.0f} bytes and this one would add "
+            f"{image_bytes}, more than the {backlog.max_image_bytes:.0f} that are kept; try again in {retry_after_s} s",
+            retry_after_s,
+        )
+
+
 def _check_room(cost_s: float, backlog: Backlog) -> None:
     """Raise Overloaded if `cost_s` more would make the backlog too long.
 
-    An idle server takes any order, however long, since waiting would not make it shorter.
+    An idle server takes any order, however long, since waiting would not make it shorter. Callers are told to wait
+    until half of the room is free: those who come back together find room then, not one place that the first one takes.
     """
     excess_s = backlog.seconds + cost_s - backlog.max_seconds
     if backlog.seconds <= 0 or excess_s <= 0:
         return
-    retry_after_s = max(1, math.ceil(min(excess_s, backlog.seconds)))
+    retry_after_s = max(1, math.ceil(min(excess_s + backlog.max_seconds / 2, backlog.seconds)))
     raise Overloaded(
         f"the server has {backlog.seconds:.1f} s of work and this request would add {cost_s:.1f} s, more than the "
         f"{backlog.max_seconds:g} s it accepts; try again in {retry_after_s} s",

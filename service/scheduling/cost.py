@@ -9,7 +9,16 @@ from models.request import GenerationRequest, ImageRequest, LatencyBudget, MeshR
 
 
 def predicted_seconds(request: GenerationRequest, card: ModelCard) -> float:
-    """Seconds to denoise `request` alone on this device, and to decode it if it is a mesh.
+    """Seconds that `request` takes a worker, from its prompt or image to its file, alone on this device.
+
+    This is the one prediction that admission counts. `scheduling.pace` corrects it by measured speed.
+    """
+    image_s = card.decode_seconds * _relative_size(request, card) if isinstance(card, ImageCard) else 0.0
+    return card.encode_seconds + denoise_seconds(request, card) + image_s + mesh_decode_seconds(request, card)
+
+
+def denoise_seconds(request: GenerationRequest, card: ModelCard) -> float:
+    """Seconds to denoise `request` alone on this device.
 
     Only computed steps take time. A request with a deadline is expected at the best point of the curve that meets it.
     """
@@ -18,12 +27,11 @@ def predicted_seconds(request: GenerationRequest, card: ModelCard) -> float:
     if isinstance(request.budget, LatencyBudget):
         curve, dense_steps = card.curve_for(request), request.budget.latency_s / step_s
         point = fastest_enough(curve, request.budget.min_quality, dense_steps, steps_left=num_steps)
-    denoise_s = point.num_computed_steps(num_steps, request.compute_cap) * point.relative_step_seconds * step_s
-    return denoise_s + decode_seconds(request, card)
+    return point.num_computed_steps(num_steps, request.compute_cap) * point.relative_step_seconds * step_s
 
 
-def decode_seconds(request: GenerationRequest, card: ModelCard) -> float:
-    """Seconds from the last step of a mesh to its file; 0 for an image, whose decoding is short."""
+def mesh_decode_seconds(request: GenerationRequest, card: ModelCard) -> float:
+    """Seconds from the last step of a mesh to its file; 0 for an image."""
     if isinstance(request, MeshRequest) and isinstance(card, MeshCard):
         return card.decode_seconds(request.octree_resolution)
     return 0.0

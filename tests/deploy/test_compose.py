@@ -37,6 +37,12 @@ def seconds(duration: str) -> float:
     return float(duration.removesuffix("s"))
 
 
+def gigabytes(size: str) -> float:
+    match = re.fullmatch(r"(\d+)gb?", with_defaults(size))
+    assert match is not None, size
+    return float(match[1])
+
+
 def test_compose_file_follows_the_specification() -> None:
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
     result = subprocess.run([*command, str(ROOT / "docker-compose.yml")], capture_output=True, text=True, check=False)
@@ -83,10 +89,33 @@ def test_third_party_images_are_pinned_and_have_health_checks(name: str) -> None
 
 
 def test_mounted_files_exist() -> None:
-    mounts = [volume.split(":")[0] for service in SERVICES.values() for volume in service.get("volumes", ())]
+    volumes = [with_defaults(volume) for service in SERVICES.values() for volume in service.get("volumes", ())]
+    mounts = [volume.split(":")[0] for volume in volumes]
     paths = [ROOT / mount for mount in mounts if mount.startswith("./")]
-    assert len(paths) == 3
-    assert [path for path in paths if not path.is_dir()] == []
+    assert len(paths) == 4
+    assert [path for path in paths if not path.exists()] == []
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_memory_and_processes_are_limited(name: str) -> None:
+    limits = SERVICES[name]["deploy"]["resources"]["limits"]
+    assert gigabytes(limits["memory"]) <= 8
+    assert 0 < limits["pids"] <= 2048
+
+
+def test_redis_has_memory_for_a_copy_of_its_data() -> None:
+    (data,) = (flag for flag in SERVICES["redis"]["command"] if "MAXMEMORY" in flag)
+    assert gigabytes(SERVICES["redis"]["deploy"]["resources"]["limits"]["memory"]) > 2 * gigabytes(data)
+
+
+def test_prometheus_scrapes_with_the_mounted_key() -> None:
+    (target,) = (
+        volume.split(":")[1] for volume in map(with_defaults, SERVICES["prometheus"]["volumes"]) if "key" in volume
+    )
+    config = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
+    keys = [scrape["authorization"]["credentials_file"] for scrape in config["scrape_configs"]]
+    assert {f"/etc/prometheus/{key}" for key in keys} == {target}
+    assert (ROOT / "deploy/prometheus" / keys[0]).read_text() == ""  # no secret in the repository
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import models.zoo
+from models.card import ImageCard
 from models.curve import EXACT, ComputedSteps, CurvePoint, Preset
 from models.engine import Engine
 from models.errors import UnknownModel, WeightsError
@@ -573,6 +574,8 @@ def test_card_tells_what_routers_and_curve_allow(kind: Any, engine: Engine, fami
     assert [point.preset for point in card.curve] == [Preset.EXACT, Preset.HIGH, Preset.BALANCED, Preset.DRAFT]
     assert 0 < card.dense_step_seconds < 60
     assert 0 <= card.fixed_share <= 1
+    assert 0 < card.encode_seconds < 60
+    assert not isinstance(card, ImageCard) or 0 < card.decode_seconds < 60
 
 
 @pytest.mark.parametrize(("pair_s", "share"), [(1.5, 0.5), (1.0, 1.0), (2.0, 0.0), (0.9, 1.0), (2.3, 0.0)])

@@ -159,6 +159,30 @@ def test_pipeline_without_a_part_is_refused(tiny_flux: Path, tmp_path: Path, par
         stream_pipeline(FluxPipeline, directory, "cpu", torch.float32, offload_text_encoders=False)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("5", "is not a JSON object"),
+        ("[" * 50_000, "can't be read"),
+        ('{"transformer": 5}', "names no diffusers model as its transformer: 5"),
+        ('{"transformer": ["diffusers"]}', "names no diffusers model as its transformer"),
+    ],
+)
+def test_malformed_index_is_refused(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(content)
+    with pytest.raises(WeightsError, match=message):
+        stream_pipeline(FluxPipeline, tmp_path, "cpu", torch.float32, offload_text_encoders=False)
+
+
+@pytest.mark.parametrize("entry", [5, "x", ["diffusers", 5], ["nowhere", "Scheduler"], ["diffusers", "Nothing"], {}])
+def test_index_with_a_malformed_part_is_refused(entry: Any, tiny_flux: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(tiny_flux, tmp_path / "flux"))
+    index = json.loads((directory / "model_index.json").read_text())
+    (directory / "model_index.json").write_text(json.dumps(index | {"scheduler": entry}))
+    with pytest.raises(WeightsError, match="can't be loaded"):
+        stream_pipeline(FluxPipeline, directory, "cpu", torch.float32, offload_text_encoders=False)
+
+
 def test_index_that_names_no_model_class_is_refused(tiny_flux: Path, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(tiny_flux, tmp_path / "flux"))
     index = json.loads((directory / "model_index.json").read_text())

@@ -58,6 +58,7 @@ DRAWN_CARD = ImageCard(
     created=1_700_000_000,
     default_height=64,
     default_width=64,
+    decode_seconds=0.0,
     default_num_inference_steps=4,
     default_guidance_scale=3.5,
     sizes=SizeLimits(multiple_of=16, minimum=32, maximum=1024),
@@ -70,6 +71,7 @@ DRAWN_CARD = ImageCard(
     blocks=("double.00", "single.00"),
     dense_step_seconds=0.5,
     fixed_share=0.0,
+    encode_seconds=0.0,
     max_batch_size=4,
 )
 
@@ -104,6 +106,7 @@ MESH_CARD = MeshCard(
     blocks=("block.00",),
     dense_step_seconds=0.5,
     fixed_share=0.0,
+    encode_seconds=0.0,
     max_batch_size=4,
     default_octree_resolution=32,
     min_octree_resolution=16,

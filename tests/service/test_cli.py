@@ -1,5 +1,6 @@
 import json
 import re
+import socket
 import tomllib
 from hashlib import sha256
 from pathlib import Path
@@ -53,11 +54,43 @@ def test_directory_that_is_no_model_is_one_line_and_exit_code_1(
     assert "is no model directory" in capsys.readouterr().err
 
 
-def test_broken_settings_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("content", [b"port = \n", b"\xff", b"port = " + b"[" * 5000])
+def test_broken_settings_file_is_one_line(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = tmp_path / "broken.toml"
-    broken.write_text("port = \n")
+    broken.write_bytes(content)
     assert main(["serve", "--config", str(broken)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("REDIS_URL", "http://localhost:6379", "redis_url: Redis URL must specify one of the following schemes"),
+        ("REDIS_URL", "", "redis_url: Redis URL must specify"),
+        ("REDIS_URL", "redis://localhost:99999/0", "redis_url: Port out of range"),
+        ("REDIS_URL", "redis://localhost/0?colour=red", "redis_url: "),
+        ("RESULTS_URL", "paper://shelf", "results_url: Protocol not known: paper"),
+        ("DEFAULT_BUDGET", "{", "default_budget"),
+        ("API_KEYS", "[" * 50_000, "api_keys is not JSON"),
+    ],
+)
+def test_broken_variable_is_one_line_and_exit_code_2(
+    name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(f"ELASTIC_{name}", value)
+    assert main(["serve", "--models", "tiny-flux", "--port", "0"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_port_in_use_is_told_before_models_are_loaded(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "--models", str(tmp_path), "--port", str(port)]) == 2  # which is no model directory
+    error = capsys.readouterr().err
+    assert f"can't listen on 127.0.0.1 port {port}: Address already in use" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", ["serve", "worker"])

@@ -69,6 +69,7 @@ def test_missing_and_wrong_keys_are_refused(header: str | None) -> None:
 def test_without_keys_everybody_may_call() -> None:
     assert load_keys(None, None).identify(None) is None
     assert load_keys(None, None).identify("Bearer none") is None
+    assert load_keys(None, None).identify("Bearer ") is None  # as Prometheus sends it with an empty key file
 
 
 def test_admin_may_do_everything_and_other_keys_only_their_scopes() -> None:
@@ -112,10 +113,14 @@ def test_fault_in_the_file_names_the_entry_and_shows_no_secret(
         ("keys.toml", "keys = 1 2", "keys.toml is not TOML"),
         ("keys.toml", "", r"has no \[\[keys\]\]"),
         ("keys.toml", "keys = []", "has no keys"),
+        ("keys.json", "[" * 50_000, "keys.json is not JSON"),
+        ("keys.toml", "keys = " + "[" * 5000, "keys.toml is not TOML"),
+        ("keys.json", "\udcff", "keys.json is not UTF-8"),
+        ("keys.toml", "\udcff", "keys.toml is not UTF-8"),
     ],
 )
 def test_file_without_keys_does_not_open_the_server(name: str, text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, errors="surrogateescape")
     with pytest.raises(BadConfiguration, match=message):
         load_keys(tmp_path / name, None)
 

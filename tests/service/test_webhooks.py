@@ -4,7 +4,8 @@ import hashlib
 import hmac
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
@@ -91,6 +92,57 @@ def test_unreachable_webhook_is_a_failure(ended_job: JobSnapshot) -> None:
     assert not asyncio.run(Webhooks(SECRET, describe).deliver(replace(ended_job, job=job)))
 
 
+@asynccontextmanager
+async def answering(head: bytes, drip: bytes) -> AsyncIterator[str]:
+    """The URL of a server that answers every call with `head`, and then with `drip` for as long as it is connected."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(head)
+        while drip and not writer.is_closing():
+            writer.write(drip)
+            with suppress(ConnectionError):
+                await writer.drain()
+            await asyncio.sleep(0.001)
+        writer.close()
+
+    async with asyncio.TaskGroup() as answers:
+        server = await asyncio.start_server(
+            lambda reader, writer: answers.create_task(answer(reader, writer)), "127.0.0.1", 0
+        )
+        async with server:
+            yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+
+
+@pytest.mark.parametrize(
+    ("head", "drip", "is_success"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 5\r\n\r\nhello", b"", True),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2000000000\r\n\r\n", b"x" * 100_000, True),
+        (b"HTTP/1.1 200 OK\r\n\r\n", b"x", True),
+        (b"HTTP/1.1 200 OK\r\nX-Slow: ", b"x", False),
+        (b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 100 Continue\r\n\r\n", False),
+        (b"HTTP/1.1 302 Found\r\nLocation: http://[\r\nContent-Length: 0\r\n\r\n", b"", False),
+        (b"HTTP/1.1 200 OK\r\nX-Large: " + b"x" * 1_000_000, b"", False),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", b"", False),
+        (b"", b"", False),
+    ],
+)
+@pytest.mark.anyio
+async def test_no_answer_of_a_webhook_does_more_than_fail_its_call(
+    head: bytes, drip: bytes, is_success: bool, ended_job: JobSnapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.webhooks.DEADLINE_S", 0.3)
+    async with answering(head, drip) as url:
+        job = replace(ended_job.job, webhook_url=url)
+        assert await Webhooks(SECRET, describe).deliver(replace(ended_job, job=job)) is is_success
+
+
+@pytest.mark.anyio
+async def test_job_that_cannot_be_described_is_a_failure(ended_job: JobSnapshot) -> None:
+    assert not await Webhooks(SECRET, lambda _: {"set": {1}}).deliver(ended_job)
+
+
 @pytest.mark.parametrize("secret", ["whsec_", "whsec_c2hvcnQ=", "whsec_???"])
 def test_weak_secret_is_refused(secret: str) -> None:
     with pytest.raises(BadConfiguration, match="webhook_secret"):
@@ -121,8 +173,8 @@ def test_only_allowed_hosts_are_called(url: str) -> None:
 def test_webhook_is_called_again_until_it_succeeds(
     start_client: Callable[..., TestClient], listener: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.running.dispatcher.POLL_S", 0.02)
-    monkeypatch.setattr("service.running.dispatcher.RETRY_DELAYS_S", (0.01, 0.01))
+    monkeypatch.setattr("service.running.webhook_calls.POLL_S", 0.02)
+    monkeypatch.setattr("service.running.webhook_calls.RETRY_DELAYS_S", (0.01, 0.01))
     listener.statuses = [500, 500]
     settings = Settings(
         webhook_hosts=(listener.host,), webhook_secret=SecretStr(SECRET), public_url="https://pictures.example/"

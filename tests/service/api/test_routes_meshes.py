@@ -14,6 +14,8 @@ from httpx2 import Response
 from PIL import Image
 
 from models.file_formats import MeshFormat
+from service.api.input_image import checked_image
+from service.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,18 @@ def opened(data: bytes, mesh_format: str = "glb") -> trimesh.Trimesh:
 def error_of(response: Response) -> dict[str, Any]:
     error: dict[str, Any] = response.json()["error"]
     return error
+
+
+def test_images_that_wait_are_bounded(start_client: Callable[..., TestClient], image: bytes, engine: Any) -> None:
+    client = start_client(Settings(max_input_image_bytes=2 * len(checked_image(image, max_pixels=1000))))
+    engine.gate.clear()
+    body = {"input_image": base64.b64encode(image).decode()}
+    headers = {"Prefer": "respond-async"}
+    answers = [client.post("/v1/meshes", json=body, headers=headers) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [202, 202, 503]
+    assert error_of(answers[2])["code"] == "overloaded"
+    assert int(answers[2].headers["retry-after"]) >= 1
+    assert client.post("/v1/images", json={"prompt": "a"}, headers=headers).status_code == 202
 
 
 def test_mesh_is_answered_as_base64_glb_with_seed_and_receipt(make: Callable[..., Response]) -> None:

@@ -1,5 +1,6 @@
 """From orders to jobs in a store, without HTTP."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -25,7 +26,12 @@ from service.settings import Settings
 pytestmark = pytest.mark.anyio
 
 SubmitImage = Callable[..., Awaitable[Job]]
-SETTINGS = Settings(max_backlog_s=10.0, webhook_hosts=("hooks.example",), webhook_secret=SecretStr("whsec_" + "A" * 32))
+SETTINGS = Settings(
+    max_backlog_s=10.0,
+    max_trace_decisions=16,
+    webhook_hosts=("hooks.example",),
+    webhook_secret=SecretStr("whsec_" + "A" * 32),
+)
 PLAIN = GenerationHeaders()
 KEYED = GenerationHeaders(idempotency_key="k")
 
@@ -114,6 +120,15 @@ async def test_ways_of_answering_that_exclude_each_other_are_refused(
     assert await dispatcher.store.live_jobs() == []
 
 
+async def test_longest_trace_is_bounded(dispatcher: Dispatcher, submit_image: SubmitImage) -> None:
+    fields = {"num_inference_steps": 4, "budget": {"quality": 0.5}, "trace": True}
+    await submit_image(n=2, **fields)  # twice four steps of two blocks
+    with pytest.raises(InvalidRequest, match="n 3 and num_inference_steps 4 has 24 decisions, more than the 16"):
+        await submit_image(n=3, **fields)
+    await submit_image(n=3, **{**fields, "trace": False})
+    assert len(await dispatcher.store.live_jobs()) == 2
+
+
 async def test_key_returns_its_job_and_is_bound_to_owner_path_and_body(
     dispatcher: Dispatcher, submit_image: SubmitImage
 ) -> None:
@@ -135,6 +150,33 @@ async def test_key_that_no_store_could_hold_is_refused(key: str, submit_image: S
         await submit_image(headers=GenerationHeaders(idempotency_key=key))
 
 
+async def test_calls_that_arrive_together_are_not_all_accepted(
+    dispatcher: Dispatcher, submit_image: SubmitImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each call of a burst reads the backlog before the others are recorded, as with Redis."""
+    num_calls, num_reads = 20, 0
+    all_have_read = asyncio.Event()
+    read = dispatcher.store.backlog_s
+
+    async def backlog_s() -> float:
+        nonlocal num_reads
+        seconds = await read()
+        num_reads += 1
+        if num_reads == num_calls:
+            all_have_read.set()
+        await all_have_read.wait()
+        return seconds
+
+    monkeypatch.setattr(dispatcher.store, "backlog_s", backlog_s)
+    calls = [submit_image(budget={"quality": 1.0}) for _ in range(num_calls)]  # 2 s each
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    assert sum(isinstance(answer, Job) for answer in answers) == 5
+    assert sum(isinstance(answer, Overloaded) for answer in answers) == 15
+    assert await read() == 10.0
+    with pytest.raises(Overloaded, match=r"has 10\.0 s of work"):
+        await submit_image(budget={"quality": 1.0})
+
+
 async def test_overloaded_server_records_nothing(dispatcher: Dispatcher, submit_image: SubmitImage) -> None:
     exact = {"budget": {"quality": 1.0}}
     first = await submit_image(headers=KEYED, **exact)
@@ -143,7 +185,7 @@ async def test_overloaded_server_records_nothing(dispatcher: Dispatcher, submit_
     request = call()
     with pytest.raises(Overloaded, match=r"10\.0 s of work") as caught:
         await submit_image(request, **exact)
-    assert caught.value.retry_after_s == 2
+    assert caught.value.retry_after_s == 7
     assert caller_of(request.scope).job_id is None
     assert len(await dispatcher.store.live_jobs()) == 5
     # And a key still finds the job that it created.

@@ -249,6 +249,17 @@ async def test_backlog_counts_what_is_left(bench: Any, make_job: MakeJob) -> Non
     assert await bench.store.backlog_s() == 2.0
 
 
+async def test_size_of_input_images_is_that_of_jobs_that_have_not_ended(bench: Any, make_job: MakeJob) -> None:
+    assert await bench.store.input_image_bytes() == 0
+    for name in ("a", "b"):
+        await bench.store.add(replace(make_job(name), model=MESH.model, requests=(MESH,)))
+    await bench.store.add(make_job("c"))
+    await claim(bench)
+    assert await bench.store.input_image_bytes() == 2 * 256
+    await bench.store.cancel("a")
+    assert await bench.store.input_image_bytes() == 256
+
+
 async def test_same_key_makes_one_job_however_many_ask_at_once(bench: Any, make_job: MakeJob) -> None:
     same = Idempotency("owner", "key", "print")
     made = await asyncio.gather(*(bench.store.add(make_job(f"a{n}"), same) for n in range(50)))

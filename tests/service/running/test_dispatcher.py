@@ -5,7 +5,7 @@ import errno
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -279,24 +279,24 @@ async def test_draining_server_claims_nothing_more_from_a_shared_store(build: Bu
 
 
 @pytest.mark.anyio
-async def test_webhook_is_called_again_until_it_succeeds_or_is_given_up(
-    build: Build, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("operation", ["claim", "close"])
+async def test_lost_cancellation_does_not_block_the_end(
+    operation: str, build: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("service.running.dispatcher.RETRY_DELAYS_S", (0.01, 0.01))
-    calls: list[str] = []
+    """redis-py may lose one that comes together with an answer."""
+    monkeypatch.setattr("service.running.dispatcher.LAST_STEP_S", 0.2)
+    store = SharedStore()
 
-    async def deliver(snapshot: JobSnapshot) -> bool:
-        assert snapshot.state.status is JobStatus.SUCCEEDED
-        calls.append(snapshot.job.id)
-        return snapshot.job.id == "second try" and calls.count("second try") == 2
+    async def wait_through_a_cancellation(*_: object) -> None:
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        if operation == "claim":
+            await asyncio.Event().wait()
 
-    store = FragileStore()
-    async with build(store, deliver_webhook=deliver).running():
-        for name in ("never", "second try"):
-            await store.add(replace(make_job(name), webhook_url="https://hooks.example/"))
-        await until(lambda: len(calls) == 5)
-        assert await store.take_webhook() is None
-    assert (calls.count("never"), calls.count("second try")) == (3, 2)
+    monkeypatch.setattr(store, operation, wait_through_a_cancellation)
+    async with asyncio.timeout(TIMEOUT_S), build(store).running():
+        await asyncio.sleep(0)
+    assert "does not" in caplog.text
 
 
 def test_draining_finishes_running_and_queued_jobs_and_refuses_new_ones(

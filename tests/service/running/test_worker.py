@@ -12,6 +12,7 @@ from service.app import build_dispatcher
 from service.jobs.job import FailureReason, Job, JobStatus, Priority
 from service.running.held import preview_steps
 from service.settings import Settings
+from tests.fixtures.waiting import wait_until
 
 if TYPE_CHECKING:
     from models.engine import Engine
@@ -66,6 +67,24 @@ def test_only_computed_steps_take_turns(
 )
 def test_previews_are_spread_over_the_computed_steps(num_previews: int, num_steps: int, due: list[int]) -> None:
     assert preview_steps(num_previews, num_steps) == due
+
+
+def test_backlog_follows_the_measured_pace(service: Any, engine: Any, make_job: MakeJob) -> None:
+    # Given a job that was predicted to take 2 s, and takes some milliseconds
+    service.submit(make_job("a")).result(TIMEOUT_S)
+    pace = service.dispatcher.worker.pace
+    wait_until(lambda: pace.ratio < 1.0)
+    ratio = pace.ratio
+    # Then the next one counts less, until it ends
+    engine.gate.clear()
+    waiting = service.submit(make_job("b"))
+    assert service.run(service.dispatcher.backlog_s()) == pytest.approx(2.0 * ratio)
+    # And what is cancelled before its first step proves nothing
+    service.wait_until_taken("b")
+    service.cancel("b")
+    assert pace.ratio >= ratio
+    engine.gate.set()
+    waiting.result(TIMEOUT_S)
 
 
 def test_batch_does_not_change_an_image(service: Any, make_job: MakeJob) -> None:

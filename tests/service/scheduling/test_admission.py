@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models.card import DecodeSpeed, ImageCard, MeshCard
+from models.curve import EXACT as EXACT_POINT
 from models.curve import ComputedSteps, Preset
 from models.request import Budget, ComputeBudget, ImageRequest, LatencyBudget, MeshRequest, PresetBudget, QualityBudget
 from service.errors import DeadlineUnreachable, Overloaded
@@ -31,16 +32,16 @@ def backlog(seconds: float, max_seconds: float = 60.0, finish_s: float = 0.0) ->
     return Backlog(seconds, max_seconds, finish_s)
 
 
-# A dense step of the card takes 0.5 s.
+# A dense step of the card takes 0.5 s. Encoding and decoding take no time.
 EXACT = PresetBudget(Preset.EXACT)
 
 
 def test_full_server_says_when_to_come_back(make_order: MakeOrder, drawn_card: ImageCard) -> None:
     with pytest.raises(
-        Overloaded, match=r"55\.0 s of work.*would add 10\.0 s.*60 s it accepts; try again in 5 s"
+        Overloaded, match=r"55\.0 s of work.*would add 10\.0 s.*60 s it accepts; try again in 35 s"
     ) as caught:
         admit(make_order(EXACT, steps=20), drawn_card, backlog(55))
-    assert caught.value.retry_after_s == 5
+    assert caught.value.retry_after_s == 35
 
 
 def test_idle_server_takes_any_order(make_order: MakeOrder, drawn_card: ImageCard) -> None:
@@ -59,6 +60,53 @@ def test_order_is_admitted_after_the_wait(
     except Overloaded as error:
         retry_after_s = error.retry_after_s or 0
     admit(order, drawn_card, backlog(max(0.0, backlog_s - retry_after_s), max_backlog_s))
+
+
+def test_full_server_asks_to_wait_until_half_of_its_work_is_done(make_order: MakeOrder, drawn_card: ImageCard) -> None:
+    for seconds, retry_after_s in ((60, 32), (90, 62), (600, 572)):  # the pace may show that it accepted too much
+        with pytest.raises(Overloaded) as caught:
+            admit(make_order(EXACT), drawn_card, backlog(seconds))
+        assert caught.value.retry_after_s == retry_after_s
+
+
+def test_measured_pace_counts_for_the_order_but_not_for_its_record(
+    make_order: MakeOrder, drawn_card: ImageCard
+) -> None:
+    slow = replace(backlog(55), pace=3.0)
+    with pytest.raises(Overloaded, match=r"would add 6\.0 s"):
+        admit(make_order(EXACT), drawn_card, slow)
+    assert admit(make_order(EXACT), drawn_card, replace(slow, seconds=10)).predicted_seconds == pytest.approx(2)
+
+
+def test_encoding_and_decoding_count(make_order: MakeOrder, drawn_card: ImageCard) -> None:
+    card = replace(drawn_card, encode_seconds=0.3, decode_seconds=0.7)
+    admission = admit(make_order(EXACT, n=2), card, backlog(0))
+    assert admission.predicted_seconds == pytest.approx(2 * 3.0)
+    with pytest.raises(DeadlineUnreachable):
+        admit(make_order(LatencyBudget(1.2)), card, backlog(0))
+
+
+def test_input_images_of_waiting_orders_are_bounded(drawn_card: ImageCard) -> None:
+    mesh = MeshRequest(
+        model="ball",
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        seed=0,
+        budget=EXACT,
+        point=EXACT_POINT,
+        is_guided=False,
+        input_image=b"12345",
+        octree_resolution=64,
+    )
+    order = Order((mesh,), Output(), None, None)
+    bounded = replace(backlog(6.0), max_image_bytes=14)
+    for waiting in (0, 9):
+        admit(order, drawn_card, replace(bounded, image_bytes=waiting))
+    with pytest.raises(Overloaded, match=r"10 bytes and this one would add 5, more than the 14") as caught:
+        admit(order, drawn_card, replace(bounded, image_bytes=10))
+    assert caught.value.retry_after_s == 3
+    # One image that is larger than the bound is accepted alone
+    admit(order, drawn_card, replace(bounded, max_image_bytes=1))
 
 
 def test_cost_of_every_result_counts(make_order: MakeOrder, drawn_card: ImageCard) -> None:

@@ -9,9 +9,9 @@ from models.request import ComputeBudget, ImageRequest, LatencyBudget, PresetBud
 from service.jobs.job import Job
 from service.scheduling.cost import (
     block_seconds,
-    decode_seconds,
     dense_step_seconds,
     grid_bytes,
+    mesh_decode_seconds,
     predicted_seconds,
 )
 
@@ -56,6 +56,17 @@ def test_only_computed_steps_cost_time(
 
 @pytest.mark.parametrize(
     ("fields", "seconds"),
+    [({}, 0.1 + 2.0 + 0.2), ({"height": 128}, 0.1 + 4.0 + 0.4), ({"num_inference_steps": 8}, 0.1 + 4.0 + 0.2)],
+)
+def test_cost_of_encoding_is_fixed_and_cost_of_decoding_grows_with_pixels(
+    fields: dict[str, object], seconds: float, make_request: Callable[..., ImageRequest], drawn_card: ImageCard
+) -> None:
+    card = replace(drawn_card, encode_seconds=0.1, decode_seconds=0.2)
+    assert predicted_seconds(make_request(budget=EXACT, **fields), card) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("fields", "seconds"),
     [
         ({}, 0.5),
         ({"height": 128, "width": 128}, 0.2 + 4 * 0.3),
@@ -94,15 +105,17 @@ def test_decoding_a_mesh_costs_time_and_memory_by_its_resolution(
     card = replace(mesh_card, decode_speed=DecodeSpeed(field_point=1e-6, grid_point=1e-8, face=1e-5))
     coarse, fine = (make_mesh_job("mesh", octree_resolution=cells).requests[0] for cells in (32, 512))
     denoise_s = 4 * card.dense_step_seconds
-    assert decode_seconds(coarse, card) == pytest.approx(33**3 * 1e-6 + 33**3 * 1e-8 + 4.2 * 32**2 * 1e-5, rel=0.01)
+    assert mesh_decode_seconds(coarse, card) == pytest.approx(
+        33**3 * 1e-6 + 33**3 * 1e-8 + 4.2 * 32**2 * 1e-5, rel=0.01
+    )
     points = 65**3 + 6 * (128**2 + 256**2 + 512**2)
-    assert decode_seconds(fine, card) == pytest.approx(points * 1e-6 + 513**3 * 1e-8 + 4.2 * 512**2 * 1e-5, rel=0.01)
+    assert mesh_decode_seconds(fine, card) == pytest.approx(
+        points * 1e-6 + 513**3 * 1e-8 + 4.2 * 512**2 * 1e-5, rel=0.01
+    )
     for request in (coarse, fine):
-        assert predicted_seconds(request, card) == pytest.approx(denoise_s + decode_seconds(request, card))
+        assert predicted_seconds(request, card) == pytest.approx(denoise_s + mesh_decode_seconds(request, card))
     assert grid_bytes(fine) == pytest.approx(16**3 * grid_bytes(coarse), rel=0.1)
 
 
-def test_decoding_an_image_costs_nothing_extra(
-    make_request: Callable[..., ImageRequest], drawn_card: ImageCard
-) -> None:
-    assert (decode_seconds(make_request(), drawn_card), grid_bytes(make_request())) == (0, 0)
+def test_an_image_has_no_mesh_to_decode(make_request: Callable[..., ImageRequest], drawn_card: ImageCard) -> None:
+    assert (mesh_decode_seconds(make_request(), drawn_card), grid_bytes(make_request())) == (0, 0)
