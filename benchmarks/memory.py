@@ -53,6 +53,7 @@ from benchmarks.table import TableRow, finish, show
 from models.zoo import load_engine
 from service.api.connections import ServerConfig
 from service.app import build_dispatcher, create_app
+from service.jobs.redis import PREFIX
 from service.server import DrainingServer
 from service.settings import Settings
 
@@ -229,6 +230,9 @@ class Expiry:
             for key in [*self._store.scan_iter(count=1000)]:
                 if self._store.pttl(key) >= 0:
                     self._store.delete(key)
+            # The list of results has no time to live; what is older than a result's is dropped with the next result.
+            for result in self._store.zrange(f"{PREFIX}results", 0, -1):
+                self._store.zincrby(f"{PREFIX}results", -2000 * Settings().result_ttl_s, result)
 
 
 def settle(client: httpx2.Client, expiry: Expiry) -> None:

@@ -45,7 +45,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--mean-s", type=float, default=6.0, help="seconds between two faults, on average")
-    parser.add_argument("--faults", type=float, default=math.inf, help="the most faults")
+    parser.add_argument("--faults", type=float, default=math.inf, help="spread the jobs over this many faults")
     parser.add_argument("--servers", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--other", type=Path, metavar="FOLDER", help="a checkout of another version")
@@ -55,7 +55,7 @@ def main() -> int:
         options.jobs,
         seed=options.seed,
         mean_s=options.mean_s,
-        max_faults=options.faults,
+        num_faults=options.faults,
         num_servers=options.servers,
         num_workers=options.workers,
         other=options.other and options.other.resolve(),

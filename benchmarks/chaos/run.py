@@ -30,11 +30,12 @@ def run(
     mean_s: float,
     num_servers: int,
     num_workers: int,
-    max_faults: float = math.inf,
+    num_faults: float = math.inf,
     other: Path | None = None,
 ) -> Findings:
     """Ask for the jobs while faults befall the cluster, then check every job, every process and Redis.
 
+    With `num_faults`, the jobs are spread over this many faults; else, faults come until the jobs have ended.
     `other` is a checkout of another version, which every second server and worker runs.
     """
     tasks, findings = random_tasks(num_jobs, seed), Findings()
@@ -49,10 +50,12 @@ def run(
         began = time.monotonic()
 
         def ask(task: Task) -> Outcome:
+            while math.isfinite(num_faults) and findings.befell.total() < num_faults * task.number / num_jobs:
+                time.sleep(0.1)
             return Client(cluster, webhooks, task).run()
 
         with (
-            faults_befall(cluster, seed, mean_s, max_faults, findings.befell),
+            faults_befall(cluster, seed, mean_s, num_faults, findings.befell),
             ThreadPoolExecutor(_NUM_CLIENTS) as clients,
         ):
             outcomes = list(tqdm(clients.map(ask, tasks), total=num_jobs, desc="ended"))
