@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from errno import ENOSPC
 from threading import Event, Thread
 
@@ -16,6 +16,8 @@ _SHORT_S = (0.1, 2.0)
 _LONG_S = (1.0, 3 * LEASE_S)  # so that some leases end
 _TOGETHER_SHARE = 0.25  # of faults that come together with another one
 _LOOK_S = 0.2
+_NO_JOB_S = 5.0
+_AFTER_START_S = (0.0, 1.0)
 _MEBIBYTE = bytes(2**20)
 
 
@@ -103,6 +105,14 @@ FAULTS: Mapping[str, Fault] = {
 }
 
 
+@dataclass(slots=True)
+class Load:
+    """The numbers of the jobs that run now, and how many faults have come or are about to."""
+
+    running: set[int] = field(default_factory=set)
+    num_announced: int = 0
+
+
 class _Deck:
     """Draws all faults equally often, in an order that a seed decides."""
 
@@ -129,9 +139,12 @@ class _Deck:
 
 @contextmanager
 def faults_befall(
-    cluster: Cluster, seed: int, mean_s: float, max_faults: float, befell: Counter[str]
+    cluster: Cluster, seed: int, mean_s: float, max_faults: float, befell: Counter[str], load: Load
 ) -> Iterator[None]:
-    """A fault, or two at once, every `mean_s` seconds on average, up to `max_faults`. `befell` counts them by name."""
+    """A fault, or two at once, every `mean_s` seconds on average, up to `max_faults`. `befell` counts them by name.
+
+    Each is announced in `load`, and comes soon after a job runs, or without one if none comes.
+    """
     rng, is_over = random.Random(seed), Event()
     deck = _Deck(cluster, rng)
 
@@ -143,6 +156,11 @@ def faults_befall(
     def befall() -> None:
         while befell.total() < max_faults and not is_over.is_set():
             pause(rng.expovariate(1 / mean_s))
+            load.num_announced = befell.total() + 1
+            gives_up_at = time.monotonic() + _NO_JOB_S
+            while not load.running and time.monotonic() < gives_up_at and not is_over.is_set():
+                pause(0.05)
+            pause(rng.uniform(*_AFTER_START_S))
             befallen: set[object] = set()
             with ExitStack() as stack:
                 for _ in range(2 if rng.random() < _TOGETHER_SHARE else 1):
@@ -154,6 +172,7 @@ def faults_befall(
                     befell[name] += 1
                     stack.enter_context(fault.befall(cluster, *([target] if isinstance(target, Member) else [])))
                     pause(rng.uniform(*fault.lasts_s))
+            load.num_announced = befell.total()  # one more than announced, if two came at once
 
     def befall_until_over() -> None:
         try:

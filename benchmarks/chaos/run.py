@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from benchmarks.chaos.clients import Client, Outcome
 from benchmarks.chaos.cluster import Cluster
-from benchmarks.chaos.faults import faults_befall
+from benchmarks.chaos.faults import Load, faults_befall
 from benchmarks.chaos.tasks import IMAGE_MODEL, MESH_MODEL, Kind, Task, files_alone, random_tasks
 from benchmarks.chaos.verdict import Findings, judge_job, judge_logs, judge_redis, judge_webhooks
 from benchmarks.chaos.webhooks import webhook_host
@@ -38,7 +38,7 @@ def run(
     With `num_faults`, the jobs are spread over this many faults; else, faults come until the jobs have ended.
     `other` is a checkout of another version, which every second server and worker runs.
     """
-    tasks, findings = random_tasks(num_jobs, seed), Findings()
+    tasks, findings, load = random_tasks(num_jobs, seed), Findings(), Load()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         webhooks = stack.enter_context(webhook_host())
@@ -50,12 +50,16 @@ def run(
         began = time.monotonic()
 
         def ask(task: Task) -> Outcome:
-            while math.isfinite(num_faults) and findings.befell.total() < num_faults * task.number / num_jobs:
-                time.sleep(0.1)
-            return Client(cluster, webhooks, task).run()
+            while math.isfinite(num_faults) and load.num_announced < num_faults * task.number / num_jobs:
+                time.sleep(0.05)
+            load.running.add(task.number)
+            try:
+                return Client(cluster, webhooks, task).run()
+            finally:
+                load.running.discard(task.number)
 
         with (
-            faults_befall(cluster, seed, mean_s, num_faults, findings.befell),
+            faults_befall(cluster, seed, mean_s, num_faults, findings.befell, load),
             ThreadPoolExecutor(_NUM_CLIENTS) as clients,
         ):
             outcomes = list(tqdm(clients.map(ask, tasks), total=num_jobs, desc="ended"))

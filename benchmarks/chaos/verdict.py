@@ -24,6 +24,7 @@ MAX_DIFFERENCE = 2
 """Of an image's colours, of 255. Batches of other sizes round differently."""
 MAX_MESH_DIFFERENCE = 0.01
 """Of a mesh's volume, as a share of it."""
+_ID = r"job_\w+|[0-9a-f]{16,}|\d+"
 _LEASES_END_S = 60.0  # many times a lease, for a loaded machine
 _WEBHOOKS_END_S = 150.0  # a webhook that a dead server had taken is withheld from the others for a minute
 
@@ -71,7 +72,7 @@ def judge_job(
     name = f"job {task.number} ({task.kind}, {outcome.job_id})"
     findings.jobs[task.kind][status] += 1
     if outcome.message:
-        findings.reasons[f"{status}: {outcome.message[:120]}"] += 1
+        findings.reasons[f"{status}: {re.sub(_ID, '…', outcome.message)[:120]}"] += 1
     match status:
         case JobStatus.SUCCEEDED if expected is None:
             findings.faults.append(f"{name} succeeded, but its shape has no surface")
@@ -188,6 +189,6 @@ def judge_logs(logs: Iterable[Path], findings: Findings) -> None:
         for line in log.read_text(errors="replace").splitlines():
             if " ERROR " in line:
                 text = line.partition(" ERROR ")[2]
-                findings.log_errors[re.sub(r"job_\w+|[0-9a-f]{16,}|\d+", "…", text)[:160]] += 1
+                findings.log_errors[re.sub(_ID, "…", text)[:160]] += 1
             elif line.startswith("Fatal Python error"):
                 findings.faults.append(f"{log.name}: {line}")
