@@ -7,6 +7,11 @@ has API keys, and the engine of tests/service/conftest.py, which draws instead o
 2. random requests, valid and invalid, in rounds with a new seed each, until there are `--cases` cases;
 3. sequences of calls that follow the document's links from the jobs that earlier calls created.
 
+With `--socket`, all this runs against the real server over sockets: `elastic-dit serve` with the small models and the
+default limits. Rounds alternate between two API keys, one of which may do everything. Afterwards, bodies at and above
+the limits are sent, and one key asks for a job of the other. There, a valid request may also be refused because of the
+load (503 `overloaded`) or the rate limit (429).
+
 Every answer must have a status, a content type, headers and a body that the document names for its call, and none may
 be a 500. Requests that the document forbids must be refused: unknown methods with 405 and `Allow`, and calls without a
 key or with a wrong key with 401. The exit status is 1 if any check fails.
@@ -19,7 +24,7 @@ import sys
 import time
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -37,6 +42,15 @@ from schemathesis.transport.serialization import Binary
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as ASGIScope
 
+from benchmarks.contract_server import (
+    ADMIN_KEY,
+    CLIENT_KEY,
+    IMAGE_MODEL,
+    MESH_MODEL,
+    real_server,
+    try_foreign_jobs,
+    try_large_bodies,
+)
 from benchmarks.table import TableRow, finish, show
 from service.app import build_dispatcher, create_app
 from service.keys import Scope, new_key
@@ -58,6 +72,8 @@ SETTINGS = Settings(
 
 _CASES_PER_ROUND = 100
 """The most for each operation."""
+_ANSWER_S = 300.0
+"""Requests that wait for results wait for those of earlier requests too."""
 
 # Statuses of a valid request. It can still be refused for facts that the document can't express, such as a model's
 # limits, the content of an image, or a job that has ended.
@@ -99,6 +115,26 @@ class Findings:
         self.failures.setdefault((name, failure.operation, failure.title, failure.message[:200]), text)
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is examined: an application in this process, or the address of a server; with a key, and models to ask for.
+
+    `is_limited` says that a valid request may be refused because of the load.
+    """
+
+    server: ASGIApp | str
+    key: str = KEY
+    image_model: str = "guided"
+    mesh_model: str = "ball"
+    size: str = "32x48"
+    is_limited: bool = False
+
+    def schema(self, config: SchemathesisConfig) -> Any:
+        if isinstance(self.server, str):
+            return schemathesis.openapi.from_url(f"{self.server}/openapi.json", config=config)
+        return schemathesis.openapi.from_asgi("/openapi.json", self.server, config=config)
+
+
 def examine(
     app: FastAPI, *, seed: int, cases_per_operation: int, sequences: int, phases: Sequence[str] = ALL_PHASES
 ) -> Findings:
@@ -108,7 +144,7 @@ def examine(
     """
     try:
         findings = Findings()
-        for _ in _examine(as_servers_run(app), findings, seed, cases_per_operation, sequences, phases):
+        for _ in _examine(Target(as_servers_run(app)), findings, seed, cases_per_operation, sequences, phases):
             pass
         return findings
     finally:
@@ -116,12 +152,12 @@ def examine(
 
 
 def _examine(
-    app: ASGIApp, findings: Findings, seed: int, cases_per_operation: int, sequences: int, phases: Sequence[str]
+    target: Target, findings: Findings, seed: int, cases_per_operation: int, sequences: int, phases: Sequence[str]
 ) -> Iterator[None]:
     """Yield after each scenario that was added to `findings`."""
-    config = SchemathesisConfig.from_dict(_config(seed, cases_per_operation, sequences, phases))
-    schema = schemathesis.openapi.from_asgi("/openapi.json", app, config=config)
-    schema.hook(map_case)
+    config = SchemathesisConfig.from_dict(_config(target, seed, cases_per_operation, sequences, phases))
+    schema = target.schema(config)
+    schema.hook(_map_case(target))
     for event in from_schema(schema).execute():
         match event:
             case events.ScenarioFinished():
@@ -147,12 +183,16 @@ def as_servers_run(app: ASGIApp) -> ASGIApp:
     return run
 
 
-def _config(seed: int, cases_per_operation: int, sequences: int, phases: Sequence[str]) -> dict[str, Any]:
+def _config(
+    target: Target, seed: int, cases_per_operation: int, sequences: int, phases: Sequence[str]
+) -> dict[str, Any]:
     """The configuration, in the format of schemathesis.toml."""
+    expected = [*_STATUSES_OF_VALID, *_load_statuses(target)]
     return {
         "seed": seed,
         "continue-on-failure": True,
-        "auth": {"openapi": {"ApiKey": {"bearer": KEY}}},
+        "request-timeout": _ANSWER_S,
+        "auth": {"openapi": {"ApiKey": {"bearer": target.key}}},
         "generation": {"max-examples": cases_per_operation, "database": "none", "no-shrink": True},
         "phases": {
             **{phase: {"enabled": phase in phases} for phase in ALL_PHASES},
@@ -161,18 +201,31 @@ def _config(seed: int, cases_per_operation: int, sequences: int, phases: Sequenc
         "checks": {
             # DELETE cancels a job, but its record stays, and clients may read it afterwards.
             "use_after_free": {"enabled": False},
+            "not_a_server_error": {"expected-statuses": ["2xx", "3xx", "4xx", *_load_statuses(target)[1:]]},
         },
         "operations": [
             {
                 "include-tag": ["images", "meshes", "jobs"],
-                "checks": {"positive_data_acceptance": {"expected-statuses": _STATUSES_OF_VALID}},
+                "checks": {"positive_data_acceptance": {"expected-statuses": expected}},
             }
         ],
         "output": {"sanitization": {"enabled": False}},
     }
 
 
-def map_case(context: schemathesis.HookContext, case: schemathesis.Case[Any]) -> schemathesis.Case[Any]:
+def _load_statuses(target: Target) -> list[str]:
+    """The statuses of requests that are refused because of the rate limit, and because of the load."""
+    return ["429", "503"] if target.is_limited else []
+
+
+def _map_case(target: Target) -> Callable[[schemathesis.HookContext, schemathesis.Case[Any]], schemathesis.Case[Any]]:
+    def map_case(context: schemathesis.HookContext, case: schemathesis.Case[Any]) -> schemathesis.Case[Any]:
+        return _with_valid_body(case, target)
+
+    return map_case
+
+
+def _with_valid_body(case: schemathesis.Case[Any], target: Target) -> schemathesis.Case[Any]:
     """Change every second valid request so that this server can run it, and so that there are jobs to follow."""
     if case.meta is None or not case.meta.generation.mode.is_positive or len(str(case.body)) % 2:
         return case
@@ -180,9 +233,9 @@ def map_case(context: schemathesis.HookContext, case: schemathesis.Case[Any]) ->
     if isinstance(case.body, dict) and case.media_type == "application/json":
         body: dict[str, Any] = {name: value for name, value in case.body.items() if name not in _RARELY_VALID}
         if "input_image" in body:
-            body |= {"model": "ball", "input_image": b64encode(_IMAGE).decode()}
+            body |= {"model": target.mesh_model, "input_image": b64encode(_IMAGE).decode()}
         else:
-            body |= {"model": "guided", "size": "32x48"}
+            body |= {"model": target.image_model, "size": target.size}
         body["num_inference_steps"] = 2
         if not body.get("stream"):
             case.headers["prefer"] = ("respond-async", "respond-async; wait=1", "wait=1")[len(str(body)) % 3]
@@ -225,26 +278,44 @@ def answer_rows(findings: Findings) -> list[TableRow]:
     ]
 
 
-def examine_in_rounds(num_cases: int, num_sequences: int, seed: int) -> tuple[Findings, int]:
-    """All findings of the three phases, and how many rounds of fuzzing there were. Prints progress."""
-    app, findings, began, num_rounds = as_servers_run(drawn_app()), Findings(), time.perf_counter(), 0
+def examine_in_rounds(targets: Sequence[Target], num_cases: int, num_sequences: int, seed: int) -> tuple[Findings, int]:
+    """All findings of the three phases, and how many rounds of fuzzing there were, at one target after the other.
 
-    def run(seed: int, phases: Sequence[str]) -> None:
+    Prints progress.
+    """
+    findings, began, num_rounds = Findings(), time.perf_counter(), 0
+
+    def run(target: Target, seed: int, phases: Sequence[str]) -> None:
         shown = time.perf_counter()
-        for _ in _examine(app, findings, seed, _CASES_PER_ROUND, num_sequences, phases):
+        for _ in _examine(target, findings, seed, _CASES_PER_ROUND, num_sequences, phases):
             if time.perf_counter() - shown > 10:
                 shown = time.perf_counter()
                 print(f"{shown - began:6.0f} s  {findings.cases.total():6} cases", flush=True)
 
     try:
-        run(seed, ("examples", "coverage"))
+        run(targets[0], seed, ("examples", "coverage"))
         while findings.cases.total() < num_cases:
             num_rounds += 1
-            run(seed + num_rounds, ("fuzzing",))
-        run(seed, ("stateful",))
+            run(targets[num_rounds % len(targets)], seed + num_rounds, ("fuzzing",))
+        run(targets[0], seed, ("stateful",))
     finally:
         shutdown_lifespans()
     return findings, num_rounds
+
+
+def _examine_app(num_cases: int, num_sequences: int, seed: int) -> tuple[Findings, int, dict[str, Any]]:
+    return *examine_in_rounds([Target(as_servers_run(drawn_app()))], num_cases, num_sequences, seed), {}
+
+
+def _examine_server(num_cases: int, num_sequences: int, seed: int) -> tuple[Findings, int, dict[str, Any]]:
+    """The findings, the number of rounds, and what was asked by hand."""
+    models = {"image_model": IMAGE_MODEL, "mesh_model": MESH_MODEL, "size": "64x64"}
+    with real_server() as url:
+        targets = [Target(url, key, **models, is_limited=True) for key in (ADMIN_KEY, CLIENT_KEY)]
+        findings, num_rounds = examine_in_rounds(targets, num_cases, num_sequences, seed)
+        large, faults = try_large_bodies(url)
+        findings.errors += [*faults, *try_foreign_jobs(url)]
+    return findings, num_rounds, {"large_bodies": large}
 
 
 def result_of(findings: Findings) -> dict[str, Any]:
@@ -266,13 +337,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=5000, help="the least number of requests before the sequences")
     parser.add_argument("--sequences", type=int, default=200, help="sequences of calls that follow links")
+    parser.add_argument("--socket", action="store_true", help="ask the real server, in a process of its own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the result to this file")
     arguments = parser.parse_args()
     from benchmarks.environment import environment  # imports torch, which the tests of this module do without
 
     began = time.perf_counter()
-    findings, num_rounds = examine_in_rounds(arguments.cases, arguments.sequences, arguments.seed)
+    examine_all = _examine_server if arguments.socket else _examine_app
+    findings, num_rounds, more = examine_all(arguments.cases, arguments.sequences, arguments.seed)
     show("answers", answer_rows(findings))
     show("checks", [{"number": count, "check": name} for name, count in sorted(findings.checks.items())])
     for text in (*findings.failures.values(), *findings.errors):
@@ -285,6 +358,7 @@ def main() -> None:
         "rounds": num_rounds,
         "seconds": round(time.perf_counter() - began, 1),
         **result_of(findings),
+        **more,
     }
     finish(result, arguments.json)
     if findings.failures or findings.errors:

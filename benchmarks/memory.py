@@ -5,10 +5,14 @@ threads call it over HTTP: calls that wait for one image and for two, jobs that 
 previews, cancelled jobs, clients that hang up, refusals, idempotency keys, and meshes. With `--redis`, jobs and results
 are stored in a Redis started for the run.
 
-Records and results expire within seconds here. After every 50 jobs, when all calls have ended and expired data has been
-dropped, three sizes are measured: the memory of Python's objects (tracemalloc), of the process (resident pages), and of
-Redis, with its number of keys. A line is fitted to each over the second half. The exit status is 1 if a line rises by
-more than its limit:
+Records and results expire within seconds here. With `--default-ttls` they live as long as by default, an hour and a
+day: then the run lets them expire by setting the store's clock forward, or by deleting the keys of Redis that have a
+time to live. So what is left is what would stay for ever.
+
+After every 50 jobs, when all calls have ended and expired data has been dropped, three sizes are measured: the memory
+of Python's objects (tracemalloc), of the process (resident pages), and of Redis, with its number of keys. The first
+jobs (`--warm-up`) are not counted: they fill caches and the allocator's pools. A line is fitted to each size over all
+others. The exit status is 1 if a line rises by more than its limit, even less two standard errors of its slope:
 
 - Python's objects: 500 bytes per job. A task, a future with its event, or a tenth of a job's record is more. With
   Redis, some 150 bytes are strings that pydantic caches from the JSON it reads, at most 16,384 of them.
@@ -20,7 +24,9 @@ more than its limit:
 import argparse
 import base64
 import gc
+import math
 import os
+import re
 import sys
 import tempfile
 import time
@@ -47,11 +53,14 @@ from benchmarks.table import TableRow, finish, show
 from models.zoo import load_engine
 from service.api.connections import ServerConfig
 from service.app import build_dispatcher, create_app
+from service.jobs.redis import PREFIX
 from service.server import DrainingServer
 from service.settings import Settings
 
 MODELS = (Path("checkpoints/tiny-flux"), Path("checkpoints/tiny-hunyuan3d"))
 EVERY = 50
+MIN_SAMPLES = 4
+"""Fewer do not tell a line's slope from its error."""
 LIMITS: Mapping[str, float] = {"tracemalloc": 500.0, "process": 8000.0, "redis": 100.0}
 """Bytes per job."""
 _NUM_CLIENTS = 4
@@ -167,20 +176,21 @@ MIX: Mapping[Call, int] = {
 
 
 @contextmanager
-def serving(redis_url: str | None) -> Iterator[str]:
-    """The address of a server in a thread of this process."""
+def serving(redis_url: str | None, ttls: Mapping[str, Any], clock: Callable[[], float]) -> Iterator[str]:
+    """The address of a server in a thread of this process. `ttls` has settings; `clock` is its store's."""
     settings = Settings(
         port=0,
         models=MODELS,
         redis_url=redis_url,
-        job_ttl_s=_TTL_S,
-        result_ttl_s=_TTL_S,
+        **ttls,
         max_result_bytes=1_000_000,
         max_backlog_s=100_000,
         rate_limit=f"10000 per {_TTL_S:.0f} seconds",
     )
     dispatcher = build_dispatcher(
-        settings, lambda: load_engine(list(MODELS), device="cpu", router_weights=settings.router_weights)
+        settings,
+        lambda: load_engine(list(MODELS), device="cpu", router_weights=settings.router_weights),
+        clock=clock,
     )
     dispatcher.worker.start()
     app = create_app(settings, dispatcher)
@@ -200,12 +210,48 @@ def serving(redis_url: str | None) -> Iterator[str]:
         thread.join()
 
 
-def settle(client: httpx2.Client) -> None:
-    """Wait until data has expired, and make the stores drop it: they do so when they are used."""
-    time.sleep(_TTL_S + 0.5)
+class Expiry:
+    """How data expires: after seconds, or, with `is_default`, when the time to live of all data is made to pass."""
+
+    def __init__(self, store: Any | None, *, is_default: bool) -> None:
+        self.ttls: Mapping[str, float] = {} if is_default else {"job_ttl_s": _TTL_S, "result_ttl_s": _TTL_S}
+        self._store = store
+        self._is_default = is_default
+        self._passed_s = 0.0
+
+    def clock(self) -> float:
+        return time.time() + self._passed_s
+
+    def expire(self) -> None:
+        time.sleep(_TTL_S + 0.5)  # rate limits are counted by the real time
+        if self._is_default and self._store is None:
+            self._passed_s += 2 * Settings().job_ttl_s
+        elif self._is_default and self._store is not None:
+            for key in [*self._store.scan_iter(count=1000)]:
+                if self._store.pttl(key) >= 0:
+                    self._store.delete(key)
+            # The list of results has no time to live; what is older than a result's is dropped with the next result.
+            for result in self._store.zrange(f"{PREFIX}results", 0, -1):
+                self._store.zincrby(f"{PREFIX}results", -2000 * Settings().result_ttl_s, result)
+
+
+def settle(client: httpx2.Client, expiry: Expiry) -> None:
+    """Wait until all jobs have ended and data has expired. The stores drop it when they are used, so use them."""
+    deadline = time.monotonic() + _START_S
+    while num_unfinished(_answer(client.get("/metrics"), 200).text):
+        if time.monotonic() > deadline:
+            raise RuntimeError("a job does not end, though no client waits for it")
+        time.sleep(0.1)
+    expiry.expire()
     wait(client, 0)
     _answer(client.get("/metrics"), 200)
     gc.collect()
+
+
+def num_unfinished(metrics: str) -> float:
+    """How many jobs are queued or running, from the text of the metrics."""
+    lines = re.findall(r"^elastic_requests_(?:running|waiting)\{.*\} (\S+)$", metrics, re.MULTILINE)
+    return sum(map(float, lines))
 
 
 def sample(num_jobs: int, store: Any | None) -> TableRow:
@@ -222,15 +268,17 @@ def sample(num_jobs: int, store: Any | None) -> TableRow:
     return row
 
 
-def slope(rows: Sequence[TableRow], name: str) -> float:
-    """How much a column rises per job over the second half."""
+def slope(rows: Sequence[TableRow], name: str) -> tuple[float, float]:
+    """How much a column rises per job, and the standard error of that."""
     jobs, values = (np.array([float(row[key] or 0) for row in rows]) for key in ("jobs", name))
-    is_late = jobs > jobs[-1] / 2
-    return float(np.polyfit(jobs[is_late], values[is_late], 1)[0])
+    (rise, _), covariances = np.polyfit(jobs, values, 1, cov=True)
+    return float(rise), float(np.sqrt(covariances[0, 0]))
 
 
-def run(num_jobs: int, redis_server: RedisServer | None) -> tuple[list[TableRow], Counter[str], list[str]]:
-    """The samples, the number of calls of each kind, and where Python's memory grew in the second half."""
+def run(
+    num_jobs: int, redis_server: RedisServer | None, *, num_warm_up: int, has_default_ttls: bool
+) -> tuple[list[TableRow], Counter[str], list[str]]:
+    """The samples after the warm-up, the number of calls of each kind, and where Python's memory grew between them."""
     torch.set_num_threads(1)
     calls = [call for call, count in MIX.items() for _ in range(count)]
     # Spread over the round, so that different kinds run at the same time.
@@ -239,64 +287,95 @@ def run(num_jobs: int, redis_server: RedisServer | None) -> tuple[list[TableRow]
     made: Counter[str] = Counter()
     with ExitStack() as stack:
         store = None if redis_server is None else redis.Redis.from_url(redis_server.url)
+        expiry = Expiry(store, is_default=has_default_ttls)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         tracemalloc.start()
         stack.callback(tracemalloc.stop)
-        url = stack.enter_context(serving(None if redis_server is None else redis_server.url))
+        url = stack.enter_context(
+            serving(None if redis_server is None else redis_server.url, expiry.ttls, expiry.clock)
+        )
         client = stack.enter_context(httpx2.Client(base_url=url, timeout=120))
         clients = stack.enter_context(ThreadPoolExecutor(_NUM_CLIENTS))
 
         def call(number: int) -> None:
             order[number % EVERY](client, number)
 
-        for first in (bar := tqdm(range(0, num_jobs, EVERY), desc=f"{EVERY} jobs each")):
-            numbers = range(first, min(first + EVERY, num_jobs))
-            list(clients.map(call, numbers))
-            made.update(order[number % EVERY].__name__ for number in numbers)
-            settle(client)
-            rows.append(sample(numbers.stop, store))
-            bar.set_postfix(rows[-1])
-            if not (folder / "half").exists() and numbers.stop >= num_jobs / 2:
-                # The snapshot takes memory that the process keeps, so it comes before the samples of the second half.
-                tracemalloc.take_snapshot().dump(str(folder / "half"))
-        grown = tracemalloc.take_snapshot().compare_to(tracemalloc.Snapshot.load(str(folder / "half")), "lineno")
+        for first in (bar := tqdm(range(0, num_warm_up + num_jobs, EVERY), desc=f"{EVERY} jobs each")):
+            list(clients.map(call, range(first, first + EVERY)))
+            settle(client, expiry)
+            row = sample(first + EVERY, store)
+            bar.set_postfix(row)
+            if first + EVERY < num_warm_up:
+                continue
+            if (folder / "warm").exists():
+                made.update(order[index].__name__ for index in range(EVERY))
+                rows.append(row)
+            else:
+                # The snapshot takes memory that the process keeps, so it comes before the samples that count.
+                tracemalloc.take_snapshot().dump(str(folder / "warm"))
+        grown = tracemalloc.take_snapshot().compare_to(tracemalloc.Snapshot.load(str(folder / "warm")), "lineno")
     return rows, made, [str(difference) for difference in grown[:8]]
 
 
-def measure(num_jobs: int, redis_server: RedisServer | None) -> tuple[dict[str, Any], bool]:
+def judge(rows: Sequence[TableRow]) -> tuple[dict[str, float], list[str]]:
+    """How much each size rises per job, and those that rise by more than their limit."""
+    slopes = {name: slope(rows, name) for name in rows[0] if name != "jobs"}
+    faults = [
+        f"{name} rises by {rise:.0f} bytes per job, give or take {error:.0f}"
+        for name, (rise, error) in slopes.items()
+        if rise - 2 * error > LIMITS.get(name, 1)
+    ]
+    return {name: round(rise, 4) for name, (rise, _) in slopes.items()}, faults
+
+
+def measure(
+    num_jobs: int, redis_server: RedisServer | None, *, num_warm_up: int, has_default_ttls: bool
+) -> tuple[dict[str, Any], bool]:
     """The result, and whether all sizes stay flat."""
     began = time.monotonic()
-    rows, made, grown = run(num_jobs, redis_server)
+    rows, made, grown = run(num_jobs, redis_server, num_warm_up=num_warm_up, has_default_ttls=has_default_ttls)
     show("jobs in Redis" if redis_server else "jobs in memory", rows)
-    slopes = {name: round(slope(rows, name), 4) for name in rows[0] if name != "jobs"}
+    slopes, faults = judge(rows)
     print("per job: " + ", ".join(f"{name} {rise:+.1f}" for name, rise in slopes.items()))
-    faults = [
-        f"{name} rises by {rise:.0f} bytes per job" for name, rise in slopes.items() if rise > LIMITS.get(name, 1)
-    ]
     if faults:
         print("\n".join([*faults, "where Python's memory grew:", *grown]))
     result = {"seconds": round(time.monotonic() - began), "calls": dict(made), "slopes": slopes, "samples": rows}
     return result, not faults
 
 
+def _rounds(text: str) -> int:
+    """A number of jobs, rounded up to whole rounds."""
+    return math.ceil(int(text) / EVERY) * EVERY
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
-    parser.add_argument("--jobs", type=int, default=2000)
+    parser.add_argument("--jobs", type=_rounds, default=2000, help=f"how many are counted, in rounds of {EVERY}")
+    parser.add_argument("--warm-up", type=_rounds, default=300, help="how many come before them")
     parser.add_argument("--redis", action="store_true", help="store jobs and results in a Redis started for the run")
+    parser.add_argument("--default-ttls", action="store_true", help="keep data as long as by default")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     options = parser.parse_args()
+    if options.jobs < MIN_SAMPLES * EVERY or options.warm_up < EVERY:
+        parser.error(
+            f"at least {MIN_SAMPLES * EVERY} jobs and a warm-up of {EVERY} are needed to tell a rise from noise"
+        )
     with ExitStack() as stack:
         redis_server = None
         if options.redis:
             redis_server = RedisServer(Path(stack.enter_context(tempfile.TemporaryDirectory())))
             stack.callback(redis_server.kill)
-        measured, is_flat = measure(options.jobs, redis_server)
+        measured, is_flat = measure(
+            options.jobs, redis_server, num_warm_up=options.warm_up, has_default_ttls=options.default_ttls
+        )
     result = {
         "benchmark": "memory",
         "environment": environment(),
         "models": [model.name for model in MODELS],
         "jobs": options.jobs,
+        "warm_up": options.warm_up,
         "store": "redis" if options.redis else "memory",
+        "ttls": "default" if options.default_ttls else f"{_TTL_S:g} s",
         "limits": dict(LIMITS),
         **measured,
     }

@@ -19,7 +19,7 @@ def main(descriptor: int) -> None:
     with suppress(OSError):  # Linux: where memory runs out, this process goes before the server
         Path("/proc/self/oom_score_adj").write_text("1000")
     connection = Connection(descriptor)
-    with suppress(EOFError):
+    with suppress(EOFError, ConnectionError):  # the server has ended
         while True:
             connection.send(_answer(connection))
 
@@ -36,7 +36,9 @@ def _answer(connection: Connection) -> tuple[object, BaseException | None, str]:
 
 
 def _end_with_the_server() -> None:
-    sys.stdin.buffer.read()
+    # Not sys.stdin, whose lock this thread would hold: Python aborts if that happens while it ends.
+    while os.read(sys.stdin.fileno(), 1):
+        pass
     os._exit(0)
 
 

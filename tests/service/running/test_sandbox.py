@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import partial
+from multiprocessing import Pipe
 from pathlib import Path
 from threading import Event, Thread
 
@@ -157,3 +158,18 @@ def test_what_runs_there_needs_no_torch(sandbox: Sandbox) -> None:
     assert not sandbox.run(
         eval, "{'torch', 'pydantic', 'fastapi'} & set(__import__('sys').modules)", max_bytes=GIGABYTE
     )
+
+
+def test_process_ends_quietly_when_the_server_is_gone() -> None:
+    ours, theirs = Pipe()
+    command = [sys.executable, "-m", "service.running.sandbox_process", str(theirs.fileno())]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=(theirs.fileno(),)
+    ) as process:
+        theirs.close()
+        ours.send((abs, (-1,), 10**9))
+        assert ours.recv()[0] == 1  # it runs
+        ours.close()
+        assert process.wait(60) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
