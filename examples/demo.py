@@ -32,7 +32,7 @@ PROMPTS = (
 )
 # For models with true guidance. The prompt leaves the background open, so that the negative prompt can steer it.
 GUIDED_PROMPT = "a large green ring in the centre"
-NEGATIVE_PROMPT = "a plain dark background"
+NEGATIVE_PROMPT = "a plain light background"
 SOLID = Path(__file__).resolve().parents[1] / "docs" / "images" / "solid.png"
 SEED = 7
 _REQUEST_TIMEOUT_S = 300.0
