@@ -117,7 +117,7 @@ class Findings:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What is examined: an application in this process, or the address of a server; with a key, and models to ask for.
+    """A server to examine: an application in this process or an address, with a key and the models to ask for.
 
     `is_limited` says that a valid request may be refused because of the load.
     """

@@ -31,7 +31,7 @@ from benchmarks.table import TableRow, finish, show
 from models.families.hunyuan3d.checkpoint import load_checkpoint
 from models.families.hunyuan3d.shape_vae import ShapeVAE
 from models.mesh.surface import BOUNDS, Mesh, extract_surface
-from models.mesh.volume import Field, decode_coarse_to_fine, decode_dense
+from models.mesh.volume import Field, decode_dense, decode_in_turns, finished
 from training.solids.sampling import sample_solids
 from training.solids.shape_vae import NUM_DATA_POINTS, build_shape_vae, encode
 from training.solids.solids import Solid, SolidBatch
@@ -91,7 +91,7 @@ def measure(
         dense_s.append(time.perf_counter() - started)
         field.num_points = 0
         started = time.perf_counter()
-        fine = decode_coarse_to_fine(field, octree_resolution, points_per_call=points_per_call, device=device).cpu()
+        fine = finished(decode_in_turns(field, octree_resolution, points_per_call=points_per_call, device=device)).cpu()
         fine_s.append(time.perf_counter() - started)
     started = time.perf_counter()
     mesh = extract_surface(fine.numpy())

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.mesh_images import draw_mesh
 from models.mesh.surface import Mesh, extract_surface
-from models.mesh.volume import decode_coarse_to_fine
+from models.mesh.volume import decode_in_turns, finished
 from training.solids.solids import Solid, SolidBatch
 
 _SIDE = 192
@@ -64,7 +64,12 @@ def _name(solid: Solid) -> str:
 
 def _mesh_of(solid: Solid) -> Mesh:
     batch = SolidBatch([solid])
-    grid_logits = decode_coarse_to_fine(
-        lambda points: batch.signed_distance(points[None])[0], 192, points_per_call=2**15, device=torch.device("cpu")
+    grid_logits = finished(
+        decode_in_turns(
+            lambda points: batch.signed_distance(points[None])[0],
+            192,
+            points_per_call=2**15,
+            device=torch.device("cpu"),
+        )
     )
     return extract_surface(grid_logits.numpy())

@@ -69,7 +69,7 @@ class Member:
 
 @dataclass
 class Exits:
-    """How members ended: `counts` by their kind, the cause and the status. `faults` has those that nothing explains."""
+    """How members ended. `counts` is by kind, cause and status; `faults` has what no injected fault explains."""
 
     counts: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
@@ -101,7 +101,7 @@ class Exits:
 
 
 class Cluster:
-    """`faults` has what was wrong with its processes, besides `exits`.
+    """`faults` describes what its processes did wrong, apart from their `exits`.
 
     `emptied_at` has the times at which Redis was emptied, by `time.monotonic`; infinity while it happens.
     """
@@ -193,7 +193,7 @@ class Cluster:
             self.exits.note_stop(member)
 
     def note_left_processes(self) -> None:
-        """Processes of any member that outlive them all, such as those that decode, are faults."""
+        """Count processes that outlive all members, such as those that decode, as faults."""
         mark = f"{_MARK}={self.redis.url}".encode()
         deadline = time.monotonic() + _STOP_S
         while (left := _processes_with(mark)) and time.monotonic() < deadline:

@@ -122,7 +122,7 @@ class _Deck:
         self._names: list[str] = []
 
     def draw(self, befallen: set[object]) -> tuple[str, Fault, object] | None:
-        """A fault's name, itself, and what it befalls: nothing that is `befallen`. None if there is nothing left."""
+        """Draw a fault: its name, itself and its target, which is not in `befallen`. None if no target is left."""
         if not self._names:
             names = [name for name, fault in FAULTS.items() for _ in range(fault.share)]
             names = [name for name in names if name != "volume full" or self._cluster.volume is not None]

@@ -1,4 +1,4 @@
-"""What was wrong with a run: with its jobs, their files and webhooks, and with what is left in Redis."""
+"""Checks a run: its jobs, their files and webhooks, and the keys that are left in Redis."""
 
 import re
 import time
@@ -41,7 +41,7 @@ _KEYS: Mapping[str, bool] = {
 
 @dataclass
 class Findings:
-    """How all jobs ended by their kind, what befell the cluster, how processes ended, and what was wrong.
+    """What a run showed: ends of jobs by kind, injected faults, ends of processes, and what was wrong.
 
     `log_errors` counts the lines of level ERROR in the logs by their text, without ids. `left_out` names the faults
     that could not be injected.
@@ -130,7 +130,7 @@ def mesh_difference(file: bytes, expected: bytes) -> float:
 
 
 def judge_redis(client: Any, outcomes: Sequence[Outcome], emptied_at: float, findings: Findings) -> None:
-    """Check what is left in Redis. Jobs that began after `emptied_at`, when it was last emptied, must all be there."""
+    """Check the keys in Redis. All jobs that began after `emptied_at`, its last emptying, must be there."""
     deadline = time.monotonic() + _LEASES_END_S
     while client.zcard(f"{PREFIX}leases") and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -31,7 +31,7 @@ class Behaviour(StrEnum):
 
 @dataclass
 class WebhookHost:
-    """`calls` has the type of each call by the job's number; `faults` what was wrong with calls."""
+    """`calls` has the types of the calls for each job number; `faults` describes calls that were wrong."""
 
     calls: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
     faults: list[str] = field(default_factory=list)

@@ -10,7 +10,7 @@ from models.file_formats import MeshFormat
 from models.mesh.file import make_mesh_file
 from models.mesh.size import num_grid_points
 from models.mesh.surface import BOUNDS
-from models.mesh.volume import Field, decode_coarse_to_fine, finished, sample_in_turns
+from models.mesh.volume import Field, decode_in_turns, finished, sample_in_turns
 
 _OCTREE_RESOLUTION = 128
 """The smallest grid with two levels."""
@@ -22,8 +22,8 @@ def measure_decode_speed(field: Field, *, points_per_call: int, device: torch.de
     points = torch.rand((points_per_call, 3), generator=torch.Generator().manual_seed(0)).to(device)
     field_s = min(_seconds_to_read(field, points) for _ in range(3))  # the first call warms up
     began = time.perf_counter()
-    grid_logits = decode_coarse_to_fine(
-        _ball, _OCTREE_RESOLUTION, points_per_call=num_grid_points(_OCTREE_RESOLUTION), device=device
+    grid_logits = finished(
+        decode_in_turns(_ball, _OCTREE_RESOLUTION, points_per_call=num_grid_points(_OCTREE_RESOLUTION), device=device)
     )
     decoded = time.perf_counter()
     # The points of the coarse level, which are all known: seconds a face do not depend on the resolution.

@@ -52,31 +52,9 @@ def decode_dense(
 ) -> Tensor:
     """Logits at every point of the grid, float32.
 
-    Raises `EmptySurface` where the field is not finite, as does `decode_coarse_to_fine`.
+    Raises `EmptySurface` where the field is not finite, as does `decode_in_turns`.
     """
     return finished(_evaluated(field, _axis(octree_resolution, 1, bounds, device), points_per_call))
-
-
-def decode_coarse_to_fine(
-    field: Field,
-    octree_resolution: int,
-    *,
-    points_per_call: int,
-    device: torch.device,
-    bounds: float = BOUNDS,
-    iso_level: float = 0.0,
-) -> Tensor:
-    """The grid of `decode_in_turns`, decoded in one call."""
-    return finished(
-        decode_in_turns(
-            field,
-            octree_resolution,
-            points_per_call=points_per_call,
-            device=device,
-            bounds=bounds,
-            iso_level=iso_level,
-        )
-    )
 
 
 def finished(decoding: Generator[None, None, T]) -> T:

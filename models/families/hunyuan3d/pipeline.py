@@ -29,7 +29,7 @@ from models.families.wrapping import Adapter
 from models.mesh.cleanup import CleanMesh, clean
 from models.mesh.speed import measure_decode_speed
 from models.mesh.surface import BOUNDS, FieldSamples, Mesh, extract_surface
-from models.mesh.volume import decode_coarse_to_fine, decode_in_turns, sample_in_turns
+from models.mesh.volume import decode_in_turns, finished, sample_in_turns
 from models.request import GenerationRequest, MeshRequest, PresetBudget
 from models.state import BranchInputs, DenoiseState
 from models.weights import CheckpointTraits, Manifest, RouterWeights
@@ -235,11 +235,13 @@ class Hunyuan3DFamily(Family):
         return int((a & b).sum()) / union if union else 1.0
 
     def _surface(self, latents: Tensor, octree_resolution: int) -> Mesh:
-        grid_logits = decode_coarse_to_fine(
-            self._field(latents),
-            octree_resolution,
-            points_per_call=self._points_per_call,
-            device=self._parameter.device,
+        grid_logits = finished(
+            decode_in_turns(
+                self._field(latents),
+                octree_resolution,
+                points_per_call=self._points_per_call,
+                device=self._parameter.device,
+            )
         )
         return extract_surface(grid_logits.cpu().numpy())
 

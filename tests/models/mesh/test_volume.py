@@ -11,7 +11,6 @@ from models.mesh import size, volume
 from models.mesh.surface import BOUNDS, extract_surface
 from models.mesh.volume import (
     Field,
-    decode_coarse_to_fine,
     decode_dense,
     decode_in_turns,
     finished,
@@ -65,7 +64,7 @@ def dense(field: Field, octree_resolution: int, points_per_call: int = POINTS_PE
 
 
 def fine(field: Field, octree_resolution: int, points_per_call: int = POINTS_PER_CALL) -> Tensor:
-    return decode_coarse_to_fine(field, octree_resolution, points_per_call=points_per_call, device=CPU)
+    return finished(decode_in_turns(field, octree_resolution, points_per_call=points_per_call, device=CPU))
 
 
 def assert_same_surface(fine_grid: Tensor, dense_grid: Tensor) -> None:
@@ -184,7 +183,7 @@ def test_predicted_size_of_a_decoding_is_about_right(octree_resolution: int) -> 
 
 def test_another_level_moves_the_surface() -> None:
     field = clipped(ball((0.0, 0.0, 0.0), 0.5), saturation=1.0)
-    fine_grid = decode_coarse_to_fine(field, 128, points_per_call=POINTS_PER_CALL, device=CPU, iso_level=0.2)
+    fine_grid = finished(decode_in_turns(field, 128, points_per_call=POINTS_PER_CALL, device=CPU, iso_level=0.2))
     radii = np.linalg.norm(extract_surface(fine_grid.numpy(), iso_level=0.2).vertices, axis=1)
     np.testing.assert_allclose(radii, 0.3, atol=0.002)
 
