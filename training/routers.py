@@ -4,12 +4,14 @@ The recipe follows Elastic Diffusion Transformer (arXiv 2602.13993): hard decisi
 All blocks are computed for all samples, so that closed gates still learn. One deviation: serving needs a whole range
 of budgets from one set of routers. So each batch draws a skip threshold and a width bias, and these set the mean gate
 and the mean width to reach. Both are means over the batch, so routers choose which samples and noise levels get more.
+`training.published` has the objective without this deviation.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,17 +55,31 @@ class Knobs:
         return 0.97 - 0.6 * self.width_bias / MAX_WIDTH_BIAS
 
 
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """What the routers decided for each block and sample: hard values with soft gradients, and the probabilities.
+
+    All are `(blocks, batch)`. `gates` are 0 or 1, `widths` one of MLP_WIDTHS. `depths` are the probabilities to run,
+    and `expected_widths` the widths' means under their probabilities.
+    """
+
+    gates: Tensor
+    widths: Tensor
+    depths: Tensor
+    expected_widths: Tensor
+
+
 def elastic_forward(
     backbone: Backbone,
     routers: RouterStack,
     streams: Streams,
     knobs: Knobs,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Decided]:
     """Run every block for every sample, gated and masked by its router's hard decision, with soft gradients.
 
-    Returns velocity `(batch, tokens, channels)`, gates `(blocks, batch)` and widths `(blocks, batch)`.
+    Returns the velocity `(batch, tokens, channels)` and the decisions.
     """
-    gates, widths = [], []
+    decided: list[tuple[Tensor, ...]] = []
     lowered = torch.tensor([1 - i / (len(MLP_WIDTHS) - 1) for i in range(len(MLP_WIDTHS))]) * knobs.width_bias
     shares = torch.tensor(MLP_WIDTHS)
     for i, (router, block) in enumerate(zip(routers.routers, backbone.blocks.values(), strict=True)):
@@ -74,15 +90,15 @@ def elastic_forward(
             inputs = [stream.float() for stream in scored]
             scores = router(inputs, router.modulation(streams.temb.float()), masks)
         gate = hard_gate(scores.depth_logits, knobs.skip_threshold)
-        width = hard_width(scores.width_logits + lowered)
+        width_logits = scores.width_logits + lowered
+        width = hard_width(width_logits)
         for mlp in backbone.mlps(block).values():
             mlp.last.width_mask = prefix_mask(width, mlp.num_hidden, mlp.column)
         after = backbone.call_block(block, streams)
         text, image = (x + gate[:, None, None] * (y - x) for x, y in zip(before, after, strict=True))
         streams = backbone.leave(i, replace(streams, hidden_states=image, encoder_hidden_states=text))
-        gates.append(gate)
-        widths.append(width @ shares)
-    return backbone.epilogue(streams), torch.stack(gates), torch.stack(widths)
+        decided.append((gate, width @ shares, scores.depth_logits.sigmoid(), width_logits.softmax(1) @ shares))
+    return backbone.epilogue(streams), Decided(*(torch.stack(values) for values in zip(*decided, strict=True)))
 
 
 def hard_gate(depth_logits: Tensor, skip_threshold: float) -> Tensor:
@@ -128,10 +144,13 @@ class _NoisyBatch:
 
 
 class RouterObjective:
-    """The losses of one training step.
+    """The losses of one training step, and the knobs that a step draws.
 
     With classifier-free guidance a batch is paired: its second half are the unconditional branches of its first half.
     """
+
+    WEIGHTS: ClassVar[Mapping[str, float]] = {"flow": 1.0, "dense": 1.0, "gate": 8.0, "width": 8.0}
+    """How much each loss counts."""
 
     def __init__(self, backbone: Backbone, lesson: Lesson, routers: RouterStack) -> None:
         self.backbone = backbone
@@ -140,6 +159,11 @@ class RouterObjective:
         self._is_paired = not backbone.has_guidance_embedding
         backbone.transformer.requires_grad_(False)
         install_masks(backbone)
+
+    def knobs(self, rng: torch.Generator) -> Knobs:
+        """The knobs of one step: any budget."""
+        threshold, bias = torch.rand(2, generator=rng).tolist()
+        return Knobs(0.02 + 0.96 * threshold, MAX_WIDTH_BIAS * bias)
 
     def losses(self, rows: list[int], rng: torch.Generator, knobs: Knobs) -> dict[str, Tensor]:
         """The losses of samples `rows` of the lesson.
@@ -156,13 +180,13 @@ class RouterObjective:
             with autocast():
                 dense = self._dense(streams).float()
         with autocast():
-            velocity, gates, widths = elastic_forward(self.backbone, self.routers, streams, knobs)
-        ran = gates.detach()
-        mean_width = (widths * ran).sum() / ran.sum().clamp(min=1)
+            velocity, decided = elastic_forward(self.backbone, self.routers, streams, knobs)
+        ran = decided.gates.detach()
+        mean_width = (decided.widths * ran).sum() / ran.sum().clamp(min=1)
         return {
             "flow": F.mse_loss(velocity.float()[:half], batch.velocity[:half]),
             "dense": self._distance(velocity.float() - dense),
-            "gate": (gates.mean() - knobs.target_gate).square(),
+            "gate": (decided.gates.mean() - knobs.target_gate).square(),
             "width": (mean_width - knobs.target_width).square(),
         }
 
@@ -234,6 +258,7 @@ def train_routers(
     run_dir: Path,
     backbone: Backbone,
     lesson: Lesson,
+    new_objective: type[RouterObjective],
     *,
     rank: int,
     num_processes: int,
@@ -242,7 +267,7 @@ def train_routers(
     """Train, or resume, as process `rank` of `num_processes`. The backbone's MLP neurons are sorted by importance."""
     torch.manual_seed(SEED)
     routers = RouterStack(len(backbone.blocks), backbone.channels, HIDDEN)
-    objective = RouterObjective(backbone, lesson, routers)
+    objective = new_objective(backbone, lesson, routers)
     orders = neuron_orders(objective, list(range(2 * BATCH_SIZE)), torch.Generator().manual_seed(SEED))
     permute_neurons(backbone.blocks, orders, backbone.mlps)
     optimizer = torch.optim.AdamW(routers.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
@@ -251,11 +276,12 @@ def train_routers(
 
     def train_step(step: int) -> Mapping[str, float]:
         rng = torch.Generator().manual_seed(SEED * 10**6 + step * 64 + rank)
-        threshold, bias = torch.rand(2, generator=rng).tolist()
-        knobs = Knobs(0.02 + 0.96 * threshold, MAX_WIDTH_BIAS * bias)
+        knobs = objective.knobs(rng)
         rows = torch.randint(len(lesson.latents), (BATCH_SIZE,), generator=rng).tolist()
         losses = objective.losses(rows, rng, knobs)
-        scheduled.minimise(losses["flow"] + losses["dense"] + 8 * (losses["gate"] + losses["width"]), step)
+        scheduled.minimise(
+            sum((objective.WEIGHTS[name] * loss for name, loss in losses.items()), torch.zeros(())), step
+        )
         return {name: value.item() for name, value in losses.items()}
 
     run_loop(

@@ -26,6 +26,8 @@ from training import base, routers
 from training.attention import use_matrix_products
 from training.backbone import Backbone
 from training.lesson import Lesson
+from training.published import PublishedObjective
+from training.routers import RouterObjective
 
 NUM_PROCESSES = 2
 
@@ -107,29 +109,44 @@ def _train_base(recipe: Recipe, rank: int) -> None:
 
 
 def _train_routers(recipe: Recipe, rank: int) -> None:
-    run_dir, checkpoint, router_weights = paths(recipe)
+    run_dir, _, folder = paths(recipe)
+    _train_routers_in(run_dir, folder, RouterObjective, f"python -m {recipe.module} --stage routers", recipe, rank)
+
+
+def _train_published_routers(recipe: Recipe, rank: int) -> None:
+    """Train routers to compare with, beside those that are served."""
+    run_dir, folder = paths(recipe)[0] / "paper", Path("runs/paper") / recipe.name
+    command = f"python -m {recipe.module} --stage routers --recipe paper"
+    _train_routers_in(run_dir, folder, PublishedObjective, command, recipe, rank)
+
+
+def _train_routers_in(
+    run_dir: Path, folder: Path, new_objective: type[RouterObjective], command: str, recipe: Recipe, rank: int
+) -> None:
+    lessons, checkpoint, _ = paths(recipe)
     backbone = recipe.load_backbone(checkpoint)
     weights = routers.train_routers(
         run_dir,
         backbone,
-        recipe.lesson(run_dir, backbone, checkpoint),
+        recipe.lesson(lessons, backbone, checkpoint),
+        new_objective,
         rank=rank,
         num_processes=NUM_PROCESSES,
         num_steps=recipe.router_steps,
     )
     if rank == 0:
-        save_router_weights(weights, router_weights)
-        describe_routers(recipe, router_weights)
+        save_router_weights(weights, folder)
+        describe_routers(recipe, folder, command)
 
 
-def describe_routers(recipe: Recipe, folder: Path) -> None:
+def describe_routers(recipe: Recipe, folder: Path, command: str) -> None:
     """Write the manifest of the routers in `folder`, and the samples to calibrate them on."""
     _, checkpoint, _ = paths(recipe)
     manifest = {
         "source": "trained from nothing by this repository on samples that it draws",
         "license": "Apache-2.0",
         "base": str(checkpoint),
-        "training_command": f"python -m {recipe.module} --stage routers",
+        "training_command": command,
         "seed": routers.SEED,
         "num_steps": recipe.router_steps,
         "defaults": dict(recipe.defaults),
@@ -146,7 +163,7 @@ def _assemble(recipe: Recipe) -> None:
     recipe.assemble(run_dir, backbone, checkpoint)
 
 
-def _stages(recipe: Recipe) -> Mapping[str, Callable[[], object]]:
+def _stages(recipe: Recipe) -> dict[str, Callable[[], object]]:
     run_dir, _, _ = paths(recipe)
     return {
         **{name: partial(prepare, run_dir) for name, prepare in recipe.preparations.items()},
@@ -158,13 +175,21 @@ def _stages(recipe: Recipe) -> Mapping[str, Callable[[], object]]:
 
 def main(recipe: Recipe) -> None:
     """The command line of `python -m <recipe.module>`."""
-    stages = _stages(recipe)
     parser = argparse.ArgumentParser(description=f"Train {recipe.name} from scratch.")
     parser.add_argument(
-        "--stage", choices=stages, help="run this stage only (default: all unfinished stages, in order)"
+        "--stage", choices=_stages(recipe), help="run this stage only (default: all unfinished stages, in order)"
+    )
+    parser.add_argument(
+        "--recipe",
+        choices=("range", "paper"),
+        default="range",
+        help="what routers learn: any budget (default), or the published objective, for comparison: into runs/paper",
     )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     paths(recipe)[0].mkdir(parents=True, exist_ok=True)
+    stages = _stages(recipe)
+    if arguments.recipe == "paper":
+        stages["routers"] = partial(in_processes, _train_published_routers, recipe)
     for stage in [arguments.stage] if arguments.stage else stages:
         stages[stage]()

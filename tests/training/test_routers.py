@@ -19,6 +19,7 @@ from models.rules.router import RouterPolicy
 from models.weights import RouterWeights
 from training.backbone import Backbone, run_all
 from training.lesson import Condition, Lesson
+from training.published import PublishedObjective
 from training.routers import Knobs, RouterObjective, elastic_forward, install_masks, neuron_orders
 from training.scenes.backbones import FluxBackbone, QwenImageBackbone
 from training.solids.backbone import Hunyuan3DBackbone
@@ -65,16 +66,16 @@ def test_training_forward_equals_serving(
 
     # When the training forward runs
     install_masks(backbone)
-    velocity, gates, widths = elastic_forward(backbone, routers, streams, knobs)
+    velocity, decided = elastic_forward(backbone, routers, streams, knobs)
 
     # Then velocities and decisions are equal
     torch.testing.assert_close(velocity, expected, atol=1e-5, rtol=1e-4)
     ran = torch.tensor([[entry.decision is Decision.RUN for entry in row.journal.trace] for row in rows]).T
-    assert torch.equal(gates > 0.5, ran)
+    assert torch.equal(decided.gates > 0.5, ran)
     assert ran.any()
     assert not ran.all()
     served_widths = torch.tensor([[entry.mlp_width for entry in row.journal.trace] for row in rows]).T
-    torch.testing.assert_close(widths[ran], served_widths[ran])
+    torch.testing.assert_close(decided.widths[ran], served_widths[ran])
 
 
 def test_every_router_gets_a_gradient(backbone: Backbone, routers: RouterStack, streams: Streams) -> None:
@@ -83,8 +84,8 @@ def test_every_router_gets_a_gradient(backbone: Backbone, routers: RouterStack, 
         for parameter in module.parameters():
             nn.init.normal_(parameter, std=0.2)
     install_masks(backbone)
-    velocity, gates, _ = elastic_forward(backbone, routers, streams, Knobs(0.6, 1.0))
-    assert (gates < 0.5).any()
+    velocity, decided = elastic_forward(backbone, routers, streams, Knobs(0.6, 1.0))
+    assert (decided.gates < 0.5).any()
     velocity.square().mean().backward()
     for router in routers.routers:
         assert router.gate_head.weight.grad is not None
@@ -142,6 +143,31 @@ def test_classifier_free_guidance_pairs_each_sample_with_its_unconditional_branc
     full, none = lesson.full_conditions(ROWS).embeds, lesson.no_condition.embeds
     expected = full if backbone.has_guidance_embedding else torch.cat((full[:3], none.expand(3, -1, -1)))
     assert torch.equal(seen[0].embeds, expected)
+
+
+def test_published_objective_wants_fewer_blocks_at_higher_noise(
+    backbone: Backbone, lesson: Lesson, routers: RouterStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective = PublishedObjective(backbone, lesson, routers)
+    seen: list[Tensor] = []
+    prologue = backbone.prologue
+
+    def recorded(latents: Tensor, timestep: Tensor, guidance: Tensor, condition: Condition) -> Streams:
+        seen.append(timestep)
+        return prologue(latents, timestep, guidance, condition)
+
+    monkeypatch.setattr(backbone, "prologue", recorded)
+    for router in routers.routers:
+        for head, bias in ((router.gate_head, [0.0]), (router.width_head, [0.0, 0.0, 0.0, 50.0])):
+            nn.init.zeros_(head.weight)
+            head.bias.data.copy_(torch.tensor(bias))
+    found = losses(objective, objective.knobs(torch.Generator()))
+    # Every gate is even, and every width full
+    assert len(set(seen[0].tolist())) >= 3
+    expected = (0.5 - (0.7 - 0.3 * seen[0])).square().mean()
+    torch.testing.assert_close(found["gate"], expected)
+    assert found["width"].item() == pytest.approx(0.2**2, abs=1e-5)
+    assert set(objective.WEIGHTS) == set(found)
 
 
 def test_neurons_are_ordered_by_importance(backbone: Backbone, lesson: Lesson) -> None:

@@ -50,14 +50,14 @@ def test_serving_reads_the_manifest_that_training_writes(
     (checkpoint / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
     save_router_weights(RouterWeights(RouterStack(2, 8, hidden=4), {}), folder)
     # When they are described
-    describe_routers(recipe, folder)
+    describe_routers(recipe, folder, "python -m the.training")
     # Then the engine finds licence, defaults and files
     manifest = read_manifest(folder)
     assert manifest.license == "Apache-2.0"
     assert (manifest.num_inference_steps, manifest.guidance_scale) == (20, 3.0)
     assert (manifest.height, manifest.width) == size
     assert load_router_weights(folder, checkpoint) is not None
-    assert json.loads((folder / "manifest.json").read_text())["training_command"].split()[2] == type(model).__module__
+    assert json.loads((folder / "manifest.json").read_text())["training_command"] == "python -m the.training"
     prompts = (folder / "calibration_prompts.txt").read_text().splitlines()
     assert prompts == [scene.long_caption for scene in calibration_scenes(64)]
 
@@ -76,7 +76,7 @@ def test_assembled_shape_model_is_served_with_its_routers(tmp_path: Path, monkey
     # When they are assembled and described
     recipe.assemble(run_dir, backbone, checkpoint)
     save_router_weights(RouterWeights(RouterStack(len(backbone.blocks), backbone.channels, hidden=4), {}), folder)
-    describe_routers(recipe, folder)
+    describe_routers(recipe, folder, "python -m the.training")
     # Then the engine serves the model with its licence and defaults
     engine = load_engine([checkpoint], device="cpu", router_weights=folder.parent)
     card = engine.cards["tiny-hunyuan3d"]
