@@ -58,7 +58,7 @@ def serve(engine: Engine, requests: Sequence[GenerationRequest], group: Group) -
         ]
         chosen = group(candidates)[0]
         report = engine.step([states[running[place]] for place in chosen])
-        had = fair_share.after_step([candidates[place] for place in chosen], [1.0] * len(chosen), report.seconds)
+        had = fair_share.after_step([candidates[place] for place in chosen], report.seconds)
         for place, virtual_time in zip(chosen, had, strict=True):
             virtual_times[running[place]] = virtual_time
             if states[running[place]].is_done:

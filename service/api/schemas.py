@@ -81,7 +81,9 @@ class GenerationBody(ClosedBody):
     )
     seed: Integer | None = Field(default=None, ge=0, le=MAX_SEED, description="Random if absent; always returned.")
     budget: BudgetBody | None = Field(default=None, description="Trades speed for quality; the server has a default.")
-    priority: Priority | None = Field(default=None, description="Place in the queue; normal by default.")
+    priority: Priority | None = Field(
+        default=None, description="Place in the queue and share of the device; normal by default."
+    )
     trace: StrictBool = Field(
         default=False,
         description="Whether the receipt lists every decision of every block. The server's settings bound its length.",

@@ -27,6 +27,8 @@ Card = TypeVar("Card", bound=ModelCard)
 
 # Printable ASCII, at most as long as every store can hold.
 _IDEMPOTENCY_KEY = re.compile(r"[\x20-\x7e]{1,255}")
+_ROOM_OF_HIGH = 1.25
+"""The longest backlog in which an order of high priority is accepted, over that of all others."""
 
 
 def card_of(model: str | None, loaded: Mapping[str, ModelCard], card_type: type[Card]) -> Card:
@@ -66,7 +68,7 @@ async def submit(
     recorded = None if idempotency is None else await dispatcher.store.find(idempotency)
     if recorded is None:
         created_at = dispatcher.store.clock()
-        backlog = await _backlog(order, card, dispatcher, settings)
+        backlog = await _backlog(order, card, dispatcher, _max_backlog_s(body, settings), settings)
         job = _job_of(admit(order, card, backlog), body, caller, created_at)
         with (
             dispatcher.work_intake.recording(job.predicted_seconds),
@@ -77,7 +79,14 @@ async def submit(
     return recorded
 
 
-async def _backlog(order: Order, card: ModelCard, dispatcher: Dispatcher, settings: Settings) -> Backlog:
+def _max_backlog_s(body: GenerationBody, settings: Settings) -> float:
+    """High priority has room above what all others may fill."""
+    return settings.max_backlog_s * (_ROOM_OF_HIGH if body.priority is Priority.HIGH else 1.0)
+
+
+async def _backlog(
+    order: Order, card: ModelCard, dispatcher: Dispatcher, max_seconds: float, settings: Settings
+) -> Backlog:
     """The work before `order`: what is in the store, and what this process was adding while that was read."""
     work, images, pace = dispatcher.work_intake, dispatcher.image_intake, dispatcher.worker.pace.ratio
     recorded_s, recorded_bytes = work.recorded, images.recorded
@@ -85,7 +94,7 @@ async def _backlog(order: Order, card: ModelCard, dispatcher: Dispatcher, settin
     image_bytes = await dispatcher.store.input_image_bytes() if input_image_bytes(order.requests) else 0
     return Backlog(
         seconds=(seconds + work.admitted - recorded_s) * pace,
-        max_seconds=settings.max_backlog_s,
+        max_seconds=max_seconds,
         finish_s=dispatcher.worker.finish_seconds(card.id),
         pace=pace,
         image_bytes=image_bytes + images.admitted - recorded_bytes,

@@ -145,6 +145,10 @@ class Job:
         return float(_RANKS[self.priority] * 2**44 + round(due * 1000))
 
     @property
+    def is_high(self) -> bool:
+        return self.priority is Priority.HIGH
+
+    @property
     def num_steps(self) -> int:
         """Computed steps of all its requests, as expected before its start."""
         return sum(request.num_computed_steps for request in self.requests)

@@ -29,12 +29,16 @@ _FAILURE = TypeAdapter(Failure)
 
 @dataclass(frozen=True, slots=True)
 class LiveEntry:
-    """What the queue and the backlog need to know of a job. `seconds` is the predicted work that is left."""
+    """What the queue and the backlog need to know of a job. `seconds` is the predicted work that is left.
+
+    Entries without `is_high`, whether the job has high priority, are of an earlier version.
+    """
 
     model: str
     shape: str
     seconds: FiniteFloat
     version: int = 1
+    is_high: bool = False
 
     @property
     def is_newer(self) -> bool:
@@ -46,7 +50,8 @@ _LIVE = TypeAdapter(LiveEntry)
 
 
 def dump_live(job: Job, seconds_left: float) -> bytes:
-    return _LIVE.dump_json(LiveEntry(job.model, shape_of(job.requests[0]), round(seconds_left, 6), RECORD_VERSION))
+    shape, seconds = shape_of(job.requests[0]), round(seconds_left, 6)
+    return _LIVE.dump_json(LiveEntry(job.model, shape, seconds, RECORD_VERSION, job.is_high))
 
 
 def load_live(data: bytes) -> LiveEntry | None:

@@ -121,8 +121,8 @@ class Recovery:
     failed: tuple[JobSnapshot, ...] = ()
 
 
-Fits = Callable[[str, str], bool]
-"""Whether a worker has room for a job of this model and shape (`scheduling.batching.shape_of`)."""
+Fits = Callable[[str, str, bool], bool]
+"""Whether a worker has room for a job of this model and shape (`scheduling.batching.shape_of`), perhaps `is_high`."""
 
 
 class JobStore(Protocol):

@@ -1,7 +1,7 @@
 """What a worker holds: the jobs that it has taken, and their requests from start to decoded field."""
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING
 from models.mesh.surface import FieldSamples
 from models.request import GenerationRequest
 from service.jobs.job import Job, Priority
-from service.jobs.store import Claim
+from service.jobs.store import Claim, Progress
 from service.scheduling.batching import Candidate
 from service.scheduling.cost import BlockSeconds, grid_bytes
 
 if TYPE_CHECKING:  # brings torch, which the API side never loads
     from models.state import DenoiseState
 
-_WEIGHTS = {Priority.LOW: 0.5, Priority.NORMAL: 1.0, Priority.HIGH: 2.0}
+_WEIGHTS = {Priority.LOW: 0.5, Priority.NORMAL: 1.0, Priority.HIGH: 256.0}
+_DEADLINE_WEIGHT = 2.0
+
+DECODE_TURN_S = 0.05
+"""How long a mesh is decoded before others have their turn. Its fair share of the device does not depend on it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -38,6 +42,21 @@ class HeldJob:
     @property
     def job(self) -> Job:
         return self.claim.job
+
+    def progress(self, states: "Sequence[DenoiseState]", now: float) -> Progress:
+        """Its progress, where `states` are those of its running requests, and `now` is as `began`.
+
+        `eta_s` assumes that the steps left to compute take as long as those so far. A mesh's decoding comes on top, as
+        it was predicted.
+        """
+        num_steps = sum(self.num_steps)
+        return Progress(
+            self.claim,
+            steps_done=self.steps_done,
+            num_steps=num_steps,
+            compute_ratio=sum(state.compute_ratio for state in states) / len(states),
+            eta_s=(now - self.began) / self.steps_done * (num_steps - self.steps_done) + self.job.decode_seconds,
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -84,13 +103,20 @@ class Running:
 
     @property
     def weight(self) -> float:
-        """Scheduling weight. A deadline counts as high priority."""
-        return _WEIGHTS[self.job.priority if self.job.deadline_at is None else Priority.HIGH]
+        """How much of the device it gets, relative to others."""
+        weight = _WEIGHTS[self.job.priority]
+        return weight if self.job.deadline_at is None else max(weight, _DEADLINE_WEIGHT)
 
     def as_candidate(self) -> Candidate:
         if self.decoding is not None:
-            return Candidate(self, self.virtual_time, [1.0], BlockSeconds(0.0, 1.0))  # shares its turn with nobody
-        return Candidate(self.state.batch_key, self.virtual_time, self.state.expected_runs, self.block_seconds)
+            # Its turn is shared with nobody.
+            return Candidate(
+                self, self.virtual_time, [1.0], BlockSeconds(0.0, DECODE_TURN_S), self.weight, self.job.is_high
+            )
+        runs = self.state.expected_runs
+        return Candidate(
+            self.state.batch_key, self.virtual_time, runs, self.block_seconds, self.weight, self.job.is_high
+        )
 
 
 def preview_steps(num_previews: int, num_steps: int) -> list[int]:

@@ -4,7 +4,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -24,6 +24,7 @@ from service.jobs.job import Failure, FailureReason, JobStatus, Receipt, StageSe
 from service.jobs.store import Claim, Ending, Preview, Progress
 from service.metrics import Metrics
 from service.running.output import encode_output
+from service.running.priority_thread import PriorityThread
 from service.running.sandbox import NotWanted, Sandbox
 
 logger = logging.getLogger(__name__)
@@ -88,9 +89,7 @@ class Publisher:
         self._report = report
         self._is_wanted = is_wanted
         self._clock = clock
-        self._pools: defaultdict[str, ThreadPoolExecutor] = defaultdict(
-            partial(ThreadPoolExecutor, 1, thread_name_prefix="publisher")
-        )
+        self._threads: defaultdict[str, PriorityThread] = defaultdict(partial(PriorityThread, "publisher"))
         self._sandboxes: defaultdict[str, Sandbox] = defaultdict(Sandbox)
         self._artifacts: dict[str, dict[int, _Encoded]] = {}  # lease -> index of the request -> artifact
         self._claims: dict[str, Claim] = {}
@@ -101,7 +100,7 @@ class Publisher:
         """Decode and encode a result, then call `on_artifact` in some thread. The last result of a job ends the job."""
         claim, job = denoised.claim, denoised.claim.job
         self._metrics.observe_stage(job.model, "denoise", denoised.denoise_s)
-        artifact = self._pools[job.model].submit(self._make_artifact, denoised)
+        artifact = self._threads[job.model].submit(job.is_high, self._make_artifact, denoised)
         artifact.add_done_callback(lambda _: on_artifact())
         self._unfinished = [*(other for other in self._unfinished if not other.done()), artifact]
         self._claims[claim.lease] = claim
@@ -110,11 +109,13 @@ class Publisher:
         if len(artifacts) == len(job.requests):
             self._forget(claim.lease)
             # Queued behind the job's artifacts in the same thread, so it never blocks on them.
-            self._pools[job.model].submit(self._succeed, claim, [artifacts[index] for index in sorted(artifacts)])
+            encoded = [artifacts[index] for index in sorted(artifacts)]
+            self._threads[job.model].submit(job.is_high, self._succeed, claim, encoded)
 
     def preview(self, pending: PendingPreview) -> None:
         """Decode, encode and report a preview, unless the job ends first."""
-        self._pools[pending.claim.job.model].submit(self._make_preview, pending)
+        job = pending.claim.job
+        self._threads[job.model].submit(job.is_high, self._make_preview, pending)
 
     @property
     def num_unfinished(self) -> int:
@@ -150,8 +151,8 @@ class Publisher:
 
     def close(self) -> None:
         """Return when all decoding and encoding has ended."""
-        for pool in self._pools.values():
-            pool.shutdown()
+        for thread in self._threads.values():
+            thread.close()
         for sandbox in self._sandboxes.values():
             sandbox.close()
 

@@ -10,12 +10,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Thread
 
+_NICENESS = 10
+
 
 def main(descriptor: int) -> None:
     # A terminal's Ctrl-C and a service manager's SIGTERM come to the whole group. The server ends this process itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     Thread(target=_end_with_the_server, daemon=True).start()
+    os.nice(_NICENESS)  # steps, images and answers of the server come first where they compete for a core
     with suppress(OSError):  # Linux: where memory runs out, this process goes before the server
         Path("/proc/self/oom_score_adj").write_text("1000")
     connection = Connection(descriptor)

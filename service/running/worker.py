@@ -12,24 +12,26 @@ from typing import TYPE_CHECKING
 from models.card import ModelCard
 from models.mesh.surface import FieldSamples
 from models.report import StepReport
-from service.jobs.job import JobStatus
-from service.jobs.store import Claim, Ending, Progress
+from service.jobs.job import Job, JobStatus
+from service.jobs.store import Claim, Ending
 from service.metrics import Metrics
-from service.running.held import HeldJob, Running, preview_steps
+from service.running.held import DECODE_TURN_S, HeldJob, Running, preview_steps
 from service.running.preparer import Preparer
 from service.running.publisher import Decoded, Denoised, PendingPreview, Publisher, Report
-from service.scheduling.batching import Candidate, FairShare, form_groups, shape_of
+from service.scheduling.batching import Candidate, FairShare, shape_of
 from service.scheduling.cost import block_seconds, dense_step_seconds, grid_bytes
 from service.scheduling.deadline import point_for
 from service.scheduling.pace import Pace
+from service.scheduling.precedence import Precedence
 
 if TYPE_CHECKING:  # models.engine brings torch, which the API side never loads
     from models.engine import Engine
 
 logger = logging.getLogger(__name__)
 
-_DECODE_TURN_S = 0.05
-"""How long a mesh is decoded before others have their turn. Its fair share of the device does not depend on it."""
+
+_SHARE_FOR_HIGH = 8
+"""One in so many of the places for running requests is kept for those of high priority."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,7 @@ class Worker:
         self._held: dict[str, HeldJob] = {}
         self._running: list[Running] = []
         self._fair_share = FairShare()
+        self._precedence = Precedence()
 
     def start(self) -> None:
         """Load the engine and start the thread. Raises the errors of loading."""
@@ -99,11 +102,11 @@ class Worker:
             self._thread.join(timeout_s)
         return not self.is_alive
 
-    def can_take(self, model: str, shape: str) -> bool:
-        """Whether a request of this shape could start now, before any waiting request of this worker."""
+    def can_take(self, model: str, shape: str, is_high: bool) -> bool:
+        """Whether a request of this shape, perhaps of high priority, could start before any that waits here."""
         with self._lock:
-            waiting = [held.shape for held in self._held.values() for _ in held.unstarted]
-            return model in self.cards and self._has_room(model, shape, waiting)
+            waiting = [held for held in self._held.values() for _ in held.unstarted]
+            return model in self.cards and self._has_room(model, shape, is_high, waiting)
 
     def take(self, claim: Claim) -> None:
         """Run this job, which was claimed because `can_take` allowed it."""
@@ -191,14 +194,23 @@ class Worker:
         with self._lock:
             waiting = [(held, index) for held in self._held.values() for index in held.unstarted]
         for held, index in waiting:
-            if not self._is_prepared(engine, held, index):
+            if not self._is_prepared(engine, held, index) or self._keeps_out(held.job):
                 continue
             with self._lock:
-                has_room = self._has_room(held.job.model, held.shape, [])
+                has_room = self._has_room(held.job.model, held.shape, held.job.is_high, [])
                 if has_room and index in held.unstarted:
                     held.unstarted.remove(index)
             if has_room:
                 self._start(engine, held, index)
+
+    def _keeps_out(self, job: Job) -> bool:
+        """Whether starting it, which encodes its prompt or image, would be in the way of those of high priority."""
+        running = {running.job.is_high for running in self._running}
+        return (
+            not job.is_high
+            and len(running) == 2
+            and not self._precedence.are_owed(self.cards[job.model].encode_seconds)
+        )
 
     def _is_prepared(self, engine: "Engine", held: HeldJob, index: int) -> bool:
         """Whether a request can start. If another process can do a part of that, it begins here."""
@@ -209,11 +221,17 @@ class Worker:
             held.prepared[index] = self._preparer.prepare(preparation, partial(self.is_held, held.claim))
         return held.prepared[index].done()
 
-    def _has_room(self, model: str, shape: str, waiting: Sequence[str]) -> bool:
-        """Whether one more request could start if the requests of the shapes `waiting` had started. Needs the lock."""
-        shapes = [*waiting, *(running.held.shape for running in self._running)]
-        is_full = len(shapes) + self._publisher.num_unfinished >= self.limits.max_running
-        return not is_full and shapes.count(shape) < self._max_batch_size(model)
+    def _has_room(self, model: str, shape: str, is_high: bool, waiting: Sequence[HeldJob]) -> bool:
+        """Whether one more request could start if one of each of `waiting` had started. Needs the lock.
+
+        One of high priority does not wait for others to end: they leave room for it, and it does not count them among
+        those of its shape.
+        """
+        most = self.limits.max_running
+        held = [*waiting, *(running.held for running in self._running)]
+        is_full = len(held) + self._publisher.num_unfinished >= (most if is_high else most - most // _SHARE_FOR_HIGH)
+        rivals = sum(other.shape == shape and (other.job.is_high or not is_high) for other in held)
+        return not is_full and rivals < self._max_batch_size(model)
 
     def _max_batch_size(self, model: str) -> int:
         return min(self.limits.max_batch_size, self.cards[model].max_batch_size)
@@ -231,6 +249,7 @@ class Worker:
             return
         now = time.perf_counter()
         self._metrics.observe_stage(job.model, "encode", now - began)
+        self._precedence.spend(job.is_high, now - began)
         running = Running(
             held=held,
             index=index,
@@ -248,7 +267,7 @@ class Worker:
         """The requests that share the next step, or the one whose decoding has a turn."""
         # Without those that wait until there is room for their grid.
         ready = [running for running in self._running if running.decoding is not None or not running.state.is_done]
-        groups = form_groups([running.as_candidate() for running in ready])
+        groups = self._precedence.groups([running.as_candidate() for running in ready], time.perf_counter())
         self._metrics.observe_groups(self.cards, [ready[group[0]].job.model for group in groups])
         batch = [ready[index] for index in groups[0]]
         return batch[: self._max_batch_size(batch[0].job.model)]
@@ -273,15 +292,16 @@ class Worker:
         self._metrics.observe_memory(engine.memory_bytes())
         self._account(batch, expected, report)
         for held in dict.fromkeys(running.held for running in batch):
-            self._tell(self._progress(held))
+            states = [running.state for running in self._running if running.held is held]
+            self._tell(held.progress(states, time.perf_counter()))
         for running in batch:
             self._preview_if_due(engine, running)
 
     def _account(self, batch: Sequence[Running], expected: Sequence[Candidate], report: StepReport) -> None:
         """Charge a step to its requests."""
         now = time.perf_counter()
-        weights = [running.weight for running in batch]
-        virtual_times = self._fair_share.after_step(expected, weights, report.seconds)
+        self._precedence.spend(expected[0].is_high, report.seconds)
+        virtual_times = self._fair_share.after_step(expected, report.seconds)
         for running, virtual_time in zip(batch, virtual_times, strict=True):
             self._measure_pace(running, now)
             running.virtual_time = virtual_time
@@ -310,22 +330,6 @@ class Worker:
         running.pace = (now - (running.last_step_ended or running.denoise_began)) / predicted_s
         running.last_step_ended = now
 
-    def _progress(self, held: HeldJob) -> Progress:
-        """The progress of a job; `eta_s` assumes that the steps left to compute take as long as those so far.
-
-        A mesh's decoding comes on top, as it was predicted.
-        """
-        states = [running.state for running in self._running if running.held is held]
-        elapsed_s = time.perf_counter() - held.began
-        num_steps = sum(held.num_steps)
-        return Progress(
-            held.claim,
-            steps_done=held.steps_done,
-            num_steps=num_steps,
-            compute_ratio=sum(state.compute_ratio for state in states) / len(states),
-            eta_s=elapsed_s / held.steps_done * (num_steps - held.steps_done) + held.job.decode_seconds,
-        )
-
     def _preview_if_due(self, engine: "Engine", running: Running) -> None:
         state = running.state
         due = preview_steps(running.job.num_previews, state.num_computed_steps)[running.num_previews :]
@@ -353,7 +357,7 @@ class Worker:
         """Give a mesh its turn."""
         candidate, began = running.as_candidate(), time.perf_counter()
         try:
-            while time.perf_counter() - began < _DECODE_TURN_S:
+            while time.perf_counter() - began < DECODE_TURN_S:
                 next(decoding)
         except StopIteration as end:
             samples: FieldSamples = end.value
@@ -362,7 +366,8 @@ class Worker:
             self._let_go(running)
             self._publisher.fail(running.claim, error)
         seconds = time.perf_counter() - began
-        (running.virtual_time,) = self._fair_share.after_step([candidate], [running.weight], seconds)
+        self._precedence.spend(candidate.is_high, seconds)
+        (running.virtual_time,) = self._fair_share.after_step([candidate], seconds)
 
     def _publish(self, running: Running, decode: Callable[[], Decoded]) -> None:
         """Hand a request to the publisher."""

@@ -1,5 +1,6 @@
 """Which requests share the next denoise step, so that light requests do not wait for dense ones."""
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -13,14 +14,17 @@ _TOLERANCE = 1.1  # predictions may be off by this factor
 class Candidate:
     """A started result. Candidates with one `batch_key` can share a step.
 
-    `virtual_time` is its share of the device time so far, see `FairShare`. `expected_runs` is the expected number of
-    its rows that each block runs in the next step; `block_seconds` is what a block takes.
+    `virtual_time` is its share of the device time so far, and `weight` how much of it it gets, see `FairShare`.
+    `expected_runs` is the expected number of its rows that each block runs in the next step; `block_seconds` is what a
+    block takes. Those that are not `is_high` keep out of the others' way.
     """
 
     batch_key: Hashable
     virtual_time: float
     expected_runs: Sequence[float]
     block_seconds: BlockSeconds
+    weight: float = 1.0
+    is_high: bool = False
 
     @property
     def step_seconds(self) -> float:
@@ -55,27 +59,37 @@ class _Step:
         return self._cost.call * (len(idle) - sum(idle)) + self._cost.row * num_rows
 
 
-def form_groups(candidates: Sequence[Candidate]) -> list[list[int]]:
+def form_groups(
+    candidates: Sequence[Candidate], *, high_first: bool = True, most_growth: float = math.inf
+) -> list[list[int]]:
     """Group the candidates that share steps, as lists of indices. The first group goes next.
 
     The request that has had the least device time leads a group. Others join it, the most similar in predicted time
-    first, while a step of n members takes at most n times as long as the leader alone: a fair share would not let the
-    leader finish sooner. So requests of similar sparsity go together. A light request may join a dense one's step,
-    since it would wait for that step anyway. A dense request joins a light one only where batching makes up for it. Any
-    prefix of a group is a valid group.
+    first, while the step ends no later than the leader would in its share of the device: with n members of equal
+    weight, n times its time alone. So requests of similar sparsity go together. A light request may join a dense one's
+    step, since it would wait for that step anyway. A dense request joins a light one only where batching makes up for
+    it. Any prefix of a group is a valid group.
+
+    Those of high priority lead before all others if `high_first`, else after them. A step takes at most `most_growth`
+    times as long as its leader's alone.
     """
-    left = sorted(range(len(candidates)), key=lambda index: candidates[index].virtual_time)
+    left = sorted(
+        range(len(candidates)),
+        key=lambda index: (candidates[index].is_high != high_first, candidates[index].virtual_time),
+    )
     seconds = {index: candidates[index].step_seconds for index in left}
     groups = []
     while left:
         leader = left[0]
-        step, group = _Step(candidates[leader]), [leader]
+        step, group, weight = _Step(candidates[leader]), [leader], candidates[leader].weight
         peers = [index for index in left[1:] if candidates[index].batch_key == candidates[leader].batch_key]
         for index in sorted(peers, key=lambda index: abs(seconds[index] - seconds[leader])):
-            share = (len(group) + 1) * seconds[leader]
-            if step.seconds_with(candidates[index]) <= _TOLERANCE * share:
+            with_it = weight + candidates[index].weight
+            most = min(_TOLERANCE * with_it / candidates[leader].weight, most_growth) * seconds[leader]
+            if step.seconds_with(candidates[index]) <= most:
                 step.join(candidates[index])
                 group.append(index)
+                weight = with_it
         groups.append(group)
         left = [index for index in left if index not in group]
     return groups
@@ -94,12 +108,12 @@ class FairShare:
         self.at_start = 0.0
         """The virtual time of a request that starts now."""
 
-    def after_step(self, members: Sequence[Candidate], weights: Sequence[float], seconds: float) -> list[float]:
+    def after_step(self, members: Sequence[Candidate], seconds: float) -> list[float]:
         """The members' virtual times after a step of `seconds`. `members` begins with the leader."""
         needed = [member.step_seconds for member in members]
         virtual_times = [
-            member.virtual_time + seconds * own / sum(needed) / weight
-            for member, own, weight in zip(members, needed, weights, strict=True)
+            member.virtual_time + seconds * own / sum(needed) / member.weight
+            for member, own in zip(members, needed, strict=True)
         ]
         self.at_start = max(self.at_start, virtual_times[0])
         return virtual_times

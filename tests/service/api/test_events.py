@@ -31,7 +31,7 @@ class Bench:
 
     async def claimed(self, job: Job) -> Claim:
         await self.dispatcher.store.add(job)
-        claim = await self.dispatcher.store.claim(lambda model, shape: True)
+        claim = await self.dispatcher.store.claim(lambda *_: True)
         assert claim is not None
         return claim
 

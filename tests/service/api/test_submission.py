@@ -190,6 +190,10 @@ async def test_overloaded_server_records_nothing(dispatcher: Dispatcher, submit_
     assert len(await dispatcher.store.live_jobs()) == 5
     # And a key still finds the job that it created.
     assert (await submit_image(headers=KEYED, **exact)).id == first.id
+    # High priority has a quarter more room
+    await submit_image(**exact, priority="high")
+    with pytest.raises(Overloaded, match=r"12\.0 s of work"):
+        await submit_image(**exact, priority="high")
 
 
 async def test_latency_budget_becomes_a_deadline_or_is_refused(submit_image: SubmitImage) -> None:

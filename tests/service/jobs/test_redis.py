@@ -40,7 +40,7 @@ class Shared:
     errors: list[str] = field(default_factory=list)
 
     async def claim(self) -> Claim:
-        claim = await self.store.claim(lambda model, shape: True)
+        claim = await self.store.claim(lambda *_: True)
         assert claim is not None
         return claim
 
@@ -212,7 +212,7 @@ async def test_job_whose_record_is_gone_holds_nothing_up(shared: Shared, make_jo
     await shared.let_die(running, whole)
     assert (await shared.store.recover()).requeued == ("whole",)
     assert (await shared.claim()).job.id == "whole"
-    assert await shared.store.claim(lambda model, shape: True) is None
+    assert await shared.store.claim(lambda *_: True) is None
     assert await shared.store.end(Ending(running, JobStatus.SUCCEEDED, artifacts=(b"late",))) is None
     assert await shared.store.backlog_s() == 2.0
     assert shared.errors == []
@@ -228,7 +228,7 @@ async def test_broken_entry_of_an_ended_job_leaves_the_queue(
     await break_live_entry(shared)
     if is_deleted:
         await shared.redis.delete(f"{shared.prefix}job:broken")
-    assert await shared.store.claim(lambda model, shape: True) is None
+    assert await shared.store.claim(lambda *_: True) is None
     assert await shared.redis.exists(f"{shared.prefix}queue", f"{shared.prefix}live") == 0
     assert await shared.redis.exists(f"{shared.prefix}job:broken:events") == (not is_deleted)
 
@@ -278,7 +278,7 @@ async def test_job_of_a_newer_version_is_left_to_newer_processes(shared: Shared,
     await shared.redis.hset(f"{shared.prefix}live", "newer", json.dumps({**live, "version": RECORD_VERSION + 1}))
     await shared.redis.hset(f"{shared.prefix}job:newer", "version", RECORD_VERSION + 1)
     assert (await shared.claim()).job.id == "whole"
-    assert await shared.store.claim(lambda model, shape: True) is None
+    assert await shared.store.claim(lambda *_: True) is None
     with pytest.raises(StoreUnavailable, match="newer"):  # which clients try again
         await shared.store.get("newer")
     assert await shared.redis.zrange(f"{shared.prefix}queue", 0, -1) == [b"newer"]

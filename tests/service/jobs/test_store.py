@@ -61,7 +61,7 @@ MESH = MeshRequest(
 )
 
 
-def anything(model: str, shape: str) -> bool:
+def anything(model: str, shape: str, is_high: bool) -> bool:
     return True
 
 
@@ -108,10 +108,14 @@ async def test_claim_passes_over_what_does_not_fit(bench: Any, make_job: MakeJob
     for number in range(70):
         await bench.store.add(replace(make_job(f"a{number}"), created_at=float(number)))
     await bench.store.add(replace(make_job("wide", width=128), created_at=99.0))
-    assert await bench.store.claim(lambda model, shape: False) is None
-    claimed = await bench.store.claim(lambda model, shape: (model, shape) == ("drawn", "drawn 128x64"))
+    assert await bench.store.claim(lambda *_: False) is None
+    claimed = await bench.store.claim(lambda *job: job == ("drawn", "drawn 128x64", False))
     assert claimed.job.id == "wide"
     assert await bench.store.num_waiting() == {"drawn": 70}
+    # Room may be kept for high priority
+    await bench.store.add(make_job("high", priority=Priority.HIGH))
+    await bench.store.add(make_job("other high", priority=Priority.HIGH))
+    assert (await bench.store.claim(lambda *job: job == ("drawn", "drawn 64x64", True))).job.id == "high"
 
 
 async def test_two_never_claim_the_same_job(bench: Any, make_job: MakeJob) -> None:

@@ -215,7 +215,7 @@ async def test_job_whose_lease_is_lost_leaves_the_worker(build: Build, engine: A
         await until(engine.stepping.is_set)
         (claim,) = dispatcher.worker.held()
         await store.release(claim)
-        taken = await store.claim(lambda model, shape: True)  # by another worker
+        taken = await store.claim(lambda *_: True)  # by another worker
         assert taken is not None
         await until(lambda: claim not in dispatcher.worker.held())
         engine.gate.set()
@@ -229,7 +229,7 @@ async def test_jobs_of_a_dead_worker_are_finished_or_given_up(build: Build, make
     store = FragileStore(clock=lambda: now[0])
 
     async def claim_and_die(job_id: str) -> None:
-        claimed = await store.claim(lambda model, shape: True)
+        claimed = await store.claim(lambda *_: True)
         assert claimed is not None
         assert claimed.job.id == job_id
         now[0] += 20.0  # longer than a lease

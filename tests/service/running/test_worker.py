@@ -138,23 +138,43 @@ def test_a_light_request_takes_steps_without_dense_ones(service: Any, engine: An
     assert num_dense == pytest.approx(8, abs=1)
 
 
-@pytest.mark.parametrize("urgency", [{"priority": Priority.HIGH}, {"deadline_at": 1e12}], ids=["priority", "deadline"])
-def test_urgent_images_get_twice_the_device(
-    service: Any, engine: Any, make_job: MakeJob, urgency: dict[str, Any]
-) -> None:
+def test_images_with_a_deadline_get_twice_the_device(service: Any, engine: Any, make_job: MakeJob) -> None:
     engine.gate.clear()
     exact = PresetBudget(Preset.EXACT)
     waiting = [service.submit(make_job("a", seeds=(1,), num_inference_steps=20, budget=exact))]
     assert engine.stepping.wait(TIMEOUT_S)
-    budget = LatencyBudget(latency_s=1e12) if "deadline_at" in urgency else exact
-    urgent = make_job("b", seeds=(2,), width=128, num_inference_steps=12, budget=budget)
-    waiting.append(service.submit(replace(urgent, **urgency)))
+    urgent = make_job("b", seeds=(2,), width=128, num_inference_steps=12, budget=LatencyBudget(latency_s=1e12))
+    waiting.append(service.submit(replace(urgent, deadline_at=1e12)))
     service.wait_until_taken("a", "b")
     engine.gate.set()
     for finished in waiting:
         finished.result(TIMEOUT_S)
     last = max(turn for turn, batch in enumerate(engine.batches) if batch == [2])
     assert engine.batches[:last].count([1]) == pytest.approx(6, abs=1.5)
+
+
+def test_high_priority_starts_and_steps_before_all_others(
+    start_service: StartService, engine: Any, make_job: MakeJob
+) -> None:
+    # Given as many others as there is room for
+    service = start_service(Settings(max_batch_size=4, max_running=8))
+    engine.gate.clear()
+    shapes = [64, 64, 64, 64, 128, 128, 128, 128]
+    waiting = [
+        service.submit(make_job(str(seed), seeds=(seed,), width=width, num_inference_steps=10))
+        for seed, width in enumerate(shapes)
+    ]
+    service.wait_until_taken(*"0123456")
+    assert engine.stepping.wait(TIMEOUT_S)
+    # When one of high priority comes
+    waiting.append(service.submit(make_job("high", seeds=(9,), num_inference_steps=10, priority=Priority.HIGH)))
+    service.wait_until_taken("high")
+    engine.gate.set()
+    for finished in waiting:
+        finished.result(TIMEOUT_S)
+    # Then it waits for nothing but the step that was running
+    turns = [turn for turn, batch in enumerate(engine.batches) if 9 in batch]
+    assert turns == [*range(1, 11)]
 
 
 def test_high_priority_overtakes_the_queue(start_service: StartService, engine: Any, make_job: MakeJob) -> None:

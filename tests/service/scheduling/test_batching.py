@@ -13,11 +13,13 @@ from service.scheduling.cost import BlockSeconds
 NUM_BLOCKS = 10
 
 
-def candidate(share: float, *, virtual_time: float = 0.0, call: float = 0.0, key: str = "a") -> Candidate:
+def candidate(
+    share: float, *, virtual_time: float = 0.0, call: float = 0.0, key: str = "a", weight: float = 1.0
+) -> Candidate:
     """One that runs `share` of the blocks, where a call takes `call` of the second that a block takes a lone row."""
     num_run = round(share * NUM_BLOCKS)
     runs = [1.0] * num_run + [0.0] * (NUM_BLOCKS - num_run)
-    return Candidate(key, virtual_time, runs, BlockSeconds(call, 1 - call))
+    return Candidate(key, virtual_time, runs, BlockSeconds(call, 1 - call), weight)
 
 
 def predicted_seconds(members: Sequence[Candidate]) -> float:
@@ -31,7 +33,8 @@ def predicted_seconds(members: Sequence[Candidate]) -> float:
 def _candidates(draw: st.DrawFn) -> list[Candidate]:
     cost = BlockSeconds(draw(st.floats(0, 1)), draw(st.floats(0.01, 1)))
     runs = st.lists(st.floats(0.01, 2), min_size=3, max_size=3)
-    one = st.builds(Candidate, st.sampled_from("ab"), st.floats(0, 10), runs, st.just(cost))
+    weights = st.sampled_from([0.5, 1.0, 64.0])
+    one = st.builds(Candidate, st.sampled_from("ab"), st.floats(0, 10), runs, st.just(cost), weights)
     return draw(st.lists(one, min_size=1, max_size=12))
 
 
@@ -50,7 +53,8 @@ def test_leaders_have_the_least_virtual_time_and_end_within_their_fair_share(can
         leader = members[0]
         assert leader.virtual_time == min(candidates[i].virtual_time for later in groups[number:] for i in later)
         for size in range(1, len(members) + 1):
-            assert predicted_seconds(members[:size]) <= 1.1 * size * predicted_seconds([leader]) * (1 + 1e-9)
+            share = leader.weight / sum(member.weight for member in members[:size])
+            assert predicted_seconds(members[:size]) <= 1.1 / share * predicted_seconds([leader]) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("call", [0.0, 0.5, 1.0])
@@ -84,15 +88,13 @@ def test_the_most_alike_join_first() -> None:
     assert set(group[1:3]) == {3, 4}
 
 
-def take_turns(
-    candidates: list[Candidate], fair_share: FairShare, num_turns: int, weights: Sequence[float]
-) -> list[int]:
+def take_turns(candidates: list[Candidate], fair_share: FairShare, num_turns: int) -> list[int]:
     """Steps that each gets."""
     num_steps = [0] * len(candidates)
     for _ in range(num_turns):
         group = form_groups(candidates)[0]
         members = [candidates[index] for index in group]
-        virtual_times = fair_share.after_step(members, [weights[index] for index in group], predicted_seconds(members))
+        virtual_times = fair_share.after_step(members, predicted_seconds(members))
         for index, virtual_time in zip(group, virtual_times, strict=True):
             candidates[index] = replace(candidates[index], virtual_time=virtual_time)
             num_steps[index] += 1
@@ -100,14 +102,24 @@ def take_turns(
 
 
 def test_light_requests_get_steps_as_they_need_less_time() -> None:
-    dense, light = take_turns([candidate(1.0), candidate(0.2)], FairShare(), 60, [1, 1])
+    dense, light = take_turns([candidate(1.0), candidate(0.2)], FairShare(), 60)
     assert light / dense == pytest.approx(5, rel=0.1)
 
 
 def test_weight_is_the_share_of_the_device() -> None:
     # Of shapes that can't share steps.
-    high, low = take_turns([candidate(1.0, key="a"), candidate(1.0, key="b")], FairShare(), 60, [2, 0.5])
+    rivals = [candidate(1.0, key="a", weight=2), candidate(1.0, key="b", weight=0.5)]
+    high, low = take_turns(rivals, FairShare(), 60)
     assert high / low == pytest.approx(4, rel=0.1)
+
+
+@pytest.mark.parametrize(("call", "num_companions"), [(0.0, 0), (0.9, 1), (1.0, 7)])
+def test_others_join_a_weighty_leaders_step_only_where_they_hardly_delay_it(call: float, num_companions: int) -> None:
+    weighty = candidate(1.0, call=call, weight=64)
+    others = [candidate(1.0, virtual_time=1.0, call=call) for _ in range(7)]
+    assert form_groups([weighty, *others])[0] == [*range(1 + num_companions)]
+    # It joins theirs in any case
+    assert 0 in form_groups([replace(weighty, virtual_time=2.0), *others])[0]
 
 
 def test_nobody_starves_however_many_light_ones_come() -> None:
@@ -118,7 +130,7 @@ def test_nobody_starves_however_many_light_ones_come() -> None:
     for _ in range(400):
         group = form_groups(waiting)[0]
         members = [waiting[index] for index in group]
-        virtual_times = fair_share.after_step(members, [1.0] * len(members), predicted_seconds(members))
+        virtual_times = fair_share.after_step(members, predicted_seconds(members))
         for index, virtual_time in zip(group, virtual_times, strict=True):
             # A light one has but one step, and another comes in its place.
             waiting[index] = replace(waiting[index], virtual_time=fair_share.at_start if index else virtual_time)
@@ -129,7 +141,7 @@ def test_nobody_starves_however_many_light_ones_come() -> None:
 def test_who_comes_later_starts_where_the_last_leader_is() -> None:
     fair_share = FairShare()
     assert fair_share.at_start == 0
-    take_turns([candidate(1.0)], fair_share, 3, [1.0])
+    take_turns([candidate(1.0)], fair_share, 3)
     assert fair_share.at_start == pytest.approx(3 * NUM_BLOCKS)
 
 

@@ -1,0 +1,58 @@
+"""A thread that makes calls one after the other, those of high priority first."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from itertools import count
+from queue import PriorityQueue
+from threading import Thread
+from typing import TypeVar, TypeVarTuple
+
+Arguments = TypeVarTuple("Arguments")
+Result = TypeVar("Result")
+
+_HIGH, _OTHER, _LAST = range(3)
+
+
+class PriorityThread:
+    """Of one priority, calls are made in the order of `submit`. It starts with the first call."""
+
+    def __init__(self, name: str) -> None:
+        self._calls: PriorityQueue[tuple[int, int, Callable[[], None]]] = PriorityQueue()
+        self._numbers = count()
+        self._is_closed = False
+        self._thread = Thread(target=self._run, name=name, daemon=True)
+
+    def submit(self, is_high: bool, function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Future[Result]:
+        """The result of `function`, or what it raises. The future is not to be cancelled."""
+        future: Future[Result] = Future()
+
+        def call() -> None:
+            try:
+                result = function(*arguments)
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        self._put(_HIGH if is_high else _OTHER, call)
+        if self._thread.ident is None:
+            self._thread.start()
+        return future
+
+    def close(self) -> None:
+        """Return when all calls have been made. Nothing may be submitted any more."""
+
+        def close() -> None:
+            self._is_closed = True
+
+        self._put(_LAST, close)
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _put(self, rank: int, call: Callable[[], None]) -> None:
+        self._calls.put((rank, next(self._numbers), call))
+
+    def _run(self) -> None:
+        while not self._is_closed:
+            _, _, call = self._calls.get()
+            call()
