@@ -205,12 +205,8 @@ class Worker:
 
     def _keeps_out(self, job: Job) -> bool:
         """Whether starting it, which encodes its prompt or image, would be in the way of those of high priority."""
-        running = {running.job.is_high for running in self._running}
-        return (
-            not job.is_high
-            and len(running) == 2
-            and not self._precedence.are_owed(self.cards[job.model].encode_seconds)
-        )
+        running, needed_s = {running.job.is_high for running in self._running}, self.cards[job.model].encode_seconds
+        return not job.is_high and len(running) == 2 and not self._precedence.are_owed(needed_s)
 
     def _is_prepared(self, engine: "Engine", held: HeldJob, index: int) -> bool:
         """Whether a request can start. If another process can do a part of that, it begins here."""
