@@ -9,13 +9,15 @@ Records and results expire within seconds here. With `--default-ttls` they live 
 day: then the run lets them expire by setting the store's clock forward, or by deleting the keys of Redis that have a
 time to live. So what is left is what would stay for ever.
 
-After every 50 jobs, when all calls have ended and expired data has been dropped, three sizes are measured: the memory
-of Python's objects (tracemalloc), of the process (resident pages), and of Redis, with its number of keys. The first
-jobs (`--warm-up`) are not counted: they fill caches and the allocator's pools. A line is fitted to each size over all
-others. The exit status is 1 if a line rises by more than its limit, even less two standard errors of its slope:
+After every 50 jobs, when all calls have ended and expired data has been dropped, sizes are measured: the memory of
+Python's objects (tracemalloc), of the process (resident pages), and of Redis, with its number of keys, and how many
+descriptors the process has open. The first jobs (`--warm-up`) are not counted: they fill caches and the allocator's
+pools. A line is fitted to each size over all others. The exit status is 1 if a line rises by more than its limit, even
+less two standard errors of its slope:
 
 - Python's objects: 500 bytes per job. A task, a future with its event, or a tenth of a job's record is more. With
   Redis, some 150 bytes are strings that pydantic caches from the JSON it reads, at most 16,384 of them.
+- Open descriptors: one for 200 jobs.
 - Redis: 100 bytes per job. Any additional key takes more.
 - The process: 8,000 bytes per job. It includes tensors, which tracemalloc can't see: an image of the smallest size has
   12,288 bytes of colours, and 49,152 as float32. The allocator's fragments are the rest.
@@ -61,8 +63,8 @@ MODELS = (Path("checkpoints/tiny-flux"), Path("checkpoints/tiny-hunyuan3d"))
 EVERY = 50
 MIN_SAMPLES = 4
 """Fewer do not tell a line's slope from its error."""
-LIMITS: Mapping[str, float] = {"tracemalloc": 500.0, "process": 8000.0, "redis": 100.0}
-"""Bytes per job."""
+LIMITS: Mapping[str, float] = {"tracemalloc": 500.0, "process": 8000.0, "descriptors": 0.005, "redis": 100.0}
+"""Bytes per job, and open descriptors per job."""
 _NUM_CLIENTS = 4
 _TTL_S = 6.0
 _START_S = 120
@@ -261,6 +263,7 @@ def sample(num_jobs: int, store: Any | None) -> TableRow:
         "jobs": num_jobs,
         "tracemalloc": tracemalloc.get_traced_memory()[0],
         "process": pages * os.sysconf("SC_PAGE_SIZE"),
+        "descriptors": len(os.listdir("/proc/self/fd")),
     }
     if store is not None:
         keys = list(store.scan_iter(count=1000))  # this also makes Redis remove expired keys
@@ -321,7 +324,7 @@ def judge(rows: Sequence[TableRow]) -> tuple[dict[str, float], list[str]]:
     """How much each size rises per job, and those that rise by more than their limit."""
     slopes = {name: slope(rows, name) for name in rows[0] if name != "jobs"}
     faults = [
-        f"{name} rises by {rise:.0f} bytes per job, give or take {error:.0f}"
+        f"{name} rises by {rise:.4g} per job, give or take {error:.2g}"
         for name, (rise, error) in slopes.items()
         if rise - 2 * error > LIMITS.get(name, 1)
     ]
@@ -336,7 +339,7 @@ def measure(
     rows, made, grown = run(num_jobs, redis_server, num_warm_up=num_warm_up, has_default_ttls=has_default_ttls)
     show("jobs in Redis" if redis_server else "jobs in memory", rows)
     slopes, faults = judge(rows)
-    print("per job: " + ", ".join(f"{name} {rise:+.1f}" for name, rise in slopes.items()))
+    print("per job: " + ", ".join(f"{name} {rise:+.4g}" for name, rise in slopes.items()))
     if faults:
         print("\n".join([*faults, "where Python's memory grew:", *grown]))
     result = {"seconds": round(time.monotonic() - began), "calls": dict(made), "slopes": slopes, "samples": rows}
