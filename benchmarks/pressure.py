@@ -36,6 +36,7 @@ from benchmarks.table import TableRow, finish, show
 from examples.server_process import ElasticDit
 
 _MODELS = "tiny-flux,tiny-hunyuan3d"
+_IMAGE = Path("models/calibration_samples/pictures/00.png")
 _HEALTH_S = 0.05
 _ANSWER_S = 300.0
 _BODY_BYTES, _BODY_S = 29_000_000, 2.0
@@ -54,7 +55,7 @@ Call = Callable[[httpx2.Client], httpx2.Response]
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0, help="of each phase")
-    parser.add_argument("--image", type=Path, required=True, help="of the meshes")
+    parser.add_argument("--image", type=Path, default=_IMAGE, help="of the meshes")
     parser.add_argument("--budget", default="balanced", help="preset of all images")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     return parser.parse_args()
@@ -88,7 +89,7 @@ class Presser:
             while not self._ends.wait(max(0.0, due - time.monotonic())):
                 status = self._call(client).status_code
                 self.answers[status] += 1
-                due += self._every_s if status != _REFUSED or self._every_s else _AGAIN_S
+                due += self._every_s or (_AGAIN_S if status == _REFUSED else 0.0)
 
 
 def measure(url: str, budget: str, seconds: float) -> dict[str, list[float]]:

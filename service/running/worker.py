@@ -29,7 +29,6 @@ if TYPE_CHECKING:  # models.engine brings torch, which the API side never loads
 
 logger = logging.getLogger(__name__)
 
-
 _SHARE_FOR_HIGH = 8
 """One in so many of the places for running requests is kept for those of high priority."""
 
@@ -205,8 +204,8 @@ class Worker:
 
     def _keeps_out(self, job: Job) -> bool:
         """Whether starting it, which encodes its prompt or image, would be in the way of those of high priority."""
-        running, needed_s = {running.job.is_high for running in self._running}, self.cards[job.model].encode_seconds
-        return not job.is_high and len(running) == 2 and not self._precedence.are_owed(needed_s)
+        classes, needed_s = {ready.job.is_high for ready in self._ready()}, self.cards[job.model].encode_seconds
+        return not job.is_high and len(classes) == 2 and not self._precedence.are_owed(needed_s)
 
     def _is_prepared(self, engine: "Engine", held: HeldJob, index: int) -> bool:
         """Whether a request can start. If another process can do a part of that, it begins here."""
@@ -259,10 +258,13 @@ class Worker:
         with self._lock:
             self._running.append(running)
 
+    def _ready(self) -> list[Running]:
+        """Those that can have a turn: all but those that wait until there is room for their grid."""
+        return [running for running in self._running if running.decoding is not None or not running.state.is_done]
+
     def _next_batch(self) -> list[Running]:
         """The requests that share the next step, or the one whose decoding has a turn."""
-        # Without those that wait until there is room for their grid.
-        ready = [running for running in self._running if running.decoding is not None or not running.state.is_done]
+        ready = self._ready()
         groups = self._precedence.groups([running.as_candidate() for running in ready], time.perf_counter())
         self._metrics.observe_groups(self.cards, [ready[group[0]].job.model for group in groups])
         batch = [ready[index] for index in groups[0]]

@@ -177,6 +177,31 @@ def test_high_priority_starts_and_steps_before_all_others(
     assert turns == [*range(1, 11)]
 
 
+def test_others_are_not_encoded_while_high_priority_runs(
+    start_service: StartService, engine: Any, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(engine.cards, "drawn", replace(engine.cards["drawn"], encode_seconds=1e9))
+    service = start_service(Settings())
+    started_after: dict[int, int] = {}
+    start = engine.start
+
+    def recorded(request: Any) -> Any:
+        started_after[request.seed] = len(engine.batches)
+        return start(request)
+
+    monkeypatch.setattr(engine, "start", recorded)
+    engine.gate.clear()
+    waiting = [service.submit(make_job("other", seeds=(1,), width=128, num_inference_steps=5))]
+    assert engine.stepping.wait(TIMEOUT_S)
+    waiting.append(service.submit(make_job("high", seeds=(2,), num_inference_steps=10, priority=Priority.HIGH)))
+    waiting.append(service.submit(make_job("late", seeds=(3,), num_inference_steps=5)))
+    service.wait_until_taken("other", "high", "late")
+    engine.gate.set()
+    for finished in waiting:
+        finished.result(TIMEOUT_S)
+    assert started_after[3] > max(turn for turn, batch in enumerate(engine.batches) if 2 in batch)
+
+
 def test_high_priority_overtakes_the_queue(start_service: StartService, engine: Any, make_job: MakeJob) -> None:
     service = start_service(Settings(max_batch_size=1))
     engine.gate.clear()
