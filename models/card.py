@@ -18,6 +18,13 @@ class Guidance(StrEnum):
     TRUE = "true"  # true classifier-free guidance; there is no `true_cfg_scale` (Qwen-Image)
 
 
+class Edits(StrEnum):
+    """How a model edits pictures."""
+
+    NOISED = "noised"  # from the picture with noise on, so there are a strength and a mask (FLUX.1, Qwen-Image)
+    REFERENCE = "reference"  # it reads the pictures beside the noise (FLUX.1-Kontext, Qwen-Image-Edit)
+
+
 @dataclass(frozen=True, slots=True)
 class SizeLimits:
     """Valid heights and widths in pixels: multiples of `multiple_of` from `minimum` to `maximum`."""
@@ -82,7 +89,7 @@ class ImageCard(ModelCard):
     """A text-to-image model. Heights and widths are in pixels.
 
     `decode_seconds` is the time to decode an image of the default size to a PNG file, measured when the model is
-    loaded.
+    loaded. An edit has at most `max_input_images` pictures; with `needs_input_image` there is no image without one.
     """
 
     modality: ClassVar[str] = "image"
@@ -92,6 +99,9 @@ class ImageCard(ModelCard):
     decode_seconds: float = math.inf
     sizes: SizeLimits
     max_prompt_characters: int
+    edits: Edits = Edits.NOISED
+    max_input_images: int = 1
+    needs_input_image: bool = False
 
     def _is_calibrated_for(self, request: GenerationRequest) -> bool:
         assert isinstance(request, ImageRequest)

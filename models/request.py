@@ -73,9 +73,23 @@ class GenerationRequest:
         return self.point.num_computed_steps(self.num_inference_steps, self.compute_cap)
 
 
+@dataclass(frozen=True, slots=True)
+class ImageEdit:
+    """What an image is made from, besides its prompt.
+
+    `images` are checked image files: upright, decodable, within the pixel limit. `mask`, such a file too, shows by its
+    transparency what may change; None if all may. `strength`, above 0 and at most 1, is the share of the denoise steps
+    that are taken, from the picture with noise on; None for models that read the pictures beside the noise instead.
+    """
+
+    images: tuple[bytes, ...]
+    mask: bytes | None = None
+    strength: float | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRequest(GenerationRequest):
-    """One image to generate from a prompt.
+    """One image to generate from a prompt, and with `edit` from pictures too.
 
     `height` and `width` are in pixels and fit the model. The scale of true classifier-free guidance is `guidance_scale`
     where the model's `Guidance` is TRUE (`true_cfg_scale` is 1 there), else `true_cfg_scale`. There is a
@@ -87,6 +101,7 @@ class ImageRequest(GenerationRequest):
     width: int
     negative_prompt: str | None = None
     true_cfg_scale: float = 1.0
+    edit: ImageEdit | None = None
 
 
 class BackgroundRemoval(StrEnum):
