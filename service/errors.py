@@ -11,7 +11,7 @@ ServiceError
 ├── MalformedRequest      the HTTP request contradicts itself
 ├── UnsupportedMediaType  the call does not accept bodies of this media type or encoding
 ├── InvalidJson           the body is not JSON in UTF-8
-├── InvalidImage          the input image cannot be read, or exceeds a limit
+├── InvalidImage          an input image cannot be read, or exceeds a limit
 ├── Overloaded            the predicted backlog is too long; has the time of the next try
 ├── DeadlineUnreachable   even the lowest allowed quality would take too long
 ├── Draining              the server is shutting down
@@ -25,6 +25,8 @@ ServiceError
 ├── GenerationFailed      the engine failed on this job
 └── SandboxFailed         a process of this server ended, or needed too much memory
 """
+
+from typing import Self
 
 
 class ServiceError(Exception):
@@ -76,7 +78,15 @@ class InvalidJson(ServiceError):
 
 
 class InvalidImage(ServiceError):
-    param = "input_image"
+    """`param` names the field of the image, with which the message begins."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, str]]:
+        """It is raised in other processes too."""
+        return type(self), (str(self), self.param)
 
 
 class Overloaded(ServiceError):

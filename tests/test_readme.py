@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from service import cli
-from service.api.routes_meshes import TEXTS
+from service.api.routes_meshes import MeshRoute
 from service.api.schemas import ImageBody, MeshBody
 from service.budget import BudgetBody
 
@@ -64,7 +64,11 @@ def test_every_curl_sends_a_valid_body(line: str) -> None:
         ImageBody.model_validate_json(words[words.index("-d") + 1])
         return
     parts = [word.split("=", 1) for flag, word in pairwise(words) if flag == "-F"]
-    fields = {name: value if name in TEXTS else json.loads(value) for name, value in parts if name != "input_image"}
+    fields = {
+        name: value if name in MeshRoute.pictures.texts else json.loads(value)
+        for name, value in parts
+        if name != "input_image"
+    }
     image = dict(parts)["input_image"]
     assert (ROOT / image.removeprefix("@")).is_file()
     MeshBody.model_validate({"input_image": image, **fields})

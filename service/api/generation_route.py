@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 from urllib.request import parse_http_list
@@ -73,11 +73,11 @@ class GenerationRoute(APIRoute):
         return await json_fields_of(request)
 
 
-async def json_fields_of(request: Request, file_field: str | None = None) -> dict[str, Any]:
+async def json_fields_of(request: Request, file_fields: Sequence[str] = ()) -> dict[str, Any]:
     """The fields of a JSON body, parsed in a thread. Raises what `parse_json` raises."""
     settings: Settings = request.app.state.settings
     body = b"".join([chunk async for chunk in request.stream()])
-    return await asyncio.to_thread(parse_json, body, max_bytes=settings.max_body_bytes, file_field=file_field)
+    return await asyncio.to_thread(parse_json, body, max_bytes=settings.max_body_bytes, file_fields=file_fields)
 
 
 def _check_not_compressed(request: Request) -> None:

@@ -57,34 +57,52 @@ _WHITESPACE = string.whitespace.encode()
 _16_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
-def decode_base64_image(text: str) -> bytes:
-    """The bytes of base64 text or of a base64 `data:` URL. Raises InvalidImage for any other text."""
+class _Refused(Exception):
+    """The image cannot be used. The message goes on after the name of its field."""
+
+
+def decode_base64_image(text: str, field: str = "input_image") -> bytes:
+    """The bytes of base64 text or of a base64 `data:` URL, given in `field`. Raises InvalidImage for any other text."""
+    try:
+        return _decoded(text)
+    except _Refused as error:
+        raise InvalidImage(f"{field} {error}", field) from error
+
+
+def checked_image(data: bytes, field: str = "input_image", *, max_pixels: int) -> bytes:
+    """A PNG of the single image in `data`: RGB or RGBA, 8 bits a channel, upright, at most `KEPT_SIDE` a side.
+
+    Parts of the file that do not describe pixels are removed before Pillow opens it, since Pillow keeps and joins them.
+    Sides and number of frames are checked before pixels are decoded. Raises InvalidImage, which names `field`. Not for
+    two threads at once: it changes the warning filters, which belong to the process.
+    """
+    try:
+        return _checked(data, max_pixels)
+    except _Refused as error:
+        raise InvalidImage(f"{field} {error}", field) from error
+
+
+def _decoded(text: str) -> bytes:
     given = text.strip()
     if given[:5].lower() == "data:":
         head, comma, given = given.partition(",")
         if not comma or not head.lower().endswith(";base64"):
-            raise InvalidImage("input_image is a data: URL without base64; write data:image/png;base64,…")
+            raise _Refused("is a data: URL without base64; write data:image/png;base64,…")
     elif "://" in given[:16]:
-        raise InvalidImage("input_image is a URL, which this server does not fetch; send the image itself")
+        raise _Refused("is a URL, which this server does not fetch; send the image itself")
     try:
         # As bytes: `given.split()` makes a string of each piece, which are millions if there are spaces between all.
         data = base64.b64decode(given.encode("ascii").translate(None, _WHITESPACE), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise InvalidImage(f"input_image is not base64: {error}") from error
+        raise _Refused(f"is not base64: {error}") from error
     if not data:
-        raise InvalidImage("input_image is empty")
+        raise _Refused("is empty")
     return data
 
 
-def checked_image(data: bytes, *, max_pixels: int) -> bytes:
-    """A PNG of the single image in `data`: RGB or RGBA, 8 bits a channel, upright, at most `KEPT_SIDE` a side.
-
-    Parts of the file that do not describe pixels are removed before Pillow opens it, since Pillow keeps and joins them.
-    Sides and number of frames are checked before pixels are decoded. Raises InvalidImage. Not for two threads at once:
-    it changes the warning filters, which belong to the process.
-    """
+def _checked(data: bytes, max_pixels: int) -> bytes:
     if data.startswith(_JPEG) and data.count(_SCAN) > MAX_SCANS:
-        raise InvalidImage(f"input_image has {data.count(_SCAN)} scans; at most {MAX_SCANS} are accepted")
+        raise _Refused(f"has {data.count(_SCAN)} scans; at most {MAX_SCANS} are accepted")
     if data.startswith(_JPEG):
         data = _jpeg_of_pixels(data)
     elif data.startswith(_PNG):
@@ -105,11 +123,11 @@ def checked_image(data: bytes, *, max_pixels: int) -> bytes:
                 upright = _upright(converted)
                 pixels = Image.frombytes(upright.mode, upright.size, upright.tobytes())
     except UnidentifiedImageError as error:
-        raise InvalidImage(f"input_image is not a readable image; send {', '.join(FORMATS)}") from error
+        raise _Refused(f"is not a readable image; send {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
-        raise InvalidImage(f"input_image is too large; at most {max_pixels} pixels are accepted: {error}") from error
+        raise _Refused(f"is too large; at most {max_pixels} pixels are accepted: {error}") from error
     except _BROKEN as error:
-        raise InvalidImage(f"input_image is damaged: {error}") from error
+        raise _Refused(f"is damaged: {error}") from error
     file = BytesIO()
     pixels.save(file, "PNG", compress_level=1)
     return file.getvalue()
@@ -125,9 +143,7 @@ def _jpeg_of_pixels(data: bytes) -> bytes:
     while data[place : place + 2] != _SCAN and place + 4 <= len(data):
         number += 1
         if number > MAX_PARTS:
-            raise InvalidImage(
-                f"input_image has more than {MAX_PARTS} segments before its pixels; save it without them"
-            )
+            raise _Refused(f"has more than {MAX_PARTS} segments before its pixels; save it without them")
         marker = data[place + 1]
         if data[place] != 0xFF or marker in (0x00, 0xFF):  # fill bytes and junk, which decoders skip
             place += 1
@@ -146,28 +162,26 @@ def _jpeg_of_pixels(data: bytes) -> bytes:
             seen.add(marker)
         place = end
     if data[place : place + 2] != _SCAN:
-        raise InvalidImage("input_image is damaged: it is a JPEG that ends before its pixels")
+        raise _Refused("is damaged: it is a JPEG that ends before its pixels")
     head = b"".join(kept)
     if len(head) > _JPEG_HEAD_BYTES:
-        raise InvalidImage(
-            f"input_image has {len(head)} bytes before its pixels; at most {_JPEG_HEAD_BYTES} are accepted"
-        )
+        raise _Refused(f"has {len(head)} bytes before its pixels; at most {_JPEG_HEAD_BYTES} are accepted")
     return head + data[place:]
 
 
 def _png_of_pixels(data: bytes) -> bytes:
     """The file without texts, profiles and data after its end. Raises InvalidImage if it is animated."""
     if data[12:16] != b"IHDR":
-        raise InvalidImage("input_image is damaged: it is a PNG that doesn't begin with its size")
+        raise _Refused("is damaged: it is a PNG that doesn't begin with its size")
     kept, place, number, has_exif = [_PNG], len(_PNG), 0, False
     most = MAX_PARTS + len(data) // _PNG_PART_BYTES
     while place < len(data):
         number += 1
         if number > most:
-            raise InvalidImage(f"input_image has more than {most} chunks; save it with fewer and larger ones")
+            raise _Refused(f"has more than {most} chunks; save it with fewer and larger ones")
         length, kind = int.from_bytes(data[place : place + 4]), data[place + 4 : place + 8]
         if kind == b"acTL" and (frames := int.from_bytes(data[place + 8 : place + 12])) > 1:
-            raise InvalidImage(f"input_image has {frames} frames; send a single still image")
+            raise _Refused(f"has {frames} frames; send a single still image")
         end = place + length + 12
         is_exif = kind == b"eXIf" and not has_exif and length <= _EXIF_BYTES
         if kind in _PNG_PARTS or is_exif or kind[:1].isupper():  # unknown critical chunks stay: Pillow refuses them
@@ -182,19 +196,15 @@ def _png_of_pixels(data: bytes) -> bytes:
 def _check_size(image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
     if min(width, height) < MIN_SIDE or max(width, height) > MAX_SIDE:
-        raise InvalidImage(
-            f"input_image has {width}x{height} pixels; sides can be from {MIN_SIDE} to {MAX_SIDE} pixels"
-        )
+        raise _Refused(f"has {width}x{height} pixels; sides can be from {MIN_SIDE} to {MAX_SIDE} pixels")
     if width * height > max_pixels:
-        raise InvalidImage(
-            f"input_image has {width}x{height} pixels, {width * height} in all; at most {max_pixels} are accepted"
-        )
+        raise _Refused(f"has {width}x{height} pixels, {width * height} in all; at most {max_pixels} are accepted")
 
 
 def _check_single(image: Image.Image) -> None:
     number = getattr(image, "n_frames", 1)
     if number > 1:
-        raise InvalidImage(f"input_image has {number} frames; send a single still image")
+        raise _Refused(f"has {number} frames; send a single still image")
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -12,7 +12,7 @@ PICTURE = "aB+/" * 1000
 
 
 def parse(body: str | bytes) -> dict[str, Any]:
-    return parse_json(body if isinstance(body, bytes) else body.encode(), max_bytes=200, file_field="input_image")
+    return parse_json(body if isinstance(body, bytes) else body.encode(), max_bytes=200, file_fields=("input_image",))
 
 
 @pytest.mark.parametrize(
@@ -69,10 +69,38 @@ def test_body_without_a_picture_is_limited() -> None:
 )
 def test_what_is_not_json_is_refused_with_its_place(body: bytes, message: str) -> None:
     with pytest.raises(InvalidJson, match=message):
-        parse_json(body, max_bytes=100_000, file_field="input_image")
+        parse_json(body, max_bytes=100_000, file_fields=("input_image",))
 
 
 @pytest.mark.parametrize("body", ["null", "[1]", '"a"', "1"])
 def test_body_must_be_an_object(body: str) -> None:
     with pytest.raises(InvalidRequest, match="the body must be a JSON object, not "):
         parse(body)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"image": PICTURE, "mask": PICTURE[:-4], "seed": 1},
+        {"seed": 1, "image": [PICTURE, "", PICTURE[4:]], "prompt": 'an "image": [here]', "mask": PICTURE},
+        {"images": [{"image_url": PICTURE}, {"image_url": PICTURE[8:]}], "mask": {"image_url": PICTURE[:800]}},
+        {"image": ["a", "b"], "seed": 2, "mask": PICTURE},
+    ],
+    ids=["two fields", "a list", "objects", "short ones"],
+)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_several_pictures_may_be_longer_than_the_rest(fields: dict[str, Any], indent: int | None) -> None:
+    body = json.dumps(fields, indent=indent).encode()
+    assert parse_json(body, max_bytes=250, file_fields=("image", "mask", "image_url")) == fields
+
+
+def test_place_of_a_fault_after_several_pictures_is_that_in_the_body() -> None:
+    body = json.dumps({"image": [PICTURE, PICTURE], "mask": PICTURE, "seed": 1}).encode()[:-2] + b"}"
+    with pytest.raises(InvalidJson, match=f"Expecting value at character {len(body) - 1}"):
+        parse_json(body, max_bytes=200, file_fields=("image", "mask"))
+
+
+def test_many_short_pictures_count_as_the_rest() -> None:
+    body = b'{"image": [' + b'"",' * 1_000_000 + b'""]}'
+    with pytest.raises(HTTPException, match="the body without image, mask is larger than 1000 bytes"):
+        parse_json(body, max_bytes=1000, file_fields=("image", "mask"))
