@@ -1,11 +1,11 @@
 """An order: what one call asks for, parsed. It exists only if it is valid; nothing checks or resolves it again."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from models.curve import CurvePoint
 from models.file_formats import MeshFormat, OutputFormat
-from models.request import ImageRequest, MeshRequest
+from models.request import ImageEdit, ImageRequest, MeshRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,31 @@ class Order:
         return self.requests[0].num_branches
 
 
-def input_image_bytes(requests: Iterable[ImageRequest | MeshRequest]) -> int:
-    """The size of the input images of all these requests."""
-    return sum(len(request.input_image) for request in requests if isinstance(request, MeshRequest))
+def pictures_of(request: ImageRequest | MeshRequest) -> tuple[bytes, ...]:
+    """The image files that a request is made from. An edit's mask is the last of them."""
+    match request:
+        case MeshRequest():
+            return (request.input_image,)
+        case ImageRequest(edit=ImageEdit() as edit):
+            return edit.images if edit.mask is None else (*edit.images, edit.mask)
+        case _:
+            return ()
+
+
+def with_pictures(request: ImageRequest | MeshRequest, pictures: Sequence[bytes]) -> ImageRequest | MeshRequest:
+    """The request with other image files, as many as `pictures_of` it are."""
+    match request:
+        case MeshRequest():
+            (input_image,) = pictures
+            return replace(request, input_image=input_image)
+        case ImageRequest(edit=ImageEdit() as edit):
+            num_images = len(edit.images)
+            mask = None if edit.mask is None else pictures[num_images]
+            return replace(request, edit=replace(edit, images=tuple(pictures[:num_images]), mask=mask))
+        case _:
+            return request
+
+
+def input_image_bytes(requests: Sequence[ImageRequest | MeshRequest]) -> int:
+    """The size of the input images of these requests of one call, which share them."""
+    return sum(map(len, pictures_of(requests[0])))

@@ -1,6 +1,6 @@
 """A job: the images or the mesh of one API call, from the queue to the result."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Self
@@ -8,7 +8,7 @@ from typing import Self
 from models.report import GenerationSummary, MeshReport, StepDecision
 from models.request import ImageRequest, MeshRequest
 from service.jobs.traces import pack, unpack
-from service.order import Output
+from service.order import Output, pictures_of, with_pictures
 
 
 class JobStatus(StrEnum):
@@ -158,13 +158,13 @@ class Job:
         denoise_s = self.predicted_seconds - self.decode_seconds
         return denoise_s * (1 - steps_done / num_steps) + self.decode_seconds
 
+    def with_input_images(self, pictures: Sequence[bytes]) -> Self:
+        """This job with these image files in each of its requests."""
+        return replace(self, requests=tuple(with_pictures(request, pictures) for request in self.requests))
+
     def without_input_images(self) -> Self:
-        """This job without the input images of mesh requests, which may be megabytes."""
-        return replace(self, requests=tuple(_without_input_image(request) for request in self.requests))
-
-
-def _without_input_image(request: ImageRequest | MeshRequest) -> ImageRequest | MeshRequest:
-    return replace(request, input_image=b"") if isinstance(request, MeshRequest) else request
+        """This job with empty image files, which may be megabytes."""
+        return self.with_input_images([b"" for _ in pictures_of(self.requests[0])])
 
 
 @dataclass(frozen=True, slots=True)

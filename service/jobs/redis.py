@@ -7,7 +7,6 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 from redis.asyncio import Redis
@@ -17,13 +16,11 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from models.request import MeshRequest
 from service.errors import IdempotencyKeyReused, JobNotFinished, JobNotFound, JobUnreadable
 from service.jobs import redis_scripts
 from service.jobs.job import Failure, FailureReason, FinishedJob, Job, JobSnapshot, JobStatus
 from service.jobs.redis_operations import CHECK_LIMIT_S, LIMIT_S, RESULTS_LIMIT_S, RedisOperations
 from service.jobs.redis_records import (
-    RECORD_VERSION,
     LiveEntry,
     dump_failure,
     dump_job,
@@ -31,7 +28,9 @@ from service.jobs.redis_records import (
     dump_receipts,
     load_event,
     load_live,
+    load_pictures,
     load_snapshot,
+    version_of,
 )
 from service.jobs.results import Results
 from service.jobs.shared_clock import SharedClock
@@ -48,6 +47,7 @@ from service.jobs.store import (
     Progress,
     Recovery,
 )
+from service.order import pictures_of
 
 logger = logging.getLogger(__name__)
 
@@ -136,17 +136,18 @@ class RedisStore:
         await self._results.check()
 
     async def add(self, job: Job, idempotency: Idempotency | None = None) -> Job:
-        request = job.requests[0]
-        input_image = request.input_image if isinstance(request, MeshRequest) else b""
-        fields: list[Any] = ["version", RECORD_VERSION, "job", dump_job(job.without_input_images())]
+        pictures = pictures_of(job.requests[0])
+        fields: list[Any] = ["version", version_of(job), "job", dump_job(job.without_input_images())]
+        if pictures:
+            fields += ["picture_sizes", json.dumps([len(picture) for picture in pictures])]
         if job.webhook_url is not None:
             fields += ["webhook_url", job.webhook_url]
         name, value = "", ""
         if idempotency is not None:
             name, value = f"{idempotency.owner}:{idempotency.key}", f"{idempotency.fingerprint} {job.id}"
         entry = dump_live(job, job.predicted_seconds)
-        async with self._operation("add", RESULTS_LIMIT_S if input_image else LIMIT_S):
-            existing = await self._run(self._add, job.id, job.place, entry, name, value, input_image, *fields)
+        async with self._operation("add", RESULTS_LIMIT_S if pictures else LIMIT_S):
+            existing = await self._run(self._add, job.id, job.place, entry, name, value, b"".join(pictures), *fields)
         return job if existing is None or idempotency is None else await self._existing(idempotency, existing)
 
     async def find(self, idempotency: Idempotency) -> Job | None:
@@ -210,16 +211,16 @@ class RedisStore:
             job = load_snapshot(job_id, fields).job
             if job.model != model:  # which its worker may not have
                 raise JobUnreadable(job_id)
+            if pictures_of(job.requests[0]):
+                async with self._operation("claim", RESULTS_LIMIT_S):
+                    data = await self._redis.get(self._key(f"job:{job_id}:picture"))
+                # They are missing if the job was cancelled meanwhile; the worker will learn of that.
+                job = job if data is None else load_pictures(job, data, fields)
         except JobNotFound:
             return None
         except JobUnreadable as error:
             await self._fail_unreadable(job_id, error)
             return None
-        if isinstance(job.requests[0], MeshRequest):
-            async with self._operation("claim", RESULTS_LIMIT_S):
-                input_image = await self._redis.get(self._key(f"job:{job_id}:picture"))
-            # It is missing if the job was cancelled meanwhile; the worker will learn of that.
-            job = replace(job, requests=(replace(job.requests[0], input_image=input_image or b""),))
         return Claim(job, lease)
 
     async def _fail_unreadable(self, job_id: str, error: JobUnreadable | None = None) -> None:

@@ -10,17 +10,21 @@ Policies are written by the name of their rule, since each rule has its own type
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 from pydantic import FiniteFloat, TypeAdapter
 
 from models.curve import point_entry, point_of
+from models.request import ImageRequest
 from service.errors import JobNotFound, JobUnreadable, StoreUnavailable
 from service.jobs.job import Failure, Job, JobSnapshot, JobState, JobStatus, Receipt
 from service.jobs.store import Event, EventName
+from service.order import pictures_of
 from service.scheduling.batching import shape_of
 
-RECORD_VERSION = 2
-"""The version of the records that are written. Records of version 1 do not say theirs."""
+RECORD_VERSION = 3
+"""The version of the newest records that are read. Records of version 1 do not say theirs."""
+_VERSION_WITHOUT_EDITS = 2
 
 _JOB = TypeAdapter(Job)
 _RECEIPTS = TypeAdapter(tuple[Receipt, ...])
@@ -49,9 +53,16 @@ class LiveEntry:
 _LIVE = TypeAdapter(LiveEntry)
 
 
+def version_of(job: Job) -> int:
+    """The version of a job's records: the oldest that reads all of them. Version 2 would ignore that it is an edit."""
+    request = job.requests[0]
+    is_edit = isinstance(request, ImageRequest) and request.edit is not None
+    return RECORD_VERSION if is_edit else _VERSION_WITHOUT_EDITS
+
+
 def dump_live(job: Job, seconds_left: float) -> bytes:
     shape, seconds = shape_of(job.requests[0]), round(seconds_left, 6)
-    return _LIVE.dump_json(LiveEntry(job.model, shape, seconds, RECORD_VERSION, job.is_high))
+    return _LIVE.dump_json(LiveEntry(job.model, shape, seconds, version_of(job), job.is_high))
 
 
 def load_live(data: bytes) -> LiveEntry | None:
@@ -92,6 +103,20 @@ def load_snapshot(job_id: str, fields: Mapping[bytes, bytes]) -> JobSnapshot:
     except Exception as error:  # a record may break in any way that a reader can fail
         raise JobUnreadable(job_id) from error
     raise StoreUnavailable(f"job {job_id} was recorded by a newer version of this server; try again in a moment")
+
+
+def load_pictures(job: Job, data: bytes, fields: Mapping[bytes, bytes]) -> Job:
+    """The job with its pictures, which `data` has one after the other. Before version 3 there was only one.
+
+    Raises JobUnreadable if they are not all there.
+    """
+    try:
+        sizes: list[int] = json.loads(fields.get(b"picture_sizes", b"[%d]" % len(data)))
+        if sum(sizes) != len(data) or len(sizes) != len(pictures_of(job.requests[0])):
+            raise ValueError(f"its pictures have {sizes} bytes, and {len(data)} are there")
+    except Exception as error:  # a record may break in any way that a reader can fail
+        raise JobUnreadable(job.id) from error
+    return job.with_input_images([data[end - size : end] for end, size in zip(accumulate(sizes), sizes, strict=True)])
 
 
 def load_event(event_id: bytes, fields: Mapping[bytes, bytes]) -> Event | None:

@@ -3,7 +3,7 @@
 The keys, all after a prefix:
 
     job:<id>            hash    `job`, the fixed record as JSON, and one field for each part of the state
-    job:<id>:picture    string  the input image of a mesh request, until the job has ended
+    job:<id>:picture    string  its input images, one after the other, until the job has ended
     job:<id>:events     stream  its events
     queue               zset    id -> place, of queued jobs
     leases              zset    id -> when the lease ends, in ms of Redis' clock, of running jobs
@@ -55,7 +55,7 @@ local function is_gone(id)
 end
 """
 
-# ARGV: id, place, live entry, name of the idempotency key or '', its value, input image or '', fields…
+# ARGV: id, place, live entry, name of the idempotency key or '', its value, input images or '', fields…
 # Returns the value of an idempotency key that exists already.
 ADD = (
     _COMMON

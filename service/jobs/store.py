@@ -162,7 +162,7 @@ class JobStore(Protocol):
         ...
 
     async def get(self, job_id: str) -> JobSnapshot:
-        """The job, perhaps without the input images of mesh requests. Raises JobNotFound."""
+        """The job, perhaps without its input images. Raises JobNotFound."""
         ...
 
     async def content(self, job_id: str) -> FinishedJob:

@@ -67,7 +67,7 @@ def test_place_goes_by_priority_then_by_deadline(make_job: Callable[..., Job]) -
     ]
 
 
-def test_without_input_images_changes_only_mesh_requests(make_job: Callable[..., Job]) -> None:
+def test_without_input_images_changes_only_requests_that_have_some(make_job: Callable[..., Job]) -> None:
     image_job = make_job("a")
     assert image_job.without_input_images() == image_job
     mesh = MeshRequest(

@@ -10,7 +10,7 @@ import pytest
 
 from models.curve import ComputedSteps, CurvePoint
 from models.report import Decision, GenerationSummary, MeshReport, StepDecision
-from models.request import ComputeBudget, MeshRequest
+from models.request import ComputeBudget, ImageEdit, MeshRequest
 from models.rules.router import RouterPolicy
 from service.errors import IdempotencyKeyReused, JobNotFinished, JobNotFound, ResultExpired
 from service.jobs.job import (
@@ -60,6 +60,9 @@ MESH = MeshRequest(
     octree_resolution=32,
 )
 
+# Two pictures and a mask, which the requests of a job share.
+EDIT = ImageEdit((bytes(range(200)), b"second"), mask=b"mask", strength=0.5)
+
 
 def anything(model: str, shape: str, is_high: bool) -> bool:
     return True
@@ -79,6 +82,31 @@ async def test_job_comes_back_as_it_was_added(bench: Any, make_job: MakeJob) -> 
     by_id = {claimed.job.id: claimed.job for claimed in (await claim(bench), await claim(bench))}
     assert by_id["a"].requests == job.requests
     assert by_id["m"].requests == (MESH,)
+
+
+async def test_edit_comes_back_with_its_pictures(bench: Any, make_job: MakeJob) -> None:
+    job = make_job("a", seeds=(3, 4), edit=EDIT)
+    await bench.store.add(job)
+    assert (await claim(bench)).job.requests == job.requests
+
+
+@pytest.mark.parametrize("status", [JobStatus.SUCCEEDED, JobStatus.CANCELLED])
+async def test_pictures_of_an_edit_are_deleted_when_its_job_ends(
+    status: JobStatus, bench: Any, make_job: MakeJob
+) -> None:
+    job = make_job("a", seeds=(3, 4), edit=EDIT)
+    await bench.store.add(job)
+    claimed = await claim(bench)
+    assert await bench.store.input_image_bytes() == 200 + 6 + 4  # not once for each request
+    if status is JobStatus.CANCELLED:
+        await bench.store.cancel("a")
+    else:
+        await bench.store.end(Ending(claimed, status, artifacts=(b"a", b"b")))
+    emptied = ImageEdit((b"", b""), mask=b"", strength=0.5)
+    assert (await bench.store.get("a")).job.requests == tuple(
+        replace(request, edit=emptied) for request in job.requests
+    )
+    assert await bench.store.input_image_bytes() == 0
 
 
 @pytest.mark.parametrize("status", [JobStatus.SUCCEEDED, JobStatus.CANCELLED])
