@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from redis.asyncio import Redis
 
-from service.api import routes_images, routes_jobs, routes_meshes, routes_models, routes_operations
+from service.api import routes_edits, routes_images, routes_jobs, routes_meshes, routes_models, routes_operations
 from service.api.errors import add_error_handlers
 from service.api.image_checks import ImageChecks
 from service.api.job_views import job_body
@@ -103,7 +103,7 @@ def _redis(url: str) -> Redis:
 def create_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
     """The application. The caller has started the dispatcher's worker; the application stops it at its end."""
     app = _bare_app(settings, dispatcher)
-    for routes in (routes_images, routes_meshes, routes_jobs, routes_models, routes_operations):
+    for routes in (routes_images, routes_edits, routes_meshes, routes_jobs, routes_models, routes_operations):
         app.include_router(routes.router)
     add_playground(app)
     return app

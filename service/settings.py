@@ -105,6 +105,11 @@ class Settings(BaseSettings):
         ge=1,
         description="The largest body of POST /v1/meshes, its image included.",
     )
+    max_edit_body_bytes: int = Field(
+        default=64_000_000,
+        ge=1,
+        description="The largest body of POST /v1/images/edits, its images included.",
+    )
     max_held_body_bytes: int = Field(
         default=512_000_000,
         ge=1,

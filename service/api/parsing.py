@@ -10,8 +10,10 @@ from models.card import Guidance, ImageCard, MeshCard, ModelCard, SizeLimits
 from models.curve import EXACT, CurvePoint, Preset
 from models.errors import InvalidRequest
 from models.file_formats import MeshFormat, OutputFormat
-from models.request import BackgroundRemoval, Budget, ImageRequest, MeshRequest, PresetBudget, QualityBudget
-from service.api.schemas import MAX_SEED, ImageBody, MeshBody, QualityWord, ResponseFormat
+from models.request import BackgroundRemoval, Budget, ImageEdit, ImageRequest, MeshRequest, PresetBudget, QualityBudget
+from service.api.edits import CheckedPictures, parse_edit, size_near
+from service.api.schemas import MAX_SEED, EditBody, ImageBody, MeshBody, QualityWord, ResponseFormat
+from service.api.sizes import nearest_size
 from service.api.validation import shown
 from service.budget import BudgetBody
 from service.order import Order, Output
@@ -35,11 +37,39 @@ _PRESETS_OF_WORDS = {
 
 def parse_image_body(body: ImageBody, card: ImageCard, *, default_budget: BudgetBody, random_seed: int) -> Order:
     """The order of `body` for the model of `card`: `n` requests with consecutive seeds. Raises InvalidRequest."""
+    if card.needs_input_image:
+        raise InvalidRequest(
+            f"model {shown(card.id)} makes images of pictures only; send one to /v1/images/edits, or choose a model "
+            "whose needs_input_image in /v1/models is false",
+            "model",
+        )
+    auto_size = (card.default_width, card.default_height)
+    return _parse_images(body, card, None, auto_size, default_budget=default_budget, random_seed=random_seed)
+
+
+def parse_edit_body(
+    body: EditBody, card: ImageCard, pictures: CheckedPictures, *, default_budget: BudgetBody, random_seed: int
+) -> Order:
+    """The order of `body`, whose `pictures` were checked, as `parse_image_body` makes one. Raises InvalidRequest."""
+    edit, auto_size = parse_edit(body, card, pictures), size_near(pictures.size, card)
+    return _parse_images(body, card, edit, auto_size, default_budget=default_budget, random_seed=random_seed)
+
+
+def _parse_images(
+    body: ImageBody,
+    card: ImageCard,
+    edit: ImageEdit | None,
+    auto_size: tuple[int, int],
+    *,
+    default_budget: BudgetBody,
+    random_seed: int,
+) -> Order:
+    """`auto_size` is the width and height that the size "auto" means."""
     _check_prompt(body, card)
     _check_background(body)
     guidance_scale, true_cfg_scale = _parse_guidance(body, card)
     is_guided = card.is_guided(guidance_scale, true_cfg_scale)
-    width, height = _parse_size(body, card)
+    width, height = _parse_size(body, card, auto_size)
     steps = _parse_steps(_agreed("num_inference_steps", body.num_inference_steps, "steps", body.steps), card)
     n = 1 if body.n is None else body.n
     seed = random_seed if body.seed is None else body.seed
@@ -62,6 +92,7 @@ def parse_image_body(body: ImageBody, card: ImageCard, *, default_budget: Budget
         negative_prompt=body.negative_prompt if is_guided else None,
         true_cfg_scale=true_cfg_scale,
         wants_trace=body.trace,
+        edit=edit,
     )
     first = replace(first, point=resolve(budget, card.curve_for(first)))
     requests = tuple(replace(first, seed=seed + number) for number in range(n))
@@ -136,13 +167,6 @@ def _quality_requested(budget: Budget, point: CurvePoint) -> float | None:
             return None
 
 
-def nearest_size(pixels: int, sizes: SizeLimits) -> int:
-    """The valid height or width nearest to `pixels`, the smaller of two equally near."""
-    step = sizes.multiple_of
-    lowest, highest = -(-sizes.minimum // step) * step, sizes.maximum // step * step
-    return min(max((pixels + (step - 1) // 2) // step * step, lowest), highest)
-
-
 def _agreed(name: str, value: Scalar | None, other_name: str, other: Scalar | None) -> Scalar | None:
     """The value of a field that has two names. Raises InvalidRequest if they disagree."""
     if value is not None and other is not None and value != other:
@@ -208,33 +232,31 @@ def _parse_guidance(body: ImageBody, card: ModelCard) -> tuple[float, float]:
     return guidance_scale, true_cfg_scale
 
 
-def _parse_size(body: ImageBody, card: ImageCard) -> tuple[int, int]:
+def _parse_size(body: ImageBody, card: ImageCard, auto_size: tuple[int, int]) -> tuple[int, int]:
     """Width and height in pixels."""
     if (body.width is None) != (body.height is None):
         missing = "height" if body.height is None else "width"
         raise InvalidRequest(f"width and height go together; {missing} is missing", missing)
     explicit = None if body.width is None or body.height is None else (body.width, body.height)
-    from_text = None if body.size is None else _size_of_text(body.size, card)
+    from_text = None if body.size is None else _size_of_text(body.size, auto_size)
     if explicit and from_text and explicit != from_text:
         raise InvalidRequest(
             f"size {body.size}, width {shown(body.width)} and height {shown(body.height)} disagree; give one of them",
             "size",
         )
-    width, height = explicit or from_text or (card.default_width, card.default_height)
+    width, height = explicit or from_text or auto_size
     for name, pixels in (("width", width), ("height", height)):
         _check_side(name, pixels, card.sizes, param=name if explicit else "size")
     return width, height
 
 
-def _size_of_text(size: str, card: ImageCard) -> tuple[int, int]:
+def _size_of_text(size: str, auto_size: tuple[int, int]) -> tuple[int, int]:
     if size == "auto":
-        return card.default_width, card.default_height
+        return auto_size
     match = _SIZE.fullmatch(size)
     if match is None:
         raise InvalidRequest(
-            f"size {shown(size)} is not WIDTHxHEIGHT in pixels or auto, such as "
-            f"{card.default_width}x{card.default_height}",
-            "size",
+            f"size {shown(size)} is not WIDTHxHEIGHT in pixels or auto, such as {auto_size[0]}x{auto_size[1]}", "size"
         )
     return int(match[1]), int(match[2])
 

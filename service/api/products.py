@@ -1,23 +1,25 @@
-"""The table of products: everything that differs between an endpoint for images and one for meshes in its answers."""
+"""The table of products: everything that differs between the endpoints for images, edits and meshes in answers."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from models.file_formats import MeshFormat, OutputFormat
-from models.request import GenerationRequest, ImageRequest, MeshRequest
+from models.request import GenerationRequest, ImageEdit, ImageRequest, MeshRequest
 from service.api.errors import error_responses
 from service.api.responses import ACCEPTED, EVENT_STREAM, RESULT, ImageResponse, MeshResponse
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """One kind of artifact. `own_fields` gives the fields of the `response` that only this product has, from a request.
+    """One kind of artifact, and how it came about, as in `image` and `edit`.
 
-    `result` names all artifacts of a job in the documentation.
+    `own_fields` gives the fields of the `response` that only this product has, from a request. `result` names all
+    artifacts of a job in the documentation.
     """
 
     name: str
+    action: str
     result: str
     formats: type[OutputFormat] | type[MeshFormat]
     response: type[ImageResponse] | type[MeshResponse]
@@ -25,11 +27,11 @@ class Product:
 
     @property
     def preview_event(self) -> str:
-        return f"{self.name}_generation.partial_{self.name}"
+        return f"{self.name}_{self.action}.partial_{self.name}"
 
     @property
     def completed_event(self) -> str:
-        return f"{self.name}_generation.completed"
+        return f"{self.name}_{self.action}.completed"
 
     @property
     def documentation(self) -> dict[str, Any]:
@@ -61,11 +63,18 @@ def _mesh_fields(request: MeshRequest) -> Mapping[str, Any]:
     return {"octree_resolution": request.octree_resolution}
 
 
-IMAGE = Product("image", "The images", OutputFormat, ImageResponse, _image_fields)
-MESH = Product("mesh", "The mesh", MeshFormat, MeshResponse, _mesh_fields)
+IMAGE = Product("image", "generation", "The images", OutputFormat, ImageResponse, _image_fields)
+EDIT = Product("image", "edit", "The images", OutputFormat, ImageResponse, _image_fields)
+MESH = Product("mesh", "generation", "The mesh", MeshFormat, MeshResponse, _mesh_fields)
 
-PRODUCTS: Mapping[type[GenerationRequest], Product] = {ImageRequest: IMAGE, MeshRequest: MESH}
+PRODUCTS = (IMAGE, EDIT, MESH)
 
 
 def product_of(request: GenerationRequest) -> Product:
-    return PRODUCTS[type(request)]
+    match request:
+        case MeshRequest():
+            return MESH
+        case ImageRequest(edit=ImageEdit()):
+            return EDIT
+        case _:
+            return IMAGE

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from models.card import Guidance
+from models.card import Edits, Guidance
 from models.curve import Preset
 from models.report import Decision
 from service.jobs.job import JobStatus
@@ -254,6 +254,17 @@ class ModelBody(BaseModel):
         "classifier-free guidance, with negative_prompt. If it is not true, true_cfg_scale sets that guidance."
     )
     sizes: SizesBody | None = Field(default=None, description="Sides in pixels; only for image models.")
+    edits: Edits | None = Field(
+        default=None,
+        description="Only for image models: how they edit pictures. noised: from the picture with noise on, with "
+        "strength and mask. reference: they read the pictures beside the noise.",
+    )
+    max_input_images: int | None = Field(
+        default=None, description="Only for image models: how many pictures they edit at once."
+    )
+    needs_input_image: bool | None = Field(
+        default=None, description="Only for image models: whether they make images only of pictures."
+    )
     octree_resolutions: OctreeResolutionsBody | None = Field(
         default=None, description="Cells along a side of the grid; only for mesh models."
     )

@@ -93,7 +93,7 @@ async def stream_events(
             "headers": {"Content-Disposition": header("A name for the file.")},
             "content": {
                 file_format.content_type: {"schema": {"type": "string", "format": "binary"}}
-                for product in PRODUCTS.values()
+                for product in PRODUCTS
                 for file_format in product.formats
             },
         },

@@ -72,7 +72,7 @@ async def create_mesh(
     caller.model = card.id
     file = await asyncio.to_thread(decode_base64_image, body.input_image)
     image_checks: ImageChecks = request.app.state.image_checks
-    input_image = await image_checks.checked(file)
+    input_image = await image_checks.checked(file, "input_image")
     seed = secrets.randbelow(RANDOM_SEEDS)
     order = parse_mesh_body(body, card, input_image, default_budget=settings.default_budget, random_seed=seed)
     job = await submit(order, card, body, headers, request, dispatcher, settings)

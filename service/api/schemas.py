@@ -15,6 +15,11 @@ from service.jobs.job import Priority
 
 MAX_SEED = 2**63 - 1
 
+SIZE_PATTERN = "^([0-9]{1,5}x[0-9]{1,5}|auto)$"
+
+DEFAULT_STRENGTH, DEFAULT_MASKED_STRENGTH = 0.6, 1.0
+"""Of edits: 0.6 as in diffusers. With a mask, what may change is made anew, as OpenAI's clients expect."""
+
 Integer = Annotated[int, Field(strict=True)]
 
 
@@ -152,7 +157,7 @@ class ImageBody(GenerationBody):
     )
     size: Text | None = Field(
         default=None,
-        json_schema_extra={"pattern": "^([0-9]{1,5}x[0-9]{1,5}|auto)$"},
+        json_schema_extra={"pattern": SIZE_PATTERN},
         description='"WIDTHxHEIGHT" in pixels, or "auto" for the model\'s default. Or use `width` and `height`.',
     )
     width: Integer | None = Field(default=None, description="In pixels, together with `height`.")
@@ -208,6 +213,78 @@ class ImageBody(GenerationBody):
     markup: Annotated[
         None, _unless("markup", (None,), "is not possible: this server reads no markup; leave it out")
     ] = Field(default=None, description="OpenAI's field for marks on a picture, which this server does not read.")
+
+
+MAX_PICTURES = 16
+"""OpenAI's limit. Models have lower ones."""
+
+
+class PictureReference(ClosedBody):
+    """OpenAI's way to give a picture in JSON."""
+
+    image_url: str = Field(min_length=1, description="A base64 `data:` URL; other URLs are not fetched.")
+
+
+def _text_of_picture(value: object) -> object:
+    """The text of OpenAI's `{"image_url": "data:…"}`; anything else as it is."""
+    if not isinstance(value, dict):
+        return value
+    if value.keys() != {"image_url"}:
+        message = f'a picture is base64 text, a data: URL or {{"image_url": a data: URL}}, not {shown(value)}'
+        raise PydanticCustomError("unsupported", "{message}", {"message": message})
+    return value["image_url"]
+
+
+PictureText = Annotated[str, Field(min_length=1)]
+AnyPicture = Annotated[PictureText, BeforeValidator(_text_of_picture, json_schema_input_type=str | PictureReference)]
+Pictures = Annotated[list[PictureText], Field(min_length=1, max_length=MAX_PICTURES)]
+
+
+class EditBody(ImageBody):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"prompt": "a green circle", "image": "data:image/png;base64,iVBORw0KGgo…", "strength": 0.6}]
+        },
+    )
+
+    image: Annotated[
+        Pictures | None,
+        BeforeValidator(
+            lambda value: [value] if isinstance(value, str) else value,
+            json_schema_input_type=PictureText | Pictures | None,
+        ),
+    ] = Field(
+        default=None,
+        description="The picture to edit, as base64 or as a `data:` URL: PNG, JPEG or WebP. Models whose "
+        "`max_input_images` in /v1/models is above 1 also take a list.",
+    )
+    images: Annotated[list[AnyPicture], Field(min_length=1, max_length=MAX_PICTURES)] | None = Field(
+        default=None, description="OpenAI's field for `image` in JSON; one of the two is required."
+    )
+    mask: AnyPicture | None = Field(
+        default=None,
+        description="What may change, as a picture of the same size; by default, all. Only for models whose `edits` in "
+        "/v1/models is noised. If it has transparency, its transparent parts may change (OpenAI's masks), else its "
+        "white parts (diffusers').",
+    )
+    strength: Number | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description=f"How far the result may be from the picture: the share of the denoise steps that are taken. "
+        f"{DEFAULT_STRENGTH:g} by default, {DEFAULT_MASKED_STRENGTH:g} with a mask. Only for models whose `edits` in "
+        "/v1/models is noised.",
+    )
+    size: Text | None = Field(
+        default=None,
+        json_schema_extra={"pattern": SIZE_PATTERN},
+        description='"WIDTHxHEIGHT" in pixels. "auto", the default, is the size of the first picture, as near as the '
+        "model can make it, with no more pixels than the model's default size. Or use `width` and `height`.",
+    )
+    input_fidelity: Annotated[
+        Literal["low", "high"] | None,
+        _unless("input_fidelity", ("low", "high", None), "is not 'low' or 'high'; it has no effect here: use strength"),
+    ] = Field(default=None, description="OpenAI's field; without effect. See `strength`.")
 
 
 class MeshBody(GenerationBody):

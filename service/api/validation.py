@@ -13,7 +13,7 @@ _brief = reprlib.Repr()
 
 def invalid_request(error: Mapping[str, Any], *, skip: int = 0) -> InvalidRequest:
     """Our error for one `error` of a ValidationError. The first `skip` parts of its location do not name a field."""
-    param = ".".join(str(part) for part in error["loc"][skip:])
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"][skip:]).lstrip(".")
     return InvalidRequest(_message(error, param or "the body"), param)
 
 

@@ -104,6 +104,9 @@ def model_body(card: ModelCard) -> ModelBody:
     match card:
         case ImageCard():
             body.sizes = SizesBody(**asdict(card.sizes))
+            body.edits = card.edits
+            body.max_input_images = card.max_input_images
+            body.needs_input_image = card.needs_input_image
             body.defaults.size = f"{card.default_width}x{card.default_height}"
             body.limits.prompt_characters = card.max_prompt_characters
         case MeshCard():

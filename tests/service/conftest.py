@@ -334,7 +334,13 @@ def forecasting_card(engine: DrawnEngine) -> ImageCard:
 
 @pytest.fixture
 def settings() -> Settings:
-    return Settings(max_body_bytes=20_000, max_mesh_body_bytes=200_000, max_image_pixels=1_000_000, grace_s=20)
+    return Settings(
+        max_body_bytes=20_000,
+        max_mesh_body_bytes=200_000,
+        max_edit_body_bytes=200_000,
+        max_image_pixels=1_000_000,
+        grace_s=20,
+    )
 
 
 class Service:

@@ -81,7 +81,7 @@ def test_links_name_operations_and_parameters_that_exist(client: TestClient) -> 
     assert set(linked) == {"show_job", "stream_events", "show_content", "cancel_job"}
 
 
-@pytest.mark.parametrize("path", ["/v1/images", "/v1/images/generations", "/v1/meshes"])
+@pytest.mark.parametrize("path", ["/v1/images", "/v1/images/generations", "/v1/images/edits", "/v1/meshes"])
 def test_generation_answers_link_to_their_job(path: str, client: TestClient) -> None:
     responses = client.get("/openapi.json").json()["paths"][path]["post"]["responses"]
     for status in ("200", "202"):

@@ -117,6 +117,8 @@ def test_body_without_a_valid_key_is_not_waited_for(listen: Callable[[Settings],
     ("path", "media_type", "begin"),
     [
         ("/v1/images", "application/json", b"{"),
+        ("/v1/images/edits", "application/json", b"{"),
+        ("/v1/images/edits", "multipart/form-data; boundary=b", b"--b"),
         ("/v1/meshes", "application/json", b"{"),
         ("/v1/meshes", "multipart/form-data; boundary=b", b"--b"),
     ],

@@ -14,7 +14,10 @@ PROMPT = {"prompt": "a"}
 JSON = "application/json"
 
 
-@pytest.mark.parametrize("body", [PROMPT, {"input_image": "aa"}], ids=["image", "mesh"])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/v1/images", PROMPT), ("/v1/images/edits", {**PROMPT, "image": "aa"}), ("/v1/meshes", {"input_image": "aa"})],
+)
 @pytest.mark.parametrize(
     "fields",
     [
@@ -34,11 +37,15 @@ JSON = "application/json"
         {"\ud800" * 1000: 1},
         {"remove_background": LONG, "quality": LONG, "background": LONG},
         {"prompt": 9, "input_image": [LONG]},
+        {"image": [LONG] * 17, "prompt": 9},
+        {"images": [{LONG: 1}], "prompt": 9},
+        {"mask": {"image_url": [LONG]}, "strength": LONG},
     ],
     ids=lambda fields: f"{next(iter(fields))[:20]}={str(next(iter(fields.values())))[:20]}",
 )
-def test_long_fields_are_refused_briefly(client: TestClient, body: dict[str, Any], fields: dict[str, Any]) -> None:
-    path = "/v1/images" if "prompt" in body else "/v1/meshes"
+def test_long_fields_are_refused_briefly(
+    client: TestClient, path: str, body: dict[str, Any], fields: dict[str, Any]
+) -> None:
     response = client.post(path, content=json.dumps({**body, **fields}), headers={"Content-Type": JSON})
     assert 400 <= response.status_code < 500, response.text
     assert len(response.text) < 700
@@ -55,6 +62,7 @@ def test_long_fields_are_refused_briefly(client: TestClient, body: dict[str, Any
         ("GET", "/v1/jobs/a/events", {"Last-Event-ID": LONG}, 422),
         ("GET", f"/{LONG}", {}, 404),
         ("POST", "/v1/images", {"Content-Type": LONG}, 415),
+        ("POST", "/v1/images/edits", {"Content-Type": LONG}, 415),
         ("POST", "/v1/meshes", {"Content-Type": LONG}, 415),
         ("POST", "/v1/images", {"Content-Type": JSON, "Content-Encoding": LONG}, 415),
         ("POST", "/v1/images", {"Content-Type": JSON, "Idempotency-Key": LONG}, 422),
@@ -71,7 +79,7 @@ def test_long_paths_and_headers_are_answered_briefly(
 
 
 def test_compressed_bodies_are_refused_by_their_encoding(client: TestClient) -> None:
-    for path in ("/v1/images", "/v1/meshes"):
+    for path in ("/v1/images", "/v1/images/edits", "/v1/meshes"):
         response = client.post(path, json=PROMPT, headers={"Content-Encoding": "gzip"})
         assert response.status_code == 415
         assert "Content-Encoding 'gzip'" in response.json()["error"]["message"]
