@@ -65,6 +65,7 @@ SETTINGS = Settings(
     api_keys=f"[{_ENTRY.model_dump_json()}]",
     max_body_bytes=20_000,
     max_mesh_body_bytes=200_000,
+    max_edit_body_bytes=200_000,
     max_result_bytes=64_000_000,
     max_backlog_s=1e9,  # so that load on the machine refuses nothing
     grace_s=5,
@@ -82,7 +83,7 @@ _STATUSES_OF_VALID = ["2xx", "400", "404", "409", "410", "413", "422"]
 # Fields that exclude one another, or that only some models and servers accept.
 _RARELY_VALID = (
     *("negative_prompt", "true_cfg_scale", "width", "height", "output_compression", "webhook_url", "quality", "budget"),
-    *("partial_images", "response_format", "octree_resolution"),
+    *("partial_images", "response_format", "octree_resolution", "images", "mask"),
 )
 
 
@@ -236,6 +237,8 @@ def _with_valid_body(case: schemathesis.Case[Any], target: Target) -> schemathes
             body |= {"model": target.mesh_model, "input_image": b64encode(_IMAGE).decode()}
         else:
             body |= {"model": target.image_model, "size": target.size}
+            if "image" in body:
+                body["image"] = b64encode(_IMAGE).decode()
         body["num_inference_steps"] = 2
         if not body.get("stream"):
             case.headers["prefer"] = ("respond-async", "respond-async; wait=1", "wait=1")[len(str(body)) % 3]

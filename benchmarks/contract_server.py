@@ -61,8 +61,10 @@ class LargeBody:
 def large_bodies(settings: Settings) -> list[LargeBody]:
     """Bodies at the limits of `settings`, and above them."""
     limit, mesh_limit = settings.max_body_bytes, settings.max_mesh_body_bytes
+    edit_limit = settings.max_edit_body_bytes
     too_large, invalid = frozenset({"payload_too_large"}), frozenset({"invalid_parameter", "invalid_json"})
-    images, meshes, as_json, form = "/v1/images", "/v1/meshes", "application/json", "multipart/form-data; boundary=b"
+    images, meshes, edits = "/v1/images", "/v1/meshes", "/v1/images/edits"
+    as_json, form = "application/json", "multipart/form-data; boundary=b"
     unreadable = frozenset({"invalid_image"})
     number = b'{"prompt": "x", "seed": %s}' % (b"9" * (limit // 2))
     return [
@@ -76,6 +78,9 @@ def large_bodies(settings: Settings) -> list[LargeBody]:
         LargeBody("an image above the limit", meshes, as_json, lambda: _input_image(mesh_limit + 1), too_large),
         LargeBody("a file within the limit", meshes, form, lambda: _form(mesh_limit), unreadable),
         LargeBody("a file above the limit", meshes, form, lambda: _form(mesh_limit + 1), too_large),
+        LargeBody("pictures within the limit", edits, as_json, lambda: _pictures(edit_limit), unreadable),
+        LargeBody("pictures above the limit", edits, as_json, lambda: _pictures(edit_limit + 1), too_large),
+        LargeBody("many short pictures", edits, as_json, lambda: _short_pictures(limit), too_large),
         LargeBody("many parts", meshes, form, lambda: _part("seed", b"1") * 5000 + b"--b--\r\n", invalid | too_large),
     ]
 
@@ -92,6 +97,16 @@ def _fields(size_bytes: int) -> bytes:
 def _input_image(size_bytes: int) -> bytes:
     frame = b'{"input_image": "%s"}'
     return frame.replace(b"%s", b"A" * (size_bytes - len(frame) + 2))
+
+
+def _pictures(size_bytes: int) -> bytes:
+    """A picture and a mask."""
+    frame = b'{"prompt": "x", "image": ["AAAA"], "mask": "%s"}'
+    return frame.replace(b"%s", b"A" * (size_bytes - len(frame) + 2))
+
+
+def _short_pictures(number: int) -> bytes:
+    return b'{"prompt": "x", "image": [%s""]}' % (b'"",' * number)
 
 
 def _part(name: str, content: bytes, extra: bytes = b"") -> bytes:

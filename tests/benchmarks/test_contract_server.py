@@ -6,7 +6,7 @@ import pytest
 from benchmarks.contract_server import error_code, large_bodies
 from service.settings import Settings
 
-SETTINGS = Settings(max_body_bytes=1000, max_mesh_body_bytes=3000)
+SETTINGS = Settings(max_body_bytes=1000, max_mesh_body_bytes=3000, max_edit_body_bytes=4000)
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,8 @@ SETTINGS = Settings(max_body_bytes=1000, max_mesh_body_bytes=3000)
         ("a prompt above the limit", 1001),
         ("an image within the limit", 3000),
         ("an image above the limit", 3001),
+        ("pictures within the limit", 4000),
+        ("pictures above the limit", 4001),
         ("a file within the limit", 3000),
         ("a file above the limit", 3001),
     ],
