@@ -17,10 +17,11 @@ from service.api.form_body import FORM, PictureFields, PictureRoute
 from service.api.generation_route import HeadersOfGeneration
 from service.api.image_checks import ImageChecks
 from service.api.input_image import decode_base64_image
+from service.api.model_names import card_of
 from service.api.parsing import RANDOM_SEEDS, parse_edit_body
 from service.api.products import EDIT
 from service.api.schemas import MAX_PICTURES, EditBody
-from service.api.submission import card_of, submit
+from service.api.submission import submit
 from service.keys import Scope
 
 
@@ -81,7 +82,7 @@ async def edit_image(
     A client that disconnects while it waits cancels its job, unless it gave an `Idempotency-Key` to come back with.
     """
     dispatcher.check_accepting()
-    card = card_of(body.model, dispatcher.cards, ImageCard)
+    card = card_of(body.model, dispatcher.cards, ImageCard, settings.model_aliases)
     caller.model = card.id
     pictures = await _checked_pictures(body, card, request.app.state.image_checks)
     seed = secrets.randbelow(RANDOM_SEEDS)

@@ -303,6 +303,15 @@ def test_image_of_a_model_that_needs_a_picture_is_sent_to_the_edits(client: Test
     assert "/v1/images/edits" in error_of(response)["message"]
 
 
+def test_default_model_of_images_is_one_that_needs_no_picture(
+    engine: Any, reader: ImageCard, start_client: Callable[..., TestClient], settings: Settings
+) -> None:
+    engine.cards = {"reader": reader, **engine.cards}
+    client = start_client(settings)
+    assert client.post("/v1/images", json={"prompt": "a"}).json()["model"] == "drawn"
+    assert client.post(PATH, json={"prompt": "a", "image": text_of(png())}).json()["model"] == "reader"
+
+
 def test_models_say_how_they_edit(client: TestClient) -> None:
     models = {model["id"]: model for model in client.get("/v1/models").json()["data"]}
     keys = ("edits", "max_input_images", "needs_input_image")
