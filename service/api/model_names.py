@@ -35,7 +35,7 @@ def card_of(
     *,
     is_preferred: Callable[[Card], bool] = lambda card: True,
 ) -> Card:
-    """The card of the model `name`. If it is None or empty, the first card of `card_type`, one that is preferred if any.
+    """The card of the model `name`, or the first card of `card_type` if it is None or empty: a preferred one, if any.
 
     Raises UnknownModel, and InvalidRequest for a model of another type.
     """

@@ -12,8 +12,9 @@ from models.curve import EXACT, ComputedSteps, Preset
 from models.errors import InvalidRequest
 from models.file_formats import OutputFormat
 from models.request import Budget, ImageRequest, PresetBudget, QualityBudget
-from service.api.parsing import nearest_size, parse_image_body
+from service.api.parsing import parse_image_body
 from service.api.schemas import ImageBody
+from service.api.sizes import nearest_size
 from service.budget import BudgetBody
 from service.order import Order, Output
 
