@@ -34,10 +34,10 @@ def checked_mask(data: bytes, size: tuple[int, int], *, max_pixels: int) -> byte
         has_alpha = image.mode == "RGBA"
         alpha = image.getchannel("A") if has_alpha else ImageChops.invert(image.convert("L"))
     if np.asarray(alpha).min() >= _KEPT_ALPHA:
-        wrong, right = ("opaque", "transparent") if has_alpha else ("black", "white")
+        look = "transparent" if has_alpha else "white"
         raise InvalidRequest(
-            f"mask is {wrong} everywhere, so nothing may change; make {right} what may change"
-            + ("" if not has_alpha else ", or send a mask without an alpha channel that is white there"),
+            f"mask is nowhere {look}, so nothing may change; make {look} what may change"
+            + (", or send a mask without an alpha channel that is white there" if has_alpha else ""),
             "mask",
         )
     black = Image.new("L", size)

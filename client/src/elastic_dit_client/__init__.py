@@ -7,7 +7,7 @@
 The client knows the HTTP contract and nothing else of the server. `Client` and `AsyncClient` have the same methods.
 
 The client gives every POST an `Idempotency-Key`, so a POST that is sent twice makes one job. The server does not cancel
-a job with a key when its connection closes, so the client cancels it: when a `generate_` or `stream_` call is
+a job with a key when its connection closes, so the client cancels it: when a `generate_`, `edit_` or `stream_` call is
 interrupted, runs out of time or loses the server, and when a stream is closed before its end. Cancelling is best
 effort: a client that is killed leaves its job running.
 """

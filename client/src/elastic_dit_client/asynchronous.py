@@ -2,20 +2,22 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
-from pathlib import Path
 from typing import Any, Self
 
 import httpx2
 
 from elastic_dit_client import protocol
-from elastic_dit_client.protocol import ApiError, Call, Job, Result, StreamEvent
+from elastic_dit_client.protocol import ApiError, Call, File, Files, Job, Result, StreamEvent
 from elastic_dit_client.retries import Attempts, ConnectionSettings, Watch
 
 
 class AsyncClient:
-    """`Client` for asyncio. Wrap a stream that you may leave early: `async with aclosing(client.stream_image(...))`."""
+    """`Client` for asyncio. Wrap a stream that you may leave early: `async with aclosing(client.stream_image(...))`.
+
+    It reads image files in a thread, so that the event loop does not wait for them.
+    """
 
     def __init__(
         self,
@@ -49,9 +51,16 @@ class AsyncClient:
         """Generate images and wait for them. A cancelled call cancels its job, best effort."""
         return await self._generate(protocol.image_call(prompt, fields))
 
-    async def generate_mesh(self, image: bytes | Path, **fields: Any) -> Result:
+    async def edit_image(self, images: Files, prompt: str, *, mask: File | None = None, **fields: Any) -> Result:
+        """Edit an image file, or several where the model reads several, and wait. As `generate_image` else.
+
+        `mask` is an image file that is transparent, or white if it has no transparency, where the image may change.
+        """
+        return await self._generate(await asyncio.to_thread(protocol.edit_call, images, prompt, mask, fields))
+
+    async def generate_mesh(self, image: File, **fields: Any) -> Result:
         """Generate a mesh from an image file and wait for it. A cancelled call cancels its job, best effort."""
-        return await self._generate(await _mesh_call(image, fields))
+        return await self._generate(await asyncio.to_thread(protocol.mesh_call, image, fields))
 
     def stream_image(self, prompt: str, **fields: Any) -> AsyncGenerator[StreamEvent, None]:
         """Generate images and yield the job's events; the last one has the `result`. Raises ApiError if the job fails.
@@ -62,9 +71,18 @@ class AsyncClient:
         """
         return self._stream(protocol.streaming(protocol.image_call(prompt, fields)))
 
-    async def stream_mesh(self, image: bytes | Path, **fields: Any) -> AsyncGenerator[StreamEvent, None]:
+    async def stream_edit(
+        self, images: Files, prompt: str, *, mask: File | None = None, **fields: Any
+    ) -> AsyncGenerator[StreamEvent, None]:
+        """`stream_image`, for `edit_image`."""
+        call = protocol.streaming(await asyncio.to_thread(protocol.edit_call, images, prompt, mask, fields))
+        async with aclosing(self._stream(call)) as events:
+            async for event in events:
+                yield event
+
+    async def stream_mesh(self, image: File, **fields: Any) -> AsyncGenerator[StreamEvent, None]:
         """`stream_image`, for a mesh from an image file."""
-        call = protocol.streaming(await _mesh_call(image, fields))
+        call = protocol.streaming(await asyncio.to_thread(protocol.mesh_call, image, fields))
         async with aclosing(self._stream(call)) as events:
             async for event in events:
                 yield event
@@ -73,9 +91,15 @@ class AsyncClient:
         """Submit a job for images and return at once; `wait` and `events` follow it. Only `cancel` cancels it."""
         return await self._submit(protocol.submitting(protocol.image_call(prompt, fields)))
 
-    async def submit_mesh(self, image: bytes | Path, **fields: Any) -> Job:
+    async def submit_edit(self, images: Files, prompt: str, *, mask: File | None = None, **fields: Any) -> Job:
+        """`submit_image`, for `edit_image`."""
+        return await self._submit(
+            protocol.submitting(await asyncio.to_thread(protocol.edit_call, images, prompt, mask, fields))
+        )
+
+    async def submit_mesh(self, image: File, **fields: Any) -> Job:
         """`submit_image`, for a mesh from an image file."""
-        return await self._submit(protocol.submitting(await _mesh_call(image, fields)))
+        return await self._submit(protocol.submitting(await asyncio.to_thread(protocol.mesh_call, image, fields)))
 
     async def job(self, job_id: str) -> Job:
         return protocol.job_of((await self._answer(protocol.job_call(job_id))).json())
@@ -207,8 +231,3 @@ class AsyncClient:
                 await response.aclose()
                 job_id = protocol.job_id_of(response)
             await self._send(protocol.cancel_call(job_id), self._settings.begin_to_abandon())
-
-
-async def _mesh_call(image: bytes | Path, fields: Mapping[str, Any]) -> Call:
-    """Reads the file in a thread, so that the event loop does not wait for it."""
-    return protocol.mesh_call(await asyncio.to_thread(protocol.bytes_of, image), fields)

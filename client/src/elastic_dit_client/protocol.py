@@ -2,7 +2,7 @@
 
 import base64
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -15,10 +15,14 @@ import httpx2
 # The server sends at least one line every 15 seconds in a stream, and answers calls that do not generate at once.
 SILENCE_S = 60.0
 
-_IMAGES, _MESHES = "/v1/images", "/v1/meshes"
+_IMAGES, _EDITS, _MESHES = "/v1/images", "/v1/images/edits", "/v1/meshes"
 _ASYNC = {"Prefer": "respond-async"}
 _OWN_FIELDS = {"stream", "response_format"}
 _TERMINAL = {"succeeded", "failed", "cancelled"}
+
+
+File = bytes | Path
+Files = File | Sequence[File]
 
 
 class ApiError(Exception):
@@ -97,7 +101,7 @@ class StreamEvent:
 
     @property
     def is_last(self) -> bool:
-        return self.name.endswith("_generation.completed")
+        return self.name.endswith(".completed")
 
     @property
     def file(self) -> bytes | None:
@@ -126,8 +130,23 @@ def image_call(prompt: str, fields: Mapping[str, Any]) -> Call:
     return _generation_call(_IMAGES, {"prompt": prompt, **fields})
 
 
-def mesh_call(image: bytes, fields: Mapping[str, Any]) -> Call:
-    return _generation_call(_MESHES, {"input_image": base64.b64encode(image).decode("ascii"), **fields})
+def edit_call(images: Files, prompt: str, mask: File | None, fields: Mapping[str, Any]) -> Call:
+    """Reads the files."""
+    listed = [images] if isinstance(images, bytes | Path) else images
+    masks = {} if mask is None else {"mask": _text_of(mask)}
+    return _generation_call(
+        _EDITS, {"image": [_text_of(image) for image in listed], "prompt": prompt, **masks, **fields}
+    )
+
+
+def mesh_call(image: File, fields: Mapping[str, Any]) -> Call:
+    """Reads the file."""
+    return _generation_call(_MESHES, {"input_image": _text_of(image), **fields})
+
+
+def _text_of(file: File) -> str:
+    data = file.read_bytes() if isinstance(file, Path) else file
+    return base64.b64encode(data).decode("ascii")
 
 
 def _generation_call(path: str, fields: Mapping[str, Any]) -> Call:
@@ -171,10 +190,6 @@ def content_call(job_id: str, index: int) -> Call:
 
 def models_call() -> Call:
     return Call("GET", "/v1/models")
-
-
-def bytes_of(image: bytes | Path) -> bytes:
-    return image.read_bytes() if isinstance(image, Path) else image
 
 
 def result_of(body: Mapping[str, Any]) -> Result:

@@ -3,13 +3,12 @@
 import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Self
 
 import httpx2
 
 from elastic_dit_client import protocol
-from elastic_dit_client.protocol import ApiError, Call, Job, Result, StreamEvent
+from elastic_dit_client.protocol import ApiError, Call, File, Files, Job, Result, StreamEvent
 from elastic_dit_client.retries import Attempts, ConnectionSettings, Watch
 
 
@@ -57,9 +56,16 @@ class Client:
         """Generate images and wait for them. An interrupted call cancels its job, best effort."""
         return self._generate(protocol.image_call(prompt, fields))
 
-    def generate_mesh(self, image: bytes | Path, **fields: Any) -> Result:
+    def edit_image(self, images: Files, prompt: str, *, mask: File | None = None, **fields: Any) -> Result:
+        """Edit an image file, or several where the model reads several, and wait. As `generate_image` else.
+
+        `mask` is an image file that is transparent, or white if it has no transparency, where the image may change.
+        """
+        return self._generate(protocol.edit_call(images, prompt, mask, fields))
+
+    def generate_mesh(self, image: File, **fields: Any) -> Result:
         """Generate a mesh from an image file and wait for it. An interrupted call cancels its job, best effort."""
-        return self._generate(protocol.mesh_call(protocol.bytes_of(image), fields))
+        return self._generate(protocol.mesh_call(image, fields))
 
     def stream_image(self, prompt: str, **fields: Any) -> Generator[StreamEvent, None, None]:
         """Generate images and yield the job's events; the last one has the `result`. Raises ApiError if the job fails.
@@ -70,17 +76,27 @@ class Client:
         """
         return self._stream(protocol.streaming(protocol.image_call(prompt, fields)))
 
-    def stream_mesh(self, image: bytes | Path, **fields: Any) -> Generator[StreamEvent, None, None]:
+    def stream_edit(
+        self, images: Files, prompt: str, *, mask: File | None = None, **fields: Any
+    ) -> Generator[StreamEvent, None, None]:
+        """`stream_image`, for `edit_image`."""
+        return self._stream(protocol.streaming(protocol.edit_call(images, prompt, mask, fields)))
+
+    def stream_mesh(self, image: File, **fields: Any) -> Generator[StreamEvent, None, None]:
         """`stream_image`, for a mesh from an image file."""
-        return self._stream(protocol.streaming(protocol.mesh_call(protocol.bytes_of(image), fields)))
+        return self._stream(protocol.streaming(protocol.mesh_call(image, fields)))
 
     def submit_image(self, prompt: str, **fields: Any) -> Job:
         """Submit a job for images and return at once; `wait` and `events` follow it. Only `cancel` cancels it."""
         return self._submit(protocol.submitting(protocol.image_call(prompt, fields)))
 
-    def submit_mesh(self, image: bytes | Path, **fields: Any) -> Job:
+    def submit_edit(self, images: Files, prompt: str, *, mask: File | None = None, **fields: Any) -> Job:
+        """`submit_image`, for `edit_image`."""
+        return self._submit(protocol.submitting(protocol.edit_call(images, prompt, mask, fields)))
+
+    def submit_mesh(self, image: File, **fields: Any) -> Job:
         """`submit_image`, for a mesh from an image file."""
-        return self._submit(protocol.submitting(protocol.mesh_call(protocol.bytes_of(image), fields)))
+        return self._submit(protocol.submitting(protocol.mesh_call(image, fields)))
 
     def job(self, job_id: str) -> Job:
         return protocol.job_of(self._answer(protocol.job_call(job_id)).json())

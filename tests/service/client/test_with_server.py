@@ -68,6 +68,26 @@ def test_mesh_is_made_from_bytes_or_a_file(api: Any, image: bytes, tmp_path: Pat
     assert results[0].output_format == "stl"
 
 
+def test_edit_is_made_of_pictures_and_a_mask(api: Any, image: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(image)
+    white = BytesIO()
+    Image.new("L", (32, 32), 255).save(white, "PNG")
+    results = [
+        api.edit_image(given, "a circle", mask=mask, seed=3, n=2)
+        for given, mask in ((image, None), (tmp_path / "a.png", white.getvalue()), ([image], None))
+    ]
+    assert results[0].files == results[1].files == results[2].files
+    assert results[0].seeds == (3, 4)
+    job = api.submit_edit(image, "a circle", seed=3)
+    events = list(api.stream_edit(image, "a circle", seed=3))
+    assert (events[-1].name, events[-1].is_last) == ("image_edit.completed", True)
+    assert events[-1].result is not None
+    assert api.wait(job.id).files == events[-1].result.files == results[0].files[:1]
+    with pytest.raises(ApiError, match="nothing may change") as caught:
+        api.edit_image(image, "a circle", mask=image)
+    assert caught.value.param == "mask"
+
+
 def test_stream_has_progress_and_previews_and_ends_in_the_result(api: Any, image: bytes) -> None:
     for made, events in (
         ("image", list(api.stream_image("a red circle", seed=3, partial_images=2))),
