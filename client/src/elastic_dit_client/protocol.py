@@ -97,11 +97,12 @@ class StreamEvent:
 
     @property
     def is_last(self) -> bool:
-        return self.name.endswith("_generation.completed")
+        """Whether it has the whole result. The events before it may have finished images of the same job."""
+        return self.name.endswith(".completed") and "data" in self.data
 
     @property
     def file(self) -> bytes | None:
-        """The image or mesh in the event: a preview, or the first artifact of the result."""
+        """The image or mesh in the event: a preview, or an artifact, whose place in the job is `data["index"]`."""
         return base64.b64decode(self.data["b64_json"]) if "b64_json" in self.data else None
 
     @property

@@ -83,6 +83,12 @@ def test_stream_has_progress_and_previews_and_ends_in_the_result(api: Any, image
         assert (result.files, result.seeds) == ((events[-1].file,), (3,))
 
 
+def test_stream_of_several_images_has_an_event_for_each_and_ends_in_the_result(api: Any) -> None:
+    *_, first, last = api.stream_image("a red circle", seed=3, n=2)
+    assert (first.name, first.is_last, first.result) == ("image_generation.completed", False, None)
+    assert last.result.files == (first.file, last.file) == api.generate_image("a red circle", seed=3, n=2).files
+
+
 def test_wait_returns_the_result_of_a_submitted_job(api: Any, image: bytes) -> None:
     for job in (api.submit_image("a red circle", seed=3, partial_images=1), api.submit_mesh(image, seed=3)):
         assert isinstance(job, Job)
