@@ -136,7 +136,8 @@ def _generation_call(path: str, fields: Mapping[str, Any]) -> Call:
         raise ValueError(
             f"{', '.join(sorted(own))}: the client sets this field; call generate, stream or submit instead"
         )
-    return Call("POST", path, fields, {"Idempotency-Key": str(uuid.uuid4())}, silence_s=None)
+    body = {**fields, "response_format": "b64_json"}  # a server may have another default
+    return Call("POST", path, body, {"Idempotency-Key": str(uuid.uuid4())}, silence_s=None)
 
 
 def submitting(call: Call) -> Call:

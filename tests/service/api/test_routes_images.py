@@ -146,6 +146,17 @@ def test_urls_lead_to_the_images(client: TestClient) -> None:
     assert body["data"][1]["url"] == f"http://testserver/v1/jobs/{body['id']}/content?index=1"
 
 
+def test_server_may_answer_with_urls_by_default(start_client: Callable[..., TestClient]) -> None:
+    client = start_client(Settings(default_response_format="url"))
+    body = client.post("/v1/images", json=PROMPT).json()
+    assert set(body["data"][0]) == {"url", "seed"}
+    assert client.get(body["data"][0]["url"]).status_code == 200
+    (image,) = client.post("/v1/images", json={**PROMPT, "response_format": "b64_json"}).json()["data"]
+    assert set(image) == {"b64_json", "seed"}
+    stream = client.post("/v1/images", json={**PROMPT, "stream": True}).text
+    assert '"b64_json"' in stream  # which OpenAI's clients read there
+
+
 def test_links_begin_with_the_public_url(start_client: Callable[..., TestClient]) -> None:
     client = start_client(Settings(public_url="https://pictures.example/"))
     body = client.post("/v1/images", json={**PROMPT, "response_format": "url"}).json()

@@ -28,7 +28,10 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture
 def server(make_dispatcher: Callable[..., Any], engine: Any) -> Iterator[str]:
     """The address of the real application behind a real socket, with the engine that draws images from seeds."""
-    settings = Settings(max_mesh_body_bytes=200_000, max_image_pixels=1_000_000, grace_s=0)
+    # Another default than the client's: it asks for the files themselves.
+    settings = Settings(
+        default_response_format="url", max_mesh_body_bytes=200_000, max_image_pixels=1_000_000, grace_s=0
+    )
     with socket.create_server(("127.0.0.1", 0)) as listening:  # clients can connect from here on
         server = uvicorn.Server(uvicorn.Config(create_app(settings, make_dispatcher(settings)), log_config=None))
         thread = Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
