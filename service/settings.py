@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -85,6 +85,10 @@ class Settings(BaseSettings):
     default_budget: BudgetBody = Field(
         default=BudgetBody(quality=0.9),
         description="The budget of requests without one, as JSON in the environment.",
+    )
+    default_response_format: Literal["b64_json", "url"] = Field(
+        default="b64_json",
+        description="How answers hold results if the request does not say: b64_json or url. Events hold b64_json.",
     )
     max_batch_size: int = Field(
         default=8, ge=1, description="The most images or meshes in one denoise step; a model may allow fewer."

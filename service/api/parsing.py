@@ -1,7 +1,7 @@
 """From a request's body to an order that the model can serve."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, TypeVar
 
@@ -10,13 +10,22 @@ from models.card import Guidance, ImageCard, MeshCard, ModelCard, SizeLimits
 from models.curve import EXACT, CurvePoint, Preset
 from models.errors import InvalidRequest
 from models.file_formats import MeshFormat, OutputFormat
-from models.request import BackgroundRemoval, Budget, ImageEdit, ImageRequest, MeshRequest, PresetBudget, QualityBudget
+from models.request import (
+    BackgroundRemoval,
+    Budget,
+    ImageEdit,
+    ImageRequest,
+    LatencyBudget,
+    MeshRequest,
+    PresetBudget,
+    QualityBudget,
+)
 from service.api.edits import CheckedPictures, parse_edit, size_near
 from service.api.schemas import MAX_SEED, EditBody, ImageBody, MeshBody, QualityWord, ResponseFormat
 from service.api.sizes import nearest_size
 from service.api.validation import shown
 from service.budget import BudgetBody
-from service.order import Order, Output
+from service.order import Order, Output, QualityLevel
 
 # Random seeds stay exact in JSON readers that hold numbers as doubles (RFC 8259, section 6).
 RANDOM_SEEDS = 2**53 - 8
@@ -33,6 +42,9 @@ _PRESETS_OF_WORDS = {
     QualityWord.MAX: Preset.EXACT,
     QualityWord.HD: Preset.EXACT,
 }
+
+
+_LEVELS: Mapping[str, QualityLevel] = {level.value: level for level in QualityLevel}
 
 
 def parse_image_body(body: ImageBody, card: ImageCard, *, default_budget: BudgetBody, random_seed: int) -> Order:
@@ -96,7 +108,8 @@ def _parse_images(
     )
     first = replace(first, point=resolve(budget, card.curve_for(first)))
     requests = tuple(replace(first, seed=seed + number) for number in range(n))
-    return Order(requests, _parse_image_output(body), _quality_requested(budget, first.point), min_quality)
+    output = replace(_parse_image_output(body), quality_level=_quality_level(body, first, card.curve_for(first)))
+    return Order(requests, output, _quality_requested(budget, first.point), min_quality)
 
 
 def parse_mesh_body(
@@ -165,6 +178,20 @@ def _quality_requested(budget: Budget, point: CurvePoint) -> float | None:
             return point.quality
         case _:
             return None
+
+
+def _quality_level(body: ImageBody, request: ImageRequest, curve: Sequence[CurvePoint]) -> QualityLevel | None:
+    """The client's own word, or the best one whose preset is no better than the request's point on the curve."""
+    if (asked := _LEVELS.get(body.quality or "")) is not None:
+        return asked
+    if isinstance(request.budget, LatencyBudget):
+        return None  # the worker chooses the point
+    if request.point.is_exact:
+        return QualityLevel.MAX
+    best_first = ((QualityLevel.HIGH, Preset.HIGH), (QualityLevel.MEDIUM, Preset.FAST))
+    offered = {point.preset: point.quality for point in curve}
+    able = (level for level, preset in best_first if preset in offered and offered[preset] <= request.point.quality)
+    return next(able, QualityLevel.LOW)
 
 
 def _agreed(name: str, value: Scalar | None, other_name: str, other: Scalar | None) -> Scalar | None:

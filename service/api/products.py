@@ -8,14 +8,15 @@ from models.file_formats import MeshFormat, OutputFormat
 from models.request import GenerationRequest, ImageEdit, ImageRequest, MeshRequest
 from service.api.errors import error_responses
 from service.api.responses import ACCEPTED, EVENT_STREAM, RESULT, ImageResponse, MeshResponse
+from service.jobs.job import Job
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """One kind of artifact, and how it came about, as in `image` and `edit`.
+    """One kind of artifact, and how it came about, as in `image` and `generation`.
 
-    `own_fields` gives the fields of the `response` that only this product has, from a request. `result` names all
-    artifacts of a job in the documentation.
+    `result` names all artifacts of a job in the documentation. `preview_format` is that of previews. `own_fields` gives
+    the fields of the `response` and of events that only this product has, from a job.
     """
 
     name: str
@@ -23,7 +24,8 @@ class Product:
     result: str
     formats: type[OutputFormat] | type[MeshFormat]
     response: type[ImageResponse] | type[MeshResponse]
-    own_fields: Callable[[Any], Mapping[str, Any]]
+    preview_format: OutputFormat | MeshFormat
+    own_fields: Callable[[Job], Mapping[str, Any]]
 
     @property
     def preview_event(self) -> str:
@@ -32,6 +34,10 @@ class Product:
     @property
     def completed_event(self) -> str:
         return f"{self.name}_{self.action}.completed"
+
+    @property
+    def has_usage(self) -> bool:
+        return "usage" in self.response.model_fields
 
     @property
     def documentation(self) -> dict[str, Any]:
@@ -55,17 +61,25 @@ class Product:
 _FILE = {"schema": {"type": "string", "format": "binary"}}
 
 
-def _image_fields(request: ImageRequest) -> Mapping[str, Any]:
-    return {"size": f"{request.width}x{request.height}"}
+def _image_fields(job: Job) -> Mapping[str, Any]:
+    request = job.requests[0]
+    assert isinstance(request, ImageRequest)
+    return {
+        "size": f"{request.width}x{request.height}",
+        "quality": job.output.quality_level or "auto",
+        "background": "opaque",
+    }
 
 
-def _mesh_fields(request: MeshRequest) -> Mapping[str, Any]:
+def _mesh_fields(job: Job) -> Mapping[str, Any]:
+    request = job.requests[0]
+    assert isinstance(request, MeshRequest)
     return {"octree_resolution": request.octree_resolution}
 
 
-IMAGE = Product("image", "generation", "The images", OutputFormat, ImageResponse, _image_fields)
-EDIT = Product("image", "edit", "The images", OutputFormat, ImageResponse, _image_fields)
-MESH = Product("mesh", "generation", "The mesh", MeshFormat, MeshResponse, _mesh_fields)
+IMAGE = Product("image", "generation", "The images", OutputFormat, ImageResponse, OutputFormat.PNG, _image_fields)
+EDIT = Product("image", "edit", "The images", OutputFormat, ImageResponse, OutputFormat.PNG, _image_fields)
+MESH = Product("mesh", "generation", "The mesh", MeshFormat, MeshResponse, MeshFormat.GLB, _mesh_fields)
 
 PRODUCTS = (IMAGE, EDIT, MESH)
 

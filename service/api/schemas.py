@@ -117,7 +117,9 @@ class GenerationBody(ClosedBody):
         description="How many previews of the unfinished result the events have; needs stream or respond-async.",
     )
     response_format: ResponseFormat | None = Field(
-        default=None, description="b64_json by default; binary only for a single result."
+        default=None,
+        description="b64_json, unless the server has another default; always so in events. binary only for a single "
+        "result.",
     )
     webhook_url: UrlText | None = Field(
         default=None,

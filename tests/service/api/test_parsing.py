@@ -16,7 +16,7 @@ from service.api.parsing import parse_image_body
 from service.api.schemas import ImageBody
 from service.api.sizes import nearest_size
 from service.budget import BudgetBody
-from service.order import Order, Output
+from service.order import Order, Output, QualityLevel
 
 DEFAULT = QualityBudget(0.9)
 DEFAULT_BODY = BudgetBody(quality=0.9, min_quality=0.7)
@@ -213,10 +213,31 @@ def test_preset_must_be_on_the_models_curve(drawn_card: ImageCard) -> None:
 
 
 def test_output_follows_the_format(drawn_card: ImageCard) -> None:
-    assert order(drawn_card).output == Output()
+    level = QualityLevel.MEDIUM
+    assert order(drawn_card).output == Output(quality_level=level)
     fields = {"output_format": "webp", "output_compression": 40, "metadata": False}
-    assert order(drawn_card, **fields).output == Output(OutputFormat.WEBP, 40, has_metadata=False)
-    assert order(drawn_card, output_compression=100).output == Output()
+    assert order(drawn_card, **fields).output == Output(OutputFormat.WEBP, 40, has_metadata=False, quality_level=level)
+    assert order(drawn_card, output_compression=100).output == Output(quality_level=level)
+
+
+@pytest.mark.parametrize(
+    ("fields", "level"),
+    [
+        ({"quality": "low"}, "low"),
+        ({"quality": "xhigh"}, "xhigh"),
+        ({"quality": "max"}, "max"),
+        ({"quality": "hd"}, "max"),
+        ({"quality": "auto"}, "medium"),
+        ({"budget": {"preset": "draft"}}, "low"),
+        ({"budget": {"preset": "high"}}, "high"),
+        ({"budget": {"quality": 0.97}}, "high"),
+        ({"budget": {"compute_ratio": 0.45}}, "low"),
+        ({"budget": {"quality": 1}}, "max"),
+        ({"budget": {"latency_ms": 1000}}, None),
+    ],
+)
+def test_budget_has_a_level_in_openais_words(fields: dict[str, Any], level: str | None, drawn_card: ImageCard) -> None:
+    assert order(drawn_card, **fields).output.quality_level == level
 
 
 def test_binary_answers_one_image(drawn_card: ImageCard) -> None:

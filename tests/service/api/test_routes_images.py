@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from openai.types import ImagesResponse
 from PIL import Image
 
 from models.card import ImageCard
@@ -25,7 +26,16 @@ def test_image_comes_with_a_receipt(path: str, client: TestClient) -> None:
     response = client.post(path, json={**PROMPT, "seed": 3, "size": "96x64", "budget": {"preset": "fast"}})
     assert response.status_code == 200
     body = response.json()
-    assert set(body) == {"created", "id", "model", "data", "size", "output_format", "receipt"}
+    ours, openais = {"id", "model", "receipt"}, {"created", "data", "size", "output_format", "quality", "background"}
+    assert set(body) == {*ours, *openais, "usage"}
+    assert (body["quality"], body["background"]) == ("medium", "opaque")
+    assert body["usage"] == {
+        "input_tokens": 3,
+        "input_tokens_details": {"image_tokens": 0, "text_tokens": 3},
+        "output_tokens": 24,
+        "total_tokens": 27,
+    }
+    assert ImagesResponse.model_validate(body, strict=True)
     assert response.headers["x-job-id"] == body["id"]
     assert (body["model"], body["size"], body["output_format"]) == ("drawn", "96x64", "png")
     (image,) = body["data"]
@@ -69,6 +79,8 @@ def test_several_images_have_receipts_of_their_own(client: TestClient) -> None:
     assert "decisions" not in body["receipt"]
     assert body["receipt"]["blocks"]["run"] == 24
     assert body["receipt"]["batch_size_mean"] == 3
+    assert body["usage"]["input_tokens_details"] == {"image_tokens": 0, "text_tokens": 9}
+    assert (body["usage"]["output_tokens"], body["usage"]["total_tokens"]) == (48, 57)
 
 
 def test_trace_lists_every_decision(client: TestClient) -> None:
@@ -132,6 +144,17 @@ def test_urls_lead_to_the_images(client: TestClient) -> None:
     assert [file.headers["content-type"] for file in files] == ["image/webp"] * 2
     assert files[0].content != files[1].content
     assert body["data"][1]["url"] == f"http://testserver/v1/jobs/{body['id']}/content?index=1"
+
+
+def test_server_may_answer_with_urls_by_default(start_client: Callable[..., TestClient]) -> None:
+    client = start_client(Settings(default_response_format="url"))
+    body = client.post("/v1/images", json=PROMPT).json()
+    assert set(body["data"][0]) == {"url", "seed"}
+    assert client.get(body["data"][0]["url"]).status_code == 200
+    (image,) = client.post("/v1/images", json={**PROMPT, "response_format": "b64_json"}).json()["data"]
+    assert set(image) == {"b64_json", "seed"}
+    stream = client.post("/v1/images", json={**PROMPT, "stream": True}).text
+    assert '"b64_json"' in stream  # which OpenAI's clients read there
 
 
 def test_links_begin_with_the_public_url(start_client: Callable[..., TestClient]) -> None:
