@@ -1,9 +1,14 @@
-/* The playground uses only the public API: GET /v1/models, and POST /v1/images and /v1/meshes with "stream". */
+/* The playground uses only the public API: GET /v1/models, and POST to /v1/images, /v1/images/edits and /v1/meshes with
+   "stream". */
+
+import { MaskPainter } from "./mask.js";
 
 const byId = (id) => document.getElementById(id);
 const form = byId("form");
 const MEASURES = { ssim: "SSIM", volume_iou: "volume IoU" };
 const MAX_SEED = 2 ** 31;
+const DEFAULT_STRENGTH = { picture: 0.6, mask: 1 };
+const painter = new MaskPainter(byId("mask"), byId("brush"));
 let models = [];
 
 class ApiError extends Error {}
@@ -72,7 +77,7 @@ function pointOf({ preset, quality }, curve) {
 }
 
 function showExpectation() {
-  for (const range of form.querySelectorAll("input[type=range]"))
+  for (const range of form.querySelectorAll("output ~ input[type=range]"))
     range.parentElement.querySelector("output").value = percent(range.value);
   const model = chosenModel();
   const point = model && pointOf(budgetOf(), model.curve);
@@ -93,6 +98,10 @@ function showModel() {
   if (model.modality === "mesh") import("/playground/vendor/model-viewer.min.js"); // large, and only meshes need it
   for (const part of form.querySelectorAll("[data-modality]")) part.hidden = part.dataset.modality !== model.modality;
   for (const part of form.querySelectorAll("[data-guidance]")) part.hidden = part.dataset.guidance !== model.guidance;
+  byId("picture_label").textContent =
+    model.modality === "mesh" ? "Image of one object" : model.needs_input_image ? "Picture to edit" : "Picture to edit (optional)";
+  byId("input_image").multiple = model.max_input_images > 1;
+  showInput();
   byId("about").textContent = `${model.family}, licence ${model.license}`;
   const presets = model.curve.filter((point) => point.preset).map((point) => new Option(point.preset));
   byId("preset").replaceChildren(...presets);
@@ -135,6 +144,8 @@ function valueOf(name, text, example) {
   }
 }
 
+const pictureFiles = () => [...byId("input_image").files];
+
 const base64Of = (file) =>
   new Promise((resolve, reject) => {
     const reader = new FileReader();
@@ -142,6 +153,8 @@ const base64Of = (file) =>
     reader.onerror = () => reject(reader.error);
     reader.readAsDataURL(file);
   });
+
+const noisedFields = () => ({ mask: painter.toDataURL(), strength: numberOf("strength") });
 
 async function bodyOf(model) {
   const seed = numberOf("seed") ?? Math.floor(Math.random() * MAX_SEED);
@@ -156,18 +169,21 @@ async function bodyOf(model) {
     trace: true,
     partial_images: 3,
   };
-  if (model.modality === "image")
+  const pictures = await Promise.all(pictureFiles().map(base64Of));
+  if (model.modality === "image") {
+    if (!pictures.length && model.needs_input_image) throw new ApiError("Choose a picture first.");
     return {
       ...shared,
       prompt: byId("prompt").value,
       negative_prompt: (model.guidance === "true" && byId("negative_prompt").value) || undefined,
       size: byId("size").value || undefined,
+      ...(pictures.length && { image: pictures, ...(model.edits === "noised" && noisedFields()) }),
     };
-  const [file] = byId("input_image").files;
-  if (!file) throw new ApiError("Choose an image first.");
+  }
+  if (!pictures.length) throw new ApiError("Choose an image first.");
   return {
     ...shared,
-    input_image: await base64Of(file),
+    input_image: pictures[0],
     octree_resolution: numberOf("octree_resolution"),
     target_faces: numberOf("target_faces"),
   };
@@ -182,15 +198,16 @@ class Run {
     this.abort = new AbortController();
     this.article = byId("run").content.cloneNode(true).firstElementChild;
     this.part("h2").textContent = `${model.id}, ${labelOf(body.budget)}`;
-    const shown = body.input_image ? { ...body, input_image: `${body.input_image.slice(0, 40)}…` } : body;
-    this.part("pre").textContent = `POST ${this.path}\n${JSON.stringify(shown, null, 2)}`;
+    const shorten = (name, value) => (String(value).startsWith("data:") && value.length > 40 ? `${value.slice(0, 40)}…` : value);
+    this.part("pre").textContent = `POST ${this.path}\n${JSON.stringify(body, shorten, 2)}`;
     this.part(".cancel").addEventListener("click", () => this.abort.abort());
     byId("runs").prepend(this.article);
     this.article.scrollIntoView({ block: "nearest" });
   }
 
   get path() {
-    return this.model.modality === "image" ? "/v1/images" : "/v1/meshes";
+    if (this.model.modality === "mesh") return "/v1/meshes";
+    return this.body.image ? "/v1/images/edits" : "/v1/images";
   }
 
   part(selector) {
@@ -237,11 +254,25 @@ class Run {
     for (const [name, value] of Object.entries({ ...look, ...attributes })) view.setAttribute(name, value);
     if (!view.isConnected) this.part(".artifact").append(view);
     if (kind !== "result") return;
+    if (this.body.image) this.showBefore(this.body.image[0]);
     const link = document.createElement("a");
     link.href = url;
     link.download = `${this.model.id}-${this.body.seed}.${isImage ? "png" : "glb"}`;
     link.textContent = "Download";
     this.part(".links").replaceChildren(link);
+  }
+
+  /** Lays the picture that was edited over the result, as far as the slider says. */
+  showBefore(picture) {
+    const before = document.createElement("img");
+    Object.assign(before, { className: "before", alt: "before", src: picture });
+    this.part(".artifact").append(before);
+    const label = this.part(".before_after");
+    const slider = label.querySelector("input");
+    const show = () => (before.style.clipPath = `inset(0 ${100 - slider.value}% 0 0)`);
+    slider.addEventListener("input", show);
+    label.hidden = false;
+    show();
   }
 
   showReceipt(receipt, seed) {
@@ -326,11 +357,32 @@ function takeDropped(event) {
   showInput();
 }
 
+/** Shows the first picture, and for models that take one a canvas for its mask. */
 function showInput() {
-  const [file] = byId("input_image").files;
+  const [file] = pictureFiles();
+  const isNoised = chosenModel()?.edits === "noised";
   URL.revokeObjectURL(byId("input_preview").src);
-  byId("input_preview").hidden = !file;
+  byId("pictures").hidden = !file;
+  byId("mask").hidden = !isNoised;
+  for (const part of form.querySelectorAll("[data-edits]")) part.hidden = !isNoised;
   if (file) byId("input_preview").src = URL.createObjectURL(file);
+}
+
+function removeInput() {
+  byId("input_image").value = "";
+  showInput();
+}
+
+/** Until somebody moves the slider, it has the server's default. */
+function suggestStrength() {
+  if (!byId("strength").dataset.isChosen)
+    byId("strength").value = painter.isPainted ? DEFAULT_STRENGTH.mask : DEFAULT_STRENGTH.picture;
+  showExpectation();
+}
+
+function clearMask() {
+  painter.clear();
+  suggestStrength();
 }
 
 form.addEventListener("submit", submit);
@@ -339,6 +391,14 @@ byId("model").addEventListener("change", showModel);
 byId("budget").addEventListener("change", showBudget);
 byId("api_key").addEventListener("change", loadModels);
 byId("input_image").addEventListener("change", showInput);
+byId("input_preview").addEventListener("load", ({ target }) => {
+  painter.reset(target.naturalWidth, target.naturalHeight);
+  suggestStrength();
+});
+byId("mask").addEventListener("pointerup", suggestStrength);
+byId("strength").addEventListener("input", ({ target }) => (target.dataset.isChosen = true));
+byId("clear_mask").addEventListener("click", clearMask);
+byId("remove").addEventListener("click", removeInput);
 byId("drop").addEventListener("drop", takeDropped);
 byId("drop").addEventListener("dragover", (event) => {
   event.preventDefault();

@@ -127,6 +127,75 @@ def test_image_at_a_budget_is_shown_beside_the_exact_one(server: str, page: Page
     assert counts[1]["run"] == sum(counts[0].values())
 
 
+def test_picture_is_edited_where_a_mask_is_painted(server: str, page: Page, tmp_path: Path) -> None:
+    # Given a picture whose left half is painted over
+    pixels = np.full((128, 128, 3), (40, 90, 200), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "blue.png")
+    opened(page, server, "tiny-flux")
+    page.locator("#prompt").fill("a large red circle in the centre")
+    page.get_by_label("Picture to edit").set_input_files(tmp_path / "blue.png")
+    expect(page.locator("#strength")).to_have_value("0.6")
+    page.locator("#brush").fill("40")
+    paint_left_half(page)
+    expect(page.locator("#strength")).to_have_value("1")
+    page.get_by_label("Also generate the exact result").uncheck()
+    # When it is edited
+    with page.expect_request("**/v1/images/edits") as sent:
+        generate(page)
+    receipt_of(page.locator("article"))
+    # Then the mask is transparent where it was painted, and the rest is as before
+    body = sent.value.post_data_json
+    assert body is not None
+    assert body["strength"] == 1
+    with Image.open(BytesIO(base64.b64decode(body["mask"].split(",")[1]))) as mask:
+        changes = np.asarray(mask)[..., 3] < 128
+    assert changes.shape == (128, 128)
+    assert changes[:, :48].mean() > 0.9
+    assert not changes[:, 100:].any()
+    made = np.asarray(Image.open(BytesIO(file_of(page, page.locator("article"), tmp_path))), int)
+    assert np.array_equal(made[~changes], pixels[~changes])
+    assert np.abs(made - pixels)[changes].mean() > 5
+    # And the slider shows the picture before
+    before = page.locator("article img.before")
+    assert before.evaluate("image => image.style.clipPath") == "inset(0px 100% 0px 0px)"
+    page.get_by_label("Show the picture before").fill("50")
+    assert before.evaluate("image => image.style.clipPath") == "inset(0px 50% 0px 0px)"
+
+
+def paint_left_half(page: Page) -> None:
+    canvas = page.locator("#mask")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    assert box is not None
+    for share in (0.1, 0.25):
+        page.mouse.move(box["x"] + share * box["width"], box["y"] + 1)
+        page.mouse.down()
+        page.mouse.move(box["x"] + share * box["width"], box["y"] + box["height"] - 1, steps=3)
+        page.mouse.up()
+
+
+def test_mask_can_be_cleared_and_the_picture_removed(server: str, page: Page, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    opened(page, server, "tiny-flux")
+    page.get_by_label("Also generate the exact result").uncheck()
+    page.get_by_label("Picture to edit").set_input_files(tmp_path / "red.png")
+    paint_left_half(page)
+    page.get_by_role("button", name="Clear the mask").click()
+    page.locator("#strength").fill("0.3")
+    with page.expect_request("**/v1/images/edits") as sent:
+        generate(page)
+    body = sent.value.post_data_json
+    assert body is not None
+    assert "mask" not in body
+    assert body["strength"] == 0.3
+    receipt_of(page.locator("article"))
+    page.get_by_role("button", name="Remove").click()
+    expect(page.locator("#pictures")).to_be_hidden()
+    with page.expect_request("**/v1/images") as sent:
+        generate(page)
+    assert "image" not in (sent.value.post_data_json or {"image"})
+
+
 def decisions_shown(run: Locator) -> dict[str, int]:
     """The cells of a run's chart by decision, from the legend's colours. `run` has many shades, so it is the rest."""
     data = run.locator("canvas").evaluate("canvas => canvas.toDataURL()")
