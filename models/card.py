@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from functools import partial
 from typing import Any, ClassVar
 
 from models.curve import CurvePoint
@@ -68,10 +69,14 @@ class ModelCard:
         return (guidance_scale if self.guidance is Guidance.TRUE else true_cfg_scale) > 1
 
     def curve_for(self, request: GenerationRequest) -> tuple[CurvePoint, ...]:
-        """The curve for this request's number of steps. Its points say whether they were calibrated for it."""
-        is_calibrated, steps = self._is_calibrated_for(request), request.num_inference_steps
-        points = [point.at(steps, is_calibrated=is_calibrated) for point in self.curve[:-1]]
-        points.append(self.curve[-1].at(steps, is_calibrated=is_calibrated, is_cheapest=True))
+        """The curve for the steps that this request takes. Its points say whether they were calibrated for it."""
+        fit = partial(
+            CurvePoint.at,
+            num_steps=request.num_steps,
+            is_calibrated=self._is_calibrated_for(request),
+            taken_share=request.num_steps / request.num_inference_steps,
+        )
+        points = [*(fit(point) for point in self.curve[:-1]), fit(self.curve[-1], is_cheapest=True)]
         return tuple(sorted(points, key=lambda point: -point.compute_ratio))  # some may have become exact
 
     def _is_calibrated_for(self, request: GenerationRequest) -> bool:
@@ -105,9 +110,9 @@ class ImageCard(ModelCard):
 
     def _is_calibrated_for(self, request: GenerationRequest) -> bool:
         assert isinstance(request, ImageRequest)
-        is_usual_size = (request.height, request.width) == (self.default_height, self.default_width)
+        is_usual = request.edit is None and (request.height, request.width) == (self.default_height, self.default_width)
         # Not super(): dataclasses with slots are made anew, which breaks it in older versions of Python.
-        return is_usual_size and ModelCard._is_calibrated_for(self, request)
+        return is_usual and ModelCard._is_calibrated_for(self, request)
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,18 @@ def test_one_more_step_is_computed_where_nothing_was_calibrated(
     assert [point.is_calibrated for point in (high, routed, draft)] == [False] * 3
 
 
+@pytest.mark.parametrize("kind", ["flux", "qwen_image"], indirect=True, scope="session")
+def test_edit_needs_its_share_of_the_computed_steps_and_one_more(
+    card: ModelCard, usual: Callable[..., GenerationRequest], edited: Callable[..., dict[str, Any]]
+) -> None:
+    exact, high, routed, draft = card.curve_for(usual(**edited(0.7)))
+    assert (high.steps, draft.steps) == (ComputedSteps(8, 14), ComputedSteps(4, 14))
+    assert draft.compute_ratio == pytest.approx(4 / 14)
+    assert [point.is_calibrated for point in (exact, high, routed, draft)] == [True, False, False, False]
+    assert card.curve_for(usual(num_inference_steps=40, **edited(0.35)))[2].steps == ComputedSteps(5, 14)
+    assert card.curve_for(usual(**edited(1.0)))[1].steps == ComputedSteps(11, 20)
+
+
 def test_guidance_that_was_not_calibrated_is_noticed(card: ModelCard, usual: Callable[..., GenerationRequest]) -> None:
     request = usual(is_guided=not usual().is_guided)
     assert not card.curve_for(request)[-1].is_calibrated

@@ -145,7 +145,7 @@ class DrawnState:
     @property
     def num_steps(self) -> int:
         """A mesh's schedule ends in a step of no length, as Hunyuan3D's does."""
-        return self.request.num_inference_steps - isinstance(self.request, MeshRequest)
+        return self.request.num_steps - isinstance(self.request, MeshRequest)
 
     @property
     def num_computed_steps(self) -> int:
