@@ -17,8 +17,8 @@ MAX_SEED = 2**63 - 1
 
 SIZE_PATTERN = "^([0-9]{1,5}x[0-9]{1,5}|auto)$"
 
-DEFAULT_STRENGTH, DEFAULT_MASKED_STRENGTH = 0.6, 1.0
-"""Of edits: 0.6 as in diffusers. With a mask, what may change is made anew, as OpenAI's clients expect."""
+DEFAULT_STRENGTH, DEFAULT_MASKED_STRENGTH = 0.8, 1.0
+"""Of edits, see docs/decisions/0023e-masks-and-strengths.md."""
 
 Integer = Annotated[int, Field(strict=True)]
 
@@ -245,7 +245,7 @@ Pictures = Annotated[list[PictureText], Field(min_length=1, max_length=MAX_PICTU
 class EditBody(ImageBody):
     model_config = ConfigDict(
         json_schema_extra={
-            "examples": [{"prompt": "a green circle", "image": "data:image/png;base64,iVBORw0KGgo…", "strength": 0.6}]
+            "examples": [{"prompt": "a green circle", "image": "data:image/png;base64,iVBORw0KGgo…", "strength": 0.8}]
         },
     )
 

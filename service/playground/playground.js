@@ -7,7 +7,7 @@ const byId = (id) => document.getElementById(id);
 const form = byId("form");
 const MEASURES = { ssim: "SSIM", volume_iou: "volume IoU" };
 const MAX_SEED = 2 ** 31;
-const DEFAULT_STRENGTH = { picture: 0.6, mask: 1 };
+const DEFAULT_STRENGTH = { picture: 0.8, mask: 1 };
 const painter = new MaskPainter(byId("mask"), byId("brush"));
 let models = [];
 

@@ -134,7 +134,7 @@ def test_picture_is_edited_where_a_mask_is_painted(server: str, page: Page, tmp_
     opened(page, server, "tiny-flux")
     page.locator("#prompt").fill("a large red circle in the centre")
     page.get_by_label("Picture to edit").set_input_files(tmp_path / "blue.png")
-    expect(page.locator("#strength")).to_have_value("0.6")
+    expect(page.locator("#strength")).to_have_value("0.8")
     page.locator("#brush").fill("40")
     paint_left_half(page)
     expect(page.locator("#strength")).to_have_value("1")

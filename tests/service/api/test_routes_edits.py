@@ -89,7 +89,7 @@ def test_answer_is_that_of_an_image(edit: Callable[..., Response], started: list
     assert request.edit is not None
     assert request.edit is other.edit
     assert request.edit.mask is None
-    assert request.edit.strength == 0.6
+    assert request.edit.strength == 0.8
     assert np.array_equal(pixels(request.edit.images[0]), pixels(png()))
 
 
