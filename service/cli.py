@@ -19,7 +19,7 @@ from service import keys
 from service.api.input_image import checked_image
 from service.api.parsing import RANDOM_SEEDS
 from service.api.responses import ReceiptBody
-from service.api.schemas import ImageBody, MeshBody
+from service.api.schemas import EditBody, ImageBody, MeshBody
 from service.api.validation import invalid_request
 from service.budget import budget_fields
 from service.errors import BadConfiguration, InvalidImage, ServiceError
@@ -126,29 +126,58 @@ def generate(
     steps: Steps = None,
     guidance: ImageGuidance = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="A picture to edit; may be given more than once, if the model allows it.")
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            help="A picture that is transparent, or white if it has no transparency, where --image may change."
+        ),
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How far the result may be from --image, up to 1; the model's edits is noised.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="The file to write: .png, .webp or .jpeg.")] = Path("image.png"),
     receipt: ReceiptFile = None,
     device: Device = None,
     config: Config = None,
 ) -> None:
-    """Generate one image without a server."""
+    """Generate one image, or edit one, without a server."""
     settings = load_settings(config, device=device)
     _check_folders(out, receipt)
-    body = ImageBody.model_validate(
-        {
-            "prompt": prompt,
-            "negative_prompt": negative_prompt,
-            "true_cfg_scale": true_cfg_scale,
-            "size": size,
-            "output_format": _format_of(out, OutputFormat),
-            **_shared_fields(seed, budget, steps, guidance),
-        }
-    )
-    directory = find_model(model)
-    from service.local import generate_image  # imports torch, so only where something is computed
+    fields = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "true_cfg_scale": true_cfg_scale,
+        "size": size,
+        "output_format": _format_of(out, OutputFormat),
+        **_shared_fields(seed, budget, steps, guidance),
+    }
+    directory, random_seed = find_model(model), secrets.randbelow(RANDOM_SEEDS)
+    if image:
+        data, done = _edit(directory, {**fields, "strength": strength}, image, mask, settings, random_seed)
+    elif mask is not None or strength is not None:
+        raise typer.BadParameter("--mask and --strength need --image")
+    else:
+        body = ImageBody.model_validate(fields)
+        from service.local import generate_image  # imports torch, so only where something is computed
 
-    data, done = generate_image(directory, body, settings, random_seed=secrets.randbelow(RANDOM_SEEDS))
+        data, done = generate_image(directory, body, settings, random_seed=random_seed)
     _write(out, data, receipt, done)
+
+
+def _edit(
+    directory: Path, fields: dict[str, Any], images: Sequence[Path], mask: Path | None, settings: Settings, seed: int
+) -> tuple[bytes, ReceiptBody]:
+    # A body needs texts of pictures; the files themselves are read below.
+    names = {"image": [str(path) for path in images], "mask": None if mask is None else str(mask)}
+    body = EditBody.model_validate({**fields, **names})
+    files = {str(path): path.read_bytes() for path in images}
+    mask_file = None if mask is None else mask.read_bytes()
+    from service.local import edit_image  # imports torch, so only where something is computed
+
+    return edit_image(directory, body, files, mask_file, settings, seed=seed)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +13,11 @@ from models.errors import InvalidRequest
 from models.mesh.cleanup import CleanMesh
 from models.request import LatencyBudget
 from models.zoo import load_engine
+from service.api.edits import checked_pictures, pictures_given
 from service.api.input_image import checked_image
-from service.api.parsing import parse_image_body, parse_mesh_body
+from service.api.parsing import parse_edit_body, parse_image_body, parse_mesh_body
 from service.api.responses import ReceiptBody
-from service.api.schemas import ImageBody, MeshBody
+from service.api.schemas import EditBody, ImageBody, MeshBody
 from service.api.views import receipt_body
 from service.jobs.job import Receipt, StageSeconds
 from service.order import Order
@@ -35,11 +36,32 @@ def generate_image(
     """Generate the image of `body` and return its file and receipt. Shows a progress bar on stderr."""
 
     def parse(card: ModelCard) -> Order:
-        if not isinstance(card, ImageCard):
-            raise InvalidRequest(f"{card.id} makes no images; try elastic-dit {card.modality}", "model")
-        return parse_image_body(body, card, default_budget=settings.default_budget, random_seed=random_seed)
+        return parse_image_body(
+            body, _image_card(card), default_budget=settings.default_budget, random_seed=random_seed
+        )
 
     return _generate(directory, settings, parse)
+
+
+def edit_image(
+    directory: Path, body: EditBody, files: Mapping[str, bytes], mask: bytes | None, settings: Settings, *, seed: int
+) -> tuple[bytes, ReceiptBody]:
+    """`generate_image`, from the pictures of `files`, by their names in messages. `seed` is used if `body` has none."""
+    pictures = checked_pictures(files, mask, max_pixels=settings.max_image_pixels)
+
+    def parse(card: ModelCard) -> Order:
+        pictures_given(body, _image_card(card))
+        return parse_edit_body(
+            body, _image_card(card), pictures, default_budget=settings.default_budget, random_seed=seed
+        )
+
+    return _generate(directory, settings, parse)
+
+
+def _image_card(card: ModelCard) -> ImageCard:
+    if not isinstance(card, ImageCard):
+        raise InvalidRequest(f"{card.id} makes no images; try elastic-dit {card.modality}", "model")
+    return card
 
 
 def generate_mesh(

@@ -15,9 +15,10 @@ from benchmarks.chaos.webhooks import Behaviour
 from models.card import ImageCard, MeshCard
 from models.engine import Engine
 from models.errors import EmptySurface
+from service.api.edits import checked_pictures, pictures_given
 from service.api.input_image import checked_image
-from service.api.parsing import parse_image_body, parse_mesh_body
-from service.api.schemas import ImageBody, MeshBody
+from service.api.parsing import parse_edit_body, parse_image_body, parse_mesh_body
+from service.api.schemas import EditBody, ImageBody, MeshBody
 from service.budget import BudgetBody
 from service.order import Order
 from service.running.output import encode_output
@@ -45,6 +46,7 @@ class Kind(StrEnum):
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
     MESH = "mesh"
+    EDIT = "edit"
 
 
 # How often each kind comes in a round.
@@ -57,7 +59,11 @@ _ROUND: Mapping[Kind, int] = {
     Kind.CANCELLED: 2,
     Kind.DEADLINE: 1,
     Kind.MESH: 1,
+    Kind.EDIT: 2,
 }
+
+
+_PATHS: Mapping[Kind, str] = {Kind.MESH: "/v1/meshes", Kind.EDIT: "/v1/images/edits"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +78,7 @@ class Task:
 
     @property
     def path(self) -> str:
-        return "/v1/meshes" if self.kind is Kind.MESH else "/v1/images"
+        return _PATHS.get(self.kind, "/v1/images")
 
     @property
     def num_files(self) -> int:
@@ -127,6 +133,9 @@ def _body(kind: Kind, rng: random.Random) -> dict[str, Any]:
             body |= {"partial_images": 2}
         case Kind.STREAMED:
             body |= {"partial_images": 1, "stream": True}
+        case Kind.EDIT:
+            mask = {"mask": _text_of(Image.new("L", (64, 64), "white"))} if rng.random() < 0.5 else {}
+            body |= {"image": _solid(rng), **mask, "n": rng.randint(1, 2), "strength": rng.uniform(0.3, 1)}
         case Kind.CANCELLED:
             body |= {"num_inference_steps": 50, "budget": {"preset": "exact"}}
     return body
@@ -138,6 +147,10 @@ def _solid(rng: random.Random) -> str:
     draw, border = ImageDraw.Draw(image), rng.randint(10, 18)
     shape = rng.choice([draw.ellipse, draw.rectangle])
     shape((border, border, 64 - border, 64 - border), fill="grey")
+    return _text_of(image)
+
+
+def _text_of(image: Image.Image) -> str:
     file = BytesIO()
     image.save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
@@ -164,4 +177,10 @@ def _order(engine: Engine, task: Task) -> Order:
         image = checked_image(base64.b64decode(mesh_body.input_image), max_pixels=10_000)
         return parse_mesh_body(mesh_body, card, image, default_budget=_DEFAULT_BUDGET, random_seed=0)
     assert isinstance(card, ImageCard)
+    if task.kind is Kind.EDIT:
+        edit_body = EditBody.model_validate(task.body)
+        images = {field: base64.b64decode(text) for field, text in pictures_given(edit_body, card)}
+        mask = None if edit_body.mask is None else base64.b64decode(edit_body.mask)
+        pictures = checked_pictures(images, mask, max_pixels=10_000)
+        return parse_edit_body(edit_body, card, pictures, default_budget=_DEFAULT_BUDGET, random_seed=0)
     return parse_image_body(ImageBody.model_validate(task.body), card, default_budget=_DEFAULT_BUDGET, random_seed=0)

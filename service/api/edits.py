@@ -1,12 +1,17 @@
 """What a picture to edit asks of a model: which fields it takes, how strong an edit is, and how large its result."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
+
+from PIL import Image
 
 from models.card import Edits, ImageCard
 from models.errors import InvalidRequest
 from models.request import ImageEdit
+from service.api.input_image import checked_image
+from service.api.input_mask import checked_mask
 from service.api.schemas import DEFAULT_MASKED_STRENGTH, DEFAULT_STRENGTH, EditBody
 from service.api.sizes import nearest_size
 
@@ -21,6 +26,19 @@ class CheckedPictures:
     images: tuple[bytes, ...]
     size: tuple[int, int]
     mask: bytes | None = None
+
+
+def checked_pictures(images: Mapping[str, bytes], mask: bytes | None, *, max_pixels: int) -> CheckedPictures:
+    """The files of an edit, by the names of their fields, checked in this process. Raises what the checks raise."""
+    checked = tuple(checked_image(data, field, max_pixels=max_pixels) for field, data in images.items())
+    size = size_of(checked[0])
+    return CheckedPictures(checked, size, None if mask is None else checked_mask(mask, size, max_pixels=max_pixels))
+
+
+def size_of(image: bytes) -> tuple[int, int]:
+    """Width and height of a checked image."""
+    with Image.open(BytesIO(image)) as opened:
+        return opened.size
 
 
 def pictures_given(body: EditBody, card: ImageCard) -> list[tuple[str, str]]:

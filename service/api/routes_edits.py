@@ -2,16 +2,14 @@
 
 import asyncio
 import secrets
-from io import BytesIO
 
 from fastapi import APIRouter, Depends, Request, Response
-from PIL import Image
 
 from models.card import ImageCard
 from service.api.access import Access
 from service.api.answering import answer
 from service.api.dependencies import CallerOfRequest, DispatcherOfApp, SettingsOfApp
-from service.api.edits import CheckedPictures, pictures_given
+from service.api.edits import CheckedPictures, pictures_given, size_of
 from service.api.errors import error_responses
 from service.api.form_body import FORM, PictureFields, PictureRoute
 from service.api.generation_route import HeadersOfGeneration
@@ -97,8 +95,7 @@ async def _checked_pictures(body: EditBody, card: ImageCard, checks: ImageChecks
     for field, text in pictures_given(body, card):
         file = await asyncio.to_thread(decode_base64_image, text, field)
         images.append(await checks.checked(file, field))
-    with Image.open(BytesIO(images[0])) as first:
-        size = first.size
+    size = size_of(images[0])
     if body.mask is None:
         return CheckedPictures(tuple(images), size)
     file = await asyncio.to_thread(decode_base64_image, body.mask, "mask")

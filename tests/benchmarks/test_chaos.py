@@ -88,7 +88,7 @@ def test_file_that_cannot_be_compared_must_have_the_right_size() -> None:
 
 def test_tasks_are_those_of_their_seed_and_of_every_kind() -> None:
     assert random_tasks(30, 1) == random_tasks(30, 1) != random_tasks(30, 2)
-    assert {task.kind for task in random_tasks(14, 1)} == {*Kind}
+    assert {task.kind for task in random_tasks(16, 1)} == {*Kind}
     assert {task.webhook for task in random_tasks(200, 1)} == {None, *Behaviour}
 
 

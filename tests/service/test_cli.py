@@ -5,8 +5,10 @@ import tomllib
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
+from PIL import Image
 
 from service.cli import app, main
 from service.settings import Settings
@@ -134,6 +136,31 @@ def test_image_made_in_another_folder_uses_the_routers_and_prints_no_warnings(
     output = capfd.readouterr()
     assert re.fullmatch(r"image\.png: \d+% of the dense compute, \d+\.\d+ s\n", output.out)
     assert [line for line in output.err.splitlines() if line and "denoising" not in line] == []
+
+
+@pytest.mark.slow
+def test_picture_is_edited_where_its_mask_is_white(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture, mask, out = tmp_path / "picture.png", tmp_path / "mask.png", tmp_path / "out.png"
+    Image.new("RGB", (64, 64), "navy").save(picture)
+    left = Image.new("L", (64, 64), 0)
+    left.paste(255, (0, 0, 32, 64))
+    left.save(mask)
+    arguments = ["generate", "--prompt", "a red circle", "--image", str(picture), "--out", str(out), "--steps", "2"]
+    assert main([*arguments, "--mask", str(mask)]) == 0
+    made = np.asarray(Image.open(out))
+    assert made.shape == (64, 64, 3)
+    assert (made[:, 32:] == (0, 0, 128)).all()
+    assert (made[:, :32] != (0, 0, 128)).any()
+    assert main([*arguments, "--image", str(mask)]) == 2
+    assert "image has 2 pictures; tiny-flux edits at most 1 picture" in capsys.readouterr().err
+    picture.write_text("no picture")
+    assert main(arguments) == 1
+    assert f"{picture} is not a readable image" in capsys.readouterr().err
+
+
+def test_mask_and_strength_need_a_picture(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--prompt", "a", "--strength", "0.5"]) == 2
+    assert "--mask and --strength need --image" in capsys.readouterr().err
 
 
 def test_new_key_prints_the_key_and_its_entry(capsys: pytest.CaptureFixture[str]) -> None:
