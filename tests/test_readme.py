@@ -11,8 +11,9 @@ import pytest
 import typer
 
 from service import cli
+from service.api.routes_edits import EditRoute
 from service.api.routes_meshes import MeshRoute
-from service.api.schemas import ImageBody, MeshBody
+from service.api.schemas import EditBody, ImageBody, MeshBody
 from service.budget import BudgetBody
 
 ROOT = Path(__file__).parents[1]
@@ -63,15 +64,13 @@ def test_every_curl_sends_a_valid_body(line: str) -> None:
     if "-d" in words:
         ImageBody.model_validate_json(words[words.index("-d") + 1])
         return
-    parts = [word.split("=", 1) for flag, word in pairwise(words) if flag == "-F"]
-    fields = {
-        name: value if name in MeshRoute.pictures.texts else json.loads(value)
-        for name, value in parts
-        if name != "input_image"
-    }
-    image = dict(parts)["input_image"]
+    parts = dict(word.split("=", 1) for flag, word in pairwise(words) if flag == "-F")
+    is_edit = any(word.endswith("/v1/images/edits") for word in words)
+    pictures, picture = (EditRoute.pictures, "image") if is_edit else (MeshRoute.pictures, "input_image")
+    image = parts.pop(picture)
     assert (ROOT / image.removeprefix("@")).is_file()
-    MeshBody.model_validate({"input_image": image, **fields})
+    fields = {name: value if name in pictures.texts else json.loads(value) for name, value in parts.items()}
+    (EditBody if is_edit else MeshBody).model_validate({picture: image, **fields})
 
 
 def test_every_budget_of_the_table_is_valid() -> None:

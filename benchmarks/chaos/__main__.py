@@ -17,7 +17,7 @@ With `--other FOLDER`, every second server and worker runs the version in that c
 - its files are those that its seed makes alone, in an engine in this process. Images are compared by their 8-bit
   colours: batches of other sizes round differently, so 2 of 255 are allowed, and reported. Meshes are compared by their
   volume and size. A job with a deadline may have any quality. With `--other`, only budgets at `exact` are compared,
-  because another version may have another calibration;
+  because another version may have another calibration, and there are no edits;
 - every webhook was called, and was told how its job ended;
 - Redis holds no job that no client was told of, nothing queued, running or leased, and no key without a time to live;
 - no process has ended by itself; each ends with status 0 when it is told to, and so do the processes it started.

@@ -38,7 +38,7 @@ def run(
     With `num_faults`, the jobs are spread over this many faults; else, faults come until the jobs have ended.
     `other` is a checkout of another version, which every second server and worker runs.
     """
-    tasks, findings, load = random_tasks(num_jobs, seed), Findings(), Load()
+    tasks, findings, load = random_tasks(num_jobs, seed, with_edits=other is None), Findings(), Load()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         webhooks = stack.enter_context(webhook_host())
