@@ -1,6 +1,5 @@
 """A calibration curve: what a model's settings cost and how near their results stay to the exact ones. No torch."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
@@ -93,21 +92,17 @@ class CurvePoint:
         to_compute = steps_left if self.steps is None else max(self.steps.computed - num_computed, 1)
         return min(to_compute, steps_left) * self.relative_step_seconds
 
-    def at(
-        self, num_steps: int, *, is_calibrated: bool, is_cheapest: bool = False, taken_share: float = 1.0
-    ) -> "CurvePoint":
-        """This point for requests that take so many steps. Outside of what was calibrated, one more step is computed.
+    def at(self, num_steps: int, num_needed: int, *, is_calibrated: bool, is_cheapest: bool = False) -> "CurvePoint":
+        """This point for requests that take so many steps, of which `num_needed` are computed.
 
-        A schedule of more or fewer steps follows nearly the same trajectory. So it needs as many computed steps, and a
-        short one is exact. Only the cheapest point of a curve still forecasts a step then, so that caps can be met.
-        Requests that take the last `taken_share` of a schedule only need that share of the computed steps.
+        Outside of what was calibrated, one more step is computed. A short schedule is exact. Only the cheapest point of
+        a curve still forecasts a step then, so that caps can be met.
         """
         if self.is_exact:
             return self
         if self.steps is None:
             return replace(self, is_calibrated=is_calibrated)
-        # Rounding must not add a step.
-        computed = math.ceil(self.steps.computed * taken_share - 1e-9) + (not is_calibrated)
+        computed = num_needed if is_calibrated else num_needed + 1
         if is_cheapest:
             computed = max(1, min(computed, num_steps - 1))
         if computed >= num_steps and self.is_block_dense:

@@ -89,6 +89,7 @@ FORECASTING_CARD = replace(
         CurvePoint(DensePolicy(), 0.5, 0.5, 0.9, 0.95, Preset.BALANCED, ComputedSteps(4, 8)),
         CurvePoint(DensePolicy(), 0.25, 0.25, 0.6, 0.7, Preset.DRAFT, ComputedSteps(2, 8)),
     ),
+    edit_steps=tuple(tuple(max(1, taken * computed // 8) for computed in range(1, 9)) for taken in range(1, 9)),
 )
 
 MESH_CARD = MeshCard(
