@@ -21,7 +21,7 @@ from models.families.family import Family
 from models.file_formats import OutputFormat, encode_image
 from models.mesh.cleanup import CleanMesh
 from models.rules import RULES
-from models.rules.forecast import read_forecast_table
+from models.rules.forecast import ForecastTable, read_forecast_table
 from models.weights import Manifest, load_router_weights, read_curve, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,17 @@ def _card(family: Family, family_name: str, index: Path, folder: Path, manifest:
     alone_s, pair_s = (_dense_step_seconds(family, card, batch_size) for batch_size in (1, 2))
     encode_s, decode_s = _encode_and_decode_seconds(family, card)
     card = replace(card, dense_step_seconds=alone_s, fixed_share=fixed_share(alone_s, pair_s), encode_seconds=encode_s)
-    return replace(card, decode_seconds=decode_s) if isinstance(card, ImageCard) else card
+    if not isinstance(card, ImageCard):
+        return card
+    edit_steps = _edit_steps(family.forecast_table) if family.forecast_table else ()
+    return replace(card, decode_seconds=decode_s, edit_steps=edit_steps)
+
+
+def _edit_steps(table: ForecastTable) -> tuple[tuple[int, ...], ...]:
+    """`ImageCard.edit_steps`."""
+    forecaster, steps = table.forecaster(table.sigmas, has_conditionals=table.has_conditionals), table.num_steps
+    counts = range(1, steps + 1)
+    return tuple(tuple(forecaster.num_needed(taken, computed) for computed in counts) for taken in counts)
 
 
 def fixed_share(alone_s: float, pair_s: float) -> float:

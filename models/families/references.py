@@ -64,7 +64,9 @@ class EditingFamily(ImageFamily):
         parts, sizes = [], []
         for picture in pictures:
             width, height = self.picture_sizes.of(*picture.size)
-            encoded = self._encode_picture(self._image_processor.preprocess(picture, height, width))
+            pixels = self._image_processor.preprocess(picture, height, width)
+            with self._encoding:
+                encoded = self._encode_picture(pixels)
             rows, columns = encoded.shape[-2:]
             num_channels = self.transformer.config.in_channels // 4
             parts.append(self.pipeline._pack_latents(encoded, 1, num_channels, rows, columns))

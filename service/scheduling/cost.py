@@ -22,7 +22,7 @@ def denoise_seconds(request: GenerationRequest, card: ModelCard) -> float:
 
     Only computed steps take time. A request with a deadline is expected at the best point of the curve that meets it.
     """
-    step_s, num_steps = dense_step_seconds(request, card), request.num_inference_steps
+    step_s, num_steps = dense_step_seconds(request, card), request.num_steps
     point = request.point
     if isinstance(request.budget, LatencyBudget):
         curve, dense_steps = card.curve_for(request), request.budget.latency_s / step_s

@@ -20,7 +20,7 @@ def check_reachable(
     """
     assert isinstance(request.budget, LatencyBudget)
     floor = point_of_quality(request.budget.min_quality, card.curve_for(request))
-    dense_s = num_results * request.num_inference_steps * dense_step_seconds(request, card)
+    dense_s = num_results * request.num_steps * dense_step_seconds(request, card)
     encode_s = num_results * card.encode_seconds
     decode_s = finish_s + mesh_decode_seconds(request, card)
     predicted_s = backlog_s + encode_s + dense_s * floor.relative_seconds + decode_s

@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline
+from diffusers import DiffusionPipeline, FluxInpaintPipeline, FluxPipeline
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -29,6 +29,7 @@ from models.weights import CheckpointTraits, RouterWeights
 class FluxFamily(ImageFamily):
     adapter: Adapter = adapter
     pipeline_class: ClassVar[type[DiffusionPipeline]] = FluxPipeline
+    inpaint_pipeline = FluxInpaintPipeline
 
     @classmethod
     def load(
@@ -150,4 +151,4 @@ class FluxFamily(ImageFamily):
         latents = self._unpacked(state.latents, state.request)
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
         image = vae.decode(latents, return_dict=False)[0]
-        return self._pixels(image)
+        return self._pixels(image, state.request)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, QwenImagePipeline, QwenImageTransformer2DModel
+from diffusers import DiffusionPipeline, QwenImageInpaintPipeline, QwenImagePipeline, QwenImageTransformer2DModel
 from diffusers.models.activations import ApproximateGELU
 from numpy.typing import NDArray
 from PIL import Image
@@ -38,6 +38,7 @@ class QwenImageFamily(ImageFamily):
 
     adapter: Adapter = adapter
     pipeline_class: ClassVar[type[DiffusionPipeline]] = QwenImagePipeline
+    inpaint_pipeline = QwenImageInpaintPipeline
     loaders: ClassVar[Mapping[str, Callable[[Path], Any]]] = {}
     """What loads parts of the pipeline that are loaded in another way than by diffusers, by their names."""
 
@@ -185,7 +186,7 @@ class QwenImageFamily(ImageFamily):
         mean, inverse = self._latents_mean_and_inverse_std
         # Divided by the inverse, as in the stock pipeline, so that results are bitwise equal.
         image = vae.decode(latents / inverse + mean, return_dict=False)[0][:, :, 0]
-        return self._pixels(image)
+        return self._pixels(image, state.request)
 
 
 def pad_prompts(contexts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -17,8 +17,8 @@ from models.families.image import ImageFamily
 from models.families.references import EditingFamily
 from models.request import ImageEdit, ImageRequest
 from models.state import DenoiseState
+from tests.fixtures.generation import edit_of
 from tests.fixtures.kinds import Kind
-from tests.fixtures.tiny_editing import edit_of
 
 Ask = Callable[..., ImageRequest]
 Denoise = Callable[..., DenoiseState]

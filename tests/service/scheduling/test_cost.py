@@ -5,7 +5,7 @@ import pytest
 
 from models.card import DecodeSpeed, ImageCard, MeshCard
 from models.curve import Preset
-from models.request import ComputeBudget, ImageRequest, LatencyBudget, PresetBudget
+from models.request import Budget, ComputeBudget, ImageEdit, ImageRequest, LatencyBudget, PresetBudget
 from service.jobs.job import Job
 from service.scheduling.cost import (
     block_seconds,
@@ -51,6 +51,29 @@ def test_only_computed_steps_cost_time(
     fields: dict[str, object], seconds: float, make_request: Callable[..., ImageRequest], forecasting_card: ImageCard
 ) -> None:
     request = make_request(card=forecasting_card, **fields)
+    assert predicted_seconds(request, forecasting_card) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("budget", "strength", "seconds"),
+    [
+        (EXACT, 1.0, 4.0),
+        (EXACT, 0.5, 2.0),
+        (EXACT, 0.01, 0.5),
+        (PresetBudget(Preset.BALANCED), 0.75, 2.0),
+        (ComputeBudget(0.34), 0.75, 1.0),
+        (LatencyBudget(2.5), 0.5, 2.0),
+        (LatencyBudget(1.6), 0.5, 1.5),
+    ],
+)
+def test_edit_costs_the_steps_that_its_strength_takes(
+    budget: Budget,
+    strength: float,
+    seconds: float,
+    make_request: Callable[..., ImageRequest],
+    forecasting_card: ImageCard,
+) -> None:
+    request = make_request(card=forecasting_card, budget=budget, edit=ImageEdit((b"",), None, strength))
     assert predicted_seconds(request, forecasting_card) == pytest.approx(seconds)
 
 

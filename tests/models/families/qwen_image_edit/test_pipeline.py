@@ -17,8 +17,8 @@ from models.families.qwen_image_edit.pipeline import QwenImageEditFamily
 from models.request import ImageRequest
 from models.state import DenoiseState
 from models.weights import CheckpointTraits
+from tests.fixtures.generation import edit_of
 from tests.fixtures.kinds import Kind
-from tests.fixtures.tiny_editing import edit_of
 
 Ask = Callable[..., ImageRequest]
 Denoise = Callable[..., DenoiseState]
