@@ -142,7 +142,7 @@ def outcome_of(engine: Engine, case: Case, exact: Pixels, elastic: Pixels, summa
 
 def measure(engine: Engine, model: str, cases: Sequence[Case], quality: float) -> list[Outcome]:
     budget, card, outcomes = QualityBudget(quality), engine.cards[model], []
-    for first in tqdm(range(0, len(cases), _BATCH_SIZE), desc=model, unit="batch"):
+    for first in tqdm(range(0, len(cases), _BATCH_SIZE), desc=model, unit="batch", mininterval=2):
         batch = cases[first : first + _BATCH_SIZE]
         exact = run(engine, [case.request for case in batch])
         elastic = run(

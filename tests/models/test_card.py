@@ -63,6 +63,7 @@ def test_edit_computes_the_steps_that_its_part_of_the_schedule_needs_and_one_mor
     card: ModelCard, usual: Callable[..., GenerationRequest], edited: Callable[..., dict[str, Any]]
 ) -> None:
     edit_steps = tuple(tuple(max(1, taken * computed // 20) for computed in range(1, 21)) for taken in range(1, 21))
+    assert isinstance(card, ImageCard)
     card = replace(card, edit_steps=edit_steps)
     exact, high, routed, draft = card.curve_for(usual(**edited(0.5)))
     assert (high.steps, draft.steps) == (ComputedSteps(6, 10), ComputedSteps(3, 10))

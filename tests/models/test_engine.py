@@ -587,6 +587,7 @@ def test_card_tells_what_routers_and_curve_allow(kind: Any, engine: Engine, fami
     assert 0 <= card.fixed_share <= 1
     assert 0 < card.encode_seconds < 60
     assert not isinstance(card, ImageCard) or 0 < card.decode_seconds < 60
+    assert not isinstance(card, ImageCard) or 0 < card.picture_seconds < 60
 
 
 @pytest.mark.parametrize(("pair_s", "share"), [(1.5, 0.5), (1.0, 1.0), (2.0, 0.0), (0.9, 1.0), (2.3, 0.0)])

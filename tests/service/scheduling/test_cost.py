@@ -88,6 +88,16 @@ def test_cost_of_encoding_is_fixed_and_cost_of_decoding_grows_with_pixels(
     assert predicted_seconds(make_request(budget=EXACT, **fields), card) == pytest.approx(seconds)
 
 
+def test_picture_to_edit_costs_time_by_its_size(
+    make_request: Callable[..., ImageRequest], drawn_card: ImageCard
+) -> None:
+    card, edit = replace(drawn_card, encode_seconds=0.1, picture_seconds=0.3), ImageEdit((b"",), None, 1.0)
+    small, large = (make_request(budget=EXACT, height=height, edit=edit) for height in (64, 128))
+    assert predicted_seconds(small, card) == pytest.approx(0.1 + 0.3 + 2.0)
+    assert predicted_seconds(large, card) == pytest.approx(0.1 + 0.6 + 4.0)
+    assert predicted_seconds(replace(small, edit=None), card) == pytest.approx(0.1 + 2.0)
+
+
 @pytest.mark.parametrize(
     ("fields", "seconds"),
     [
