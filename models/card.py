@@ -35,6 +35,31 @@ class SizeLimits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PictureSizes:
+    """The sizes in pixels at which a model reads pictures.
+
+    They are those of `preferred`, `(width, height)` each, or have an `area` and sides that are multiples of 32. The
+    ratio of a picture is that of its sides in whole units of `ratio_unit` pixels.
+    """
+
+    preferred: tuple[tuple[int, int], ...] = ()
+    area: int = 0
+    ratio_unit: int = 1
+
+    def of(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height at which a picture of `width` x `height` pixels is read: about the same ratio.
+
+        As FluxKontextPipeline chooses them, and `calculate_dimensions` of Qwen-Image's editing pipelines.
+        """
+        ratio = max(1, width // self.ratio_unit) / max(1, height // self.ratio_unit)
+        if self.preferred:
+            _, width, height = min((abs(ratio - width / height), width, height) for width, height in self.preferred)
+            return width, height
+        exact_width = math.sqrt(self.area * ratio)
+        return 32 * round(exact_width / 32), 32 * round(exact_width / ratio / 32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
     """Identity, defaults, limits and curve of one model, as `/v1/models` shows them.
 
@@ -104,7 +129,9 @@ class ImageCard(ModelCard):
 
     `decode_seconds` is the time to decode an image of the default size to a PNG file, measured when the model is
     loaded. `picture_seconds` is what a picture to edit, of this size, adds to `encode_seconds`. An edit has at most
-    `max_input_images` pictures; with `needs_input_image` there is no image without one.
+    `max_input_images` pictures; with `needs_input_image` there is no image without one. Models that read pictures
+    beside the noise have `picture_sizes`.
+
     `edit_steps[taken - 1][computed - 1]` says how many of the last `taken` steps of the calibrated schedule are worth
     `computed` of all its steps, by the errors that calibration predicts. It is empty if steps can't be forecast.
     """
@@ -120,7 +147,23 @@ class ImageCard(ModelCard):
     edits: Edits = Edits.NOISED
     max_input_images: int = 1
     needs_input_image: bool = False
+    picture_sizes: PictureSizes | None = None
     edit_steps: tuple[tuple[int, ...], ...] = ()
+
+    def size_of_edit(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of the edit of a picture of `width` x `height` pixels, if its client asks for no size.
+
+        For models that read pictures beside the noise. It is the size at which the picture is read, made smaller in
+        proportion if it exceeds the model's limits. (The stock Kontext pipeline makes every image square by default.
+        FLUX's own repository keeps the picture's ratio, as here.)
+        """
+        assert self.picture_sizes is not None
+        read, limits = self.picture_sizes.of(width, height), self.sizes
+        scale = min(1.0, limits.maximum / max(read))
+        width, height = (
+            max(limits.minimum, int(side * scale) // limits.multiple_of * limits.multiple_of) for side in read
+        )
+        return width, height
 
     def _num_needed(self, point: CurvePoint, request: GenerationRequest) -> int:
         """As in `ModelCard`. Edits begin where there is less noise, and less to be uncertain of."""

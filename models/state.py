@@ -21,18 +21,32 @@ from models.rules.forecast import MAX_VELOCITIES, Forecaster, Weights
 
 
 @dataclass(frozen=True, slots=True)
+class References:
+    """Pictures that the transformer reads beside the noise, without noise.
+
+    `latents` `(1, tokens, channels)` has one picture after the other, packed as the noise is. `sizes` are the pictures'
+    heights and widths in tokens.
+    """
+
+    latents: Tensor
+    sizes: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class BranchInputs:
     """The inputs of one guidance branch, equal at every step.
 
     `context` `(1, tokens, channels)` is the embedded prompt, already in the transformer's width, or the embedded image.
     Some families add `pooled` and `guidance` to the time embedding. `num_prompt_tokens` is how many tokens the
-    encoder counts in the prompt, without padding and without a template.
+    encoder counts in the prompt, without padding and without a template. All branches of a request share its
+    `references`.
     """
 
     context: Tensor
     pooled: Tensor | None = None
     guidance: Tensor | None = None
     num_prompt_tokens: int = 0
+    references: References | None = None
 
     @property
     def num_text_tokens(self) -> int:

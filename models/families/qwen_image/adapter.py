@@ -84,13 +84,17 @@ def epilogue(transformer: QwenImageTransformer2DModel, streams: Streams) -> Tens
 
 
 def rotary_embedding(
-    transformer: QwenImageTransformer2DModel, num_text_tokens: int, height: int, width: int
+    transformer: QwenImageTransformer2DModel,
+    num_text_tokens: int,
+    height: int,
+    width: int,
+    references: Sequence[tuple[int, int]] = (),
 ) -> tuple[Tensor, Tensor]:
     """Complex factors `(tokens, head channels / 2)` of the image tokens, then of the text tokens.
 
-    `height` and `width` are in tokens; there are `height * width` image tokens.
+    The image is of `height` x `width` tokens. Those of the pictures beside it follow, whose heights and widths are
+    `references`.
     """
-    image, text = transformer.pos_embed(
-        [[(1, height, width)]], max_txt_seq_len=num_text_tokens, device=transformer.device
-    )
+    shapes = [(1, *size) for size in ((height, width), *references)]
+    image, text = transformer.pos_embed([shapes], max_txt_seq_len=num_text_tokens, device=transformer.device)
     return image, text
