@@ -103,12 +103,14 @@ class ImageEdit:
     `images` are checked image files: upright, decodable, within the pixel limit. `mask`, such a file too, shows by its
     transparency what may change: pixels with an alpha below 128. All else keeps every pixel. None if all may change.
     `strength`, above 0 and at most 1, is the share of the denoise steps that are taken, from the picture with noise on;
-    `steps_of_strength` counts them. None for models that read the pictures beside the noise instead.
+    `steps_of_strength` counts them. None for models that read the pictures beside the noise instead. `sizes` are the
+    images' widths and heights in pixels, from which costs are predicted.
     """
 
     images: tuple[bytes, ...]
     mask: bytes | None = None
     strength: float | None = None
+    sizes: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """What a picture to edit asks of a model: which fields it takes, how strong an edit is, and how large its result."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -20,19 +20,21 @@ from service.api.sizes import nearest_size
 class CheckedPictures:
     """The pictures of an edit, as `checked_image` makes them, and a mask as `checked_mask` does.
 
-    `size` is width and height of the first picture in pixels.
+    `sizes` are the pictures' widths and heights in pixels.
     """
 
     images: tuple[bytes, ...]
-    size: tuple[int, int]
+    sizes: tuple[tuple[int, int], ...]
     mask: bytes | None = None
 
 
 def checked_pictures(images: Mapping[str, bytes], mask: bytes | None, *, max_pixels: int) -> CheckedPictures:
     """The files of an edit, by the names of their fields, checked in this process. Raises what the checks raise."""
     checked = tuple(checked_image(data, field, max_pixels=max_pixels) for field, data in images.items())
-    size = size_of(checked[0])
-    return CheckedPictures(checked, size, None if mask is None else checked_mask(mask, size, max_pixels=max_pixels))
+    sizes = tuple(map(size_of, checked))
+    return CheckedPictures(
+        checked, sizes, None if mask is None else checked_mask(mask, sizes[0], max_pixels=max_pixels)
+    )
 
 
 def size_of(image: bytes) -> tuple[int, int]:
@@ -81,15 +83,18 @@ def parse_edit(body: EditBody, card: ImageCard, pictures: CheckedPictures) -> Im
     if card.edits is Edits.NOISED:
         default = DEFAULT_STRENGTH if pictures.mask is None else DEFAULT_MASKED_STRENGTH
         strength = default if body.strength is None else body.strength
-    return ImageEdit(pictures.images, pictures.mask, strength)
+    return ImageEdit(pictures.images, pictures.mask, strength, pictures.sizes)
 
 
-def size_near(size: Sequence[int], card: ImageCard) -> tuple[int, int]:
+def size_near(size: tuple[int, int], card: ImageCard) -> tuple[int, int]:
     """The valid width and height that are near those of a picture, in pixels.
 
-    A picture with more pixels than the model's default size is scaled down to these, and one outside of the model's
-    limits into them, if its proportions allow that.
+    A model that reads pictures beside the noise has sizes of its own for that. Else, a picture with more pixels than
+    the model's default size is scaled down to about these, and one outside of the model's limits into them, if its
+    proportions allow that.
     """
+    if card.picture_sizes is not None:
+        return card.size_of_edit(*size)
     sizes, shorter, longer = card.sizes, min(size), max(size)
     most = math.sqrt(card.default_width * card.default_height / (shorter * longer))
     scale = max(min(1.0, most, sizes.maximum / longer), sizes.minimum / shorter)

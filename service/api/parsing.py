@@ -63,7 +63,7 @@ def parse_edit_body(
     body: EditBody, card: ImageCard, pictures: CheckedPictures, *, default_budget: BudgetBody, random_seed: int
 ) -> Order:
     """The order of `body`, whose `pictures` were checked, as `parse_image_body` makes one. Raises InvalidRequest."""
-    edit, auto_size = parse_edit(body, card, pictures), size_near(pictures.size, card)
+    edit, auto_size = parse_edit(body, card, pictures), size_near(pictures.sizes[0], card)
     return _parse_images(body, card, edit, auto_size, default_budget=default_budget, random_seed=random_seed)
 
 

@@ -95,8 +95,8 @@ async def _checked_pictures(body: EditBody, card: ImageCard, checks: ImageChecks
     for field, text in pictures_given(body, card):
         file = await asyncio.to_thread(decode_base64_image, text, field)
         images.append(await checks.checked(file, field))
-    size = size_of(images[0])
+    sizes = tuple(map(size_of, images))
     if body.mask is None:
-        return CheckedPictures(tuple(images), size)
+        return CheckedPictures(tuple(images), sizes)
     file = await asyncio.to_thread(decode_base64_image, body.mask, "mask")
-    return CheckedPictures(tuple(images), size, await checks.checked_mask(file, size))
+    return CheckedPictures(tuple(images), sizes, await checks.checked_mask(file, sizes[0]))

@@ -196,6 +196,32 @@ def test_mask_can_be_cleared_and_the_picture_removed(server: str, page: Page, tm
     assert "image" not in (sent.value.post_data_json or {"image"})
 
 
+def test_model_made_for_editing_asks_for_a_picture_and_offers_no_mask(server: str, page: Page, tmp_path: Path) -> None:
+    def make_for_editing(route: Route) -> None:
+        answer = route.fetch()
+        models = answer.json()
+        models["data"][0] |= {"edits": "reference", "needs_input_image": True, "max_input_images": 3}
+        route.fulfill(response=answer, json=models)
+
+    page.route("**/v1/models", make_for_editing)
+    opened(page, server, "tiny-flux")
+    generate(page)
+    expect(page.locator("#notice")).to_have_text("Choose a picture first.")
+    for name in ("red", "blue"):
+        Image.new("RGB", (64, 64), name).save(tmp_path / f"{name}.png")
+    page.get_by_label("Picture to edit").set_input_files([tmp_path / "red.png", tmp_path / "blue.png"])
+    expect(page.locator("#input_preview")).to_be_visible()
+    for name in ("#mask", "#strength", "#clear_mask"):
+        expect(page.locator(name)).to_be_hidden()
+    page.get_by_label("Also generate the exact result").uncheck()
+    with page.expect_request("**/v1/images/edits") as sent:
+        generate(page)
+    body = sent.value.post_data_json
+    assert body is not None
+    assert len(body["image"]) == 2
+    assert not {"mask", "strength"} & body.keys()
+
+
 def decisions_shown(run: Locator) -> dict[str, int]:
     """The cells of a run's chart by decision, from the legend's colours. `run` has many shades, so it is the rest."""
     data = run.locator("canvas").evaluate("canvas => canvas.toDataURL()")

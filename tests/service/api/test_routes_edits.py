@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from httpx2 import Response
 from PIL import Image
 
-from models.card import Edits, ImageCard
+from models.card import Edits, ImageCard, PictureSizes
 from models.request import ImageRequest
 from service.settings import Settings
 
@@ -44,7 +44,14 @@ def error_of(response: Response) -> dict[str, Any]:
 @pytest.fixture
 def reader(engine: Any, drawn_card: ImageCard) -> ImageCard:
     """The card of a model that reads pictures beside the noise. The engine has loaded it."""
-    card = replace(drawn_card, id="reader", edits=Edits.REFERENCE, max_input_images=3, needs_input_image=True)
+    card = replace(
+        drawn_card,
+        id="reader",
+        edits=Edits.REFERENCE,
+        max_input_images=3,
+        needs_input_image=True,
+        picture_sizes=PictureSizes(area=128 * 128),
+    )
     engine.cards["reader"] = card
     return card
 
@@ -160,6 +167,7 @@ def test_several_pictures_reach_a_model_that_reads_several(client: TestClient, s
     assert request.edit is not None
     assert [pixels(image)[0, 0, 0] for image in request.edit.images] == [1, 2, 3]
     assert request.edit.strength is None
+    assert request.edit.sizes == ((96, 64),) * 3
     refused = client.post(PATH, data={"prompt": "a", "model": "drawn"}, files=files)
     assert error_of(refused)["message"] == "image has 3 pictures; drawn edits at most 1 picture at once"
 
@@ -264,6 +272,11 @@ def test_size_auto_is_near_that_of_the_picture(
 ) -> None:
     for fields in ({}, {"size": "auto"}):
         assert edit(image=text_of(png(size=given)), **fields).json()["size"] == made
+
+
+def test_size_auto_of_a_model_that_reads_pictures_is_its_own(edit: Callable[..., Response]) -> None:
+    answer = edit(image=[text_of(png(size=(400, 100))), text_of(png())], model="reader").json()
+    assert answer["size"] == "256x64"
 
 
 def test_stream_has_the_events_of_edits(client: TestClient) -> None:

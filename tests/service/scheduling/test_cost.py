@@ -3,10 +3,11 @@ from dataclasses import replace
 
 import pytest
 
-from models.card import DecodeSpeed, ImageCard, MeshCard
+from models.card import DecodeSpeed, Edits, ImageCard, MeshCard, PictureSizes
 from models.curve import Preset
 from models.request import Budget, ComputeBudget, ImageEdit, ImageRequest, LatencyBudget, PresetBudget
 from service.jobs.job import Job
+from service.scheduling.batching import shape_of
 from service.scheduling.cost import (
     block_seconds,
     dense_step_seconds,
@@ -130,6 +131,21 @@ def test_cost_of_true_guidance_is_relative_to_the_default_guidance(
     card = replace(guided_card, default_guidance_scale=default_guidance_scale)
     request = make_request(card=card, budget=EXACT, guidance_scale=guidance_scale)
     assert predicted_seconds(request, card) == pytest.approx(seconds)
+
+
+def test_pictures_that_are_read_beside_the_noise_lengthen_every_step(
+    make_request: Callable[..., ImageRequest], drawn_card: ImageCard
+) -> None:
+    card = replace(drawn_card, edits=Edits.REFERENCE, picture_sizes=PictureSizes(area=64 * 64))
+    edits = [ImageEdit((b"",) * number, sizes=((640, 640),) * number) for number in (1, 2, 3)]
+    requests = [make_request(card=card, budget=EXACT, edit=edit) for edit in (None, *edits)]
+    seconds = [dense_step_seconds(request, card) for request in requests]
+    # The card's time is that of an edit of one picture.
+    assert [second / card.dense_step_seconds for second in seconds] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert len({shape_of(request) for request in requests}) == 4
+    noised = make_request(edit=replace(edits[0], strength=1.0), budget=EXACT)
+    assert shape_of(noised) == shape_of(requests[0])
+    assert dense_step_seconds(noised, drawn_card) == drawn_card.dense_step_seconds
 
 
 def test_decoding_a_mesh_costs_time_and_memory_by_its_resolution(
