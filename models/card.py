@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from statistics import fmean
 from typing import Any, ClassVar
 
 from models.curve import CurvePoint
@@ -45,6 +46,11 @@ class PictureSizes:
     preferred: tuple[tuple[int, int], ...] = ()
     area: int = 0
     ratio_unit: int = 1
+
+    @property
+    def num_pixels(self) -> float:
+        """Pixels of a picture as it is read, about as many for each."""
+        return self.area or fmean(width * height for width, height in self.preferred)
 
     def of(self, width: int, height: int) -> tuple[int, int]:
         """Width and height at which a picture of `width` x `height` pixels is read: about the same ratio.
@@ -154,8 +160,8 @@ class ImageCard(ModelCard):
         """Width and height of the edit of a picture of `width` x `height` pixels, if its client asks for no size.
 
         For models that read pictures beside the noise. It is the size at which the picture is read, made smaller in
-        proportion if it exceeds the model's limits. (The stock Kontext pipeline makes every image square by default.
-        FLUX's own repository keeps the picture's ratio, as here.)
+        proportion if it exceeds the model's limits. Of several pictures, the last one counts, as in the stock pipeline.
+        (The stock Kontext pipeline makes every image square if not told otherwise, which would distort pictures.)
         """
         assert self.picture_sizes is not None
         read, limits = self.picture_sizes.of(width, height), self.sizes
@@ -164,6 +170,17 @@ class ImageCard(ModelCard):
             max(limits.minimum, int(side * scale) // limits.multiple_of * limits.multiple_of) for side in read
         )
         return width, height
+
+    def relative_size(self, request: ImageRequest) -> float:
+        """Pixels that a step of `request` computes, relative to the step that was measured.
+
+        They are those of the image and, for models that read pictures beside the noise, of the pictures: one was there.
+        """
+        image, usual = request.height * request.width, self.default_height * self.default_width
+        if self.picture_sizes is None:
+            return image / usual
+        picture = self.picture_sizes.num_pixels
+        return (image + _num_pictures(request) * picture) / (usual + picture)
 
     def _num_needed(self, point: CurvePoint, request: GenerationRequest) -> int:
         """As in `ModelCard`. Edits begin where there is less noise, and less to be uncertain of."""
@@ -174,7 +191,8 @@ class ImageCard(ModelCard):
 
     def _is_calibrated_for(self, request: GenerationRequest) -> bool:
         assert isinstance(request, ImageRequest)
-        is_usual = request.edit is None and (request.height, request.width) == (self.default_height, self.default_width)
+        is_usual_size = (request.height, request.width) == (self.default_height, self.default_width)
+        is_usual = is_usual_size and _num_pictures(request) == (self.edits is Edits.REFERENCE)
         # Not super(): dataclasses with slots are made anew, which breaks it in older versions of Python.
         return is_usual and ModelCard._is_calibrated_for(self, request)
 
@@ -219,6 +237,10 @@ class MeshCard(ModelCard):
     def is_guided(self, guidance_scale: float, true_cfg_scale: float = 1.0) -> bool:
         """At a scale of 1 the branch without an image cancels out. Unlike in diffusers, it counts below 1 too."""
         return self.guidance is Guidance.TRUE and guidance_scale != 1
+
+
+def _num_pictures(request: ImageRequest) -> int:
+    return len(request.edit.images) if request.edit else 0
 
 
 def basics_of(card: ModelCard) -> dict[str, Any]:

@@ -83,18 +83,19 @@ def parse_edit(body: EditBody, card: ImageCard, pictures: CheckedPictures) -> Im
     if card.edits is Edits.NOISED:
         default = DEFAULT_STRENGTH if pictures.mask is None else DEFAULT_MASKED_STRENGTH
         strength = default if body.strength is None else body.strength
-    return ImageEdit(pictures.images, pictures.mask, strength, pictures.sizes)
+    return ImageEdit(pictures.images, pictures.mask, strength)
 
 
-def size_near(size: tuple[int, int], card: ImageCard) -> tuple[int, int]:
-    """The valid width and height that are near those of a picture, in pixels.
+def size_of_edit(pictures: CheckedPictures, card: ImageCard) -> tuple[int, int]:
+    """The valid width and height in pixels that the size "auto" means for these pictures.
 
-    A model that reads pictures beside the noise has sizes of its own for that. Else, a picture with more pixels than
-    the model's default size is scaled down to about these, and one outside of the model's limits into them, if its
-    proportions allow that.
+    A model that reads pictures beside the noise has sizes of its own for that, by the last picture. Else it is near the
+    size of the picture: one with more pixels than the model's default size is scaled down to about these, and one
+    outside of the model's limits into them, if its proportions allow that.
     """
     if card.picture_sizes is not None:
-        return card.size_of_edit(*size)
+        return card.size_of_edit(*pictures.sizes[-1])
+    size = pictures.sizes[0]
     sizes, shorter, longer = card.sizes, min(size), max(size)
     most = math.sqrt(card.default_width * card.default_height / (shorter * longer))
     scale = max(min(1.0, most, sizes.maximum / longer), sizes.minimum / shorter)

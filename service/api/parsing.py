@@ -20,7 +20,7 @@ from models.request import (
     PresetBudget,
     QualityBudget,
 )
-from service.api.edits import CheckedPictures, parse_edit, size_near
+from service.api.edits import CheckedPictures, parse_edit, size_of_edit
 from service.api.schemas import MAX_SEED, EditBody, ImageBody, MeshBody, QualityWord, ResponseFormat
 from service.api.sizes import nearest_size
 from service.api.validation import shown
@@ -63,7 +63,7 @@ def parse_edit_body(
     body: EditBody, card: ImageCard, pictures: CheckedPictures, *, default_budget: BudgetBody, random_seed: int
 ) -> Order:
     """The order of `body`, whose `pictures` were checked, as `parse_image_body` makes one. Raises InvalidRequest."""
-    edit, auto_size = parse_edit(body, card, pictures), size_near(pictures.sizes[0], card)
+    edit, auto_size = parse_edit(body, card, pictures), size_of_edit(pictures, card)
     return _parse_images(body, card, edit, auto_size, default_budget=default_budget, random_seed=random_seed)
 
 

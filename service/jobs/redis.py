@@ -214,8 +214,9 @@ class RedisStore:
             if pictures_of(job.requests[0]):
                 async with self._operation("claim", RESULTS_LIMIT_S):
                     data = await self._redis.get(self._key(f"job:{job_id}:picture"))
-                # They are missing if the job was cancelled meanwhile; the worker will learn of that.
-                job = job if data is None else load_pictures(job, data, fields)
+                if data is None:  # the job was cancelled meanwhile
+                    return None
+                job = load_pictures(job, data, fields)
         except JobNotFound:
             return None
         except JobUnreadable as error:

@@ -120,13 +120,11 @@ class FairShare:
 
 
 def shape_of(request: GenerationRequest) -> str:
-    """Requests of equal shape can share steps. It agrees with the engine's `batch_key`, but needs no engine.
-
-    Only pictures of different sizes that a model reads at one size have different shapes, and one key.
-    """
+    """Requests of equal shape can share steps: they have one `batch_key`, but this needs no engine."""
     match request:
-        case ImageRequest(edit=ImageEdit(strength=None, sizes=sizes)):  # its pictures are read beside the noise
-            pictures = " ".join(f"{width}x{height}" for width, height in sizes)
+        case ImageRequest(edit=ImageEdit(strength=None) as edit):
+            # Pictures of other sizes may be read at one size; but that only the model knows.
+            pictures = " ".join(f"{width}x{height}" for width, height in edit.sizes)
             return f"{request.model} {request.width}x{request.height} {pictures}"
         case ImageRequest():
             return f"{request.model} {request.width}x{request.height}"

@@ -275,7 +275,7 @@ def test_size_auto_is_near_that_of_the_picture(
 
 
 def test_size_auto_of_a_model_that_reads_pictures_is_its_own(edit: Callable[..., Response]) -> None:
-    answer = edit(image=[text_of(png(size=(400, 100))), text_of(png())], model="reader").json()
+    answer = edit(image=[text_of(png()), text_of(png(size=(400, 100)))], model="reader").json()
     assert answer["size"] == "256x64"
 
 

@@ -313,6 +313,15 @@ async def test_edit_whose_pictures_cannot_be_told_apart_fails_alone(
     assert shared.errors == ["read"]
 
 
+async def test_job_whose_pictures_are_gone_is_not_run(shared: Shared, make_job: MakeJob) -> None:
+    """They go if the job is cancelled while a worker claims it."""
+    await shared.store.add(make_job("cancelled", edit=EDIT))
+    await shared.store.add(replace(make_job("whole"), created_at=1.0))
+    await shared.redis.delete(f"{shared.prefix}job:cancelled:picture")
+    assert (await shared.claim()).job.id == "whole"
+    assert shared.errors == []
+
+
 async def test_records_of_the_version_before_are_read_as_they_were_written(
     shared: Shared, make_job: MakeJob, forecasting_card: ImageCard
 ) -> None:

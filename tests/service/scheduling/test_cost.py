@@ -7,7 +7,6 @@ from models.card import DecodeSpeed, Edits, ImageCard, MeshCard, PictureSizes
 from models.curve import Preset
 from models.request import Budget, ComputeBudget, ImageEdit, ImageRequest, LatencyBudget, PresetBudget
 from service.jobs.job import Job
-from service.scheduling.batching import shape_of
 from service.scheduling.cost import (
     block_seconds,
     dense_step_seconds,
@@ -15,6 +14,7 @@ from service.scheduling.cost import (
     mesh_decode_seconds,
     predicted_seconds,
 )
+from tests.fixtures.generation import edit_of
 
 EXACT = PresetBudget(Preset.EXACT)
 
@@ -133,21 +133,6 @@ def test_cost_of_true_guidance_is_relative_to_the_default_guidance(
     assert predicted_seconds(request, card) == pytest.approx(seconds)
 
 
-def test_pictures_that_are_read_beside_the_noise_lengthen_every_step(
-    make_request: Callable[..., ImageRequest], drawn_card: ImageCard
-) -> None:
-    card = replace(drawn_card, edits=Edits.REFERENCE, picture_sizes=PictureSizes(area=64 * 64))
-    edits = [ImageEdit((b"",) * number, sizes=((640, 640),) * number) for number in (1, 2, 3)]
-    requests = [make_request(card=card, budget=EXACT, edit=edit) for edit in (None, *edits)]
-    seconds = [dense_step_seconds(request, card) for request in requests]
-    # The card's time is that of an edit of one picture.
-    assert [second / card.dense_step_seconds for second in seconds] == pytest.approx([0.5, 1.0, 1.5, 2.0])
-    assert len({shape_of(request) for request in requests}) == 4
-    noised = make_request(edit=replace(edits[0], strength=1.0), budget=EXACT)
-    assert shape_of(noised) == shape_of(requests[0])
-    assert dense_step_seconds(noised, drawn_card) == drawn_card.dense_step_seconds
-
-
 def test_decoding_a_mesh_costs_time_and_memory_by_its_resolution(
     mesh_card: MeshCard, make_mesh_job: Callable[..., Job]
 ) -> None:
@@ -168,3 +153,14 @@ def test_decoding_a_mesh_costs_time_and_memory_by_its_resolution(
 
 def test_an_image_has_no_mesh_to_decode(make_request: Callable[..., ImageRequest], drawn_card: ImageCard) -> None:
     assert (mesh_decode_seconds(make_request(), drawn_card), grid_bytes(make_request())) == (0, 0)
+
+
+@pytest.mark.parametrize(("num_pictures", "side", "seconds"), [(1, 64, 1.0), (2, 64, 1.5), (0, 64, 0.5), (3, 128, 3.5)])
+def test_step_takes_longer_with_pictures_beside_the_noise(
+    make_request: Callable[..., ImageRequest], drawn_card: ImageCard, num_pictures: int, side: int, seconds: float
+) -> None:
+    """The step that was measured had one, here as large as the image."""
+    card = replace(drawn_card, edits=Edits.REFERENCE, picture_sizes=PictureSizes(area=64 * 64), dense_step_seconds=1.0)
+    edit = edit_of(*[(50, 70)] * num_pictures) if num_pictures else None
+    request = make_request(edit=edit, height=side, width=side)
+    assert dense_step_seconds(request, card) == pytest.approx(seconds)
