@@ -280,8 +280,8 @@ class EditBody(ImageBody):
     size: Text | None = Field(
         default=None,
         json_schema_extra={"pattern": SIZE_PATTERN},
-        description='"WIDTHxHEIGHT" in pixels. "auto", the default, is near the size of the picture, with about the pixels '
-        "of the model's default size at most. Or use `width` and `height`.",
+        description='"WIDTHxHEIGHT" in pixels. "auto", the default, is near the size of the picture, with about '
+        "the pixels of the model's default size at most. Or use `width` and `height`.",
     )
     input_fidelity: Annotated[
         Literal["low", "high"] | None,
