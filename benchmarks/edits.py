@@ -36,6 +36,7 @@ from training.scenes.scenes import COLOURS, SHAPES, Scene
 Pixels = NDArray[np.uint8]
 
 STRENGTHS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+MASK_STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _BATCH_SIZE = 8
 _SHEET_ROWS = 3
 
@@ -84,7 +85,7 @@ def cases_for(engine: Engine, model: str, count: int) -> list[Case]:
             edit = ImageEdit(
                 (encode_image(picture, OutputFormat.PNG),),
                 None if changes is None else _mask_file(changes),
-                STRENGTHS[number % len(STRENGTHS)],
+                (MASK_STRENGTHS if has_mask else STRENGTHS)[number % len(STRENGTHS)],
             )
             cases.append(Case(replace(request, edit=edit), picture, changes))
     return cases
@@ -192,7 +193,7 @@ def rows_of(outcomes: Sequence[Outcome], promised: float) -> list[TableRow]:
             "  in its box", masked, [o.quality_in_mask for o in masked if o.quality_in_mask is not None], promised
         ),
     ]
-    for strength in STRENGTHS:
+    for strength in sorted({*STRENGTHS, *MASK_STRENGTHS}):
         chosen = [outcome for outcome in outcomes if outcome.case.strength == strength]
         lowest = [min(o.quality, o.quality_in_mask or 1.0) for o in chosen]
         if chosen:
