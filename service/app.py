@@ -130,7 +130,7 @@ def _bare_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
     # FastAPI's own documentation page loads its scripts from a CDN; fastapi-offline serves them itself.
     app = FastAPIOffline(
         title="Elastic DiT Serve",
-        description="Generates images from text and meshes from images, with diffusion transformers that spend compute "
+        description="Generates and edits images, and makes meshes of them, with diffusion transformers that spend compute "
         "where it is needed.",
         version=version("elastic-dit-serve"),
         redoc_url=None,
