@@ -130,8 +130,8 @@ def _bare_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
     # FastAPI's own documentation page loads its scripts from a CDN; fastapi-offline serves them itself.
     app = FastAPIOffline(
         title="Elastic DiT Serve",
-        description="Generates and edits images, and makes meshes of them, with diffusion transformers that spend compute "
-        "where it is needed.",
+        description="Generates and edits images, and makes meshes of them, with diffusion transformers that spend "
+        "compute where it is needed.",
         version=version("elastic-dit-serve"),
         redoc_url=None,
         lifespan=lifespan,
