@@ -1,9 +1,9 @@
 """Do edits of pictures keep the quality that is promised for generations?
 
 `python -m benchmarks.edits` edits drawn scenes with prompts that change one of their objects: as many cases image to
-image as inpainting over random masks. Every case runs at `exact` and at the budget `--quality`, with the same seed.
-Quality is `Engine.similarity` of the two results, over the whole image and, for inpainting, over the mask's bounding
-box too. `--sheet` draws some cases: picture, mask, exact result, elastic result.
+image as inpainting over random masks about that object. Every case runs at `exact` and at the budget `--quality`, with
+the same seed. Quality is `Engine.similarity` of the two results, over the whole image and, for inpainting, over the
+mask's bounding box too. `--sheet` draws the cases that change most: picture, mask, exact result, elastic result.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -30,14 +31,15 @@ from models.report import GenerationSummary
 from models.request import ImageEdit, ImageRequest, PresetBudget, QualityBudget
 from models.zoo import load_engine
 from training.scenes.prompts import evaluation_scenes
-from training.scenes.rendering import render
+from training.scenes.rendering import object_map, render
 from training.scenes.scenes import COLOURS, SHAPES, Scene
 
 Pixels = NDArray[np.uint8]
 
 STRENGTHS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+MASK_STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _BATCH_SIZE = 8
-_SHEET_ROWS = 6
+_SHEET_ROWS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +75,18 @@ def cases_for(engine: Engine, model: str, count: int) -> list[Case]:
     scenes = [*scenes[: count // 2], *scenes[count : count + count - count // 2]]
     scenes = [scene for pair in zip(scenes, scenes[::-1], strict=True) for scene in pair][:count]
     changed = [with_another_object(scene) for scene in scenes]
+    places = [_place(*pair) for pair in zip(scenes, changed, strict=True)]
     requests = requests_for(engine, model, changed, PresetBudget(Preset.EXACT))
     side = requests[0].height
     drawn = ((render(scenes, side).movedim(1, -1) + 1) * 127.5).round().byte().numpy()
     cases = []
     for has_mask in (False, True):
         for number, (request, picture) in enumerate(zip(requests, drawn, strict=True)):
-            changes = random_mask(side, random.Random(f"mask-{number}")) if has_mask else None
+            changes = random_mask(side, places[number], random.Random(f"mask-{number}")) if has_mask else None
             edit = ImageEdit(
                 (encode_image(picture, OutputFormat.PNG),),
                 None if changes is None else _mask_file(changes),
-                STRENGTHS[number % len(STRENGTHS)],
+                (MASK_STRENGTHS if has_mask else STRENGTHS)[number % len(STRENGTHS)],
             )
             cases.append(Case(replace(request, edit=edit), picture, changes))
     return cases
@@ -102,10 +105,20 @@ def with_another_object(scene: Scene) -> Scene:
     return replace(scene, objects=(*scene.objects[:index], new, *scene.objects[index + 1 :]))
 
 
-def random_mask(side: int, rng: random.Random) -> NDArray[np.bool_]:
-    """A rectangle or an ellipse, from a quarter to three quarters of the image's side wide and high: `(side, side)`."""
+def _place(scene: Scene, changed: Scene) -> tuple[float, float]:
+    """Where the object is that differs: its centre, as shares of the width and of the height."""
+    [index] = [i for i, (a, b) in enumerate(zip(scene.objects, changed.objects, strict=True)) if a != b]
+    rows, columns = np.nonzero(object_map([scene], 32)[0].numpy() == index)
+    return (columns.mean() + 0.5) / 32, (rows.mean() + 0.5) / 32
+
+
+def random_mask(side: int, place: tuple[float, float], rng: random.Random) -> NDArray[np.bool_]:
+    """A rectangle or an ellipse about `place`, a quarter to three quarters of the image wide and high."""
     width, height = (rng.randint(side // 4, 3 * side // 4) for _ in range(2))
-    left, top = rng.randint(0, side - width), rng.randint(0, side - height)
+    left, top = (
+        min(max(round(side * (centre + rng.uniform(-0.1, 0.1)) - length / 2), 0), side - length)
+        for centre, length in zip(place, (width, height), strict=True)
+    )
     image = Image.new("1", (side, side))
     pen = ImageDraw.Draw(image)
     draw = pen.rectangle if rng.random() < 0.5 else pen.ellipse
@@ -181,7 +194,7 @@ def rows_of(outcomes: Sequence[Outcome], promised: float) -> list[TableRow]:
             "  in its box", masked, [o.quality_in_mask for o in masked if o.quality_in_mask is not None], promised
         ),
     ]
-    for strength in STRENGTHS:
+    for strength in sorted({*STRENGTHS, *MASK_STRENGTHS}):
         chosen = [outcome for outcome in outcomes if outcome.case.strength == strength]
         lowest = [min(o.quality, o.quality_in_mask or 1.0) for o in chosen]
         if chosen:
@@ -190,10 +203,15 @@ def rows_of(outcomes: Sequence[Outcome], promised: float) -> list[TableRow]:
 
 
 def sheet_of(outcomes: Sequence[Outcome]) -> Image.Image:
-    """Some cases of both kinds, one a row: picture, mask, exact result, elastic result."""
-    half = len(outcomes) // 2
-    chosen = [*outcomes[: _SHEET_ROWS // 2], *outcomes[half : half + _SHEET_ROWS - _SHEET_ROWS // 2]]
-    side, gap, line = outcomes[0].exact.shape[0], 8, 34
+    """The cases of each kind that change most, one a row: picture, mask, exact result, elastic result."""
+
+    def change(outcome: Outcome) -> float:
+        return float(np.abs(outcome.exact.astype(int) - outcome.case.picture).mean())
+
+    ranked = sorted(outcomes, key=change, reverse=True)
+    parts = ([o for o in ranked if o.case.changes is None], [o for o in ranked if o.case.changes is not None])
+    chosen = [outcome for part in parts for outcome in part[:_SHEET_ROWS]]
+    side, gap, line = outcomes[0].exact.shape[0], 8, 62
     sheet = Image.new("RGB", (4 * (side + gap) + gap, len(chosen) * (side + line + gap) + gap), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for row, outcome in enumerate(chosen):
@@ -203,7 +221,7 @@ def sheet_of(outcomes: Sequence[Outcome]) -> Image.Image:
         for column, image in enumerate(images):
             sheet.paste(Image.fromarray(image), (gap + column * (side + gap), top))
         summary, inside = outcome.summary, outcome.quality_in_mask
-        text = f"{outcome.case.request.prompt}\nstrength {outcome.case.strength}: "
+        text = f"{fill(outcome.case.request.prompt, 85)}\nstrength {outcome.case.strength}: "
         text += f"{summary.num_steps_computed} of {summary.num_steps_computed + summary.num_steps_forecast} steps, "
         text += f"SSIM {outcome.quality:.3f}" + (f", {inside:.3f} in the mask's box" if inside is not None else "")
         pen.multiline_text((gap, top + side + 2), text, "black", font)

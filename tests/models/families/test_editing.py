@@ -1,6 +1,7 @@
 """Edits of pictures: exactly those of diffusers' pipelines where they may change, the picture itself elsewhere."""
 
 from collections.abc import Callable
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -13,21 +14,24 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageChops
 
-from models.curve import EXACT, ComputedSteps, CurvePoint
+from models.curve import EXACT, ComputedSteps, CurvePoint, Preset
 from models.diffusion.sampling import add_noise
 from models.engine import Engine
 from models.errors import InvalidRequest
 from models.families.image import ImageFamily
-from models.request import ComputeBudget, ImageEdit, ImageRequest, steps_of_strength
+from models.request import ComputeBudget, ImageEdit, ImageRequest, PresetBudget, steps_of_strength
 from models.rules.dense import DensePolicy
 from models.state import DenoiseState
+from models.zoo import load_engine
 from tests.fixtures.generation import mask, open_image, picture, png_of
+from tests.fixtures.kinds import Kind
 
 Ask = Callable[..., ImageRequest]
 Fields = Callable[..., dict[str, Any]]
 Denoise = Callable[..., DenoiseState]
 StockResult = Callable[..., Any]
 
+ROOT = Path(__file__).parents[3]
 FORECAST = CurvePoint(DensePolicy(), 0.5, 0.5, 0.5, 0.5, steps=ComputedSteps(3, 6))
 WITH_AND_WITHOUT_MASK = pytest.mark.parametrize("has_mask", [False, True], ids=["image to image", "inpainting"])
 
@@ -108,6 +112,30 @@ def test_exact_edit_equals_the_stock_pipelines_with_true_guidance(
     expected = np.asarray(stock_result(stock, request, engine, "pil")[0])
     difference = np.abs(finished(engine, state).astype(int) - expected)
     assert difference[may_change(request)].max() <= 1
+
+
+def test_exact_edit_by_the_shipped_model_equals_the_stock_pipelines(
+    kind: Kind, edited: Fields, denoise: Denoise, stock_result: StockResult
+) -> None:
+    directory = ROOT / "checkpoints" / kind.model
+    engine = load_engine([directory], device="cpu", router_weights=ROOT / "router_weights")
+    card = engine.cards[kind.model]
+    request = ImageRequest(
+        model=kind.model,
+        prompt="a large red ring in the centre",
+        height=128,
+        width=128,
+        num_inference_steps=4,
+        guidance_scale=card.default_guidance_scale,
+        seed=7,
+        budget=PresetBudget(Preset.EXACT),
+        point=EXACT,
+        is_guided=card.is_guided(card.default_guidance_scale),
+        **edited(0.7, 128, 128, has_mask=True),
+    )
+    pixels, changes = finished(engine, denoise(engine, request)), may_change(request)
+    expected = np.asarray(stock_result(kind.load_stock(directory), request, engine, "pil")[0])
+    assert np.abs(pixels.astype(int) - expected)[changes].max() <= 1
 
 
 @pytest.mark.parametrize("point", [EXACT, FORECAST], ids=["exact", "forecast"])
