@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -207,10 +208,10 @@ def sheet_of(outcomes: Sequence[Outcome]) -> Image.Image:
     def change(outcome: Outcome) -> float:
         return float(np.abs(outcome.exact.astype(int) - outcome.case.picture).mean())
 
-    half = len(outcomes) // 2
-    ranked = [sorted(part, key=change, reverse=True) for part in (outcomes[:half], outcomes[half:])]
-    chosen = [outcome for part in ranked for outcome in part[:_SHEET_ROWS]]
-    side, gap, line = outcomes[0].exact.shape[0], 8, 34
+    ranked = sorted(outcomes, key=change, reverse=True)
+    parts = ([o for o in ranked if o.case.changes is None], [o for o in ranked if o.case.changes is not None])
+    chosen = [outcome for part in parts for outcome in part[:_SHEET_ROWS]]
+    side, gap, line = outcomes[0].exact.shape[0], 8, 62
     sheet = Image.new("RGB", (4 * (side + gap) + gap, len(chosen) * (side + line + gap) + gap), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for row, outcome in enumerate(chosen):
@@ -220,7 +221,7 @@ def sheet_of(outcomes: Sequence[Outcome]) -> Image.Image:
         for column, image in enumerate(images):
             sheet.paste(Image.fromarray(image), (gap + column * (side + gap), top))
         summary, inside = outcome.summary, outcome.quality_in_mask
-        text = f"{outcome.case.request.prompt}\nstrength {outcome.case.strength}: "
+        text = f"{fill(outcome.case.request.prompt, 85)}\nstrength {outcome.case.strength}: "
         text += f"{summary.num_steps_computed} of {summary.num_steps_computed + summary.num_steps_forecast} steps, "
         text += f"SSIM {outcome.quality:.3f}" + (f", {inside:.3f} in the mask's box" if inside is not None else "")
         pen.multiline_text((gap, top + side + 2), text, "black", font)

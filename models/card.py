@@ -136,7 +136,7 @@ class ImageCard(ModelCard):
     `decode_seconds` is the time to decode an image of the default size to a PNG file, measured when the model is
     loaded. `picture_seconds` is what a picture to edit, of this size, adds to `encode_seconds`. An edit has at most
     `max_input_images` pictures; with `needs_input_image` there is no image without one. Models that read pictures
-    beside the noise have `picture_sizes`.
+    beside the noise have `picture_sizes`; what was measured of them was measured with one picture.
 
     `edit_steps[taken - 1][computed - 1]` says how many of the last `taken` steps of the calibrated schedule are worth
     `computed` of all its steps, by the errors that calibration predicts. It is empty if steps can't be forecast.

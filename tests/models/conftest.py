@@ -7,6 +7,7 @@ from tests.fixtures.tiny_editing import (
     small_pictures,
     tiny_flux_kontext,
     tiny_qwen_image_edit,
+    tiny_qwen_image_edit_2511,
     tiny_qwen_image_edit_plus,
 )
 from tests.fixtures.tiny_flux import tiny_flux, tiny_schnell
@@ -40,6 +41,7 @@ __all__ = [
     "tiny_plain_hunyuan3d",
     "tiny_qwen_image",
     "tiny_qwen_image_edit",
+    "tiny_qwen_image_edit_2511",
     "tiny_qwen_image_edit_plus",
     "tiny_schnell",
     "tiny_stream_hunyuan3d",

@@ -47,7 +47,7 @@ def test_front_page_needs_nothing_from_outside(client: TestClient) -> None:
     assert "https://" not in page.text
     named = re.findall(r'(?:src|href)="(/[^"]+)"', page.text)
     assert named
-    for path in (*named, "/playground/vendor/model-viewer.min.js"):
+    for path in (*named, "/playground/mask.js", "/playground/vendor/model-viewer.min.js"):
         assert client.get(path).status_code == 200
 
 
@@ -56,6 +56,7 @@ def test_openapi_has_our_errors_and_only_what_works(client: TestClient) -> None:
     assert set(document["paths"]) == {
         "/v1/images",
         "/v1/images/generations",
+        "/v1/images/edits",
         "/v1/meshes",
         "/v1/jobs/{job_id}",
         "/v1/jobs/{job_id}/events",

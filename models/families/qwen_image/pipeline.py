@@ -108,9 +108,11 @@ class QwenImageFamily(ImageFamily):
         image = (height // self.pixels_per_token) * (width // self.pixels_per_token) + num_reference_tokens
         text, channels = num_text_tokens, adapter.channels(self.transformer)
         square, tokens = 2.0 * channels * channels, text + image
-        # Two modulations, attention's four projections, the text stream's MLP.
+        modulations = 18 if self.transformer.zero_cond_t else 12  # that of the image stream runs twice, or once
+        # Modulations, attention's four projections, the text stream's MLP.
         cost = BlockCost(
-            fixed=square * (12 + 4 * tokens + 8 * text) + attention_flops(tokens, channels), mlp=square * 8 * image
+            fixed=square * (modulations + 4 * tokens + 8 * text) + attention_flops(tokens, channels),
+            mlp=square * 8 * image,
         )
         return {block.name: cost for block in self.blocks}
 
@@ -152,7 +154,8 @@ class QwenImageFamily(ImageFamily):
         rotary = self._rotary_embedding(states, context.shape[1])
         # Rounded as in the stock pipeline.
         timestep = times.to(latents.dtype) / 1000
-        return adapter.prologue(self.transformer, latents, timestep, context, mask, lengths, rotary)
+        num_noise_tokens = states[0].latents.shape[1]
+        return adapter.prologue(self.transformer, latents, timestep, context, mask, lengths, rotary, num_noise_tokens)
 
     def _rotary_factors(
         self, num_text_tokens: int, height: int, width: int, references: Sequence[tuple[int, int]] = ()

@@ -17,7 +17,7 @@ Ask = Callable[..., ImageRequest]
 Guided = Callable[..., dict[str, Any]]
 
 
-@pytest.fixture(scope="session", params=["flux", "flux_kontext", "qwen_image", "qwen_image_edit_plus"])
+@pytest.fixture(scope="session", params=["flux", "flux_kontext", "qwen_image", "qwen_image_edit_2511"])
 def kind(kind: Any) -> Any:
     """The families that draw images."""
     return kind
