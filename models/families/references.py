@@ -5,6 +5,7 @@ them as image tokens: a router's mean is over both. Velocities are cut to the no
 pipelines.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,16 +25,16 @@ from models.request import ImageEdit, ImageRequest
 from models.state import BranchInputs, DenoiseState, References
 from models.weights import Manifest
 
-MAX_RATIO = 100
-"""The longest a picture may be in terms of its shorter side. Qwen2.5-VL's image processor takes up to 200, after sides
-are rounded."""
-
 
 class EditingFamily(ImageFamily):
-    """One loaded model made for editing: a picture may be needed, and is neither noised nor masked."""
+    """One loaded model made for editing: a picture may be needed, and is neither noised nor masked.
+
+    One side of a picture may be `max_ratio` times as long as the other.
+    """
 
     max_input_images: ClassVar[int] = 1
     needs_input_image: ClassVar[bool] = True
+    max_ratio: ClassVar[float] = math.inf
 
     @property
     @abstractmethod
@@ -56,7 +57,14 @@ class EditingFamily(ImageFamily):
         return replace(request, edit=ImageEdit((file.getvalue(),)))
 
     def _encode_all(self, branches: Sequence[Branch], request: ImageRequest) -> list[BranchInputs]:
-        pictures = _pictures(request)
+        pictures = [_opened(file) for file in (request.edit.images if request.edit else ())]
+        for width, height in (picture.size for picture in pictures):
+            if max(width, height) > self.max_ratio * min(width, height):
+                raise InvalidRequest(
+                    f"image has {width}x{height} pixels; {self.model_id} reads pictures whose one side is at most "
+                    f"{self.max_ratio} times as long as the other",
+                    "image",
+                )
         references = self._references(pictures)
         return [replace(self._encode(branch, request, pictures), references=references) for branch in branches]
 
@@ -108,22 +116,9 @@ class EditingFamily(ImageFamily):
         return super()._velocities(states, streams)[:, : states[0].latents.shape[1]]
 
 
-def _pictures(request: ImageRequest) -> list[Image.Image]:
-    """The pictures of an edit in RGB, none without an edit. What is transparent in them becomes white.
-
-    Raises InvalidRequest if one is too narrow for the models.
-    """
-    pictures = [_on_white(Image.open(BytesIO(file))) for file in (request.edit.images if request.edit else ())]
-    for width, height in (picture.size for picture in pictures):
-        if max(width, height) > MAX_RATIO * min(width, height):
-            raise InvalidRequest(
-                f"image has {width}x{height} pixels; one side can be at most {MAX_RATIO} times as long as the other",
-                "image",
-            )
-    return pictures
-
-
-def _on_white(picture: Image.Image) -> Image.Image:
+def _opened(file: bytes) -> Image.Image:
+    """A picture in RGB. What is transparent in it becomes white."""
+    picture = Image.open(BytesIO(file))
     if picture.mode == "RGB":
         return picture
     coloured = picture.convert("RGBA")

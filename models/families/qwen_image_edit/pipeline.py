@@ -28,6 +28,7 @@ class PictureProcessor(Qwen2VLProcessor):  # type: ignore[misc]  # transformers 
 
 class QwenImageEditFamily(EditingFamily, QwenImageFamily):
     pipeline_class = QwenImageEditPipeline
+    max_ratio: ClassVar[float] = 100  # Qwen2.5-VL's image processor takes up to 200, after sides are rounded
     loaders: ClassVar[Mapping[str, Callable[[Path], Any]]] = {"processor": PictureProcessor.from_pretrained}
 
     @property
