@@ -63,6 +63,16 @@ ImageGuidance = Annotated[
     float | None,
     typer.Option(help="Guidance scale. FLUX: distilled. Qwen-Image: true classifier-free guidance, off up to 1."),
 ]
+PicturesToEdit = Annotated[
+    list[Path] | None, typer.Option(help="A picture to edit; may be given more than once, if the model allows it.")
+]
+Mask = Annotated[
+    Path | None,
+    typer.Option(help="A picture that is transparent, or white if it has no transparency, where --image may change."),
+]
+Strength = Annotated[
+    float | None, typer.Option(help="How far the result may be from --image, up to 1. Not for models made for editing.")
+]
 ReceiptFile = Annotated[Path | None, typer.Option(help="Also write the receipt to this file, as JSON.")]
 
 
@@ -126,18 +136,9 @@ def generate(
     steps: Steps = None,
     guidance: ImageGuidance = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT.")] = None,
-    image: Annotated[
-        list[Path] | None, typer.Option(help="A picture to edit; may be given more than once, if the model allows it.")
-    ] = None,
-    mask: Annotated[
-        Path | None,
-        typer.Option(
-            help="A picture that is transparent, or white if it has no transparency, where --image may change."
-        ),
-    ] = None,
-    strength: Annotated[
-        float | None, typer.Option(help="How far the result may be from --image, up to 1; the model's edits is noised.")
-    ] = None,
+    image: PicturesToEdit = None,
+    mask: Mask = None,
+    strength: Strength = None,
     out: Annotated[Path, typer.Option(help="The file to write: .png, .webp or .jpeg.")] = Path("image.png"),
     receipt: ReceiptFile = None,
     device: Device = None,

@@ -83,12 +83,7 @@ def _parse_images(
     is_guided = card.is_guided(guidance_scale, true_cfg_scale)
     width, height = _parse_size(body, card, auto_size)
     steps = _parse_steps(_agreed("num_inference_steps", body.num_inference_steps, "steps", body.steps), card)
-    n = 1 if body.n is None else body.n
-    seed = random_seed if body.seed is None else body.seed
-    if seed + n - 1 > MAX_SEED:
-        raise InvalidRequest(
-            f"seed {seed} leaves no room for {n} consecutive seeds below 2^63; try {MAX_SEED - n + 1}", "seed"
-        )
+    seeds = _parse_seeds(body, random_seed)
     budget, min_quality = _parse_image_budget(body, default_budget)
     first = ImageRequest(
         model=card.id,
@@ -97,7 +92,7 @@ def _parse_images(
         width=width,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
-        seed=seed,
+        seed=seeds[0],
         budget=budget,
         point=EXACT,
         is_guided=is_guided,
@@ -107,7 +102,7 @@ def _parse_images(
         edit=edit,
     )
     first = replace(first, point=resolve(budget, card.curve_for(first)))
-    requests = tuple(replace(first, seed=seed + number) for number in range(n))
+    requests = tuple(replace(first, seed=seed) for seed in seeds)
     output = replace(_parse_image_output(body), quality_level=_quality_level(body, first, card.curve_for(first)))
     return Order(requests, output, _quality_requested(budget, first.point), min_quality)
 
@@ -144,6 +139,16 @@ _REMOVALS: Mapping[Literal["auto"] | bool | None, BackgroundRemoval] = {
     True: BackgroundRemoval.ALWAYS,
     False: BackgroundRemoval.NEVER,
 }
+
+
+def _parse_seeds(body: ImageBody, random_seed: int) -> range:
+    n = 1 if body.n is None else body.n
+    seed = random_seed if body.seed is None else body.seed
+    if seed + n - 1 > MAX_SEED:
+        raise InvalidRequest(
+            f"seed {seed} leaves no room for {n} consecutive seeds below 2^63; try {MAX_SEED - n + 1}", "seed"
+        )
+    return range(seed, seed + n)
 
 
 def _check_background(body: ImageBody) -> None:

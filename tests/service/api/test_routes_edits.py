@@ -219,6 +219,7 @@ def test_mask_shows_what_may_change_by_its_transparency(
         ({"mask": text_of(png((0, 0, 0, 0))), "model": "reader"}, 422, "mask", "reader may change all"),
         ({"strength": 0.5, "model": "reader"}, 422, "strength", "strength 0.5 cannot be used here"),
         ({"strength": 0}, 422, "strength", "strength 0 is not above 0"),
+        ({"strength": 1e-20}, 422, "strength", "takes none of the 4 denoise steps"),
         ({"strength": 1.01}, 422, "strength", "strength 1.01 is above 1"),
         ({"strength": "0.5"}, 422, "strength", "strength '0.5'"),
         ({"input_fidelity": "medium"}, 422, "input_fidelity", "'medium'"),
