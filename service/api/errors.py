@@ -10,9 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from models.errors import InvalidRequest, UnknownModel
-from service.api.caller import caller_of
 from service.api.responses import ErrorBody, ErrorDetail, header
-from service.api.security_headers import SECURITY_HEADERS
 from service.api.validation import cut, invalid_request
 from service.errors import (
     CrossSiteCall,
@@ -134,18 +132,9 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(ErrorBody(error=detail).model_dump(), status, headers)
 
 
-async def answer_bug(request: Request, error: Exception) -> JSONResponse:
-    """Starlette sends this answer outside our middlewares, and then raises `error` again for the log."""
-    response = await answer_error(request, error)
-    response.headers["X-Request-ID"] = caller_of(request.scope).request_id
-    response.headers.update(SECURITY_HEADERS)
-    return response
-
-
 def add_error_handlers(app: FastAPI) -> None:
-    for error_type in (*STATUS_AND_CODE, HTTPException, RequestValidationError):
+    for error_type in (*STATUS_AND_CODE, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(error_type, answer_error)
-    app.add_exception_handler(Exception, answer_bug)
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

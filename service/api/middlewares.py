@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 from fastapi.telemetry import TelemetryConfig
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.errors import ServerErrorMiddleware
 
 from service.api.auth import Authentication
 from service.api.body_limit import BodyLimit
 from service.api.cross_site import CrossSiteGuard
+from service.api.errors import answer_error
 from service.api.request_log import AccessLog, RequestId
 from service.api.security_headers import SecurityHeaders
 from service.errors import BadConfiguration
@@ -20,28 +22,6 @@ from service.settings import Settings
 
 if TYPE_CHECKING:  # from the extra "tracing", which most servers do not install
     from opentelemetry.sdk.trace import TracerProvider
-
-# Headers that pages of other origins may send and read, besides the ones that browsers always allow.
-_REQUEST_HEADERS = (
-    "Authorization",
-    "Content-Type",
-    "Idempotency-Key",
-    "Last-Event-ID",
-    "Prefer",
-    "X-Request-ID",
-    "traceparent",
-)
-_RESPONSE_HEADERS = (
-    "Location",
-    "Retry-After",
-    "X-Job-ID",
-    "X-Receipt",
-    "X-Request-ID",
-    "X-Seed",
-    "x-ratelimit-limit-requests",
-    "x-ratelimit-remaining-requests",
-    "x-ratelimit-reset-requests",
-)
 
 
 class Middlewares:
@@ -76,13 +56,18 @@ class Middlewares:
             count_rejection=count_rejection,
         )
         app.add_middleware(CrossSiteGuard, settings=settings, count_rejection=count_rejection)
+        # Starlette has one around everything, whose answer has none of the headers that are added from here on.
+        app.add_middleware(ServerErrorMiddleware, handler=answer_error)
         if settings.cors_origins:
             app.add_middleware(
                 CORSMiddleware,
                 allow_origins=settings.cors_origins,
-                allow_methods=("GET", "POST", "DELETE"),
-                allow_headers=_REQUEST_HEADERS,
-                expose_headers=_RESPONSE_HEADERS,
+                allow_methods=("GET", "HEAD", "POST", "DELETE"),
+                # SDKs, tracers and proxies add headers of their own. None means more than it does from curl: there are
+                # no cookies, and the page must hold the key.
+                allow_headers=("*",),
+                allow_private_network=True,
+                expose_headers=("*",),
             )
         app.add_middleware(SecurityHeaders)
         app.add_middleware(AccessLog)
