@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
+from fastapi.routing import iter_route_contexts
 from fastapi_offline import FastAPIOffline
 from redis.asyncio import Redis
 
@@ -55,7 +56,7 @@ def build_dispatcher(
 def _webhooks(settings: Settings, clock: Callable[[], float]) -> Callable[[JobSnapshot], Awaitable[bool]] | None:
     if settings.webhook_secret is None:
         return None
-    base = (settings.public_url or "").rstrip("/")
+    base = settings.public_url or ""
 
     def describe(snapshot: JobSnapshot) -> dict[str, Any]:
         return job_body(snapshot, base).model_dump(mode="json", exclude_unset=True)
@@ -106,7 +107,16 @@ def create_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
     for routes in (routes_images, routes_meshes, routes_jobs, routes_models, routes_operations):
         app.include_router(routes.router)
     add_playground(app)
+    _check_prefix(app, settings.path_prefix)
     return app
+
+
+def _check_prefix(app: FastAPI, prefix: str) -> None:
+    """Raise BadConfiguration if paths below `prefix` are paths of the API too: nobody could tell which is meant."""
+    for context in iter_route_contexts(app.routes if prefix else ()):
+        path = getattr(context.original_route, "path", "")
+        if f"{path}/".startswith(f"{prefix}/"):
+            raise BadConfiguration(f"public_url ends in {prefix}, where the API has {path}; leave it out of the URL")
 
 
 def create_worker_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from urllib.parse import urlsplit
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
@@ -61,7 +62,7 @@ async def _result(job: Job, body: GenerationBody, dispatcher: Dispatcher, base: 
 async def _accepted(job: Job, dispatcher: Dispatcher, base: str) -> JSONResponse:
     headers = {
         "X-Job-ID": job.id,
-        "Location": f"/v1/jobs/{job.id}",
+        "Location": f"{urlsplit(base).path}/v1/jobs/{job.id}",
         "Retry-After": str(max(1, math.ceil(await dispatcher.backlog_s()))),
         "Preference-Applied": "respond-async",
     }

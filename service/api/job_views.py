@@ -17,7 +17,7 @@ from service.settings import Settings
 
 def base_url(request: Request, settings: Settings) -> str:
     """The beginning of all links in an answer."""
-    return (settings.public_url or str(request.base_url)).rstrip("/")
+    return settings.public_url or str(request.base_url).rstrip("/")
 
 
 def content_urls(job: Job, base: str) -> list[str]:
