@@ -14,9 +14,9 @@ from service.api.job_views import result_body
 from service.api.products import product_of
 from service.api.responses import ErrorBody
 from service.api.schemas import ResponseFormat
-from service.errors import Draining, ServiceError
+from service.errors import Draining, ServiceError, StoreUnavailable
 from service.jobs.job import Job
-from service.jobs.store import Event, EventName, follow
+from service.jobs.store import BEGINNING, Event, EventName, follow
 from service.running.dispatcher import Dispatcher
 
 # Proxies close connections that are silent for about a minute.
@@ -31,7 +31,7 @@ def event_stream(
     dispatcher: Dispatcher,
     base: str,
     *,
-    after: str = "0-0",
+    after: str = BEGINNING,
     response_format: ResponseFormat | None = None,
     cancels: bool = False,
 ) -> StreamingResponse:
@@ -116,6 +116,8 @@ async def _end(
     try:
         raise_if_unsuccessful(snapshot)
         finished = await dispatcher.store.content(job.id)
+    except StoreUnavailable:
+        raise  # the job may have a result, so the client must not take this for the job's end
     except (ServiceError, GenerationError) as error:
         return "error", _error(error)
     result = result_body(finished, response_format, base).model_dump(mode="json", exclude_unset=True)

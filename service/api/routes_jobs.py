@@ -17,7 +17,7 @@ from service.api.responses import EVENT_STREAM, JOB_ID_HEADERS, SHOWN, JobBody, 
 from service.api.validation import shown
 from service.errors import JobNotFound
 from service.jobs.job import JobSnapshot
-from service.jobs.store import JobStore
+from service.jobs.store import BEGINNING, END_ALONE, JobStore
 from service.keys import Scope
 
 router = APIRouter(
@@ -75,11 +75,10 @@ async def stream_events(
     if last_event_id is not None and not _EVENT_ID.fullmatch(last_event_id):
         raise InvalidRequest("Last-Event-ID is not the id of an event, such as 1-0", "Last-Event-ID")
     snapshot = await _own_job(job_id, caller, dispatcher.store)
-    if last_event_id is not None and not await dispatcher.store.events(job_id, last_event_id):
-        await _check_happened(last_event_id, job_id, dispatcher.store)
-        if snapshot.state.status.is_terminal:
-            return Response(status_code=204, media_type="text/event-stream")
-    return event_stream(snapshot.job, dispatcher, base_url(request, settings), after=last_event_id or "0-0")
+    after = await _place_of(last_event_id or BEGINNING, snapshot, dispatcher.store)
+    if after is None:
+        return Response(status_code=204, media_type="text/event-stream")
+    return event_stream(snapshot.job, dispatcher, base_url(request, settings), after=after)
 
 
 @router.get(
@@ -135,12 +134,22 @@ async def cancel_job(
     return job_body(await dispatcher.cancel(job_id), base_url(request, settings))
 
 
-async def _check_happened(event_id: str, job_id: str, store: JobStore) -> None:
-    """Raise InvalidRequest for the id of an event that is yet to come. Events of an ended job may have been deleted."""
-    events = await store.events(job_id, "0-0")
+async def _place_of(event_id: str, snapshot: JobSnapshot, store: JobStore) -> str | None:
+    """Where a stream goes on for a client that has this event; None if nothing can follow.
+
+    The events of an ended job may have been deleted, perhaps before the client has had the last one. Then it gets the
+    end, as a client does that begins. Raises InvalidRequest for an event that is yet to come.
+    """
+    job_id = snapshot.job.id
+    if await store.events(job_id, event_id):
+        return event_id
+    events = await store.events(job_id, BEGINNING)
     if events and _order_of(event_id) > _order_of(events[-1].id):
         last = events[-1].id
         raise InvalidRequest(f"Last-Event-ID {event_id} is after the job's last event, {last}", "Last-Event-ID")
+    if not snapshot.state.status.is_terminal:
+        return event_id
+    return None if events or event_id == END_ALONE else BEGINNING
 
 
 def _order_of(event_id: str) -> list[int]:
