@@ -141,7 +141,7 @@ def _bare_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
     app = FastAPIOffline(
         title="Elastic DiT Serve",
         description="Generates images from text and meshes from images, with diffusion transformers that spend compute "
-        "where it is needed.",
+        "where it is needed. `HEAD` is answered wherever `GET` is. A slash at the end of a path means nothing.",
         version=version("elastic-dit-serve"),
         redoc_url=None,
         lifespan=lifespan,

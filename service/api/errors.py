@@ -153,8 +153,8 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def _allowed_methods(request: Request) -> str:
     """All methods of a path. Starlette names only the methods of the first route with this path."""
     return ", ".join(
-        method
-        for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+        "GET, HEAD" if method == "GET" else method  # see `HeadAsGet`
+        for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
         if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in request.app.routes)
     )
 

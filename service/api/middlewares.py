@@ -13,6 +13,7 @@ from service.api.auth import Authentication
 from service.api.body_limit import BodyLimit
 from service.api.cross_site import CrossSiteGuard
 from service.api.errors import answer_error
+from service.api.head import HeadAsGet
 from service.api.path_prefix import PathPrefix
 from service.api.request_log import AccessLog, RequestId
 from service.api.security_headers import SecurityHeaders
@@ -70,8 +71,8 @@ class Middlewares:
                 allow_private_network=True,
                 expose_headers=("*",),
             )
-        if settings.path_prefix:
-            app.add_middleware(PathPrefix, prefix=settings.path_prefix)
+        app.add_middleware(PathPrefix, prefix=settings.path_prefix)
+        app.add_middleware(HeadAsGet)
         app.add_middleware(SecurityHeaders)
         app.add_middleware(AccessLog)
         app.add_middleware(RequestId)
