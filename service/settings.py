@@ -3,14 +3,17 @@
 Options take precedence over the environment, the environment over the file, and the file over the defaults.
 """
 
+import json
 import os
 import re
+from collections.abc import Mapping
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -70,6 +73,12 @@ class Settings(BaseSettings):
         description="Model directories, or names in checkpoints/, separated by commas. The first image model and the "
         "first mesh model are the defaults.",
     )
+    model_aliases: Annotated[Mapping[str, str], NoDecode] = Field(
+        default_factory=dict,
+        description="Other names of models, as pattern=model separated by commas, or as JSON: "
+        "gpt-image-*=tiny-flux,dall-e-*=tiny-flux serves clients that ask for OpenAI's models. The first pattern that "
+        "fits counts; a model's own name comes before all patterns. None by default.",
+    )
     router_weights: Path = Field(
         default=INSTALLATION / "router_weights",
         description="The folder of routers and calibrations, with a folder for each model; by default router_weights/ "
@@ -83,6 +92,10 @@ class Settings(BaseSettings):
     default_budget: BudgetBody = Field(
         default=BudgetBody(quality=0.9),
         description="The budget of requests without one, as JSON in the environment.",
+    )
+    default_response_format: Literal["b64_json", "url"] = Field(
+        default="b64_json",
+        description="How answers hold results if the request does not say: b64_json or url. Events hold b64_json.",
     )
     max_batch_size: int = Field(
         default=8, ge=1, description="The most images or meshes in one denoise step; a model may allow fewer."
@@ -237,6 +250,26 @@ class Settings(BaseSettings):
         for value in values:
             ip_network(value)
         return values
+
+    @field_validator("model_aliases", mode="before")
+    @classmethod
+    def _split_aliases(cls, value: object) -> object:
+        if not isinstance(value, str) or value.lstrip().startswith("{"):
+            return json.loads(value) if isinstance(value, str) else value
+        pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+        if wrong := next((pattern for pattern, equals, _ in pairs if not equals), None):
+            raise ValueError(f"'{wrong.strip()}' is not pattern=model")
+        return {pattern.strip(): model.strip() for pattern, _, model in pairs}
+
+    @field_validator("model_aliases")
+    @classmethod
+    def _check_aliases(cls, value: Mapping[str, str], info: ValidationInfo) -> Mapping[str, str]:
+        names = [path.name for path in info.data.get("models", ())]  # a model's id is the name of its directory
+        for pattern, model in value.items():
+            if model not in names:
+                message = f"model_aliases {pattern}={model} names none of the models: {', '.join(names)}"
+                raise PydanticCustomError("unsupported", "{message}", {"message": message})
+        return value
 
     @model_validator(mode="after")
     def _check_webhooks(self) -> Self:

@@ -43,7 +43,8 @@ async def answer(
     ended_job = None if wait_s == 0 else await _ended_or_gone(job, request, dispatcher, wait_s)
     if ended_job is not None:
         raise_if_unsuccessful(ended_job)
-        return await _result(job, body, dispatcher, base)
+        response_format = body.response_format or ResponseFormat(settings.default_response_format)
+        return await _result(job, response_format, dispatcher, base)
     if headers.is_async and not await request.is_disconnected():
         return await _accepted(job, dispatcher, base)
     if cancels:
@@ -51,11 +52,11 @@ async def answer(
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
-async def _result(job: Job, body: GenerationBody, dispatcher: Dispatcher, base: str) -> Response:
+async def _result(job: Job, response_format: ResponseFormat, dispatcher: Dispatcher, base: str) -> Response:
     finished = await dispatcher.store.content(job.id)
-    if body.response_format is ResponseFormat.BINARY:
+    if response_format is ResponseFormat.BINARY:
         return binary_response(finished)
-    result = result_body(finished, body.response_format, base)
+    result = result_body(finished, response_format, base)
     return JSONResponse(result.model_dump(mode="json", exclude_unset=True), headers={"X-Job-ID": job.id})
 
 

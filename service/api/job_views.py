@@ -10,7 +10,7 @@ from service.api.errors import error_of, status_and_error
 from service.api.products import product_of
 from service.api.responses import FileBody, ImageResponse, JobBody, LinksBody, MeshResponse, ProgressBody
 from service.api.schemas import ResponseFormat
-from service.api.views import job_receipt_body, receipt_body
+from service.api.views import job_receipt_body, receipt_body, usage_body
 from service.jobs.job import FinishedJob, Job, JobSnapshot, JobStatus
 from service.settings import Settings
 
@@ -64,8 +64,10 @@ def result_body(
         "data": _file_bodies(finished, response_format, base),
         "output_format": job.output.format,
         "receipt": job_receipt_body(finished.state.receipts),
-        **product.own_fields(job.requests[0]),
+        **product.own_fields(job),
     }
+    if product.has_usage:
+        fields["usage"] = usage_body(finished.state.receipts)
     return product.response.model_validate(fields)
 
 

@@ -92,17 +92,26 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """Preview `number` of the unfinished result of request `index`, as an encoded `file`."""
+    """Preview `number` of the unfinished result of request `index`, as an encoded `file`.
+
+    `created_at` is in Unix seconds.
+    """
 
     claim: Claim
     index: int
     number: int
     file: bytes
+    created_at: float
 
     @property
     def event_data(self) -> dict[str, Any]:
         b64_json = base64.b64encode(self.file).decode("ascii")
-        return {"b64_json": b64_json, "partial_image_index": self.number, "index": self.index}
+        return {
+            "b64_json": b64_json,
+            "partial_image_index": self.number,
+            "index": self.index,
+            "created_at": int(self.created_at),
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,13 +37,16 @@ async function* eventsOf(response) {
   }
 }
 
+/** Several images of a call have an event each; the last of them has the whole result. */
+const isResult = (event) => event.type.endsWith(".completed") && event.data;
+
 async function generate(path, body, signal, show) {
   const headers = { "Content-Type": "application/json" };
   const response = await call(path, { method: "POST", body: JSON.stringify(body), headers, signal });
   for await (const event of eventsOf(response)) {
     if (event.type === "error") throw new ApiError(event.error.message);
     show(event);
-    if (event.type.endsWith(".completed")) return;
+    if (isResult(event)) return;
   }
   throw new ApiError("The connection was lost before the result arrived.");
 }
@@ -215,7 +218,7 @@ class Run {
         `computed step ${event.step} of ${event.num_computed_steps}, ${percent(event.compute_ratio)} of the full compute${left}`;
     } else if (event.type === "job.started") {
       this.part(".status").textContent = "running";
-    } else if (event.type.endsWith(".completed")) {
+    } else if (isResult(event)) {
       this.showArtifact(event.data[0].b64_json, "result");
       this.showReceipt(event.receipt, event.data[0].seed);
       this.part(".status").textContent = event.id;

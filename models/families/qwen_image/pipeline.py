@@ -122,7 +122,7 @@ class QwenImageFamily(ImageFamily):
         )
         # The embedded prompt does not change with the step, so it is computed once.
         context = adapter.embed_prompt(transformer, prompt_embeds.to(transformer.device, transformer.dtype))
-        return BranchInputs(context)
+        return BranchInputs(context, num_prompt_tokens=count)
 
     def prologue(self, states: Sequence[DenoiseState]) -> QwenImageStreams:
         latents, times = self._latents_and_times(states)
