@@ -180,6 +180,15 @@ class Settings(BaseSettings):
     api_keys: str | None = Field(
         default=None, description="API keys as JSON: a list of entries like those in the file."
     )
+    link_secret: SecretStr | None = Field(
+        default=None,
+        min_length=32,
+        description="The secret, of at least 32 characters, that signs links to results and events, so that a browser "
+        "opens them without an API key. The same at all servers of a Redis. Without it such links need a key.",
+    )
+    link_ttl_s: float = Field(
+        default=3600.0, gt=0, le=1e9, description="Seconds for which a signed link opens what it leads to."
+    )
     rate_limit: str | None = Field(
         default=None,
         description="How many images and meshes one key may request, such as 60/minute; without keys, one address. No "
@@ -224,6 +233,11 @@ class Settings(BaseSettings):
     def model_directories(self) -> tuple[Path, ...]:
         """The directories of `models`. Raises BadConfiguration if one does not exist."""
         return tuple(find_model(model) for model in self.models)
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether callers need an API key."""
+        return self.api_keys is not None or self.api_keys_file is not None
 
     @property
     def path_prefix(self) -> str:

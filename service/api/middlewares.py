@@ -1,6 +1,7 @@
 """The middlewares around every route, built from the settings."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from service.api.body_limit import BodyLimit
 from service.api.cross_site import CrossSiteGuard
 from service.api.errors import answer_error
 from service.api.head import HeadAsGet
+from service.api.links import link_signer
 from service.api.path_prefix import PathPrefix
 from service.api.request_log import AccessLog, RequestId
 from service.api.security_headers import SecurityHeaders
@@ -29,10 +31,11 @@ if TYPE_CHECKING:  # from the extra "tracing", which most servers do not install
 class Middlewares:
     """Owns what outlives a request: the keys, the counts of calls, and the traces that wait to be sent."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Raises BadConfiguration and OSError for settings that cannot work."""
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.time) -> None:
+        """`clock` is the one by which links expire. Raises BadConfiguration and OSError for impossible settings."""
         self._settings = settings
-        self._keys = load_keys(settings.api_keys_file, settings.api_keys)
+        self.link_signer = link_signer(settings, clock)
+        self.keys = load_keys(settings.api_keys_file, settings.api_keys)
         self._rate_limits = RateLimits(settings.redis_url)
         self._tracer_provider = None if settings.otlp_endpoint is None else _tracer_provider(settings.otlp_endpoint)
 
@@ -52,9 +55,10 @@ class Middlewares:
         app.add_middleware(BodyLimit, settings=settings)
         app.add_middleware(
             Authentication,
-            api_keys=self._keys,
+            api_keys=self.keys,
             rate_limits=self._rate_limits,
             default_limit=None if settings.rate_limit is None else parse_rate_limit(settings.rate_limit),
+            link_signer=self.link_signer,
             count_rejection=count_rejection,
         )
         app.add_middleware(CrossSiteGuard, settings=settings, count_rejection=count_rejection)
