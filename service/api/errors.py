@@ -7,7 +7,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.routing import Match
+from starlette.routing import Match, Mount
 
 from models.errors import InvalidRequest, UnknownModel
 from service.api.responses import ErrorBody, ErrorDetail, header
@@ -132,7 +132,7 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, HTTPException) and error.headers:
         headers.update(error.headers)
     if "Allow" in headers:
-        headers["Allow"] = _allowed_methods(request)
+        headers["Allow"] = _allowed_methods(request) or headers["Allow"]
     return JSONResponse(ErrorBody(error=detail).model_dump(), status, headers)
 
 
@@ -159,7 +159,11 @@ def _allowed_methods(request: Request) -> str:
     return ", ".join(
         "GET, HEAD" if method == "GET" else method  # see `HeadAsGet`
         for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in request.app.routes)
+        if any(
+            route.matches({**request.scope, "method": method})[0] is Match.FULL
+            for route in request.app.routes
+            if not isinstance(route, Mount)  # which takes all methods, and knows better itself
+        )
     )
 
 

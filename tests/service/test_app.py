@@ -110,6 +110,7 @@ def test_unknown_paths_and_methods_have_our_shape(
         ("OPTIONS", "/v1/jobs/job_1", "GET, HEAD, DELETE"),
         ("DELETE", "/v1/jobs/job_1/content", "GET, HEAD"),
         ("POST", "/healthz", "GET, HEAD"),
+        ("POST", "/playground/style.css", "GET, HEAD"),
     ],
 )
 def test_wrong_method_says_which_are_allowed(method: str, path: str, allowed: str, client: TestClient) -> None:
