@@ -12,6 +12,7 @@ from models.errors import InvalidRequest
 from service.api.caller import Caller, caller_of
 from service.api.generation_route import GenerationHeaders
 from service.api.schemas import GenerationBody, ResponseFormat
+from service.api.validation import shown
 from service.jobs.job import Job, Priority
 from service.jobs.store import Idempotency
 from service.order import Order, input_image_bytes
@@ -135,6 +136,8 @@ def _idempotency(body: GenerationBody, headers: GenerationHeaders, caller: Calle
     if key is None:
         return None
     if not _IDEMPOTENCY_KEY.fullmatch(key):
-        raise InvalidRequest("Idempotency-Key must have 1 to 255 printable ASCII characters", "Idempotency-Key")
+        raise InvalidRequest(
+            f"Idempotency-Key {shown(key)} must have 1 to 255 printable ASCII characters", "Idempotency-Key"
+        )
     asked = f"{path} {body.model_dump_json(exclude_unset=True)}"
     return Idempotency(caller.owner or "", key, hashlib.sha256(asked.encode()).hexdigest())
