@@ -29,7 +29,7 @@ SEND_S = 10
 _READ_BYTES = 8192
 """Bytes that are read at once, instead of 256 KiB: as chunks of one byte each, those keep h11 busy for a second."""
 
-_DRAIN_BYTES = 64_000_000
+DRAIN_BYTES = 64_000_000
 """Bytes of a body that are read and dropped after its answer, so that the client gets to read the answer."""
 
 _OTHER_FILES = 128
@@ -83,7 +83,7 @@ class BoundedProtocol(H11Protocol):
     If all are at work, the new one is refused. Errors that are found here have the shape of all others.
 
     An answer may come before its request's body. To close the connection then would reset it, and the client could lose
-    the answer while it still sends. So the rest of the body is read and dropped, up to `_DRAIN_BYTES` and for
+    the answer while it still sends. So the rest of the body is read and dropped, up to `DRAIN_BYTES` and for
     `body_timeout_s`.
     """
 
@@ -93,7 +93,7 @@ class BoundedProtocol(H11Protocol):
     _head_timer: asyncio.TimerHandle | None = None
     _send_timer: asyncio.TimerHandle | None = None
     _drain_timer: asyncio.TimerHandle | None = None
-    _bytes_to_drain = _DRAIN_BYTES
+    _bytes_to_drain = DRAIN_BYTES
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
