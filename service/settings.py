@@ -5,10 +5,12 @@ Options take precedence over the environment, the environment over the file, and
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -51,6 +53,10 @@ def find_model(model: Path) -> Path:
     raise BadConfiguration("there is no model directory " + " or ".join(f"'{place}'" for place in places))
 
 
+# Escapes in its path would have to be compared with those of requests.
+_PUBLIC_URL = re.compile(r"https?://[^\s/?#@]+(/[\w.~-]+)*/?", re.ASCII)
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="ELASTIC_", extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -58,7 +64,8 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535, description="The port to listen on; 0 takes a free one.")
     public_url: str | None = Field(
         default=None,
-        description="This server's address as clients see it, for links; by default each request's own address.",
+        description="This server's address as clients see it, for links, such as https://example.org/images; by "
+        "default each request's own address. If it has a path, a proxy may remove it from requests or pass it on.",
     )
     models: Annotated[tuple[Path, ...], NoDecode] = Field(
         default=(Path("tiny-flux"), Path("tiny-qwen-image"), Path("tiny-hunyuan3d")),
@@ -178,6 +185,15 @@ class Settings(BaseSettings):
     api_keys: str | None = Field(
         default=None, description="API keys as JSON: a list of entries like those in the file."
     )
+    link_secret: SecretStr | None = Field(
+        default=None,
+        min_length=32,
+        description="The secret, of at least 32 characters, that signs links to results and events, so that a browser "
+        "opens them without an API key. The same at all servers of a Redis. Without it such links need a key.",
+    )
+    link_ttl_s: float = Field(
+        default=3600.0, gt=0, le=1e9, description="Seconds for which a signed link opens what it leads to."
+    )
     rate_limit: str | None = Field(
         default=None,
         description="How many images and meshes one key may request, such as 60/minute; without keys, one address. No "
@@ -222,6 +238,23 @@ class Settings(BaseSettings):
     def model_directories(self) -> tuple[Path, ...]:
         """The directories of `models`. Raises BadConfiguration if one does not exist."""
         return tuple(find_model(model) for model in self.models)
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether callers need an API key."""
+        return self.api_keys is not None or self.api_keys_file is not None
+
+    @property
+    def path_prefix(self) -> str:
+        """The path of `public_url`, empty or such as /images."""
+        return urlsplit(self.public_url or "").path
+
+    @field_validator("public_url")
+    @classmethod
+    def _check_public_url(cls, value: str | None) -> str | None:
+        if value is not None and not _PUBLIC_URL.fullmatch(value):
+            raise ValueError("must be http or https, a host and at most a path, such as https://example.org/images")
+        return None if value is None else value.rstrip("/")
 
     @field_validator("rate_limit")
     @classmethod

@@ -140,6 +140,8 @@ class ProgressBody(BaseModel):
 
 
 class LinksBody(BaseModel):
+    """With API keys and `link_secret`, `events` and `content` are signed: they open without a key for a while."""
+
     self: str
     events: str
     content: list[str] = Field(description="One URL for each artifact, once the job has succeeded.")

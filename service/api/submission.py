@@ -44,7 +44,8 @@ async def submit(
     _check_answering(body, headers, settings)
     _check_trace(order, card, settings.max_trace_decisions)
     caller = caller_of(request.scope)
-    idempotency = await asyncio.to_thread(_idempotency, body, headers, caller, request.url.path)  # it hashes pictures
+    path = request.url.path.removeprefix(request.scope.get("root_path", ""))
+    idempotency = await asyncio.to_thread(_idempotency, body, headers, caller, path)  # it hashes pictures
     recorded = None if idempotency is None else await dispatcher.store.find(idempotency)
     if recorded is None:
         created_at = dispatcher.store.clock()

@@ -18,7 +18,8 @@ class ApiError extends Error {}
 async function call(path, options = {}) {
   const key = byId("api_key").value;
   const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
-  const response = await fetch(path, { ...options, headers });
+  const url = new URL(`..${path}`, import.meta.url); // the API may be below a path
+  const response = await fetch(url, { ...options, headers });
   if (response.ok) return response;
   const answer = await response.json().catch(() => null);
   throw new ApiError(answer?.error?.message ?? `${response.status} ${response.statusText}`);
@@ -95,7 +96,7 @@ function showBudget() {
 
 function showModel() {
   const model = chosenModel();
-  if (model.modality === "mesh") import("/playground/vendor/model-viewer.min.js"); // large, and only meshes need it
+  if (model.modality === "mesh") import("./vendor/model-viewer.min.js"); // large, and only meshes need it
   for (const part of form.querySelectorAll("[data-modality]")) part.hidden = part.dataset.modality !== model.modality;
   for (const part of form.querySelectorAll("[data-guidance]")) part.hidden = part.dataset.guidance !== model.guidance;
   byId("picture_label").textContent =

@@ -18,6 +18,7 @@ from pydantic import SecretStr
 from models.errors import InvalidRequest
 from service.errors import BadConfiguration
 from service.jobs.job import Job, JobSnapshot, JobState, JobStatus
+from service.keys import Scope, new_key
 from service.settings import Settings
 from service.webhooks import Webhooks, check_webhook_url
 
@@ -176,12 +177,17 @@ def test_webhook_is_called_again_until_it_succeeds(
     monkeypatch.setattr("service.running.webhook_calls.POLL_S", 0.02)
     monkeypatch.setattr("service.running.webhook_calls.RETRY_DELAYS_S", (0.01, 0.01))
     listener.statuses = [500, 500]
+    secret, entry = new_key("a", [Scope.GENERATE])
     settings = Settings(
-        webhook_hosts=(listener.host,), webhook_secret=SecretStr(SECRET), public_url="https://pictures.example/"
+        webhook_hosts=(listener.host,),
+        webhook_secret=SecretStr(SECRET),
+        public_url="https://pictures.example/",
+        api_keys=f"[{entry.model_dump_json()}]",
+        link_secret=SecretStr("x" * 32),
     )
     client = start_client(settings)
     body = {"prompt": "a", "webhook_url": f"http://{listener.host}/hook"}
-    job_id = client.post("/v1/images", json=body).json()["id"]
+    job_id = client.post("/v1/images", json=body, headers={"Authorization": f"Bearer {secret}"}).json()["id"]
     deadline = time.monotonic() + 20
     while len(listener.calls) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -189,6 +195,7 @@ def test_webhook_is_called_again_until_it_succeeds(
     told = json.loads(listener.calls[-1][1])["data"]
     assert told["receipt"]["rule"] == "router"
     assert told["links"]["self"] == f"https://pictures.example/v1/jobs/{job_id}"
+    assert client.get(told["links"]["content"][0]).status_code == 200  # it is signed
 
 
 def test_server_without_hosts_refuses_webhooks(client: TestClient) -> None:

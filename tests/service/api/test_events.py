@@ -13,6 +13,7 @@ from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
 from models.report import GenerationSummary
 from service.api.events import event_stream
 from service.api.job_views import result_body
+from service.api.links import Links
 from service.api.schemas import ResponseFormat
 from service.jobs.job import Failure, FailureReason, Job, JobStatus, Receipt, StageSeconds
 from service.jobs.store import Claim, Ending, Preview, Progress
@@ -44,7 +45,7 @@ class Bench:
 
     def stream(self, job: Job, **options: Any) -> Any:
         """An iterator over the parts of the stream."""
-        response = event_stream(job, self.dispatcher, "http://test", **options)
+        response = event_stream(job, self.dispatcher, Links("http://test", None), **options)
         return response.body_iterator
 
     async def events(self, job: Job, **options: Any) -> list[tuple[str | None, str, dict[str, Any]]]:
@@ -101,7 +102,7 @@ async def test_each_image_is_completed_by_an_event_and_the_last_one_has_the_whol
     assert (first[0], last[0]) == (None, "3-0")
     assert await bench.events(claim.job, after=before[-1][0]) == [first, last]
     # Together they count what the answer without a stream counts.
-    whole = result_body(await bench.dispatcher.store.content("a"), None, "").model_dump()["usage"]
+    whole = result_body(await bench.dispatcher.store.content("a"), None, Links("", None)).model_dump()["usage"]
     assert whole["total_tokens"] == sum(data["usage"]["total_tokens"] for data in completed) > 0
 
 
