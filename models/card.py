@@ -68,11 +68,25 @@ class ModelCard:
         return (guidance_scale if self.guidance is Guidance.TRUE else true_cfg_scale) > 1
 
     def curve_for(self, request: GenerationRequest) -> tuple[CurvePoint, ...]:
-        """The curve for this request's number of steps. Its points say whether they were calibrated for it."""
-        is_calibrated, steps = self._is_calibrated_for(request), request.num_inference_steps
-        points = [point.at(steps, is_calibrated=is_calibrated) for point in self.curve[:-1]]
-        points.append(self.curve[-1].at(steps, is_calibrated=is_calibrated, is_cheapest=True))
+        """The curve for the steps that this request takes. Its points say whether they were calibrated for it."""
+        is_calibrated = self._is_calibrated_for(request)
+        points = [
+            point.at(
+                request.num_steps,
+                self._num_needed(point, request),
+                is_calibrated=is_calibrated,
+                is_cheapest=point is self.curve[-1],
+            )
+            for point in self.curve
+        ]
         return tuple(sorted(points, key=lambda point: -point.compute_ratio))  # some may have become exact
+
+    def _num_needed(self, point: CurvePoint, request: GenerationRequest) -> int:
+        """How many steps of `request` are computed for the quality of `point`.
+
+        A schedule of more or fewer steps follows nearly the same trajectory. So it needs as many computed steps.
+        """
+        return point.steps.computed if point.steps else request.num_steps
 
     def _is_calibrated_for(self, request: GenerationRequest) -> bool:
         """Whether the curve, which is measured at the defaults, holds: so it does at half and at twice the guidance."""
@@ -89,7 +103,10 @@ class ImageCard(ModelCard):
     """A text-to-image model. Heights and widths are in pixels.
 
     `decode_seconds` is the time to decode an image of the default size to a PNG file, measured when the model is
-    loaded. An edit has at most `max_input_images` pictures; with `needs_input_image` there is no image without one.
+    loaded. `picture_seconds` is what a picture to edit, of this size, adds to `encode_seconds`. An edit has at most
+    `max_input_images` pictures; with `needs_input_image` there is no image without one.
+    `edit_steps[taken - 1][computed - 1]` says how many of the last `taken` steps of the calibrated schedule are worth
+    `computed` of all its steps, by the errors that calibration predicts. It is empty if steps can't be forecast.
     """
 
     modality: ClassVar[str] = "image"
@@ -97,17 +114,26 @@ class ImageCard(ModelCard):
     default_height: int
     default_width: int
     decode_seconds: float = math.inf
+    picture_seconds: float = 0.0
     sizes: SizeLimits
     max_prompt_characters: int
     edits: Edits = Edits.NOISED
     max_input_images: int = 1
     needs_input_image: bool = False
+    edit_steps: tuple[tuple[int, ...], ...] = ()
+
+    def _num_needed(self, point: CurvePoint, request: GenerationRequest) -> int:
+        """As in `ModelCard`. Edits begin where there is less noise, and less to be uncertain of."""
+        if not point.steps or not self.edit_steps:
+            return ModelCard._num_needed(self, point, request)
+        taken = math.ceil(request.num_steps / request.num_inference_steps * len(self.edit_steps) - 1e-9)
+        return self.edit_steps[taken - 1][point.steps.computed - 1]
 
     def _is_calibrated_for(self, request: GenerationRequest) -> bool:
         assert isinstance(request, ImageRequest)
-        is_usual_size = (request.height, request.width) == (self.default_height, self.default_width)
+        is_usual = request.edit is None and (request.height, request.width) == (self.default_height, self.default_width)
         # Not super(): dataclasses with slots are made anew, which breaks it in older versions of Python.
-        return is_usual_size and ModelCard._is_calibrated_for(self, request)
+        return is_usual and ModelCard._is_calibrated_for(self, request)
 
 
 @dataclass(frozen=True, slots=True)

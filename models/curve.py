@@ -92,22 +92,22 @@ class CurvePoint:
         to_compute = steps_left if self.steps is None else max(self.steps.computed - num_computed, 1)
         return min(to_compute, steps_left) * self.relative_step_seconds
 
-    def at(self, num_inference_steps: int, *, is_calibrated: bool, is_cheapest: bool = False) -> "CurvePoint":
-        """This point for requests of so many steps. Outside of what was calibrated, one more step is computed.
+    def at(self, num_steps: int, num_needed: int, *, is_calibrated: bool, is_cheapest: bool = False) -> "CurvePoint":
+        """This point for requests that take so many steps, of which `num_needed` are computed.
 
-        A schedule of more or fewer steps follows nearly the same trajectory. So it needs as many computed steps, and a
-        short one is exact. Only the cheapest point of a curve still forecasts a step then, so that caps can be met.
+        Outside of what was calibrated, one more step is computed. A short schedule is exact. Only the cheapest point of
+        a curve still forecasts a step then, so that caps can be met.
         """
         if self.is_exact:
             return self
         if self.steps is None:
             return replace(self, is_calibrated=is_calibrated)
-        computed = self.steps.computed if is_calibrated else self.steps.computed + 1
+        computed = num_needed if is_calibrated else num_needed + 1
         if is_cheapest:
-            computed = max(1, min(computed, num_inference_steps - 1))
-        if computed >= num_inference_steps and self.is_block_dense:
+            computed = max(1, min(computed, num_steps - 1))
+        if computed >= num_steps and self.is_block_dense:
             return replace(EXACT, preset=self.preset)
-        steps = ComputedSteps(min(computed, num_inference_steps), num_inference_steps)
+        steps = ComputedSteps(min(computed, num_steps), num_steps)
         scale = steps.computed / steps.of / self.computed_share
         return replace(
             self,

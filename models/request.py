@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from models.curve import CurvePoint, Preset
+from models.errors import InvalidRequest
 
 MIN_TARGET_FACES = 100
 """Fewest triangles to ask of a mesh. With fewer a solid keeps little of its form; 4, the fewest that enclose anything,
@@ -68,9 +69,31 @@ class GenerationRequest:
         return self.budget.compute_ratio if isinstance(self.budget, ComputeBudget) else None
 
     @property
+    def num_steps(self) -> int:
+        """Denoise steps that are taken, computed or forecast. An edit takes the last of its schedule only."""
+        return self.num_inference_steps
+
+    @property
     def num_computed_steps(self) -> int:
         """Denoise steps that are expected to be computed; the others are forecast. A deadline may change it."""
-        return self.point.num_computed_steps(self.num_inference_steps, self.compute_cap)
+        return self.point.num_computed_steps(self.num_steps, self.compute_cap)
+
+
+def steps_of_strength(num_inference_steps: int, strength: float) -> int:
+    """How many steps of the schedule, the last ones, an edit of this strength takes: its share of them, rounded up.
+
+    Computed as in `get_timesteps` of diffusers' pipelines, so that rounding is the same. Raises InvalidRequest if it
+    is none.
+    """
+    wanted = min(num_inference_steps * strength, num_inference_steps)
+    taken = num_inference_steps - int(max(num_inference_steps - wanted, 0))
+    if taken < 1:
+        raise InvalidRequest(
+            f"strength {strength:g} takes none of the {num_inference_steps} denoise steps; the smallest strength that "
+            f"takes one is above 0; try {1 / num_inference_steps:.2g}",
+            "strength",
+        )
+    return taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +101,9 @@ class ImageEdit:
     """What an image is made from, besides its prompt.
 
     `images` are checked image files: upright, decodable, within the pixel limit. `mask`, such a file too, shows by its
-    transparency what may change; None if all may. `strength`, above 0 and at most 1, is the share of the denoise steps
-    that are taken, from the picture with noise on; None for models that read the pictures beside the noise instead.
+    transparency what may change: pixels with an alpha below 128. All else keeps every pixel. None if all may change.
+    `strength`, above 0 and at most 1, is the share of the denoise steps that are taken, from the picture with noise on;
+    `steps_of_strength` counts them. None for models that read the pictures beside the noise instead.
     """
 
     images: tuple[bytes, ...]
@@ -102,6 +126,13 @@ class ImageRequest(GenerationRequest):
     negative_prompt: str | None = None
     true_cfg_scale: float = 1.0
     edit: ImageEdit | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """As in `GenerationRequest`. Raises what `steps_of_strength` raises."""
+        if self.edit is None or self.edit.strength is None:
+            return self.num_inference_steps
+        return steps_of_strength(self.num_inference_steps, self.edit.strength)
 
 
 class BackgroundRemoval(StrEnum):

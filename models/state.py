@@ -6,11 +6,12 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from models.budget import point_of_compute
 from models.curve import CurvePoint
-from models.diffusion.sampling import euler_step, linear_step
+from models.diffusion.sampling import add_noise, euler_step, linear_step
 from models.elastic.plan import Policy
 from models.elastic.row import Allowance, Row
 from models.report import Decision, GenerationSummary, StepDecision, TokenCounts
@@ -52,6 +53,27 @@ class Velocity(NamedTuple):
         return Velocity(self.guided.clone(), None if self.conditional is None else self.conditional.clone())
 
 
+@dataclass(frozen=True, slots=True)
+class KeptRegion:
+    """The part of a picture that an edit keeps. Its latents follow the picture, whatever the model predicts.
+
+    All are `(1, tokens, channels)`: `changes` is true where latents may change, `image_latents` are the picture's
+    without noise, `noise` is what the generation started from.
+    """
+
+    changes: Tensor
+    image_latents: Tensor
+    noise: Tensor
+
+    def restore(self, latents: Tensor, sigma: Tensor) -> Tensor:
+        """`latents` at a noise level, with the picture's where it is kept.
+
+        Steps move each latent by itself. So after a gap of forecast steps, this is what restoring after each of them
+        leads to.
+        """
+        return torch.where(self.changes, latents, add_noise(self.image_latents, self.noise, sigma))
+
+
 @dataclass(slots=True)
 class DenoiseState:
     """One request between its noise and its result.
@@ -62,8 +84,8 @@ class DenoiseState:
     the whole generation may use. `step_index` is the next step to compute. `computed` has the steps that were, and
     `thresholds` and `points` have an entry for each of them; `velocities` are those of the last ones, the newest first.
     `run_rates` has one entry per block: a running mean of the rows that ran there, in which the last step weighs a
-    third. `prediction` is the clean-sample estimate from the last velocities. `num_picture_tokens` counts the tokens of
-    the pictures that the request edits.
+    third. `prediction` is the clean-sample estimate from the last velocities. `kept` is what an edit with a mask keeps.
+    `num_picture_tokens` counts the tokens of the pictures that the request edits.
     """
 
     request: GenerationRequest
@@ -78,6 +100,7 @@ class DenoiseState:
     dense_flops: float
     compute_cap: float | None
     forecaster: Forecaster | None = None
+    kept: KeptRegion | None = None
     computed: list[int] = field(default_factory=list)
     velocities: list[Velocity] = field(default_factory=list)
     thresholds: list[float] = field(default_factory=list)
@@ -207,6 +230,9 @@ class DenoiseState:
                 _forecast(latents, velocities, self.forecaster.weights(computed, end))
                 for end in (following, self.num_steps)
             )
+        if self.kept:
+            moved = self.kept.restore(moved, self.sigmas[following])
+            prediction = self.kept.restore(prediction, self.sigmas[-1])
         self.latents, self.prediction, self.velocities = moved, prediction, velocities
         self.computed.append(step)
         return following

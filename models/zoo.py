@@ -11,7 +11,7 @@ import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 
-from models.card import ImageCard, ModelCard
+from models.card import Edits, ImageCard, ModelCard
 from models.curve import EXACT, FORECAST
 from models.engine import Engine
 from models.errors import WeightsError
@@ -20,8 +20,10 @@ from models.families.entry import FamilyEntry, NamedClass
 from models.families.family import Family
 from models.file_formats import OutputFormat, encode_image
 from models.mesh.cleanup import CleanMesh
+from models.request import GenerationRequest, ImageEdit, ImageRequest
 from models.rules import RULES
-from models.rules.forecast import read_forecast_table
+from models.rules.forecast import ForecastTable, read_forecast_table
+from models.state import DenoiseState
 from models.weights import Manifest, load_router_weights, read_curve, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -110,9 +112,19 @@ def _card(family: Family, family_name: str, index: Path, folder: Path, manifest:
     )
     card = family.card(basics, manifest)
     alone_s, pair_s = (_dense_step_seconds(family, card, batch_size) for batch_size in (1, 2))
-    encode_s, decode_s = _encode_and_decode_seconds(family, card)
+    encode_s, picture_s, decode_s = _encode_and_decode_seconds(family, card)
     card = replace(card, dense_step_seconds=alone_s, fixed_share=fixed_share(alone_s, pair_s), encode_seconds=encode_s)
-    return replace(card, decode_seconds=decode_s) if isinstance(card, ImageCard) else card
+    if not isinstance(card, ImageCard):
+        return card
+    edit_steps = _edit_steps(family.forecast_table) if family.forecast_table else ()
+    return replace(card, decode_seconds=decode_s, picture_seconds=picture_s, edit_steps=edit_steps)
+
+
+def _edit_steps(table: ForecastTable) -> tuple[tuple[int, ...], ...]:
+    """`ImageCard.edit_steps`."""
+    forecaster, steps = table.forecaster(table.sigmas, has_conditionals=table.has_conditionals), table.num_steps
+    counts = range(1, steps + 1)
+    return tuple(tuple(forecaster.num_needed(taken, computed) for computed in counts) for taken in counts)
 
 
 def fixed_share(alone_s: float, pair_s: float) -> float:
@@ -131,22 +143,31 @@ def _dense_step_seconds(family: Family, card: ModelCard, batch_size: int) -> flo
     return min(engine.step(states).seconds for _ in range(states[0].num_steps))
 
 
-def _encode_and_decode_seconds(family: Family, card: ModelCard) -> tuple[float, float]:
-    """Seconds to encode a request at the card's defaults, and to decode its result to a PNG file.
+def _encode_and_decode_seconds(family: Family, card: ModelCard) -> tuple[float, float, float]:
+    """Seconds to encode a request at the card's defaults, to encode a picture to edit, and to decode to a PNG file.
 
     Each is the faster of two, the first of which warms up. A mesh is not decoded here, since that may take a minute.
     """
     request = replace(family.example_request(card), num_inference_steps=1)
-    engine, encode_s, decode_s = Engine({card.id: family}, {}), math.inf, math.inf
+    engine, encode_s, edit_s, decode_s = Engine({card.id: family}, {}), math.inf, math.inf, math.inf
     for _ in range(2):
-        began = time.perf_counter()
-        state = family.start(request, (EXACT,), EXACT)
-        encode_s = min(encode_s, time.perf_counter() - began)
+        state, seconds = _timed_start(family, request)
+        encode_s = min(encode_s, seconds)
         if isinstance(card, ImageCard):
             engine.step([state])
             began = time.perf_counter()
             pixels = engine.finish(state)
             assert not isinstance(pixels, CleanMesh)
-            encode_image(pixels, OutputFormat.PNG)
+            file = encode_image(pixels, OutputFormat.PNG)
             decode_s = min(decode_s, time.perf_counter() - began)
-    return encode_s, decode_s
+            if card.edits is Edits.NOISED:
+                assert isinstance(request, ImageRequest)
+                _, seconds = _timed_start(family, replace(request, edit=ImageEdit((file,), None, 1.0)))
+                edit_s = min(edit_s, seconds)
+    return encode_s, max(edit_s - encode_s, 0.0) if math.isfinite(edit_s) else 0.0, decode_s
+
+
+def _timed_start(family: Family, request: GenerationRequest) -> tuple[DenoiseState, float]:
+    began = time.perf_counter()
+    state = family.start(request, (EXACT,), EXACT)
+    return state, time.perf_counter() - began

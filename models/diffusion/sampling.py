@@ -52,6 +52,15 @@ def consistency_schedule(num_inference_steps: int, pcm_timesteps: int) -> Tensor
     return torch.from_numpy(np.append(np.linspace(0.0, 1.0, 1000)[chosen], 1.0)).float()
 
 
+def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Latents at a noise level, in their type, as `scale_noise` of FlowMatchEulerDiscreteScheduler computes them.
+
+    `sigma` is a single number on the CPU.
+    """
+    sigma = sigma.to(latents.dtype)
+    return sigma * noise + (1.0 - sigma) * latents
+
+
 def euler_step(latents: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
     """One step along the velocity, in float32 for every type of model, as in FlowMatchEulerDiscreteScheduler."""
     return (latents.float() + (next_sigma - sigma) * velocity).to(velocity.dtype)

@@ -24,7 +24,7 @@ from models.mesh.surface import FieldSamples
 from models.request import GenerationRequest, LatencyBudget
 from models.rules import RULES
 from models.rules.forecast import Forecaster, ForecastTable
-from models.state import BranchInputs, DenoiseState, Velocity
+from models.state import BranchInputs, DenoiseState, KeptRegion, Velocity
 from models.weights import CheckpointTraits, Manifest, RouterWeights
 
 
@@ -161,6 +161,7 @@ class Family(ABC):
         sigmas: Tensor,
         timesteps: Tensor,
         branches: Sequence[BranchStart],
+        kept: KeptRegion | None = None,
     ) -> DenoiseState:
         """A state before its first step. States of equal `shape` can share steps.
 
@@ -199,6 +200,7 @@ class Family(ABC):
             dense_flops=dense_flops,
             compute_cap=compute_cap,
             forecaster=forecaster,
+            kept=kept,
         )
 
     def _forecaster(self, sigmas: Tensor, is_guided: bool) -> Forecaster:

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from threading import Lock
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from models.card import ImageCard, ModelCard, SizeLimits, basics_of
 from models.curve import EXACT, CurvePoint, Preset
 from models.diffusion.sampling import flow_schedule
 from models.elastic.compute import BlockCost
+from models.families.editing import NoisedPicture, noised_picture, with_kept_pixels
 from models.families.family import BranchStart, Family
 from models.families.preview import apply_colour_map, fit_colour_map, fitting_images
 from models.request import GenerationRequest, ImageRequest, PresetBudget
@@ -32,14 +34,21 @@ class Branch(NamedTuple):
 
 
 class ImageFamily(Family):
-    """One loaded text-to-image model. Subclasses call the code of their diffusers pipeline, piece by piece."""
+    """One loaded text-to-image model. Subclasses call the code of their diffusers pipeline, piece by piece.
+
+    `inpaint_pipeline` is that pipeline's sibling for edits.
+    """
 
     quality_metric: ClassVar[str] = "ssim"
+    inpaint_pipeline: ClassVar[type[DiffusionPipeline]]
 
     def __init__(self, model_id: str, pipeline: DiffusionPipeline, router_weights: RouterWeights | None) -> None:
         self.pipeline: Any = pipeline
         super().__init__(model_id, self.pipeline.transformer, router_weights)
         self._rotary: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+        self._inpaint = self.inpaint_pipeline(**self.pipeline.components)
+        # Qwen-Image's VAE keeps the state of its encoder; two threads encode, for edits and for the first preview.
+        self._encoding = Lock()
 
     @property
     @abstractmethod
@@ -118,22 +127,31 @@ class ImageFamily(Family):
         assert isinstance(request, ImageRequest)
         branches = self._branches(request)
         inputs = [self._encode(branch, request) for branch in branches]
-        latents = self._draw_latents(request)
-        sigmas, timesteps = flow_schedule(self.pipeline.scheduler, request.num_inference_steps, latents.shape[1])
+        begun = self._begin(request)
         return self._new_state(
             request,
             curve,
             point,
             compute_cap,
             shape=(request.height, request.width),
-            latents=latents,
-            sigmas=sigmas,
-            timesteps=timesteps,
+            latents=begun.latents,
+            sigmas=begun.sigmas,
+            timesteps=begun.timesteps,
+            kept=begun.kept,
             branches=[
                 BranchStart(branch.name, part, self.block_costs(request.height, request.width, part.num_text_tokens))
                 for branch, part in zip(branches, inputs, strict=True)
             ],
         )
+
+    def _begin(self, request: ImageRequest) -> NoisedPicture:
+        """The latents and the schedule of `request`: of noise alone, or of the picture to edit."""
+        num_tokens = request.height // self.pixels_per_token * (request.width // self.pixels_per_token)
+        sigmas, timesteps = flow_schedule(self.pipeline.scheduler, request.num_inference_steps, num_tokens)
+        if request.edit is None:
+            return NoisedPicture(self._draw_latents(request), sigmas, timesteps, None)
+        with self._encoding:
+            return noised_picture(self._inpaint, request, self.transformer.dtype, self.transformer.device)
 
     @torch.inference_mode()
     def preview(self, request: GenerationRequest, prediction: Tensor) -> NDArray[np.uint8]:
@@ -145,7 +163,8 @@ class ImageFamily(Family):
     @cached_property
     def _colour_map(self) -> Tensor:
         images, vae = fitting_images(), self.pipeline.vae
-        latents = self._encode_images(images.to(vae.device, vae.dtype))
+        with self._encoding:
+            latents = self._encode_images(images.to(vae.device, vae.dtype))
         return fit_colour_map(latents, images)
 
     def quality_sample(self, state: DenoiseState) -> NDArray[np.uint8]:
@@ -193,7 +212,12 @@ class ImageFamily(Family):
             self._rotary[key] = self._rotary_factors(*key)
         return self._rotary[key]
 
-    def _pixels(self, image: Tensor) -> NDArray[np.uint8]:
-        """Pixels of a decoded image `(1, 3, height, width)` in [-1, 1], rounded as in the stock pipeline."""
-        pixels: NDArray[Any] = self.pipeline.image_processor.postprocess(image, output_type="np")[0]
-        return (pixels * 255).round().astype(np.uint8)
+    def _pixels(self, image: Tensor, request: GenerationRequest) -> NDArray[np.uint8]:
+        """Pixels of a decoded image `(1, 3, height, width)` in [-1, 1], rounded as in the stock pipeline.
+
+        Pixels that an edit keeps are those of its picture.
+        """
+        assert isinstance(request, ImageRequest)
+        values: NDArray[Any] = self.pipeline.image_processor.postprocess(image, output_type="np")[0]
+        pixels = (values * 255).round().astype(np.uint8)
+        return with_kept_pixels(self._inpaint, request, pixels) if request.edit else pixels

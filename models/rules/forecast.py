@@ -159,6 +159,14 @@ class Forecaster:
             computed.append(self.next_step(computed, num_computed - len(computed)))
         return computed
 
+    def num_needed(self, taken: int, computed: int) -> int:
+        """How many of the last `taken` steps to compute, to end as near as with `computed` of all steps.
+
+        That is, for a predicted error that is no larger.
+        """
+        allowed, first = self._plans[computed - 1][0][0, 0], self.num_steps - taken
+        return next((k for k in range(1, taken) if self._plans[k - 1][0][0, first] <= allowed), taken)
+
     def _fit(self, recent: Sequence[int], first_end: int) -> tuple[Array, Array]:
         """Weights `(known, ends)` and squared errors `(ends,)` for all ends after `first_end`."""
         n, last = self.num_steps, recent[-1]

@@ -101,7 +101,7 @@ def _check_answering(body: GenerationBody, headers: GenerationHeaders, settings:
 def _check_trace(order: Order, card: ModelCard, most: int) -> None:
     """Raise InvalidRequest if the trace would have more than `most` decisions."""
     request, num_results = order.requests[0], len(order.requests)
-    size = num_results * request.num_inference_steps * order.num_branches * len(card.blocks)
+    size = num_results * request.num_steps * order.num_branches * len(card.blocks)
     if request.wants_trace and size > most:
         raise InvalidRequest(
             f"a trace of n {num_results} and num_inference_steps {request.num_inference_steps} has {size} decisions, "

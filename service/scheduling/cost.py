@@ -14,7 +14,15 @@ def predicted_seconds(request: GenerationRequest, card: ModelCard) -> float:
     This is the one prediction that admission counts. `scheduling.pace` corrects it by measured speed.
     """
     image_s = card.decode_seconds * _relative_size(request, card) if isinstance(card, ImageCard) else 0.0
-    return card.encode_seconds + denoise_seconds(request, card) + image_s + mesh_decode_seconds(request, card)
+    encode_s = encode_seconds(request, card)
+    return encode_s + denoise_seconds(request, card) + image_s + mesh_decode_seconds(request, card)
+
+
+def encode_seconds(request: GenerationRequest, card: ModelCard) -> float:
+    """Seconds to encode the prompt or the image of `request`, and the picture that it edits."""
+    if isinstance(request, ImageRequest) and isinstance(card, ImageCard) and request.edit:
+        return card.encode_seconds + card.picture_seconds * _relative_size(request, card)
+    return card.encode_seconds
 
 
 def denoise_seconds(request: GenerationRequest, card: ModelCard) -> float:
@@ -22,7 +30,7 @@ def denoise_seconds(request: GenerationRequest, card: ModelCard) -> float:
 
     Only computed steps take time. A request with a deadline is expected at the best point of the curve that meets it.
     """
-    step_s, num_steps = dense_step_seconds(request, card), request.num_inference_steps
+    step_s, num_steps = dense_step_seconds(request, card), request.num_steps
     point = request.point
     if isinstance(request.budget, LatencyBudget):
         curve, dense_steps = card.curve_for(request), request.budget.latency_s / step_s

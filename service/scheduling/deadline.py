@@ -5,7 +5,7 @@ from models.card import ModelCard
 from models.curve import CurvePoint
 from models.request import GenerationRequest, LatencyBudget
 from service.errors import DeadlineUnreachable
-from service.scheduling.cost import dense_step_seconds, mesh_decode_seconds
+from service.scheduling.cost import dense_step_seconds, encode_seconds, mesh_decode_seconds
 
 # The share of the time left that is kept free, so that a slightly slow step does not break the promise.
 _RESERVE = 0.05
@@ -20,8 +20,8 @@ def check_reachable(
     """
     assert isinstance(request.budget, LatencyBudget)
     floor = point_of_quality(request.budget.min_quality, card.curve_for(request))
-    dense_s = num_results * request.num_inference_steps * dense_step_seconds(request, card)
-    encode_s = num_results * card.encode_seconds
+    dense_s = num_results * request.num_steps * dense_step_seconds(request, card)
+    encode_s = num_results * encode_seconds(request, card)
     decode_s = finish_s + mesh_decode_seconds(request, card)
     predicted_s = backlog_s + encode_s + dense_s * floor.relative_seconds + decode_s
     if predicted_s > request.budget.latency_s:

@@ -1,7 +1,7 @@
 """The tiny model of each kind, its routers, and the engines that serve it."""
 
 from tests.fixtures.engines import engine, family, forecast_table, open_engine, permuted_engine, plain_engine
-from tests.fixtures.generation import ask, denoise, guided, other_scale, stock, stock_result
+from tests.fixtures.generation import ask, denoise, edited, guided, other_scale, stock, stock_result
 from tests.fixtures.kinds import directory, kind, model, streams_of
 from tests.fixtures.tiny_flux import tiny_flux, tiny_schnell
 from tests.fixtures.tiny_hunyuan3d import tiny_plain_hunyuan3d, tiny_stream_hunyuan3d
@@ -12,6 +12,7 @@ __all__ = [
     "ask",
     "denoise",
     "directory",
+    "edited",
     "engine",
     "family",
     "forecast_table",

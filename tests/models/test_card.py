@@ -58,6 +58,29 @@ def test_one_more_step_is_computed_where_nothing_was_calibrated(
     assert [point.is_calibrated for point in (high, routed, draft)] == [False] * 3
 
 
+@pytest.mark.parametrize("kind", ["flux", "qwen_image"], indirect=True, scope="session")
+def test_edit_computes_the_steps_that_its_part_of_the_schedule_needs_and_one_more(
+    card: ModelCard, usual: Callable[..., GenerationRequest], edited: Callable[..., dict[str, Any]]
+) -> None:
+    edit_steps = tuple(tuple(max(1, taken * computed // 20) for computed in range(1, 21)) for taken in range(1, 21))
+    assert isinstance(card, ImageCard)
+    card = replace(card, edit_steps=edit_steps)
+    exact, high, routed, draft = card.curve_for(usual(**edited(0.5)))
+    assert (high.steps, draft.steps) == (ComputedSteps(6, 10), ComputedSteps(3, 10))
+    assert draft.compute_ratio == pytest.approx(3 / 10)
+    assert [point.is_calibrated for point in (exact, high, routed, draft)] == [True, False, False, False]
+    # 14 of 40 steps begin where 7 of 20 do.
+    assert card.curve_for(usual(num_inference_steps=40, **edited(0.35)))[-1].steps == ComputedSteps(2, 14)
+    assert card.curve_for(usual(**edited(1.0)))[1].steps == ComputedSteps(11, 20)
+
+
+@pytest.mark.parametrize("kind", ["flux", "qwen_image"], indirect=True, scope="session")
+def test_edit_computes_as_many_steps_as_a_generation_where_nothing_foretells_its_errors(
+    card: ModelCard, usual: Callable[..., GenerationRequest], edited: Callable[..., dict[str, Any]]
+) -> None:
+    assert card.curve_for(usual(**edited(0.7)))[-1].steps == ComputedSteps(5, 14)
+
+
 def test_guidance_that_was_not_calibrated_is_noticed(card: ModelCard, usual: Callable[..., GenerationRequest]) -> None:
     request = usual(is_guided=not usual().is_guided)
     assert not card.curve_for(request)[-1].is_calibrated

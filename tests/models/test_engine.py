@@ -34,6 +34,7 @@ from models.zoo import fixed_share, load_engine
 
 Ask = Callable[..., GenerationRequest]
 Guided = Callable[..., dict[str, Any]]
+Edited = Callable[..., dict[str, Any]]
 Denoise = Callable[..., DenoiseState]
 StockResult = Callable[..., Any]
 
@@ -158,11 +159,12 @@ def test_every_way_to_ask_for_everything_is_exact(engine: Engine, ask: Ask, deno
 
 
 Visitor = tuple[GenerationRequest, CurvePoint | None]
-ARRIVALS = [0, 3, 1, 0, 2, 5, 4, 2, 1, 3]
+ARRIVALS = [0, 3, 1, 0, 2, 5, 4, 2, 1, 3, 0, 2, 1]
+COUNT = len(ARRIVALS)
 
 
 @pytest.fixture(scope="module")
-def visitors(ask: Ask, guided: Guided, other_scale: Mapping[str, Any]) -> list[Visitor]:
+def visitors(ask: Ask, guided: Guided, edited: Edited, other_scale: Mapping[str, Any]) -> list[Visitor]:
     """Requests that have nothing in common but the model and the size."""
     longest = "a small red circle on the left a large blue square on the right the green triangle " * 2
     return [
@@ -176,6 +178,9 @@ def visitors(ask: Ask, guided: Guided, other_scale: Mapping[str, Any]) -> list[V
         (ask(seed=7, num_inference_steps=6, prompt="square", budget=PresetBudget(Preset.DRAFT)), None),
         (ask(seed=8, num_inference_steps=8, prompt="a square", **guided("a green triangle", 2.0)), FORECAST),
         (ask(seed=9, num_inference_steps=9, prompt="the red triangle"), FORECAST_ROUTED),
+        (ask(seed=10, num_inference_steps=9, prompt="", **edited(0.8), **guided("a square", 2.5)), ROUTED),
+        (ask(seed=11, num_inference_steps=9, **edited(0.8, has_mask=True), **guided("a circle", 2.0)), FORECAST),
+        (ask(seed=12, num_inference_steps=6, prompt="red", **edited(0.9, 80, 96, has_mask=True)), REUSED),
     ]
 
 
@@ -223,7 +228,7 @@ def test_visitors_differ_in_what_they_do(alone: Sequence[DenoiseState]) -> None:
             assert len({tuple(entries) for entries in by_step.values()}) > 1, "decisions should differ between steps"
 
 
-@pytest.mark.parametrize("arrivals", [[0] * 10, ARRIVALS, list(range(10)), list(range(9, -1, -1))])
+@pytest.mark.parametrize("arrivals", [[0] * COUNT, ARRIVALS, [*range(COUNT)], [*range(COUNT)][::-1]])
 def test_companions_change_neither_decisions_nor_results(
     engine: Engine, visitors: list[Visitor], alone: list[DenoiseState], arrivals: list[int]
 ) -> None:
@@ -231,7 +236,7 @@ def test_companions_change_neither_decisions_nor_results(
 
 
 @settings(max_examples=4)
-@given(order=st.permutations(range(10)), arrivals=st.lists(st.integers(0, 6), min_size=10, max_size=10))
+@given(order=st.permutations(range(COUNT)), arrivals=st.lists(st.integers(0, 6), min_size=COUNT, max_size=COUNT))
 def test_companions_do_not_matter_in_any_order_of_arrival(
     engine: Engine, visitors: list[Visitor], alone: list[DenoiseState], order: list[int], arrivals: list[int]
 ) -> None:
@@ -245,13 +250,13 @@ def test_dropped_companion_changes_nothing_for_the_others(
     states = [engine.start(request, point) for request, point in visitors]
     for _ in range(2):
         engine.step(states)
-    stay = [i for i in range(10) if i not in (1, 4)]
+    stay = [i for i in range(COUNT) if i not in (1, 4, 11)]
     while present := [states[i] for i in stay if not states[i].is_done]:
         engine.step(present)
     assert_same_results([states[i] for i in stay], [alone[i] for i in stay])
 
 
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("number", range(COUNT))
 def test_request_gets_the_same_bits_every_time(
     engine: Engine, denoise: Denoise, visitors: list[Visitor], alone: list[DenoiseState], number: int
 ) -> None:
@@ -263,10 +268,10 @@ def test_request_after_a_finished_and_a_dropped_one_equals_that_on_a_fresh_engin
 ) -> None:
     fresh = load_engine([directory], device="cpu", router_weights=router_weights)
     denoise(engine, *visitors[2])
-    dropped = engine.start(*visitors[4])
+    dropped = [engine.start(*visitors[number]) for number in (4, 11)]
     for _ in range(3):
-        engine.step([dropped])
-    for visitor in (visitors[1], visitors[3]):
+        engine.step(dropped)
+    for visitor in (visitors[1], visitors[3], visitors[10], visitors[12]):
         assert torch.equal(denoise(engine, *visitor).latents, denoise(fresh, *visitor).latents)
 
 
@@ -274,12 +279,13 @@ def tensors_of(state: DenoiseState) -> list[Tensor]:
     """Without its noise levels: the scheduler, a calculator that all requests use, keeps those it computed last."""
     tensors = [t for t in (state.latents, state.prediction) if t is not None]
     tensors += [t for velocity in state.velocities for t in velocity if t is not None]
+    tensors += [state.kept.changes, state.kept.image_latents, state.kept.noise] if state.kept else []
     tensors += [t for i in state.inputs for t in (i.context, i.pooled, i.guidance) if t is not None]
     residuals = [residual for row in state.rows for residual in row.residuals.values()]
     return tensors + [t for residual in residuals for t in (residual.hidden_states, residual.encoder_hidden_states)]
 
 
-@pytest.mark.parametrize("number", [2, 4, 8], ids=["router", "re-use", "forecast"])
+@pytest.mark.parametrize("number", [2, 4, 8, 11], ids=["router", "re-use", "forecast", "edit"])
 def test_nothing_of_a_finished_or_dropped_request_lives_on(
     engine: Engine, denoise: Denoise, visitors: list[Visitor], number: int
 ) -> None:
@@ -327,7 +333,7 @@ def test_serving_changes_no_module(
     )  # Qwen-Image's VAE has its counters from now on
     weights = {n: {k: v.clone() for k, v in module.state_dict().items()} for n, module in modules.items()}
     attributes = {n: [held_by(m) for m in module.modules()] for n, module in modules.items()}
-    for state in serve(open_engine, visitors, [0] * 10):
+    for state in serve(open_engine, visitors, [0] * COUNT):
         open_engine.finish(state)
     open_engine.preview(state)()
     for name, module in modules.items():
@@ -393,8 +399,9 @@ def test_blocks_see_exactly_the_rows_that_run_at_their_width(
 @pytest.mark.parametrize(
     "point", [EXACT, ROUTED, REUSED, FORECAST, FORECAST_ROUTED], ids=["exact", "routed", "reused", "forecast", "both"]
 )
+@pytest.mark.parametrize("is_edit", [False, True], ids=["generation", "edit"])
 def test_compute_ratio_is_what_torch_counts_in_the_blocks(
-    family: Family, engine: Engine, ask: Ask, guided: Guided, point: CurvePoint
+    family: Family, engine: Engine, ask: Ask, guided: Guided, edited: Edited, point: CurvePoint, is_edit: bool
 ) -> None:
     """Both prompts have as many tokens, so nothing is padded: padding is multiplied too, but is on nobody's account."""
     counted = 0.0
@@ -416,12 +423,13 @@ def test_compute_ratio_is_what_torch_counts_in_the_blocks(
         for block in family.blocks
     )
     watched_engine = Engine({family.model_id: watched}, engine.cards)
-    request = ask(num_inference_steps=5, prompt="a large red circle", **guided("a large blue square"))
+    fields = edited(0.7, has_mask=True) if is_edit else {}
+    request = ask(num_inference_steps=5, prompt="a large red circle", **guided("a large blue square"), **fields)
     state = watched_engine.start(request, point)
     while not state.is_done:
         watched_engine.step([state])
     assert state.spent_flops == pytest.approx(counted, rel=0.01)
-    assert state.summary().compute_ratio == pytest.approx(counted / (5 * state.dense_flops), rel=0.01)
+    assert state.summary().compute_ratio == pytest.approx(counted / (state.num_steps * state.dense_flops), rel=0.01)
     assert point is EXACT or state.summary().compute_ratio < 0.95
 
 
@@ -451,7 +459,7 @@ def test_step_report_tells_what_the_rows_did(open_engine: Engine, visitors: list
     open_engine.step(states)
     report = open_engine.step(states)
     entries = [e for state in states for e in state.summary().decisions or () if e.step == state.computed[1]]
-    assert report.batch_size == 10
+    assert report.batch_size == COUNT
     assert 0 < report.router_seconds < report.seconds
     for block in report.blocks:
         mine = [entry for entry in entries if entry.block == block.block]
@@ -576,6 +584,7 @@ def test_card_tells_what_routers_and_curve_allow(kind: Any, engine: Engine, fami
     assert 0 <= card.fixed_share <= 1
     assert 0 < card.encode_seconds < 60
     assert not isinstance(card, ImageCard) or 0 < card.decode_seconds < 60
+    assert not isinstance(card, ImageCard) or 0 < card.picture_seconds < 60
 
 
 @pytest.mark.parametrize(("pair_s", "share"), [(1.5, 0.5), (1.0, 1.0), (2.0, 0.0), (0.9, 1.0), (2.3, 0.0)])

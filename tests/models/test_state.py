@@ -104,7 +104,7 @@ def test_nearly_all_steps_computed_is_nearly_exact(engine: Engine, ask: Ask, den
 def test_all_steps_computed_is_exact_bit_for_bit(engine: Engine, ask: Ask, denoise: Denoise) -> None:
     """Where a shorter schedule leaves nothing to forecast."""
     request = ask(num_inference_steps=3)
-    point = FORECAST.at(3, is_calibrated=False)
+    point = FORECAST.at(3, 3, is_calibrated=False)
     assert point.is_exact
     assert torch.equal(denoise(engine, request, point).latents, denoise(engine, request, EXACT).latents)
 
@@ -144,11 +144,11 @@ def test_plan_may_change_before_every_computed_step(
 
 
 def test_point_for_a_longer_schedule_computes_one_step_more_and_is_not_calibrated() -> None:
-    point = FORECAST.at(16, is_calibrated=False)
+    point = FORECAST.at(16, 3, is_calibrated=False)
     assert point.steps == ComputedSteps(4, 16)
     assert point.compute_ratio == pytest.approx(4 / 16)
     assert not point.is_calibrated
-    assert FORECAST.at(8, is_calibrated=True) == FORECAST
+    assert FORECAST.at(8, 3, is_calibrated=True) == FORECAST
 
 
 @given(

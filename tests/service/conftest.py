@@ -89,6 +89,7 @@ FORECASTING_CARD = replace(
         CurvePoint(DensePolicy(), 0.5, 0.5, 0.9, 0.95, Preset.BALANCED, ComputedSteps(4, 8)),
         CurvePoint(DensePolicy(), 0.25, 0.25, 0.6, 0.7, Preset.DRAFT, ComputedSteps(2, 8)),
     ),
+    edit_steps=tuple(tuple(max(1, taken * computed // 8) for computed in range(1, 9)) for taken in range(1, 9)),
 )
 
 MESH_CARD = MeshCard(
@@ -145,7 +146,7 @@ class DrawnState:
     @property
     def num_steps(self) -> int:
         """A mesh's schedule ends in a step of no length, as Hunyuan3D's does."""
-        return self.request.num_inference_steps - isinstance(self.request, MeshRequest)
+        return self.request.num_steps - isinstance(self.request, MeshRequest)
 
     @property
     def num_computed_steps(self) -> int:

@@ -7,7 +7,7 @@ from typing import Self
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxInpaintPipeline, FluxPipeline
 from diffusers.pipelines.flux import pipeline_flux
 from numpy.typing import NDArray
 from torch import Tensor
@@ -28,6 +28,7 @@ from models.weights import CheckpointTraits, RouterWeights
 
 class FluxFamily(ImageFamily):
     adapter: Adapter = adapter
+    inpaint_pipeline = FluxInpaintPipeline
 
     @classmethod
     def load(
@@ -145,4 +146,4 @@ class FluxFamily(ImageFamily):
         latents = self._unpacked(state.latents, state.request)
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
         image = vae.decode(latents, return_dict=False)[0]
-        return self._pixels(image)
+        return self._pixels(image, state.request)

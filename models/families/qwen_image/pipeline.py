@@ -6,7 +6,7 @@ from typing import Self
 
 import numpy as np
 import torch
-from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+from diffusers import QwenImageInpaintPipeline, QwenImagePipeline, QwenImageTransformer2DModel
 from diffusers.models.activations import ApproximateGELU
 from numpy.typing import NDArray
 from torch import Tensor
@@ -36,6 +36,7 @@ class QwenImageFamily(ImageFamily):
     """
 
     adapter: Adapter = adapter
+    inpaint_pipeline = QwenImageInpaintPipeline
 
     def __init__(
         self,
@@ -164,7 +165,7 @@ class QwenImageFamily(ImageFamily):
         mean, inverse = self._latents_mean_and_inverse_std
         # Divided by the inverse, as in the stock pipeline, so that results are bitwise equal.
         image = vae.decode(latents / inverse + mean, return_dict=False)[0][:, :, 0]
-        return self._pixels(image)
+        return self._pixels(image, state.request)
 
 
 def pad_prompts(contexts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

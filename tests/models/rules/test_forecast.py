@@ -60,6 +60,22 @@ def test_velocity_that_changes_evenly_is_forecast_exactly(falls: bool) -> None:
     assert np.linalg.norm(found - end) < 0.01 * np.linalg.norm(end - first)
 
 
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), taken=st.integers(1, 9), computed=st.integers(1, 9))
+def test_last_steps_need_so_many_computed_that_their_error_is_not_larger(seed: int, taken: int, computed: int) -> None:
+    table = smooth(9, np.random.default_rng(seed))
+    whole = table.forecaster(table.sigmas, has_conditionals=False)
+    part = table.forecaster(table.sigmas[-taken - 1 :], has_conditionals=False)
+
+    def error(forecaster: Forecaster, num_computed: int) -> float:
+        return float(forecaster._plans[num_computed - 1][0][0, 0])
+
+    needed = whole.num_needed(taken, computed)
+    assert needed == taken or error(part, needed) <= error(whole, computed) * (1 + 1e-6)
+    assert needed == 1 or error(part, needed - 1) >= error(whole, computed) * (1 - 1e-6)
+    assert whole.num_needed(9, computed) <= computed
+
+
 def test_schedule_of_all_steps_forecasts_nothing() -> None:
     table = smooth(8, np.random.default_rng(1))
     assert table.forecaster(table.sigmas, has_conditionals=False).schedule(8) == list(range(8))

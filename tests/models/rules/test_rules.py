@@ -68,6 +68,7 @@ POLICIES: Mapping[str, st.SearchStrategy[Policy]] = {
 }
 
 names = pytest.mark.parametrize("name", RULES)
+edits = pytest.mark.parametrize("is_edit", [False, True], ids=["generation", "edit"])
 reusing_names = pytest.mark.parametrize("name", REUSING)
 
 
@@ -158,34 +159,40 @@ def test_ladder_has_policies_of_its_own_rule_alone(name: str) -> None:
 
 
 @names
+@edits
 def test_rule_that_leaves_nothing_out_equals_dense_bit_for_bit(
     name: str,
+    is_edit: bool,
     engine: Engine,
     ask: Callable[..., GenerationRequest],
+    edited: Callable[..., dict[str, Any]],
     denoise: Callable[..., DenoiseState],
 ) -> None:
-    request = ask(num_inference_steps=5, height=80)
+    request = ask(num_inference_steps=5, height=80, **edited(has_mask=True) if is_edit else {})
     elastic = denoise(engine, request, point(EVERYTHING[name]))
     assert torch.equal(elastic.latents, denoise(engine, request).latents)
     assert elastic.summary().compute_ratio == 1
 
 
 @names
+@edits
 def test_counted_compute_is_that_of_the_decisions(
     name: str,
+    is_edit: bool,
     open_engine: Engine,
     ask: Callable[..., GenerationRequest],
     guided: Callable[..., dict[str, Any]],
+    edited: Callable[..., dict[str, Any]],
     denoise: Callable[..., DenoiseState],
 ) -> None:
-    request = ask(num_inference_steps=6, **guided())
+    request = ask(num_inference_steps=6, **guided(), **edited() if is_edit else {})
     state = denoise(open_engine, request, point(LIGHT[name]))
     summary = state.summary()
     costs = {row.branch: row.costs for row in state.rows}
     assert summary.decisions is not None
     ran = sum(costs[e.branch][e.block].at_width(e.mlp_width) for e in summary.decisions if e.decision is Decision.RUN)
-    ran += 6 * sum(cost.always for branch in costs.values() for cost in branch.values())
-    dense = 6 * sum(cost.dense for branch in costs.values() for cost in branch.values())
+    ran += state.num_steps * sum(cost.always for branch in costs.values() for cost in branch.values())
+    dense = state.num_steps * sum(cost.dense for branch in costs.values() for cost in branch.values())
     assert summary.compute_ratio == pytest.approx(ran / dense, rel=1e-9)
     assert (summary.compute_ratio == 1) == (name == "dense")
     assert name == "dense" or summary.compute_ratio < 0.9

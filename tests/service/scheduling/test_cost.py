@@ -5,7 +5,7 @@ import pytest
 
 from models.card import DecodeSpeed, ImageCard, MeshCard
 from models.curve import Preset
-from models.request import ComputeBudget, ImageRequest, LatencyBudget, PresetBudget
+from models.request import Budget, ComputeBudget, ImageEdit, ImageRequest, LatencyBudget, PresetBudget
 from service.jobs.job import Job
 from service.scheduling.cost import (
     block_seconds,
@@ -55,6 +55,29 @@ def test_only_computed_steps_cost_time(
 
 
 @pytest.mark.parametrize(
+    ("budget", "strength", "seconds"),
+    [
+        (EXACT, 1.0, 4.0),
+        (EXACT, 0.5, 2.0),
+        (EXACT, 0.01, 0.5),
+        (PresetBudget(Preset.BALANCED), 0.75, 2.0),
+        (ComputeBudget(0.34), 0.75, 1.0),
+        (LatencyBudget(2.5), 0.5, 2.0),
+        (LatencyBudget(1.6), 0.5, 1.5),
+    ],
+)
+def test_edit_costs_the_steps_that_its_strength_takes(
+    budget: Budget,
+    strength: float,
+    seconds: float,
+    make_request: Callable[..., ImageRequest],
+    forecasting_card: ImageCard,
+) -> None:
+    request = make_request(card=forecasting_card, budget=budget, edit=ImageEdit((b"",), None, strength))
+    assert predicted_seconds(request, forecasting_card) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
     ("fields", "seconds"),
     [({}, 0.1 + 2.0 + 0.2), ({"height": 128}, 0.1 + 4.0 + 0.4), ({"num_inference_steps": 8}, 0.1 + 4.0 + 0.2)],
 )
@@ -63,6 +86,16 @@ def test_cost_of_encoding_is_fixed_and_cost_of_decoding_grows_with_pixels(
 ) -> None:
     card = replace(drawn_card, encode_seconds=0.1, decode_seconds=0.2)
     assert predicted_seconds(make_request(budget=EXACT, **fields), card) == pytest.approx(seconds)
+
+
+def test_picture_to_edit_costs_time_by_its_size(
+    make_request: Callable[..., ImageRequest], drawn_card: ImageCard
+) -> None:
+    card, edit = replace(drawn_card, encode_seconds=0.1, picture_seconds=0.3), ImageEdit((b"",), None, 1.0)
+    small, large = (make_request(budget=EXACT, height=height, edit=edit) for height in (64, 128))
+    assert predicted_seconds(small, card) == pytest.approx(0.1 + 0.3 + 2.0)
+    assert predicted_seconds(large, card) == pytest.approx(0.1 + 0.6 + 4.0)
+    assert predicted_seconds(replace(small, edit=None), card) == pytest.approx(0.1 + 2.0)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from models.card import ImageCard
 from models.curve import Preset
-from models.request import ImageRequest, LatencyBudget
+from models.request import ImageEdit, ImageRequest, LatencyBudget
 from service.errors import DeadlineUnreachable
 from service.scheduling.cost import predicted_seconds
 from service.scheduling.deadline import check_reachable, point_for
@@ -33,6 +33,14 @@ def test_deadline_that_even_the_lowest_quality_misses_is_refused(
     with pytest.raises(DeadlineUnreachable, match="predicted to take"):
         check(make_request(budget=LatencyBudget(latency_s)), drawn_card)
     check(make_request(budget=LatencyBudget(latency_s + 0.1)), drawn_card)
+
+
+def test_deadline_of_an_edit_is_judged_by_the_steps_it_takes(make_request: MakeRequest, drawn_card: ImageCard) -> None:
+    check = partial(check_reachable, card=drawn_card, num_results=1, backlog_s=0.0, finish_s=0.0)
+    edit = ImageEdit((b"",), None, 0.5)
+    check(make_request(budget=LatencyBudget(0.5), edit=edit))
+    with pytest.raises(DeadlineUnreachable, match="460 ms"):
+        check(make_request(budget=LatencyBudget(0.4), edit=edit))
 
 
 def test_floor_counts_when_a_deadline_is_judged(make_request: MakeRequest, drawn_card: ImageCard) -> None:
