@@ -90,6 +90,7 @@ class ImageCard(ModelCard):
 
     `decode_seconds` is the time to decode an image of the default size to a PNG file, measured when the model is
     loaded. An edit has at most `max_input_images` pictures; with `needs_input_image` there is no image without one.
+    `can_be_transparent` says whether objects can be cut out of finished images.
     """
 
     modality: ClassVar[str] = "image"
@@ -102,6 +103,7 @@ class ImageCard(ModelCard):
     edits: Edits = Edits.NOISED
     max_input_images: int = 1
     needs_input_image: bool = False
+    can_be_transparent: bool = False
 
     def _is_calibrated_for(self, request: GenerationRequest) -> bool:
         assert isinstance(request, ImageRequest)
