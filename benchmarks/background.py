@@ -4,11 +4,11 @@
 cut-out: the mean, median and tenth percentile of the intersection over union (IoU) of the masks, and the processor time
 in one thread.
 
-objects    64 objects that fill half of the picture or more. Every other one stands before a scene's background, striped,
-           dotted or busy; the others before a part of a photograph, which is out of focus because it is enlarged
+objects    64 objects, each with half of the picture's side or more. Every other one stands before a scene's background,
+           striped, dotted or busy; the others before a part of a photograph, enlarged and so out of focus
 two        32 objects before whole photographs, which show a second thing to look at, such as a face
 plain      16 objects before backgrounds of one colour, of which the plain cut needs no network
-meshes     of the first objects: volume IoU of the mesh made from the picture and the mesh made from the true cut-out
+meshes     of the first 16 objects: volume IoU of the mesh made from the picture and that made from the true cut-out
 
 The solids are of combinations that the shape model's training holds out. The settings of the remover were chosen on
 other solids and other parts of the photographs.
@@ -87,8 +87,8 @@ def _placed(rendered: Pixels, rng: random.Random) -> Pixels:
     rows, columns = (np.flatnonzero(rendered[..., 3].any(axis=axis)) for axis in (1, 0))
     cut_out = rendered[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     scale = _SIDE * rng.uniform(0.5, 0.85) / max(cut_out.shape[:2])
-    cut_out = cv2.resize(cut_out, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    height, width = cut_out.shape[:2]
+    width, height = (round(length * scale) for length in cut_out.shape[1::-1])
+    cut_out = _resized(cut_out, width, height, cv2.INTER_AREA)
     top, left = (
         min(max(round((_SIDE - length) / 2 + _SIDE * rng.uniform(-0.1, 0.1)), _MARGIN), _SIDE - _MARGIN - length)
         for length in (height, width)
@@ -130,7 +130,11 @@ def _photograph(name: str, share: float, rng: random.Random) -> Pixels:
     side = int(share * min(height, width))
     top, left = rng.randint(0, height - side), rng.randint(0, width - side)
     part = photograph[top : top + side, left : left + side]
-    return cv2.resize(part, (_SIDE, _SIDE), interpolation=cv2.INTER_CUBIC)
+    return _resized(part, _SIDE, _SIDE, cv2.INTER_CUBIC)
+
+
+def _resized(pixels: Pixels, width: int, height: int, interpolation: int) -> Pixels:
+    return cv2.resize(pixels, (width, height), interpolation=interpolation).astype(np.uint8)
 
 
 def judge(name: str, samples: Sequence[Sample], cut: Callable[[Pixels], Pixels]) -> tuple[TableRow, list[float]]:
@@ -204,8 +208,8 @@ def main() -> None:
     remover = load_remover(arguments.remover)
 
     def network_alone(picture: Pixels) -> Pixels:
-        small = cv2.resize(picture, (320, 320), interpolation=cv2.INTER_AREA)
-        return cv2.resize((remover.probabilities(small) * 255).astype(np.uint8), picture.shape[:2])
+        probabilities = remover.probabilities(_resized(picture, 320, 320, cv2.INTER_AREA))
+        return _resized((probabilities * 255).astype(np.uint8), _SIDE, _SIDE, cv2.INTER_LINEAR)
 
     def with_graph_cut(picture: Pixels) -> Pixels:
         return remover.alpha(picture, is_whole=False)

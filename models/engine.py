@@ -35,7 +35,7 @@ class Engine:
         self._families = families
 
     def preparation(self, request: GenerationRequest) -> Callable[[], GenerationRequest] | None:
-        """Work for `start` that a process without torch can do: it returns the request to start, or raises
+        """Work for `start` that another process can do: it returns the request to start, or raises
         InvalidRequest. None if there is none. `start` does what was not done before."""
         return self._family(request.model).preparation(request)
 

@@ -40,8 +40,9 @@ def load_engine(
 
     Routers, terms of use and the curve are read from `router_weights/<id>`. `background_remover` is the folder of the
     network that removes backgrounds; without it, only plain ones can be removed from input images. On a CPU
-    models run in float32, else in bfloat16. With `offload_text_encoders` prompts are encoded on the CPU, which saves the device's memory for the
-    transformer. Raises WeightsError if a directory, its router folder or the remover is missing parts or malformed.
+    models run in float32, else in bfloat16. With `offload_text_encoders` prompts are encoded on the CPU, which saves
+    the device's memory for the transformer. Raises WeightsError if a directory, its router folder or the remover is
+    missing parts or malformed.
     """
     if background_remover is not None:
         load_remover(background_remover)

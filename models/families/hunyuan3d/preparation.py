@@ -2,8 +2,8 @@
 
 Sizes, rounding and OpenCV's filters are those of `ImageProcessorV2` (Tencent-Hunyuan/Hunyuan3D-2.1 at 5e3ec6d,
 `hy3dshape/preprocessors.py`), bit for bit, so that the denoiser sees images prepared as in its training. The
-server runs this in a process of its own, since a large image takes most of a second. Only backgrounds that are not plain
-need torch.
+server runs this in a process of its own, since a large image takes most of a second. It imports torch only for
+backgrounds that are not plain.
 """
 
 from dataclasses import dataclass, replace
