@@ -6,7 +6,7 @@ in one thread.
 
 objects    64 objects, each with half of the picture's side or more. Every other one stands before a scene's background,
            striped, dotted or busy; the others before a part of a photograph, enlarged and so out of focus
-two        32 objects before whole photographs, which show a second thing to look at, such as a face
+two        16 objects before whole photographs, which show a second thing to look at, such as a face
 plain      16 objects before backgrounds of one colour, of which the plain cut needs no network
 meshes     of the first 16 objects: volume IoU of the mesh made from the picture and that made from the true cut-out
 
@@ -211,9 +211,6 @@ def main() -> None:
         probabilities = remover.probabilities(_resized(picture, 320, 320, cv2.INTER_AREA))
         return _resized((probabilities * 255).astype(np.uint8), _SIDE, _SIDE, cv2.INTER_LINEAR)
 
-    def with_graph_cut(picture: Pixels) -> Pixels:
-        return remover.alpha(picture, is_whole=False)
-
     def of_whole_object(picture: Pixels) -> Pixels:
         return remover.alpha(picture, is_whole=True)
 
@@ -222,14 +219,14 @@ def main() -> None:
         assert alpha is not None
         return alpha
 
-    cuts = {"network alone": network_alone, "and graph cut": with_graph_cut, "of whole objects": of_whole_object}
+    cuts = {"network alone": network_alone, "remover": of_whole_object}
     objects = draw_samples(arguments.objects, 0, scene_or_part_of_photograph)
     sets = {
         "objects": (objects, cuts),
-        "two": (draw_samples(arguments.objects // 2, 1000, whole_photograph), cuts),
+        "two": (draw_samples(arguments.objects // 4, 1000, whole_photograph), cuts),
         "plain": (
             draw_samples(arguments.objects // 4, 2000, plain),
-            {"plain cut": plain_cut, "of whole objects": of_whole_object},
+            {"plain cut": plain_cut, "remover": of_whole_object},
         ),
     }
     result: dict[str, object] = {"benchmark": "background", "environment": environment()}

@@ -32,8 +32,9 @@ _NUM_COLOURS = 5
 _SURELY_BACKGROUND = 0.1
 _SQUARE = np.ones((5, 5), np.uint8)
 _SPECK_SHARE = 0.01
-_HAZE = 0.1
-"""Probabilities below it are transparent, and above 1 minus it opaque."""
+_HAZE = 0.4
+"""Probabilities below it are transparent, and above 1 minus it opaque. The outline is then about a pixel wide: a wider one
+takes colours of the background along, and shifts the object when it is centred."""
 
 
 def _frame(width: int) -> NDArray[np.bool_]:
@@ -73,7 +74,7 @@ class BackgroundRemover:
         small = cv2.resize(colours, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA)
         probabilities = self.probabilities(small)
         probabilities = _confined(probabilities, _cut(small, probabilities, is_whole))
-        return (cv2.resize(_contrasted(probabilities), (width, height)) * 255).round().astype(np.uint8)
+        return (_contrasted(cv2.resize(probabilities, (width, height))) * 255).round().astype(np.uint8)
 
     @torch.inference_mode()
     def probabilities(self, colours: np.ndarray) -> NDArray[np.float32]:
@@ -122,8 +123,8 @@ def _confined(probabilities: NDArray[np.float32], mask: NDArray[np.uint8]) -> ND
     return np.maximum(np.minimum(probabilities, outer), inner)
 
 
-def _contrasted(probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Probabilities as alpha. Without this, a faint haze would count as a part of the object."""
+def _contrasted(probabilities: np.ndarray) -> NDArray[np.float32]:
+    """Probabilities as alpha."""
     alpha: NDArray[np.float32] = np.clip((probabilities - _HAZE) / (1 - 2 * _HAZE), 0, 1)
     return alpha
 
