@@ -33,8 +33,8 @@ _SURELY_BACKGROUND = 0.1
 _SQUARE = np.ones((5, 5), np.uint8)
 _SPECK_SHARE = 0.01
 _HAZE = 0.4
-"""Probabilities below it are transparent, and above 1 minus it opaque. The outline is then about a pixel wide: a wider one
-takes colours of the background along, and shifts the object when it is centred."""
+"""Probabilities below it are transparent, and above 1 minus it opaque. The outline is then about a pixel wide. A wider
+one takes colours of the background along, and shifts the object when it is centred."""
 
 
 def _frame(width: int) -> NDArray[np.bool_]:

@@ -284,6 +284,19 @@ async def test_job_of_a_newer_version_is_left_to_newer_processes(shared: Shared,
     assert await shared.redis.zrange(f"{shared.prefix}queue", 0, -1) == [b"newer"]
 
 
+async def test_transparent_images_are_left_to_versions_that_know_them(shared: Shared, make_job: MakeJob) -> None:
+    """A worker of the version before passes over entries of version 3, as the test before this one shows."""
+    await shared.store.add(make_job("transparent", is_transparent=True))
+    await shared.store.add(make_job("opaque"))
+    versions = {}
+    for name in ("transparent", "opaque"):
+        live = json.loads(await shared.redis.hget(f"{shared.prefix}live", name))
+        record = await shared.redis.hget(f"{shared.prefix}job:{name}", "version")
+        versions[name] = (live["version"], int(record))
+    assert versions == {"transparent": (RECORD_VERSION, RECORD_VERSION), "opaque": (2, 2)}
+    assert (await shared.store.get("transparent")).job.requests[0].is_transparent
+
+
 async def test_records_of_the_version_before_are_read_as_they_were_written(
     shared: Shared, make_job: MakeJob, forecasting_card: ImageCard
 ) -> None:
