@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.processes import RedisServer
 from models.card import ImageCard
+from models.request import ImageRequest
 from service.errors import JobUnreadable, StoreUnavailable
 from service.jobs.job import FailureReason, Job, JobSnapshot, JobState, JobStatus
 from service.jobs.redis import RedisStore, connect
@@ -294,7 +295,9 @@ async def test_transparent_images_are_left_to_versions_that_know_them(shared: Sh
         record = await shared.redis.hget(f"{shared.prefix}job:{name}", "version")
         versions[name] = (live["version"], int(record))
     assert versions == {"transparent": (RECORD_VERSION, RECORD_VERSION), "opaque": (2, 2)}
-    assert (await shared.store.get("transparent")).job.requests[0].is_transparent
+    (request,) = (await shared.store.get("transparent")).job.requests
+    assert isinstance(request, ImageRequest)
+    assert request.is_transparent
 
 
 async def test_records_of_the_version_before_are_read_as_they_were_written(
