@@ -107,6 +107,7 @@ class ImageCard(ModelCard):
     `max_input_images` pictures; with `needs_input_image` there is no image without one.
     `edit_steps[taken - 1][computed - 1]` says how many of the last `taken` steps of the calibrated schedule are worth
     `computed` of all its steps, by the errors that calibration predicts. It is empty if steps can't be forecast.
+    `can_be_transparent` says whether objects can be cut out of finished images.
     """
 
     modality: ClassVar[str] = "image"
@@ -121,6 +122,7 @@ class ImageCard(ModelCard):
     max_input_images: int = 1
     needs_input_image: bool = False
     edit_steps: tuple[tuple[int, ...], ...] = ()
+    can_be_transparent: bool = False
 
     def _num_needed(self, point: CurvePoint, request: GenerationRequest) -> int:
         """As in `ModelCard`. Edits begin where there is less noise, and less to be uncertain of."""

@@ -116,7 +116,7 @@ class ImageResponse(BaseModel):
     quality: QualityLevel | Literal["auto"] = Field(
         description="The budget in OpenAI's words; auto if it is a latency. The receipt has the numbers."
     )
-    background: Literal["opaque"]
+    background: Literal["opaque", "transparent"]
     usage: UsageBody
     receipt: ReceiptBody
 
@@ -276,6 +276,9 @@ class ModelBody(BaseModel):
         "classifier-free guidance, with negative_prompt. If it is not true, true_cfg_scale sets that guidance."
     )
     sizes: SizesBody | None = Field(default=None, description="Sides in pixels; only for image models.")
+    backgrounds: list[Literal["opaque", "transparent"]] | None = Field(
+        default=None, description="What `background` can be; only for image models."
+    )
     octree_resolutions: OctreeResolutionsBody | None = Field(
         default=None, description="Cells along a side of the grid; only for mesh models."
     )

@@ -120,6 +120,7 @@ def model_body(card: ModelCard) -> ModelBody:
         case ImageCard():
             body.sizes = SizesBody(**asdict(card.sizes))
             body.defaults.size = f"{card.default_width}x{card.default_height}"
+            body.backgrounds = ["opaque", "transparent"] if card.can_be_transparent else ["opaque"]
             body.limits.prompt_characters = card.max_prompt_characters
         case MeshCard():
             body.octree_resolutions = OctreeResolutionsBody(

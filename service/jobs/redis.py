@@ -23,7 +23,6 @@ from service.jobs import redis_scripts
 from service.jobs.job import Failure, FailureReason, FinishedJob, Job, JobSnapshot, JobStatus
 from service.jobs.redis_operations import CHECK_LIMIT_S, LIMIT_S, RESULTS_LIMIT_S, RedisOperations
 from service.jobs.redis_records import (
-    RECORD_VERSION,
     LiveEntry,
     dump_failure,
     dump_job,
@@ -32,6 +31,7 @@ from service.jobs.redis_records import (
     load_event,
     load_live,
     load_snapshot,
+    version_of,
 )
 from service.jobs.results import Results
 from service.jobs.shared_clock import SharedClock
@@ -138,7 +138,7 @@ class RedisStore:
     async def add(self, job: Job, idempotency: Idempotency | None = None) -> Job:
         request = job.requests[0]
         input_image = request.input_image if isinstance(request, MeshRequest) else b""
-        fields: list[Any] = ["version", RECORD_VERSION, "job", dump_job(job.without_input_images())]
+        fields: list[Any] = ["version", version_of(job), "job", dump_job(job.without_input_images())]
         if job.webhook_url is not None:
             fields += ["webhook_url", job.webhook_url]
         name, value = "", ""

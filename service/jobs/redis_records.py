@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from pydantic import FiniteFloat, TypeAdapter
 
 from models.curve import point_entry, point_of
+from models.request import ImageRequest
 from service.errors import JobNotFound, JobUnreadable, StoreUnavailable
 from service.jobs.job import Failure, Job, JobSnapshot, JobState, JobStatus, Receipt
 from service.jobs.store import Event, EventName
 from service.scheduling.batching import shape_of
 
-RECORD_VERSION = 2
-"""The version of the records that are written. Records of version 1 do not say theirs."""
+RECORD_VERSION = 3
+"""The version of the newest records that are read. Records of version 1 do not say theirs."""
+_VERSION_OF_OPAQUE_IMAGES = 2
 
 _JOB = TypeAdapter(Job)
 _RECEIPTS = TypeAdapter(tuple[Receipt, ...])
@@ -49,9 +51,16 @@ class LiveEntry:
 _LIVE = TypeAdapter(LiveEntry)
 
 
+def version_of(job: Job) -> int:
+    """The version of a job's records: the oldest that reads all of them. Version 2 makes opaque images only."""
+    request = job.requests[0]
+    is_transparent = isinstance(request, ImageRequest) and request.is_transparent
+    return RECORD_VERSION if is_transparent else _VERSION_OF_OPAQUE_IMAGES
+
+
 def dump_live(job: Job, seconds_left: float) -> bytes:
     shape, seconds = shape_of(job.requests[0]), round(seconds_left, 6)
-    return _LIVE.dump_json(LiveEntry(job.model, shape, seconds, RECORD_VERSION, job.is_high))
+    return _LIVE.dump_json(LiveEntry(job.model, shape, seconds, version_of(job), job.is_high))
 
 
 def load_live(data: bytes) -> LiveEntry | None:
