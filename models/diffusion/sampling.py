@@ -53,8 +53,11 @@ def consistency_schedule(num_inference_steps: int, pcm_timesteps: int) -> Tensor
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """Latents at a noise level, in their type, as `scale_noise` of FlowMatchEulerDiscreteScheduler computes them."""
-    sigma = sigma.to(latents)
+    """Latents at a noise level, in their type, as `scale_noise` of FlowMatchEulerDiscreteScheduler computes them.
+
+    `sigma` is a single number on the CPU.
+    """
+    sigma = sigma.to(latents.dtype)
     return sigma * noise + (1.0 - sigma) * latents
 
 

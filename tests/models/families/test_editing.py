@@ -256,6 +256,19 @@ def test_forecast_moves_what_may_change_and_the_rest_follows_the_picture(
     assert len(state.computed) == 3
 
 
+def test_edit_that_moves_along_the_curve_keeps_its_region(engine: Engine, ask: Ask, edited: Fields) -> None:
+    """As a deadline moves it."""
+    request = ask(num_inference_steps=8, **edited(1.0, has_mask=True))
+    state = engine.start(request, FORECAST)
+    for point in (EXACT, FORECAST, EXACT, FORECAST):
+        state.move_to(point)
+        engine.step([state])
+    assert state.is_done
+    assert state.num_forecast_steps > 0
+    pixels, changes = finished(engine, state), may_change(request)
+    assert np.array_equal(pixels[~changes], shown(request)[~changes])
+
+
 def test_prediction_shows_the_picture_where_it_is_kept(engine: Engine, ask: Ask, edited: Fields) -> None:
     state = engine.start(ask(num_inference_steps=6, **edited(0.9, has_mask=True)))
     kept = state.kept
