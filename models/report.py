@@ -56,12 +56,22 @@ class StepDecision:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """The tokens of one request: of its prompts as the text encoder reads them, of its pictures, and of its latents."""
+
+    prompts: int = 0
+    pictures: int = 0
+    latents: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationSummary:
     """The account of one request, during generation or at its end. The receipt uses these names.
 
     `compute_ratio` is block compute over the dense block compute of the steps taken. `num_run`, `num_skipped`,
     `num_reused` and `num_forecast` count blocks of rows. `mean_mlp_width` is the mean over blocks that ran, 1 if none
-    did. `is_calibrated` says whether the curve was measured for requests like this one.
+    did. `is_calibrated` says whether the curve was measured for requests like this one. `tokens` are all 0 in records
+    of earlier versions.
     """
 
     rule: str
@@ -80,6 +90,7 @@ class GenerationSummary:
     num_steps_forecast: int
     is_calibrated: bool
     decisions: tuple[StepDecision, ...] | None
+    tokens: TokenCounts = TokenCounts()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from models.curve import CurvePoint
 from models.diffusion.sampling import add_noise, euler_step, linear_step
 from models.elastic.plan import Policy
 from models.elastic.row import Allowance, Row
-from models.report import Decision, GenerationSummary, StepDecision
+from models.report import Decision, GenerationSummary, StepDecision, TokenCounts
 from models.request import GenerationRequest
 from models.rules import RULES
 from models.rules.forecast import MAX_VELOCITIES, Forecaster, Weights
@@ -38,12 +38,14 @@ class BranchInputs:
 
     `context` `(1, tokens, channels)` is the embedded prompt, already in the transformer's width, or the embedded image.
     Some families add `pooled` and `guidance` to the time embedding. All branches of a request share its `references`.
+    `num_prompt_tokens` is how many tokens the encoder counts in the prompt, without padding and without a template.
     """
 
     context: Tensor
     pooled: Tensor | None = None
     guidance: Tensor | None = None
     references: References | None = None
+    num_prompt_tokens: int = 0
 
     @property
     def num_text_tokens(self) -> int:
@@ -96,6 +98,7 @@ class DenoiseState:
     `thresholds` and `points` have an entry for each of them; `velocities` are those of the last ones, the newest first.
     `run_rates` has one entry per block: a running mean of the rows that ran there, in which the last step weighs a
     third. `prediction` is the clean-sample estimate from the last velocities. `kept` is what an edit with a mask keeps.
+    `num_picture_tokens` counts the tokens of the pictures that the request edits.
     """
 
     request: GenerationRequest
@@ -118,6 +121,7 @@ class DenoiseState:
     run_rates: list[float] = field(default_factory=list)
     step_index: int = 0
     prediction: Tensor | None = None
+    num_picture_tokens: int = 0
 
     @property
     def num_steps(self) -> int:
@@ -268,6 +272,11 @@ class DenoiseState:
             num_steps_forecast=self.num_forecast_steps,
             is_calibrated=all(point.is_calibrated for point in self.points or [self.point]),
             decisions=self._decisions(trace) if self.request.wants_trace else None,
+            tokens=TokenCounts(
+                prompts=sum(branch.num_prompt_tokens for branch in self.inputs),
+                pictures=self.num_picture_tokens,
+                latents=self.latents.shape[1],
+            ),
         )
 
     @property

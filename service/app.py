@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
+from fastapi.routing import iter_route_contexts
 from fastapi_offline import FastAPIOffline
 from redis.asyncio import Redis
 
@@ -14,6 +15,7 @@ from service.api import routes_images, routes_jobs, routes_meshes, routes_models
 from service.api.errors import add_error_handlers
 from service.api.image_checks import ImageChecks
 from service.api.job_views import job_body
+from service.api.links import Links, link_signer
 from service.api.middlewares import Middlewares
 from service.api.routes_playground import add_playground
 from service.errors import BadConfiguration
@@ -48,17 +50,19 @@ def build_dispatcher(
         metrics,
         Timing(lease_s=settings.lease_s, grace_s=settings.grace_s),
         clock=store.clock,
-        deliver_webhook=_webhooks(settings, clock),
+        deliver_webhook=_webhooks(settings, clock, store.clock),
     )
 
 
-def _webhooks(settings: Settings, clock: Callable[[], float]) -> Callable[[JobSnapshot], Awaitable[bool]] | None:
+def _webhooks(
+    settings: Settings, clock: Callable[[], float], store_clock: Callable[[], float]
+) -> Callable[[JobSnapshot], Awaitable[bool]] | None:
     if settings.webhook_secret is None:
         return None
-    base = (settings.public_url or "").rstrip("/")
+    links = Links(settings.public_url or "", link_signer(settings, store_clock))
 
     def describe(snapshot: JobSnapshot) -> dict[str, Any]:
-        return job_body(snapshot, base).model_dump(mode="json", exclude_unset=True)
+        return job_body(snapshot, links).model_dump(mode="json", exclude_unset=True)
 
     return Webhooks(settings.webhook_secret.get_secret_value(), describe, clock=clock).deliver
 
@@ -106,7 +110,16 @@ def create_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
     for routes in (routes_images, routes_meshes, routes_jobs, routes_models, routes_operations):
         app.include_router(routes.router)
     add_playground(app)
+    _check_prefix(app, settings.path_prefix)
     return app
+
+
+def _check_prefix(app: FastAPI, prefix: str) -> None:
+    """Raise BadConfiguration if paths below `prefix` are paths of the API too: nobody could tell which is meant."""
+    for context in iter_route_contexts(app.routes if prefix else ()):
+        path = getattr(context.original_route, "path", "")
+        if f"{path}/".startswith(f"{prefix}/"):
+            raise BadConfiguration(f"public_url ends in {prefix}, where the API has {path}; leave it out of the URL")
 
 
 def create_worker_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
@@ -118,7 +131,7 @@ def create_worker_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
 
 def _bare_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
     image_checks = ImageChecks(settings.max_image_pixels)
-    middlewares = Middlewares(settings)
+    middlewares = Middlewares(settings, dispatcher.store.clock)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -131,7 +144,7 @@ def _bare_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
     app = FastAPIOffline(
         title="Elastic DiT Serve",
         description="Generates images from text and meshes from images, with diffusion transformers that spend compute "
-        "where it is needed.",
+        "where it is needed. `HEAD` is answered wherever `GET` is. A slash at the end of a path means nothing.",
         version=version("elastic-dit-serve"),
         redoc_url=None,
         lifespan=lifespan,
@@ -141,6 +154,8 @@ def _bare_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
     app.state.dispatcher = dispatcher
     app.state.settings = settings
     app.state.image_checks = image_checks
+    app.state.api_keys = middlewares.keys
+    app.state.link_signer = middlewares.link_signer
     middlewares.add_to(app, count_rejection=lambda code: dispatcher.metrics.observe_rejection("", code))
     add_error_handlers(app)
     _document_own_errors_only(app)

@@ -1,5 +1,6 @@
 """The budget as clients, settings and the command line write it."""
 
+from difflib import get_close_matches
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -10,11 +11,17 @@ from models.request import Budget, ComputeBudget, LatencyBudget, PresetBudget, Q
 
 _FORMS = ("preset", "quality", "compute_ratio", "latency_ms")
 
+# A name is compared up to this length, and taken for a slip of one that is as like it as guidance is to guidance_scale.
+_MAX_NAME, _MIN_LIKENESS = 60, 0.7
+
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 class ClosedBody(BaseModel):
-    """A body that refuses the first field that it does not know. pydantic alone collects them all, however many."""
+    """A body that refuses the first field that it does not know, and names the nearest one that it does.
+
+    pydantic alone collects them all, however many.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -23,7 +30,9 @@ class ClosedBody(BaseModel):
     def _refuse_unknown_field(cls, fields: Any) -> Any:
         for name in fields if isinstance(fields, dict) else ():
             if name not in cls.model_fields:
-                unknown = InitErrorDetails(type="extra_forbidden", loc=(name,), input=fields[name])
+                near = get_close_matches(name[:_MAX_NAME], cls.model_fields, n=1, cutoff=_MIN_LIKENESS)
+                error = PydanticCustomError("unknown_field", "unknown field", {"nearest": near[0] if near else None})
+                unknown = InitErrorDetails(type=error, loc=(name,), input=fields[name])
                 raise ValidationError.from_exception_data(cls.__name__, [unknown])
         return fields
 

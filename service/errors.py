@@ -4,6 +4,8 @@ ServiceError
 ├── BadConfiguration      settings that cannot work; the server does not start
 ├── Broken                a part of the server failed for good; the process ends
 ├── InvalidApiKey         the call has no key that this server knows
+├── InvalidLink           the call comes with a signature that is not that of this link
+├── LinkExpired           the time of the signed link is over
 ├── InsufficientScope     the key does not have the scope that the call needs
 ├── HostNotAllowed        the call names a host that this server does not answer for
 ├── CrossSiteCall         a page of another site calls through a browser
@@ -42,6 +44,14 @@ class Broken(ServiceError):
 
 
 class InvalidApiKey(ServiceError):
+    pass
+
+
+class InvalidLink(ServiceError):
+    pass
+
+
+class LinkExpired(ServiceError):
     pass
 
 

@@ -71,6 +71,10 @@ class ApiKeys:
         """`entries` are pairs of a SHA-256 in hexadecimal digits and its key."""
         self._entries = tuple(entries)
 
+    def has(self, key_id: str) -> bool:
+        """Whether there is a key with this id."""
+        return any(key.id == key_id for _, key in self._entries)
+
     def identify(self, authorization: str | None) -> ApiKey | None:
         """The key in an `Authorization` header; None on an open server. Raises InvalidApiKey."""
         if not self._entries:

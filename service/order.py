@@ -2,19 +2,34 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 
 from models.curve import CurvePoint
 from models.file_formats import MeshFormat, OutputFormat
 from models.request import ImageRequest, MeshRequest
 
 
+class QualityLevel(StrEnum):
+    """OpenAI's levels of an image's quality, as its types of answers have them."""
+
+    LOW = "low"
+    MEDIUM = "medium"
+    HIGH = "high"
+    XHIGH = "xhigh"
+    MAX = "max"
+
+
 @dataclass(frozen=True, slots=True)
 class Output:
-    """How results become files. `compression_quality`, 0 to 100, is of WebP and JPEG only."""
+    """How results become files and answers. `compression_quality`, 0 to 100, is of WebP and JPEG only.
+
+    `quality_level` is what was asked for in OpenAI's words; None for a deadline, for meshes and in earlier records.
+    """
 
     format: OutputFormat | MeshFormat = OutputFormat.PNG
     compression_quality: int | None = None
     has_metadata: bool = True
+    quality_level: QualityLevel | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,17 @@
 Options take precedence over the environment, the environment over the file, and the file over the defaults.
 """
 
+import json
 import os
+import re
+from collections.abc import Mapping
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -48,6 +53,10 @@ def find_model(model: Path) -> Path:
     raise BadConfiguration("there is no model directory " + " or ".join(f"'{place}'" for place in places))
 
 
+# Escapes in its path would have to be compared with those of requests.
+_PUBLIC_URL = re.compile(r"https?://[^\s/?#@]+(/[\w.~-]+)*/?", re.ASCII)
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="ELASTIC_", extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -55,13 +64,20 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535, description="The port to listen on; 0 takes a free one.")
     public_url: str | None = Field(
         default=None,
-        description="This server's address as clients see it, for links; by default each request's own address.",
+        description="This server's address as clients see it, for links, such as https://example.org/images; by "
+        "default each request's own address. If it has a path, a proxy may remove it from requests or pass it on.",
     )
     models: Annotated[tuple[Path, ...], NoDecode] = Field(
         default=(Path("tiny-flux"), Path("tiny-qwen-image"), Path("tiny-hunyuan3d")),
         min_length=1,
         description="Model directories, or names in checkpoints/, separated by commas. The first image model and the "
         "first mesh model are the defaults.",
+    )
+    model_aliases: Annotated[Mapping[str, str], NoDecode] = Field(
+        default_factory=dict,
+        description="Other names of models, as pattern=model separated by commas, or as JSON: "
+        "gpt-image-*=tiny-flux,dall-e-*=tiny-flux serves clients that ask for OpenAI's models. The first pattern that "
+        "fits counts; a model's own name comes before all patterns. None by default.",
     )
     router_weights: Path = Field(
         default=INSTALLATION / "router_weights",
@@ -76,6 +92,10 @@ class Settings(BaseSettings):
     default_budget: BudgetBody = Field(
         default=BudgetBody(quality=0.9),
         description="The budget of requests without one, as JSON in the environment.",
+    )
+    default_response_format: Literal["b64_json", "url"] = Field(
+        default="b64_json",
+        description="How answers hold results if the request does not say: b64_json or url. Events hold b64_json.",
     )
     max_batch_size: int = Field(
         default=8, ge=1, description="The most images or meshes in one denoise step; a model may allow fewer."
@@ -160,6 +180,15 @@ class Settings(BaseSettings):
     api_keys: str | None = Field(
         default=None, description="API keys as JSON: a list of entries like those in the file."
     )
+    link_secret: SecretStr | None = Field(
+        default=None,
+        min_length=32,
+        description="The secret, of at least 32 characters, that signs links to results and events, so that a browser "
+        "opens them without an API key. The same at all servers of a Redis. Without it such links need a key.",
+    )
+    link_ttl_s: float = Field(
+        default=3600.0, gt=0, le=1e9, description="Seconds for which a signed link opens what it leads to."
+    )
     rate_limit: str | None = Field(
         default=None,
         description="How many images and meshes one key may request, such as 60/minute; without keys, one address. No "
@@ -205,6 +234,23 @@ class Settings(BaseSettings):
         """The directories of `models`. Raises BadConfiguration if one does not exist."""
         return tuple(find_model(model) for model in self.models)
 
+    @property
+    def has_keys(self) -> bool:
+        """Whether callers need an API key."""
+        return self.api_keys is not None or self.api_keys_file is not None
+
+    @property
+    def path_prefix(self) -> str:
+        """The path of `public_url`, empty or such as /images."""
+        return urlsplit(self.public_url or "").path
+
+    @field_validator("public_url")
+    @classmethod
+    def _check_public_url(cls, value: str | None) -> str | None:
+        if value is not None and not _PUBLIC_URL.fullmatch(value):
+            raise ValueError("must be http or https, a host and at most a path, such as https://example.org/images")
+        return None if value is None else value.rstrip("/")
+
     @field_validator("rate_limit")
     @classmethod
     def _check_rate_limit(cls, value: str | None) -> str | None:
@@ -218,6 +264,26 @@ class Settings(BaseSettings):
         for value in values:
             ip_network(value)
         return values
+
+    @field_validator("model_aliases", mode="before")
+    @classmethod
+    def _split_aliases(cls, value: object) -> object:
+        if not isinstance(value, str) or value.lstrip().startswith("{"):
+            return json.loads(value) if isinstance(value, str) else value
+        pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+        if wrong := next((pattern for pattern, equals, _ in pairs if not equals), None):
+            raise ValueError(f"'{wrong.strip()}' is not pattern=model")
+        return {pattern.strip(): model.strip() for pattern, _, model in pairs}
+
+    @field_validator("model_aliases")
+    @classmethod
+    def _check_aliases(cls, value: Mapping[str, str], info: ValidationInfo) -> Mapping[str, str]:
+        names = [path.name for path in info.data.get("models", ())]  # a model's id is the name of its directory
+        for pattern, model in value.items():
+            if model not in names:
+                message = f"model_aliases {pattern}={model} names none of the models: {', '.join(names)}"
+                raise PydanticCustomError("unsupported", "{message}", {"message": message})
+        return value
 
     @model_validator(mode="after")
     def _check_webhooks(self) -> Self:

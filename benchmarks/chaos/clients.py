@@ -144,7 +144,7 @@ class Client:
 
     def _is_end(self, name: str, data: Mapping[str, Any]) -> bool:
         """Whether an event is the job's last one. Raises Gone if no server knows the job."""
-        if name.endswith("_generation.completed"):
+        if name.endswith(".completed") and "data" in data:
             self._succeed(data["data"])
             return True
         if name != "error" or data["error"]["code"] in _TRY_AGAIN:

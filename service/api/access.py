@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import Depends, Request
+from fastapi import Depends, Query, Request
 from fastapi.routing import APIRoute, iter_route_contexts
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import APIKeyQuery, HTTPAuthorizationCredentials, HTTPBearer
 from starlette.routing import Match
 from starlette.types import Scope
 
@@ -17,6 +17,12 @@ from service.settings import Settings
 
 _bearer = HTTPBearer(
     auto_error=False, scheme_name="ApiKey", description="An API key of this server. Servers without keys ignore it."
+)
+_link = APIKeyQuery(
+    name="signature",
+    auto_error=False,
+    scheme_name="SignedLink",
+    description="The signature of a link that an answer had, in place of a key. `expires` belongs to it.",
 )
 
 
@@ -44,11 +50,26 @@ class Access:
         """Raise InvalidApiKey or InsufficientScope unless the caller's key allows the call."""
         caller = caller_of(request.scope)
         if caller.key_error is not None:
-            raise caller.key_error
+            raise caller.link_error or caller.key_error
         if caller.key is not None and not caller.key.allows(self.scope):
             raise InsufficientScope(
                 f"this key is for {', '.join(sorted(caller.key.scopes))}; this call needs {self.scope}"
             )
+
+
+class AccessByLink(Access):
+    """Access that a key or a signed link gives. `Authentication` checks the link, which is for one address alone."""
+
+    async def __call__(
+        self,
+        request: Request,
+        _: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)] = None,
+        _signature: Annotated[str | None, Depends(_link)] = None,
+        _expires: Annotated[str | None, Query(alias="expires", description="Of a signed link: Unix seconds.")] = None,
+    ) -> None:
+        """Raise InvalidLink, LinkExpired, InvalidApiKey or InsufficientScope unless the caller may call."""
+        if not caller_of(request.scope).has_link:
+            await super().__call__(request)
 
 
 def access_of(scope: Scope) -> Access | None:

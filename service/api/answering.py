@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from urllib.parse import urlsplit
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
@@ -9,7 +10,8 @@ from fastapi.responses import JSONResponse
 from service.api.errors import raise_if_unsuccessful
 from service.api.events import event_stream
 from service.api.generation_route import CLIENT_CLOSED_REQUEST, GenerationHeaders
-from service.api.job_views import base_url, binary_response, job_body, result_body
+from service.api.job_views import binary_response, job_body, result_body
+from service.api.links import Links, links_of
 from service.api.schemas import GenerationBody, ResponseFormat
 from service.errors import Draining
 from service.jobs.job import Job, JobSnapshot
@@ -34,38 +36,39 @@ async def answer(
     A client that disconnects while it waits cancels its job, unless it gave an idempotency key: with the key it can
     come back. Raises the error to answer if the job fails or is cancelled, and Draining if this server stops first.
     """
-    base = base_url(request, settings)
+    links = links_of(request, settings)
     cancels = headers.idempotency_key is None
     if body.stream:
-        return event_stream(job, dispatcher, base, response_format=body.response_format, cancels=cancels)
+        return event_stream(job, dispatcher, links, response_format=body.response_format, cancels=cancels)
     wait_s = headers.wait_s if headers.is_async else None
     ended_job = None if wait_s == 0 else await _ended_or_gone(job, request, dispatcher, wait_s)
     if ended_job is not None:
         raise_if_unsuccessful(ended_job)
-        return await _result(job, body, dispatcher, base)
+        response_format = body.response_format or ResponseFormat(settings.default_response_format)
+        return await _result(job, response_format, dispatcher, links)
     if headers.is_async and not await request.is_disconnected():
-        return await _accepted(job, dispatcher, base)
+        return await _accepted(job, dispatcher, links)
     if cancels:
         dispatcher.cancel_soon(job.id)
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
-async def _result(job: Job, body: GenerationBody, dispatcher: Dispatcher, base: str) -> Response:
+async def _result(job: Job, response_format: ResponseFormat, dispatcher: Dispatcher, links: Links) -> Response:
     finished = await dispatcher.store.content(job.id)
-    if body.response_format is ResponseFormat.BINARY:
+    if response_format is ResponseFormat.BINARY:
         return binary_response(finished)
-    result = result_body(finished, body.response_format, base)
+    result = result_body(finished, response_format, links)
     return JSONResponse(result.model_dump(mode="json", exclude_unset=True), headers={"X-Job-ID": job.id})
 
 
-async def _accepted(job: Job, dispatcher: Dispatcher, base: str) -> JSONResponse:
+async def _accepted(job: Job, dispatcher: Dispatcher, links: Links) -> JSONResponse:
     headers = {
         "X-Job-ID": job.id,
-        "Location": f"/v1/jobs/{job.id}",
+        "Location": urlsplit(links.to_job(job)).path,
         "Retry-After": str(max(1, math.ceil(await dispatcher.backlog_s()))),
         "Preference-Applied": "respond-async",
     }
-    body = job_body(await dispatcher.store.get(job.id), base)
+    body = job_body(await dispatcher.store.get(job.id), links)
     return JSONResponse(body.model_dump(mode="json", exclude_unset=True), 202, headers)
 
 

@@ -1,7 +1,7 @@
 """Authentication and rate limits.
 
-`Authentication` identifies the key of every request; `access.Access` declares what a route requires of it. A server
-without keys is open: everybody may do everything, and rate limits count by address.
+`Authentication` identifies the key of every request and checks signed links; `access.Access` declares what a route
+requires of them. A server without keys is open: everybody may do everything, and rate limits count by address.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.access import access_of
-from service.api.caller import caller_of
+from service.api.access import AccessByLink, access_of
+from service.api.caller import Caller, caller_of
 from service.api.errors import answer_error, status_and_error
-from service.errors import InvalidApiKey, RateLimitExceeded, ServiceError
+from service.api.links import LinkSigner
+from service.errors import InvalidApiKey, InvalidLink, LinkExpired, RateLimitExceeded, ServiceError
 from service.keys import ApiKey, ApiKeys
 from service.rate_limits import RateLimits, RateLimitStatus
 
@@ -34,12 +35,14 @@ class Authentication:
         api_keys: ApiKeys,
         rate_limits: RateLimits,
         default_limit: RateLimitItem | None,
+        link_signer: LinkSigner | None,
         count_rejection: Callable[[str], None],
     ) -> None:
         self.app = app
         self.api_keys = api_keys
         self.rate_limits = rate_limits
         self.default_limit = default_limit
+        self.link_signer = link_signer
         self.count_rejection = count_rejection
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -52,6 +55,8 @@ class Authentication:
         except InvalidApiKey as error:
             caller.key_error = error  # raised by the routes that need a key
         access = access_of(scope)
+        if isinstance(access, AccessByLink):
+            self._check_link(caller, scope)
         if access is None or not access.is_rate_limited:
             await self.app(scope, receive, send)
             return
@@ -71,6 +76,15 @@ class Authentication:
             await response(scope, receive, _with_rate_limit_headers(send, status))
             return
         await self.app(scope, receive, _with_rate_limit_headers(send, status))
+
+    def _check_link(self, caller: Caller, scope: Scope) -> None:
+        if self.link_signer is None:
+            return
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        try:
+            caller.has_link = self.link_signer.check(path, scope["query_string"].decode("latin-1"))
+        except (InvalidLink, LinkExpired) as error:
+            caller.link_error = error  # a valid key is enough
 
     async def _count(self, key: ApiKey | None, scope: Scope) -> RateLimitStatus | None:
         limit = self.default_limit if key is None or key.rate_limit is None else key.rate_limit

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from starlette.types import Scope
 
-from service.errors import InvalidApiKey
+from service.errors import InvalidApiKey, InvalidLink, LinkExpired
 from service.keys import ApiKey
 
 
@@ -13,12 +13,15 @@ class Caller:
     """Who makes an HTTP request, and which model and job the request turned out to be about.
 
     The `RequestId` middleware creates it, `Authentication` sets `key` or `key_error`, and a generation route sets
-    `model` and `job_id` as soon as it knows them. `key` is None on a server without keys, and without a valid key.
+    `model` and `job_id` as soon as it knows them. `key` is None on a server without keys, and without a valid key. With
+    a signed link, `Authentication` also sets `has_link` or `link_error`.
     """
 
     request_id: str
     key: ApiKey | None = None
     key_error: InvalidApiKey | None = None
+    has_link: bool = False
+    link_error: InvalidLink | LinkExpired | None = None
     model: str = ""
     job_id: str | None = None
 

@@ -29,6 +29,9 @@ SEND_S = 10
 _READ_BYTES = 8192
 """Bytes that are read at once, instead of 256 KiB: as chunks of one byte each, those keep h11 busy for a second."""
 
+DRAIN_BYTES = 64_000_000
+"""Bytes of a body that are read and dropped after its answer, so that the client gets to read the answer."""
+
 _OTHER_FILES = 128
 """File descriptors for files, Redis and webhooks, generously."""
 
@@ -56,6 +59,7 @@ class ServerConfig(uvicorn.Config):
         self.max_connections = settings.max_connections
         self.header_timeout_s = settings.header_timeout_s
         self.send_timeout_s = settings.send_timeout_s
+        self.body_timeout_s = settings.body_timeout_s
 
 
 class BoundedServer(uvicorn.Server):
@@ -77,6 +81,10 @@ class BoundedProtocol(H11Protocol):
 
     Where there are too many connections, a new one takes the place of the one that has waited longest for a request.
     If all are at work, the new one is refused. Errors that are found here have the shape of all others.
+
+    An answer may come before its request's body. To close the connection then would reset it, and the client could lose
+    the answer while it still sends. So the rest of the body is read and dropped, up to `DRAIN_BYTES` and for
+    `body_timeout_s`.
     """
 
     config: ServerConfig
@@ -84,14 +92,25 @@ class BoundedProtocol(H11Protocol):
     _waiting_since = 0.0
     _head_timer: asyncio.TimerHandle | None = None
     _send_timer: asyncio.TimerHandle | None = None
+    _drain_timer: asyncio.TimerHandle | None = None
+    _bytes_to_drain = DRAIN_BYTES
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
         transport.max_size = _READ_BYTES  # type: ignore[attr-defined]  # of asyncio's transports for sockets
+        self._transport_of_answers = _TransportOfAnswers(self)
         self._wait_for_head()
         self._make_room()
 
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.cycle is not None:
+            self.cycle.transport = self._transport_of_answers  # type: ignore[assignment]  # has all that it calls
+
     def data_received(self, data: bytes) -> None:
+        if self._drain_timer is not None:
+            self._drain(len(data))
+            return
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_head_timer()
@@ -101,6 +120,8 @@ class BoundedProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
         self._stop_send_timer()
+        if self._drain_timer is not None:
+            self._drain_timer.cancel()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -115,6 +136,21 @@ class BoundedProtocol(H11Protocol):
         self._waiting_since = self.loop.time()
         self._watch_sending()
         super().on_response_complete()
+        if self._drain_timer is not None:
+            self._unset_keepalive_if_required()
+
+    def close_after_answer(self) -> None:
+        """Close the connection now, or once the client has stopped sending its body."""
+        if self.conn.their_state is not h11.SEND_BODY:
+            self.transport.close()
+            return
+        self.transport.write_eof()  # tells the client that no other answer comes
+        self._drain_timer = self.loop.call_later(self.config.body_timeout_s, self.transport.close)
+
+    def _drain(self, num_bytes: int) -> None:
+        self._bytes_to_drain -= num_bytes
+        if self._bytes_to_drain < 0:
+            self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(MalformedRequest("the request is not valid HTTP/1.1, or its headers are longer than 64 KiB"))
@@ -186,6 +222,22 @@ class BoundedProtocol(H11Protocol):
             ):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
+
+
+class _TransportOfAnswers:
+    """The transport of a connection, as far as uvicorn's answers call it."""
+
+    def __init__(self, connection: BoundedProtocol) -> None:
+        self._connection = connection
+
+    def write(self, data: bytes) -> None:
+        self._connection.transport.write(data)
+
+    def is_closing(self) -> bool:
+        return self._connection.transport.is_closing()
+
+    def close(self) -> None:
+        self._connection.close_after_answer()
 
 
 class ConnectionErrors:

@@ -72,8 +72,7 @@ class AllowedHosts:
         self._names = {name.lower() for name in settings.allowed_hosts}
         if settings.public_url is not None and (name := urlsplit(settings.public_url).hostname) is not None:
             self._names.add(name)
-        has_keys = settings.api_keys is not None or settings.api_keys_file is not None
-        self._allows_all = "*" in self._names or (has_keys and not settings.allowed_hosts)
+        self._allows_all = "*" in self._names or (settings.has_keys and not settings.allowed_hosts)
         self._allows_local_names = not _is_loopback(settings.host)
 
     def check(self, host: str | None) -> None:

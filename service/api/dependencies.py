@@ -5,6 +5,8 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from service.api.caller import Caller, caller_of
+from service.api.links import Links, links_of
+from service.keys import ApiKeys
 from service.running.dispatcher import Dispatcher
 from service.settings import Settings
 
@@ -19,10 +21,21 @@ def _settings(request: Request) -> Settings:
     return settings
 
 
+def _api_keys(request: Request) -> ApiKeys:
+    api_keys: ApiKeys = request.app.state.api_keys
+    return api_keys
+
+
+def _links(request: Request) -> Links:
+    return links_of(request, _settings(request))
+
+
 def _caller(request: Request) -> Caller:
     return caller_of(request.scope)
 
 
 DispatcherOfApp = Annotated[Dispatcher, Depends(_dispatcher)]
 SettingsOfApp = Annotated[Settings, Depends(_settings)]
+ApiKeysOfApp = Annotated[ApiKeys, Depends(_api_keys)]
+LinksOfRequest = Annotated[Links, Depends(_links)]
 CallerOfRequest = Annotated[Caller, Depends(_caller)]

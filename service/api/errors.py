@@ -7,12 +7,10 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.routing import Match
+from starlette.routing import Match, Mount
 
 from models.errors import InvalidRequest, UnknownModel
-from service.api.caller import caller_of
 from service.api.responses import ErrorBody, ErrorDetail, header
-from service.api.security_headers import SECURITY_HEADERS
 from service.api.validation import cut, invalid_request
 from service.errors import (
     CrossSiteCall,
@@ -25,10 +23,12 @@ from service.errors import (
     InvalidApiKey,
     InvalidImage,
     InvalidJson,
+    InvalidLink,
     JobCancelled,
     JobNotFinished,
     JobNotFound,
     JobUnreadable,
+    LinkExpired,
     MalformedRequest,
     Overloaded,
     RateLimitExceeded,
@@ -45,6 +45,8 @@ STATUS_AND_CODE: Mapping[type[Exception], tuple[int, str]] = {
     InvalidImage: (400, "invalid_image"),
     InvalidApiKey: (401, "invalid_api_key"),
     InsufficientScope: (403, "insufficient_scope"),
+    InvalidLink: (403, "invalid_link"),
+    LinkExpired: (403, "link_expired"),
     HostNotAllowed: (403, "host_not_allowed"),
     CrossSiteCall: (403, "cross_site_call"),
     UnknownModel: (404, "model_not_found"),
@@ -130,22 +132,13 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, HTTPException) and error.headers:
         headers.update(error.headers)
     if "Allow" in headers:
-        headers["Allow"] = _allowed_methods(request)
+        headers["Allow"] = _allowed_methods(request) or headers["Allow"]
     return JSONResponse(ErrorBody(error=detail).model_dump(), status, headers)
 
 
-async def answer_bug(request: Request, error: Exception) -> JSONResponse:
-    """Starlette sends this answer outside our middlewares, and then raises `error` again for the log."""
-    response = await answer_error(request, error)
-    response.headers["X-Request-ID"] = caller_of(request.scope).request_id
-    response.headers.update(SECURITY_HEADERS)
-    return response
-
-
 def add_error_handlers(app: FastAPI) -> None:
-    for error_type in (*STATUS_AND_CODE, HTTPException, RequestValidationError):
+    for error_type in (*STATUS_AND_CODE, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(error_type, answer_error)
-    app.add_exception_handler(Exception, answer_bug)
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -164,9 +157,13 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def _allowed_methods(request: Request) -> str:
     """All methods of a path. Starlette names only the methods of the first route with this path."""
     return ", ".join(
-        method
-        for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in request.app.routes)
+        "GET, HEAD" if method == "GET" else method  # see `HeadAsGet`
+        for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+        if any(
+            route.matches({**request.scope, "method": method})[0] is Match.FULL
+            for route in request.app.routes
+            if not isinstance(route, Mount)  # which takes all methods, and knows better itself
+        )
     )
 
 

@@ -11,16 +11,21 @@ from pydantic_core import to_json
 from models.errors import GenerationError
 from service.api.errors import raise_if_unsuccessful, status_and_error
 from service.api.job_views import result_body
+from service.api.links import Links
 from service.api.products import product_of
 from service.api.responses import ErrorBody
 from service.api.schemas import ResponseFormat
-from service.errors import Draining, ServiceError
-from service.jobs.job import Job
-from service.jobs.store import Event, EventName, follow
+from service.api.views import usage_body
+from service.errors import Draining, ServiceError, StoreUnavailable
+from service.jobs.job import FinishedJob, Job
+from service.jobs.store import BEGINNING, Event, EventName, follow
 from service.running.dispatcher import Dispatcher
 
 # Proxies close connections that are silent for about a minute.
 KEEP_ALIVE_S = 15.0
+
+PublicEvent = tuple[str, Mapping[str, Any]]
+"""The name and the data of an event, as clients see them."""
 
 # Keeps caches and nginx's buffers from delaying events.
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -29,9 +34,9 @@ _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 def event_stream(
     job: Job,
     dispatcher: Dispatcher,
-    base: str,
+    links: Links,
     *,
-    after: str = "0-0",
+    after: str = BEGINNING,
     response_format: ResponseFormat | None = None,
     cancels: bool = False,
 ) -> StreamingResponse:
@@ -39,14 +44,14 @@ def event_stream(
 
     With `cancels`, the job is cancelled if the client disconnects first.
     """
-    lines = _lines(job, dispatcher, base, after, response_format, cancels)
+    lines = _lines(job, dispatcher, links, after, response_format, cancels)
     return StreamingResponse(lines, media_type="text/event-stream", headers={**_HEADERS, "X-Job-ID": job.id})
 
 
 async def _lines(
     job: Job,
     dispatcher: Dispatcher,
-    base: str,
+    links: Links,
     after: str,
     response_format: ResponseFormat | None,
     cancels: bool,
@@ -58,15 +63,21 @@ async def _lines(
                 yield format_sse_event(comment="still here")
                 continue
             is_over = event.name is EventName.ENDED
-            name, data = await _public(event, job, dispatcher, base, response_format)
-            yield format_sse_event(event=name, id=event.id, data_str=to_json({"type": name, **data}).decode())
+            *first, last = await _public(event, job, dispatcher, links, response_format)
+            for name, data in first:  # without the id: a client that goes on after it must get them all
+                yield _line(name, data)
+            yield _line(*last, event.id)
         is_over = True
     except ServiceError as error:
         is_over = True
-        yield format_sse_event(event="error", data_str=to_json({"type": "error", **_error(error)}).decode())
+        yield _line("error", _error(error))
     finally:
         if cancels and not is_over:
             dispatcher.cancel_soon(job.id)
+
+
+def _line(name: str, data: Mapping[str, Any], event_id: str | None = None) -> bytes:
+    return format_sse_event(event=name, id=event_id, data_str=to_json({"type": name, **data}).decode())
 
 
 async def _until_drained(job: Job, dispatcher: Dispatcher, after: str) -> AsyncIterator[Event | None]:
@@ -96,32 +107,50 @@ async def _until_drained(job: Job, dispatcher: Dispatcher, after: str) -> AsyncI
 
 
 async def _public(
-    event: Event, job: Job, dispatcher: Dispatcher, base: str, response_format: ResponseFormat | None
-) -> tuple[str, Mapping[str, Any]]:
-    """The name and the data of an event, as clients see them."""
+    event: Event, job: Job, dispatcher: Dispatcher, links: Links, response_format: ResponseFormat | None
+) -> list[PublicEvent]:
+    """The names and the data of an event, as clients see them: the end of a job is an event for each artifact."""
     product = product_of(job.requests[0])
     match event.name:
         case EventName.PREVIEW:
-            return product.preview_event, {"id": job.id, **event.data}
+            # Previews of an earlier version have no time.
+            fields = {"id": job.id, "created_at": int(job.created_at), "output_format": product.preview_format}
+            return [(product.preview_event, {**fields, **product.own_fields(job), **event.data})]
         case EventName.ENDED:
-            return await _end(job, dispatcher, base, response_format, product.completed_event)
+            return await _end(job, dispatcher, links, response_format)
         case _:
-            return event.name, {"id": job.id, **event.data}
+            return [(event.name, {"id": job.id, **event.data})]
 
 
 async def _end(
-    job: Job, dispatcher: Dispatcher, base: str, response_format: ResponseFormat | None, completed: str
-) -> tuple[str, Mapping[str, Any]]:
+    job: Job, dispatcher: Dispatcher, links: Links, response_format: ResponseFormat | None
+) -> list[PublicEvent]:
     snapshot = await dispatcher.store.get(job.id)
     try:
         raise_if_unsuccessful(snapshot)
         finished = await dispatcher.store.content(job.id)
+    except StoreUnavailable:
+        raise  # the job may have a result, so the client must not take this for the job's end
     except (ServiceError, GenerationError) as error:
-        return "error", _error(error)
-    result = result_body(finished, response_format, base).model_dump(mode="json", exclude_unset=True)
-    # OpenAI's SDK reads the image here.
-    first = {name: value for name, value in result["data"][0].items() if name in ("b64_json", "url")}
-    return completed, {**result, **first}
+        return [("error", _error(error))]
+    return _completed(finished, response_format, links)
+
+
+def _completed(finished: FinishedJob, response_format: ResponseFormat | None, links: Links) -> list[PublicEvent]:
+    """An event for each artifact, with OpenAI's fields. The last one also has the whole result."""
+    job, product = finished.job, product_of(finished.job.requests[0])
+    result = result_body(finished, response_format, links).model_dump(mode="json", exclude_unset=True)
+    events: list[PublicEvent] = []
+    for index, (file, receipt) in enumerate(zip(result["data"], finished.state.receipts, strict=True)):
+        data = {name: value for name, value in file.items() if name != "receipt"}
+        data |= {"id": job.id, "index": index, "created_at": int(finished.state.ended_at or job.created_at)}
+        data |= {"model": job.model, "output_format": job.output.format, **product.own_fields(job)}
+        if product.has_usage:
+            data["usage"] = usage_body([receipt]).model_dump()
+        if index == len(result["data"]) - 1:
+            data = {**result, **data}
+        events.append((product.completed_event, data))
+    return events
 
 
 def _error(error: Exception) -> dict[str, Any]:

@@ -2,30 +2,19 @@
 
 import base64
 import json
-from urllib.parse import quote
 
-from fastapi import Request, Response
+from fastapi import Response
 
 from service.api.errors import error_of, status_and_error
+from service.api.links import Links
 from service.api.products import product_of
 from service.api.responses import FileBody, ImageResponse, JobBody, LinksBody, MeshResponse, ProgressBody
 from service.api.schemas import ResponseFormat
-from service.api.views import job_receipt_body, receipt_body
-from service.jobs.job import FinishedJob, Job, JobSnapshot, JobStatus
-from service.settings import Settings
+from service.api.views import job_receipt_body, receipt_body, usage_body
+from service.jobs.job import FinishedJob, JobSnapshot, JobStatus
 
 
-def base_url(request: Request, settings: Settings) -> str:
-    """The beginning of all links in an answer."""
-    return (settings.public_url or str(request.base_url)).rstrip("/")
-
-
-def content_urls(job: Job, base: str) -> list[str]:
-    """The URLs of a job's artifacts."""
-    return [f"{base}/v1/jobs/{quote(job.id)}/content?index={index}" for index in range(len(job.requests))]
-
-
-def job_body(snapshot: JobSnapshot, base: str) -> JobBody:
+def job_body(snapshot: JobSnapshot, links: Links) -> JobBody:
     job, state = snapshot.job, snapshot.state
     num_computed_steps = snapshot.num_steps // len(job.requests)
     is_done = state.status is JobStatus.SUCCEEDED
@@ -44,15 +33,15 @@ def job_body(snapshot: JobSnapshot, base: str) -> JobBody:
         receipt=job_receipt_body(state.receipts) if state.receipts else None,
         error=status_and_error(error_of(state.failure))[1] if state.failure else None,
         links=LinksBody(
-            self=f"{base}/v1/jobs/{quote(job.id)}",
-            events=f"{base}/v1/jobs/{quote(job.id)}/events",
-            content=content_urls(job, base) if is_done else [],
+            self=links.to_job(job),
+            events=links.to_events(job),
+            content=links.to_artifacts(job) if is_done else [],
         ),
     )
 
 
 def result_body(
-    finished: FinishedJob, response_format: ResponseFormat | None, base: str
+    finished: FinishedJob, response_format: ResponseFormat | None, links: Links
 ) -> ImageResponse | MeshResponse:
     """The whole result of a job that has succeeded."""
     job = finished.job
@@ -61,11 +50,13 @@ def result_body(
         "created": int(job.created_at),
         "id": job.id,
         "model": job.model,
-        "data": _file_bodies(finished, response_format, base),
+        "data": _file_bodies(finished, response_format, links),
         "output_format": job.output.format,
         "receipt": job_receipt_body(finished.state.receipts),
-        **product.own_fields(job.requests[0]),
+        **product.own_fields(job),
     }
+    if product.has_usage:
+        fields["usage"] = usage_body(finished.state.receipts)
     return product.response.model_validate(fields)
 
 
@@ -81,10 +72,10 @@ def binary_response(finished: FinishedJob) -> Response:
     return Response(finished.artifacts[0], media_type=job.output.format.content_type, headers=headers)
 
 
-def _file_bodies(finished: FinishedJob, response_format: ResponseFormat | None, base: str) -> list[FileBody]:
+def _file_bodies(finished: FinishedJob, response_format: ResponseFormat | None, links: Links) -> list[FileBody]:
     """The artifacts or their URLs. If there are several, each has a receipt of its own."""
     job, data = finished.job, []
-    urls = content_urls(job, base)
+    urls = links.to_artifacts(job)
     for index, request in enumerate(job.requests):
         if response_format is ResponseFormat.URL:
             file = FileBody(url=urls[index], seed=request.seed)

@@ -1,16 +1,22 @@
 """The middlewares around every route, built from the settings."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi.telemetry import TelemetryConfig
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.errors import ServerErrorMiddleware
 
 from service.api.auth import Authentication
 from service.api.body_limit import BodyLimit
 from service.api.cross_site import CrossSiteGuard
+from service.api.errors import answer_error
+from service.api.head import HeadAsGet
+from service.api.links import link_signer
+from service.api.path_prefix import PathPrefix
 from service.api.request_log import AccessLog, RequestId
 from service.api.security_headers import SecurityHeaders
 from service.errors import BadConfiguration
@@ -21,36 +27,15 @@ from service.settings import Settings
 if TYPE_CHECKING:  # from the extra "tracing", which most servers do not install
     from opentelemetry.sdk.trace import TracerProvider
 
-# Headers that pages of other origins may send and read, besides the ones that browsers always allow.
-_REQUEST_HEADERS = (
-    "Authorization",
-    "Content-Type",
-    "Idempotency-Key",
-    "Last-Event-ID",
-    "Prefer",
-    "X-Request-ID",
-    "traceparent",
-)
-_RESPONSE_HEADERS = (
-    "Location",
-    "Retry-After",
-    "X-Job-ID",
-    "X-Receipt",
-    "X-Request-ID",
-    "X-Seed",
-    "x-ratelimit-limit-requests",
-    "x-ratelimit-remaining-requests",
-    "x-ratelimit-reset-requests",
-)
-
 
 class Middlewares:
     """Owns what outlives a request: the keys, the counts of calls, and the traces that wait to be sent."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Raises BadConfiguration and OSError for settings that cannot work."""
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.time) -> None:
+        """`clock` is the one by which links expire. Raises BadConfiguration and OSError for impossible settings."""
         self._settings = settings
-        self._keys = load_keys(settings.api_keys_file, settings.api_keys)
+        self.link_signer = link_signer(settings, clock)
+        self.keys = load_keys(settings.api_keys_file, settings.api_keys)
         self._rate_limits = RateLimits(settings.redis_url)
         self._tracer_provider = None if settings.otlp_endpoint is None else _tracer_provider(settings.otlp_endpoint)
 
@@ -70,20 +55,28 @@ class Middlewares:
         app.add_middleware(BodyLimit, settings=settings)
         app.add_middleware(
             Authentication,
-            api_keys=self._keys,
+            api_keys=self.keys,
             rate_limits=self._rate_limits,
             default_limit=None if settings.rate_limit is None else parse_rate_limit(settings.rate_limit),
+            link_signer=self.link_signer,
             count_rejection=count_rejection,
         )
         app.add_middleware(CrossSiteGuard, settings=settings, count_rejection=count_rejection)
+        # Starlette has one around everything, whose answer has none of the headers that are added from here on.
+        app.add_middleware(ServerErrorMiddleware, handler=answer_error)
         if settings.cors_origins:
             app.add_middleware(
                 CORSMiddleware,
                 allow_origins=settings.cors_origins,
-                allow_methods=("GET", "POST", "DELETE"),
-                allow_headers=_REQUEST_HEADERS,
-                expose_headers=_RESPONSE_HEADERS,
+                allow_methods=("GET", "HEAD", "POST", "DELETE"),
+                # SDKs, tracers and proxies add headers of their own. None means more than it does from curl: there are
+                # no cookies, and the page must hold the key.
+                allow_headers=("*",),
+                allow_private_network=True,
+                expose_headers=("*",),
             )
+        app.add_middleware(PathPrefix, prefix=settings.path_prefix)
+        app.add_middleware(HeadAsGet)
         app.add_middleware(SecurityHeaders)
         app.add_middleware(AccessLog)
         app.add_middleware(RequestId)

@@ -1,23 +1,33 @@
 """From a request's body to an order that the model can serve."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 from models.budget import resolve
 from models.card import Guidance, ImageCard, MeshCard, ModelCard, SizeLimits
 from models.curve import EXACT, CurvePoint, Preset
 from models.errors import InvalidRequest
 from models.file_formats import MeshFormat, OutputFormat
-from models.request import BackgroundRemoval, Budget, ImageRequest, MeshRequest, PresetBudget, QualityBudget
-from service.api.schemas import MAX_SEED, GenerationBody, ImageBody, MeshBody, QualityWord, ResponseFormat
+from models.request import (
+    BackgroundRemoval,
+    Budget,
+    ImageRequest,
+    LatencyBudget,
+    MeshRequest,
+    PresetBudget,
+    QualityBudget,
+)
+from service.api.schemas import MAX_SEED, ImageBody, MeshBody, QualityWord, ResponseFormat
 from service.api.validation import shown
 from service.budget import BudgetBody
-from service.order import Order, Output
+from service.order import Order, Output, QualityLevel
 
 # Random seeds stay exact in JSON readers that hold numbers as doubles (RFC 8259, section 6).
 RANDOM_SEEDS = 2**53 - 8
+
+Scalar = TypeVar("Scalar", int, float)
 
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})", re.ASCII)
 
@@ -25,16 +35,23 @@ _PRESETS_OF_WORDS = {
     QualityWord.LOW: Preset.DRAFT,
     QualityWord.MEDIUM: Preset.FAST,
     QualityWord.HIGH: Preset.HIGH,
+    QualityWord.XHIGH: Preset.EXACT,
+    QualityWord.MAX: Preset.EXACT,
     QualityWord.HD: Preset.EXACT,
 }
+
+
+_LEVELS: Mapping[str, QualityLevel] = {level.value: level for level in QualityLevel}
 
 
 def parse_image_body(body: ImageBody, card: ImageCard, *, default_budget: BudgetBody, random_seed: int) -> Order:
     """The order of `body` for the model of `card`: `n` requests with consecutive seeds. Raises InvalidRequest."""
     _check_prompt(body, card)
+    _check_background(body)
     guidance_scale, true_cfg_scale = _parse_guidance(body, card)
+    is_guided = card.is_guided(guidance_scale, true_cfg_scale)
     width, height = _parse_size(body, card)
-    steps = _parse_steps(body, card)
+    steps = _parse_steps(_agreed("num_inference_steps", body.num_inference_steps, "steps", body.steps), card)
     n = 1 if body.n is None else body.n
     seed = random_seed if body.seed is None else body.seed
     if seed + n - 1 > MAX_SEED:
@@ -52,14 +69,15 @@ def parse_image_body(body: ImageBody, card: ImageCard, *, default_budget: Budget
         seed=seed,
         budget=budget,
         point=EXACT,
-        is_guided=card.is_guided(guidance_scale, true_cfg_scale),
-        negative_prompt=body.negative_prompt,
+        is_guided=is_guided,
+        negative_prompt=body.negative_prompt if is_guided else None,
         true_cfg_scale=true_cfg_scale,
         wants_trace=body.trace,
     )
     first = replace(first, point=resolve(budget, card.curve_for(first)))
     requests = tuple(replace(first, seed=seed + number) for number in range(n))
-    return Order(requests, _parse_image_output(body), _quality_requested(budget, first.point), min_quality)
+    output = replace(_parse_image_output(body), quality_level=_quality_level(body, first, card.curve_for(first)))
+    return Order(requests, output, _quality_requested(budget, first.point), min_quality)
 
 
 def parse_mesh_body(
@@ -71,7 +89,7 @@ def parse_mesh_body(
     guidance_scale = card.default_guidance_scale if body.guidance_scale is None else body.guidance_scale
     request = MeshRequest(
         model=card.id,
-        num_inference_steps=_parse_steps(body, card),
+        num_inference_steps=_parse_steps(body.num_inference_steps, card),
         guidance_scale=guidance_scale,
         seed=random_seed if body.seed is None else body.seed,
         budget=budget,
@@ -96,15 +114,27 @@ _REMOVALS: Mapping[Literal["auto"] | bool | None, BackgroundRemoval] = {
 }
 
 
-def _parse_image_output(body: ImageBody) -> Output:
-    output_format = body.output_format or OutputFormat.PNG
-    if body.output_compression is not None and not output_format.is_lossy:
+def _check_background(body: ImageBody) -> None:
+    """The one place that says which backgrounds an image can have."""
+    if body.background == "transparent":
         raise InvalidRequest(
-            f"output_compression applies to webp and jpeg; output_format is {output_format}", "output_compression"
+            "background 'transparent' is not possible: images are opaque; try 'opaque' or 'auto'", "background"
         )
+
+
+def _parse_image_output(body: ImageBody) -> Output:
+    output_format, compression = body.output_format or OutputFormat.PNG, body.output_compression
+    if not output_format.is_lossy and compression is not None:
+        if compression != 100:
+            raise InvalidRequest(
+                f"output_compression {compression} applies to webp and jpeg; output_format is {output_format}, which "
+                "is lossless; try 100",
+                "output_compression",
+            )
+        compression = None
     if body.response_format is ResponseFormat.BINARY and body.n is not None and body.n > 1:
         raise InvalidRequest(f"response_format binary answers one image, not n = {body.n}; try url", "response_format")
-    return Output(output_format, body.output_compression, body.metadata)
+    return Output(output_format, compression, body.metadata)
 
 
 def _quality_requested(budget: Budget, point: CurvePoint) -> float | None:
@@ -118,6 +148,20 @@ def _quality_requested(budget: Budget, point: CurvePoint) -> float | None:
             return None
 
 
+def _quality_level(body: ImageBody, request: ImageRequest, curve: Sequence[CurvePoint]) -> QualityLevel | None:
+    """The client's own word, or the best one whose preset is no better than the request's point on the curve."""
+    if (asked := _LEVELS.get(body.quality or "")) is not None:
+        return asked
+    if isinstance(request.budget, LatencyBudget):
+        return None  # the worker chooses the point
+    if request.point.is_exact:
+        return QualityLevel.MAX
+    best_first = ((QualityLevel.HIGH, Preset.HIGH), (QualityLevel.MEDIUM, Preset.FAST))
+    offered = {point.preset: point.quality for point in curve}
+    able = (level for level, preset in best_first if preset in offered and offered[preset] <= request.point.quality)
+    return next(able, QualityLevel.LOW)
+
+
 def nearest_size(pixels: int, sizes: SizeLimits) -> int:
     """The valid height or width nearest to `pixels`, the smaller of two equally near."""
     step = sizes.multiple_of
@@ -125,8 +169,18 @@ def nearest_size(pixels: int, sizes: SizeLimits) -> int:
     return min(max((pixels + (step - 1) // 2) // step * step, lowest), highest)
 
 
-def _parse_steps(body: GenerationBody, card: ModelCard) -> int:
-    steps = card.default_num_inference_steps if body.num_inference_steps is None else body.num_inference_steps
+def _agreed(name: str, value: Scalar | None, other_name: str, other: Scalar | None) -> Scalar | None:
+    """The value of a field that has two names. Raises InvalidRequest if they disagree."""
+    if value is not None and other is not None and value != other:
+        raise InvalidRequest(
+            f"{name} {shown(value)} and {other_name} {shown(other)} say the same thing, and disagree; give {name}",
+            other_name,
+        )
+    return other if value is None else value
+
+
+def _parse_steps(asked: int | None, card: ModelCard) -> int:
+    steps = card.default_num_inference_steps if asked is None else asked
     if steps > card.max_num_inference_steps:
         raise InvalidRequest(
             f"num_inference_steps {shown(steps)} is above the limit of {card.id}; try {card.max_num_inference_steps}",
@@ -153,7 +207,8 @@ def _check_prompt(body: ImageBody, card: ImageCard) -> None:
 
 def _parse_guidance(body: ImageBody, card: ModelCard) -> tuple[float, float]:
     """`guidance_scale` and `true_cfg_scale`. The model's card says which one is true classifier-free guidance."""
-    guidance_scale = card.default_guidance_scale if body.guidance_scale is None else body.guidance_scale
+    asked = _agreed("guidance_scale", body.guidance_scale, "cfg", body.cfg)
+    guidance_scale = card.default_guidance_scale if asked is None else asked
     true_cfg_scale = 1.0 if body.true_cfg_scale is None else body.true_cfg_scale
     is_guided = card.is_guided(guidance_scale, true_cfg_scale)
     if card.guidance is Guidance.TRUE:
@@ -170,10 +225,10 @@ def _parse_guidance(body: ImageBody, card: ModelCard) -> tuple[float, float]:
             raise InvalidRequest(
                 f"true_cfg_scale {scale:g} needs a negative_prompt, which may be empty", "negative_prompt"
             )
-    if not is_guided and body.negative_prompt is not None:
+    if not is_guided and body.negative_prompt:
         raise InvalidRequest(
-            f"negative_prompt cannot be used here: without true classifier-free guidance it has no effect; "
-            f"set {param} above 1, not {scale:g}",
+            f"negative_prompt {shown(body.negative_prompt)} cannot be used here: without true classifier-free guidance "
+            f"it has no effect; set {param} above 1, not {scale:g}",
             "negative_prompt",
         )
     return guidance_scale, true_cfg_scale
@@ -203,7 +258,9 @@ def _size_of_text(size: str, card: ImageCard) -> tuple[int, int]:
     match = _SIZE.fullmatch(size)
     if match is None:
         raise InvalidRequest(
-            f"size must be WIDTHxHEIGHT in pixels or auto, such as {card.default_width}x{card.default_height}", "size"
+            f"size {shown(size)} is not WIDTHxHEIGHT in pixels or auto, such as "
+            f"{card.default_width}x{card.default_height}",
+            "size",
         )
     return int(match[1]), int(match[2])
 
@@ -222,7 +279,7 @@ def _check_side(name: str, pixels: int, sizes: SizeLimits, *, param: str) -> Non
 def _parse_image_budget(body: ImageBody, default_budget: BudgetBody) -> tuple[Budget, float | None]:
     """The budget and its `min_quality`. OpenAI's `quality` words have none, so load never lowers them."""
     if body.budget is not None and body.quality is not None:
-        raise InvalidRequest("quality and budget say the same thing; give one of the two", "quality")
+        raise InvalidRequest(f"quality '{body.quality}' and budget say the same thing; give one of the two", "quality")
     if body.quality is not None and body.quality in _PRESETS_OF_WORDS:
         return PresetBudget(_PRESETS_OF_WORDS[body.quality]), None
     asked = body.budget or default_budget

@@ -8,28 +8,36 @@ from models.file_formats import MeshFormat, OutputFormat
 from models.request import GenerationRequest, ImageRequest, MeshRequest
 from service.api.errors import error_responses
 from service.api.responses import ACCEPTED, EVENT_STREAM, RESULT, ImageResponse, MeshResponse
+from service.jobs.job import Job
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """One kind of artifact. `own_fields` gives the fields of the `response` that only this product has, from a request.
+    """One kind of artifact, and how it came about, as in `image` and `generation`.
 
-    `result` names all artifacts of a job in the documentation.
+    `result` names all artifacts of a job in the documentation. `preview_format` is that of previews. `own_fields` gives
+    the fields of the `response` and of events that only this product has, from a job.
     """
 
     name: str
+    action: str
     result: str
     formats: type[OutputFormat] | type[MeshFormat]
     response: type[ImageResponse] | type[MeshResponse]
-    own_fields: Callable[[Any], Mapping[str, Any]]
+    preview_format: OutputFormat | MeshFormat
+    own_fields: Callable[[Job], Mapping[str, Any]]
 
     @property
     def preview_event(self) -> str:
-        return f"{self.name}_generation.partial_{self.name}"
+        return f"{self.name}_{self.action}.partial_{self.name}"
 
     @property
     def completed_event(self) -> str:
-        return f"{self.name}_generation.completed"
+        return f"{self.name}_{self.action}.completed"
+
+    @property
+    def has_usage(self) -> bool:
+        return "usage" in self.response.model_fields
 
     @property
     def documentation(self) -> dict[str, Any]:
@@ -37,8 +45,8 @@ class Product:
         files = {file_format.content_type: _FILE for file_format in self.formats}
         description = (
             f"{self.result}. With response_format binary: the {self.name} file, with the headers `X-Job-ID`, "
-            f"`X-Seed` and `X-Receipt`. With stream: the job's events, the last of them `{self.completed_event}` or "
-            "`error`."
+            f"`X-Seed` and `X-Receipt`. With stream: the job's events, at last a `{self.completed_event}` for each "
+            f"{self.name}, the last of which has all fields of this answer too, or `error`."
         )
         return {
             "response_model": self.response,
@@ -53,16 +61,24 @@ class Product:
 _FILE = {"schema": {"type": "string", "format": "binary"}}
 
 
-def _image_fields(request: ImageRequest) -> Mapping[str, Any]:
-    return {"size": f"{request.width}x{request.height}"}
+def _image_fields(job: Job) -> Mapping[str, Any]:
+    request = job.requests[0]
+    assert isinstance(request, ImageRequest)
+    return {
+        "size": f"{request.width}x{request.height}",
+        "quality": job.output.quality_level or "auto",
+        "background": "opaque",
+    }
 
 
-def _mesh_fields(request: MeshRequest) -> Mapping[str, Any]:
+def _mesh_fields(job: Job) -> Mapping[str, Any]:
+    request = job.requests[0]
+    assert isinstance(request, MeshRequest)
     return {"octree_resolution": request.octree_resolution}
 
 
-IMAGE = Product("image", "The images", OutputFormat, ImageResponse, _image_fields)
-MESH = Product("mesh", "The mesh", MeshFormat, MeshResponse, _mesh_fields)
+IMAGE = Product("image", "generation", "The images", OutputFormat, ImageResponse, OutputFormat.PNG, _image_fields)
+MESH = Product("mesh", "generation", "The mesh", MeshFormat, MeshResponse, MeshFormat.GLB, _mesh_fields)
 
 PRODUCTS: Mapping[type[GenerationRequest], Product] = {ImageRequest: IMAGE, MeshRequest: MESH}
 

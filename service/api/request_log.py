@@ -61,7 +61,7 @@ class AccessLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 500  # Starlette's answer to a bug does not pass through here
+        began, status = time.perf_counter(), 500  # unless it gets as far as an answer
 
         async def send_and_note(message: Message) -> None:
             nonlocal status

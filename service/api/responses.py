@@ -8,6 +8,7 @@ from models.card import Guidance
 from models.curve import Preset
 from models.report import Decision
 from service.jobs.job import JobStatus
+from service.order import QualityLevel
 
 
 class ErrorDetail(BaseModel):
@@ -84,6 +85,20 @@ class ReceiptBody(BaseModel):
     )
 
 
+class InputTokensBody(BaseModel):
+    image_tokens: int = Field(description="Of the pictures that are edited, as the model reads them.")
+    text_tokens: int = Field(description="Of the prompt, and of the negative prompt if there is one.")
+
+
+class UsageBody(BaseModel):
+    """Tokens. Each image of a call encodes the prompt for itself, so several images count it as often."""
+
+    input_tokens: int
+    input_tokens_details: InputTokensBody
+    output_tokens: int = Field(description="Of the images: the tokens of their latents.")
+    total_tokens: int
+
+
 class FileBody(BaseModel):
     b64_json: str | None = Field(default=None, description="With response_format b64_json.")
     url: str | None = Field(default=None, description="With response_format url.")
@@ -98,6 +113,11 @@ class ImageResponse(BaseModel):
     data: list[FileBody]
     size: str
     output_format: str
+    quality: QualityLevel | Literal["auto"] = Field(
+        description="The budget in OpenAI's words; auto if it is a latency. The receipt has the numbers."
+    )
+    background: Literal["opaque"]
+    usage: UsageBody
     receipt: ReceiptBody
 
 
@@ -120,6 +140,8 @@ class ProgressBody(BaseModel):
 
 
 class LinksBody(BaseModel):
+    """With API keys and `link_secret`, `events` and `content` are signed: they open without a key for a while."""
+
     self: str
     events: str
     content: list[str] = Field(description="One URL for each artifact, once the job has succeeded.")

@@ -10,10 +10,11 @@ from service.api.answering import answer
 from service.api.dependencies import CallerOfRequest, DispatcherOfApp, SettingsOfApp
 from service.api.errors import error_responses
 from service.api.generation_route import GenerationRoute, HeadersOfGeneration
+from service.api.model_names import card_of
 from service.api.parsing import RANDOM_SEEDS, parse_image_body
 from service.api.products import IMAGE
 from service.api.schemas import ImageBody
-from service.api.submission import card_of, submit
+from service.api.submission import submit
 from service.keys import Scope
 
 router = APIRouter(
@@ -44,7 +45,7 @@ async def create_image(
     A client that disconnects while it waits cancels its job, unless it gave an `Idempotency-Key` to come back with.
     """
     dispatcher.check_accepting()
-    card = card_of(body.model, dispatcher.cards, ImageCard)
+    card = card_of(body.model, dispatcher.cards, ImageCard, settings.model_aliases)
     caller.model = card.id
     seed = secrets.randbelow(RANDOM_SEEDS)
     order = parse_image_body(body, card, default_budget=settings.default_budget, random_seed=seed)

@@ -22,10 +22,11 @@ from service.api.generation_route import GenerationRoute, HeadersOfGeneration, j
 from service.api.image_checks import ImageChecks
 from service.api.input_image import decode_base64_image
 from service.api.json_body import too_long
+from service.api.model_names import card_of
 from service.api.parsing import RANDOM_SEEDS, parse_mesh_body
 from service.api.products import MESH
 from service.api.schemas import MeshBody
-from service.api.submission import card_of, submit
+from service.api.submission import submit
 from service.api.validation import shown
 from service.errors import UnsupportedMediaType
 from service.keys import Scope
@@ -92,7 +93,7 @@ async def create_mesh(
     A client that disconnects while it waits cancels its job, unless it gave an `Idempotency-Key` to come back with.
     """
     dispatcher.check_accepting()
-    card = card_of(body.model, dispatcher.cards, MeshCard)
+    card = card_of(body.model, dispatcher.cards, MeshCard, settings.model_aliases)
     caller.model = card.id
     file = await asyncio.to_thread(decode_base64_image, body.input_image)
     image_checks: ImageChecks = request.app.state.image_checks

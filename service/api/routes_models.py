@@ -2,12 +2,11 @@
 
 from fastapi import APIRouter, Depends
 
-from models.errors import UnknownModel
 from service.api.access import Access
-from service.api.dependencies import DispatcherOfApp
+from service.api.dependencies import DispatcherOfApp, SettingsOfApp
 from service.api.errors import error_responses
+from service.api.model_names import named_card
 from service.api.responses import ModelBody, ModelList
-from service.api.validation import shown
 from service.api.views import model_body
 from service.keys import Scope
 
@@ -25,8 +24,11 @@ async def list_models(dispatcher: DispatcherOfApp) -> ModelList:
 
 
 # No id has a slash, but the path converter lets us answer such an id with our own error.
-@router.get("/{model_id:path}", summary="One model", response_model_exclude_unset=True, responses=error_responses(404))
-async def show_model(model_id: str, dispatcher: DispatcherOfApp) -> ModelBody:
-    if model_id not in dispatcher.cards:
-        raise UnknownModel(f"there is no model {shown(model_id)}; loaded: {', '.join(dispatcher.cards)}")
-    return model_body(dispatcher.cards[model_id])
+@router.get(
+    "/{model_id:path}",
+    summary="One model, by its id or a name that stands for it",
+    response_model_exclude_unset=True,
+    responses=error_responses(404),
+)
+async def show_model(model_id: str, dispatcher: DispatcherOfApp, settings: SettingsOfApp) -> ModelBody:
+    return model_body(named_card(model_id, dispatcher.cards, settings.model_aliases))

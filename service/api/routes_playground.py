@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from fastapi import APIRouter, FastAPI
-from fastapi.responses import FileResponse
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
 _DIRECTORY = Path(__file__).parents[1] / "playground"
+_PAGE = (_DIRECTORY / "index.html").read_text(encoding="utf-8")
 _POLICY = "; ".join(
     (
         "default-src 'self'",
@@ -25,9 +26,10 @@ router = APIRouter(include_in_schema=False)
 
 
 @router.get("/")
-async def show_playground() -> FileResponse:
+async def show_playground(request: Request) -> HTMLResponse:
     """The page and its scripts need no key; their calls of the API do, if the server has keys."""
-    return FileResponse(_DIRECTORY / "index.html", headers={"Content-Security-Policy": _POLICY})
+    page = _PAGE.replace('="/', f'="{request.scope.get("root_path", "")}/')  # its links, from the path of this server
+    return HTMLResponse(page, headers={"Content-Security-Policy": _POLICY})
 
 
 def add_playground(app: FastAPI) -> None:

@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from models.file_formats import MeshFormat, OutputFormat
 from models.request import MIN_TARGET_FACES
+from service.api.validation import shown
 from service.budget import BudgetBody, ClosedBody, Number
 from service.jobs.job import Priority
 
@@ -33,8 +34,8 @@ Text = Annotated[str, AfterValidator(_check_unicode)]
 
 def _check_url_characters(value: str) -> str:
     """Refuse what no URL has. Parsers drop line breaks and tabs without a word, so that the URL called is another."""
-    if not re.fullmatch(r"[!-~]*", value):
-        message = "webhook_url has a space, a control character or one beyond ASCII; percent-encode it"
+    if (wrong := re.search(r"[^!-~]", value)) is not None:
+        message = f"webhook_url has the character {shown(wrong[0])}, which no URL has; percent-encode it"
         raise PydanticCustomError("unsupported", "{message}", {"message": message})
     return value
 
@@ -48,6 +49,8 @@ class QualityWord(StrEnum):
     LOW = "low"
     MEDIUM = "medium"
     HIGH = "high"
+    XHIGH = "xhigh"
+    MAX = "max"
     AUTO = "auto"
     STANDARD = "standard"
     HD = "hd"
@@ -59,15 +62,24 @@ class ResponseFormat(StrEnum):
     BINARY = "binary"
 
 
-def _unless(accepted: tuple[object, ...], message: str) -> BeforeValidator:
-    """Refuse all values but `accepted`, with `message`."""
+def _unless(name: str, accepted: tuple[object, ...], message: str) -> BeforeValidator:
+    """Refuse all values of the field `name` but `accepted`. The message begins with the value."""
 
     def check(value: object) -> object:
         if not any(value is accept or (isinstance(accept, str) and value == accept) for accept in accepted):
-            raise PydanticCustomError("unsupported", "{message}", {"message": message})
+            text = f"{name} {shown(value)} {message}"
+            raise PydanticCustomError("unsupported", "{message}", {"message": text})
         return value
 
     return BeforeValidator(check)
+
+
+def _check_seed(value: object) -> object:
+    """Elsewhere -1 asks for a random seed."""
+    if isinstance(value, int) and value < 0:
+        message = f"seed {shown(value)} is below 0; leave seed out for a random one"
+        raise PydanticCustomError("unsupported", "{message}", {"message": message})
+    return value
 
 
 class GenerationBody(ClosedBody):
@@ -79,7 +91,9 @@ class GenerationBody(ClosedBody):
         description="Denoise steps; the model has a default. The budget decides how many of them are computed; the "
         "others are forecast.",
     )
-    seed: Integer | None = Field(default=None, ge=0, le=MAX_SEED, description="Random if absent; always returned.")
+    seed: Annotated[Integer | None, BeforeValidator(_check_seed)] = Field(
+        default=None, ge=0, le=MAX_SEED, description="Random if absent; always returned."
+    )
     budget: BudgetBody | None = Field(default=None, description="Trades speed for quality; the server has a default.")
     priority: Priority | None = Field(
         default=None, description="Place in the queue and share of the device; normal by default."
@@ -98,7 +112,9 @@ class GenerationBody(ClosedBody):
         description="How many previews of the unfinished result the events have; needs stream or respond-async.",
     )
     response_format: ResponseFormat | None = Field(
-        default=None, description="b64_json by default; binary only for a single result."
+        default=None,
+        description="b64_json, unless the server has another default; always so in events. binary only for a single "
+        "result.",
     )
     webhook_url: UrlText | None = Field(
         default=None,
@@ -115,14 +131,16 @@ class ImageBody(GenerationBody):
     )
 
     model: Text | None = Field(
-        default=None, description="An id from /v1/models; the server's first image model by default."
+        default=None,
+        description="An id from /v1/models, or a name that the server's aliases map to one; if empty, the server's "
+        "first image model.",
     )
     prompt: str = Field(min_length=1, description="What the image shows. The model limits its number of characters.")
     negative_prompt: Text | None = Field(
         default=None,
-        description="What the image should not show; only with true classifier-free guidance. For models whose "
-        "`guidance` in /v1/models is true, that is a `guidance_scale` above 1, and this is empty by default. For other "
-        "models it is a `true_cfg_scale` above 1, which requires this field.",
+        description="What the image should not show; only with true classifier-free guidance, unless it is empty. For "
+        "models whose `guidance` in /v1/models is true, that is a `guidance_scale` above 1, and this is empty by "
+        "default. For other models it is a `true_cfg_scale` above 1, which requires this field.",
     )
     true_cfg_scale: Number | None = Field(
         default=None,
@@ -132,7 +150,7 @@ class ImageBody(GenerationBody):
         "`guidance` in /v1/models is true.",
     )
     n: Integer | None = Field(
-        default=None, ge=1, le=8, description="How many images, with the seeds seed, seed + 1, …; 1 by default."
+        default=None, ge=1, le=10, description="How many images, with the seeds seed, seed + 1, …; 1 by default."
     )
     size: Text | None = Field(
         default=None,
@@ -150,33 +168,48 @@ class ImageBody(GenerationBody):
     )
     quality: QualityWord | None = Field(
         default=None,
-        description="OpenAI's field instead of a budget. low is the preset draft, medium is fast, high is high, hd is "
-        "exact; auto and standard are the server's default budget.",
+        description="OpenAI's field instead of a budget. low is the preset draft, medium is fast, high is high; xhigh, "
+        "max and hd are exact; auto and standard are the server's default budget.",
     )
     output_format: OutputFormat | None = Field(default=None, description="png by default.")
     output_compression: Integer | None = Field(
         default=None,
         ge=0,
         le=100,
-        description="Quality of webp and jpeg files: 100 is the largest and best, default 95.",
+        description="Quality of webp and jpeg files: 100 is the largest and best, default 95. PNG files are always "
+        "lossless; for them it can be 100.",
     )
     metadata: StrictBool = Field(
         default=True,
         description="Whether PNG and WebP files carry prompt, seed, model and budget. JPEG files never do.",
     )
-    user: Text | None = Field(default=None, description="OpenAI's field; ignored.")
-    safety_identifier: Text | None = Field(default=None, description="OpenAI's field; ignored.")
-    background: Annotated[
-        Literal["auto", "opaque"] | None,
-        _unless(("auto", "opaque", None), "images are always opaque; omit background, or use 'opaque' or 'auto'"),
-    ] = Field(default=None, description="OpenAI's field; images are always opaque.")
+    steps: Integer | None = Field(default=None, ge=1, description="LobeChat's word for `num_inference_steps`.")
+    cfg: Number | None = Field(default=None, ge=0, le=100, description="LobeChat's word for `guidance_scale`.")
+    background: Literal["auto", "opaque", "transparent"] | None = Field(
+        default=None, description="OpenAI's field. Images are opaque: transparent is refused."
+    )
     moderation: Annotated[
         Literal["auto", "low"] | None,
-        _unless(("auto", "low", None), "moderation can be 'auto' or 'low'; this server does not filter at all"),
+        _unless("moderation", ("auto", "low", None), "is not 'auto' or 'low'; this server does not filter at all"),
     ] = Field(default=None, description="OpenAI's field; this server does not filter prompts or images.")
-    style: Annotated[
-        None, _unless((None,), "this server has no styles; omit style and describe the style in the prompt")
-    ] = Field(default=None, description="OpenAI's field; describe the style in the prompt instead.")
+    user: Text | None = Field(default=None, description="OpenAI's field; without effect.")
+    safety_identifier: Text | None = Field(default=None, description="OpenAI's field; without effect.")
+    style: Text | None = Field(
+        default=None, description="OpenAI's field; without effect. Describe the style in the prompt."
+    )
+    complexity: Text | None = Field(default=None, description="OpenAI's field; without effect.")
+    frame_count: Annotated[
+        Integer | None, _unless("frame_count", (1, None), "is not possible: images have one frame; try 1")
+    ] = Field(default=None, ge=1, le=1, description="OpenAI's field for animations, which this server does not make.")
+    frame_duration_ms: Annotated[
+        None, _unless("frame_duration_ms", (None,), "is not possible: images have one frame; leave it out")
+    ] = Field(default=None, description="OpenAI's field for animations, which this server does not make.")
+    svg: Annotated[
+        None, _unless("svg", (None,), "is not possible: this server makes png, webp and jpeg files; leave it out")
+    ] = Field(default=None, description="OpenAI's field for vector graphics, which this server does not make.")
+    markup: Annotated[
+        None, _unless("markup", (None,), "is not possible: this server reads no markup; leave it out")
+    ] = Field(default=None, description="OpenAI's field for marks on a picture, which this server does not read.")
 
 
 class MeshBody(GenerationBody):
@@ -187,14 +220,16 @@ class MeshBody(GenerationBody):
     )
 
     model: Text | None = Field(
-        default=None, description="An id from /v1/models; the server's first mesh model by default."
+        default=None,
+        description="An id from /v1/models, or a name that the server's aliases map to one; if empty, the server's "
+        "first mesh model.",
     )
     input_image: str = Field(
         min_length=1, description="The image of one object, as base64 or as a `data:` URL: PNG, JPEG or WebP."
     )
     remove_background: Annotated[
         Literal["auto"] | bool | None,
-        _unless(("auto", True, False, None), "remove_background can be 'auto', true or false"),
+        _unless("remove_background", ("auto", True, False, None), "is not 'auto', true or false"),
     ] = Field(
         default=None,
         description="Whether to cut the object out of a plain background. auto, the default, does so if the image has "

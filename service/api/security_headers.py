@@ -33,7 +33,9 @@ class SecurityHeaders:
                 headers = MutableHeaders(scope=message)
                 is_page = headers.get("content-type", "").startswith("text/html")
                 headers.setdefault("Content-Security-Policy", _PAGE_POLICY if is_page else _DATA_POLICY)
-                if scope["path"].startswith("/v1/"):  # jobs belong to one key; caches must not share them
+                if (
+                    scope["path"].removeprefix(scope.get("root_path", "")).startswith("/v1/")
+                ):  # jobs belong to one key; caches must not share them
                     headers.setdefault("Cache-Control", "no-store")
                 for name, value in SECURITY_HEADERS.items():
                     headers.setdefault(name, value)

@@ -4,13 +4,11 @@ import asyncio
 import hashlib
 import re
 import uuid
-from collections.abc import Mapping
-from typing import TypeVar
 
 from fastapi import Request
 
 from models.card import ModelCard
-from models.errors import InvalidRequest, UnknownModel
+from models.errors import InvalidRequest
 from service.api.caller import Caller, caller_of
 from service.api.generation_route import GenerationHeaders
 from service.api.schemas import GenerationBody, ResponseFormat
@@ -23,28 +21,10 @@ from service.scheduling.admission import Admission, Backlog, admit
 from service.settings import Settings
 from service.webhooks import check_webhook_url
 
-Card = TypeVar("Card", bound=ModelCard)
-
 # Printable ASCII, at most as long as every store can hold.
 _IDEMPOTENCY_KEY = re.compile(r"[\x20-\x7e]{1,255}")
 _ROOM_OF_HIGH = 1.25
 """The longest backlog in which an order of high priority is accepted, over that of all others."""
-
-
-def card_of(model: str | None, loaded: Mapping[str, ModelCard], card_type: type[Card]) -> Card:
-    """The card of `model`, or the first card of `card_type`. Raises UnknownModel, InvalidRequest for another type."""
-    cards = {name: card for name, card in loaded.items() if isinstance(card, card_type)}
-    kind = card_type.modality
-    if model is None:
-        if not cards:
-            raise UnknownModel(f"no {kind} model is loaded; loaded: {', '.join(loaded)}")
-        return next(iter(cards.values()))
-    if model in cards:
-        return cards[model]
-    if model in loaded:
-        able = f"try {', '.join(cards)}" if cards else f"no {kind} model is loaded"
-        raise InvalidRequest(f"model {shown(model)} makes no {kind}, but a {loaded[model].modality}; {able}", "model")
-    raise UnknownModel(f"there is no model {shown(model)}; loaded: {', '.join(loaded)}")
 
 
 async def submit(
@@ -64,7 +44,8 @@ async def submit(
     _check_answering(body, headers, settings)
     _check_trace(order, card, settings.max_trace_decisions)
     caller = caller_of(request.scope)
-    idempotency = await asyncio.to_thread(_idempotency, body, headers, caller, request.url.path)  # it hashes pictures
+    path = request.url.path.removeprefix(request.scope.get("root_path", ""))
+    idempotency = await asyncio.to_thread(_idempotency, body, headers, caller, path)  # it hashes pictures
     recorded = None if idempotency is None else await dispatcher.store.find(idempotency)
     if recorded is None:
         created_at = dispatcher.store.clock()
@@ -155,6 +136,8 @@ def _idempotency(body: GenerationBody, headers: GenerationHeaders, caller: Calle
     if key is None:
         return None
     if not _IDEMPOTENCY_KEY.fullmatch(key):
-        raise InvalidRequest("Idempotency-Key must have 1 to 255 printable ASCII characters", "Idempotency-Key")
+        raise InvalidRequest(
+            f"Idempotency-Key {shown(key)} must have 1 to 255 printable ASCII characters", "Idempotency-Key"
+        )
     asked = f"{path} {body.model_dump_json(exclude_unset=True)}"
     return Idempotency(caller.owner or "", key, hashlib.sha256(asked.encode()).hexdigest())

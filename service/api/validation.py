@@ -23,8 +23,9 @@ def _message(error: Mapping[str, Any], name: str) -> str:
     match error["type"]:
         case "missing":
             return f"{name} is required"
-        case "extra_forbidden":
-            return f"unknown field {cut(name)}"
+        case "unknown_field":
+            hint = f"; did you mean {limits['nearest']}?" if limits["nearest"] else ""
+            return f"unknown field {cut(name)}{hint}"
         case "less_than_equal":
             return f"{name} {given} is above {limits['le']}; try {limits['le']}"
         case "greater_than_equal":

@@ -14,6 +14,7 @@ from service.api.responses import (
     CurvePointBody,
     DecisionBody,
     DefaultsBody,
+    InputTokensBody,
     LimitsBody,
     MeshReportBody,
     ModelBody,
@@ -22,6 +23,7 @@ from service.api.responses import (
     SecondsBody,
     SizesBody,
     StepsBody,
+    UsageBody,
 )
 from service.jobs.job import Receipt
 
@@ -79,6 +81,19 @@ def _merged(receipts: Sequence[Receipt]) -> ReceiptBody:
         batch_size_mean=fmean(receipt.batch_size_mean for receipt in receipts),
         degraded=receipts[0].is_degraded,
         deadline_met=None if receipts[0].deadline_met is None else all(receipt.deadline_met for receipt in receipts),
+    )
+
+
+def usage_body(receipts: Iterable[Receipt]) -> UsageBody:
+    """The tokens of all these images."""
+    counts = [receipt.summary.tokens for receipt in receipts]
+    text, pictures = sum(tokens.prompts for tokens in counts), sum(tokens.pictures for tokens in counts)
+    latents = sum(tokens.latents for tokens in counts)
+    return UsageBody(
+        input_tokens=text + pictures,
+        input_tokens_details=InputTokensBody(image_tokens=pictures, text_tokens=text),
+        output_tokens=latents,
+        total_tokens=text + pictures + latents,
     )
 
 

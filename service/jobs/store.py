@@ -21,7 +21,10 @@ from service.jobs.job import Failure, FinishedJob, Job, JobSnapshot, JobStatus, 
 _POLL_S = 1.0
 # How long `follow` retries an unreachable store.
 _RETRY_S = 60.0
-_BEGINNING = "0-0"
+BEGINNING = "0-0"
+"""Before the first event of any job."""
+END_ALONE = "0-1"
+"""The id of a job's end once its events have been deleted; no other event has it."""
 EVENTS_TTL_S = 300.0
 """How long the events of an ended job are kept. Their previews may have megabytes, and nobody counts these."""
 WEBHOOK_HELD_S = 60.0
@@ -89,17 +92,26 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """Preview `number` of the unfinished result of request `index`, as an encoded `file`."""
+    """Preview `number` of the unfinished result of request `index`, as an encoded `file`.
+
+    `created_at` is in Unix seconds.
+    """
 
     claim: Claim
     index: int
     number: int
     file: bytes
+    created_at: float
 
     @property
     def event_data(self) -> dict[str, Any]:
         b64_json = base64.b64encode(self.file).decode("ascii")
-        return {"b64_json": b64_json, "partial_image_index": self.number, "index": self.index}
+        return {
+            "b64_json": b64_json,
+            "partial_image_index": self.number,
+            "index": self.index,
+            "created_at": int(self.created_at),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +229,7 @@ class JobStore(Protocol):
         ...
 
     async def events(self, job_id: str, after: str) -> list[Event]:
-        """The events of a job after the event `after`; "0-0" is before the first. Raises JobNotFound."""
+        """The events of a job after the event `after`. Raises JobNotFound."""
         ...
 
     async def live_jobs(self) -> list[JobSnapshot]:
@@ -260,7 +272,7 @@ class Changes:
                 del self._waiting[job_id]
 
 
-async def follow(store: JobStore, job_id: str, after: str = _BEGINNING) -> AsyncIterator[Event]:
+async def follow(store: JobStore, job_id: str, after: str = BEGINNING) -> AsyncIterator[Event]:
     """The events of a job after the event `after`, as they happen, up to its end. Raises JobNotFound.
 
     Retries an unreachable store for a minute, then raises StoreUnavailable.
@@ -273,8 +285,8 @@ async def follow(store: JobStore, job_id: str, after: str = _BEGINNING) -> Async
             try:
                 events = await store.events(job_id, after)
                 if not events and has_ended:
-                    if after == _BEGINNING:  # its events have been deleted
-                        yield Event("0-1", EventName.ENDED, {"status": (await store.get(job_id)).state.status})
+                    if after == BEGINNING:  # its events have been deleted
+                        yield Event(END_ALONE, EventName.ENDED, {"status": (await store.get(job_id)).state.status})
                     return
                 # The next round reads the event of an end that came between the two calls.
                 has_ended = not events and (await store.get(job_id)).state.status.is_terminal

@@ -13,7 +13,8 @@ class ApiError extends Error {}
 async function call(path, options = {}) {
   const key = byId("api_key").value;
   const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
-  const response = await fetch(path, { ...options, headers });
+  const url = new URL(`..${path}`, import.meta.url); // the API may be below a path
+  const response = await fetch(url, { ...options, headers });
   if (response.ok) return response;
   const answer = await response.json().catch(() => null);
   throw new ApiError(answer?.error?.message ?? `${response.status} ${response.statusText}`);
@@ -36,13 +37,16 @@ async function* eventsOf(response) {
   }
 }
 
+/** Several images of a call have an event each; the last of them has the whole result. */
+const isResult = (event) => event.type.endsWith(".completed") && event.data;
+
 async function generate(path, body, signal, show) {
   const headers = { "Content-Type": "application/json" };
   const response = await call(path, { method: "POST", body: JSON.stringify(body), headers, signal });
   for await (const event of eventsOf(response)) {
     if (event.type === "error") throw new ApiError(event.error.message);
     show(event);
-    if (event.type.endsWith(".completed")) return;
+    if (isResult(event)) return;
   }
   throw new ApiError("The connection was lost before the result arrived.");
 }
@@ -87,7 +91,7 @@ function showBudget() {
 
 function showModel() {
   const model = chosenModel();
-  if (model.modality === "mesh") import("/playground/vendor/model-viewer.min.js"); // large, and only meshes need it
+  if (model.modality === "mesh") import("./vendor/model-viewer.min.js"); // large, and only meshes need it
   for (const part of form.querySelectorAll("[data-modality]")) part.hidden = part.dataset.modality !== model.modality;
   for (const part of form.querySelectorAll("[data-guidance]")) part.hidden = part.dataset.guidance !== model.guidance;
   byId("about").textContent = `${model.family}, licence ${model.license}`;
@@ -214,7 +218,7 @@ class Run {
         `computed step ${event.step} of ${event.num_computed_steps}, ${percent(event.compute_ratio)} of the full compute${left}`;
     } else if (event.type === "job.started") {
       this.part(".status").textContent = "running";
-    } else if (event.type.endsWith(".completed")) {
+    } else if (isResult(event)) {
       this.showArtifact(event.data[0].b64_json, "result");
       this.showReceipt(event.receipt, event.data[0].seed);
       this.part(".status").textContent = event.id;

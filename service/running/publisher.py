@@ -230,7 +230,7 @@ class Publisher:
         except Exception:
             logger.exception("a preview failed", extra=log_fields(job))
         else:
-            self._report(Preview(pending.claim, pending.index, pending.number, file))
+            self._report(Preview(pending.claim, pending.index, pending.number, file, self._clock()))
 
     def _succeed(self, claim: Claim, encoded: list[_Encoded]) -> None:
         try:

@@ -18,6 +18,7 @@ from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Route, expect, sync_playwright
 
 from tests.fixtures.forked_server import ForkedElasticDit
+from tests.fixtures.reverse_proxy import ReverseProxy
 
 ROOT = Path(__file__).parents[2]
 GENERATION_MS = 120_000
@@ -280,3 +281,22 @@ def test_server_with_keys_asks_for_one(own_server: Callable[..., ForkedElasticDi
     page.get_by_label("Also generate the exact result").uncheck()
     generate(page)
     receipt_of(page.locator("article"))
+
+
+def test_page_works_below_a_path(own_server: Callable[..., ForkedElasticDit], page: Page) -> None:
+    with ReverseProxy("/tools/images", strips=True) as proxy:
+        server = own_server(ELASTIC_PUBLIC_URL=proxy.url, ELASTIC_MODELS="tiny-flux,tiny-hunyuan3d")
+        proxy.upstream = urlsplit(server.url).netloc
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(urlsplit(request.url).path))
+        with page.expect_response("**/model-viewer.min.js") as viewer:
+            opened(page, proxy.url, "tiny-hunyuan3d")
+        assert viewer.value.ok
+        page.get_by_label("Model").select_option("tiny-flux")
+        page.locator("#preset").select_option("draft")
+        page.get_by_label("Also generate the exact result").uncheck()
+        generate(page)
+        receipt_of(page.locator("article"))
+        assert all(path.startswith("/tools/images") for path in asked if path.startswith("/"))
+        page.get_by_role("link", name="API").click()
+        expect(page.get_by_text("/v1/images/generations")).to_be_visible(timeout=GENERATION_MS)

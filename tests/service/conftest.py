@@ -27,7 +27,7 @@ from models.errors import EmptySurface, InvalidRequest
 from models.file_formats import MeshFormat
 from models.mesh.cleanup import CleanMesh, clean
 from models.mesh.surface import FieldSamples, Mesh
-from models.report import BlockReport, Decision, GenerationSummary, StepDecision, StepReport
+from models.report import BlockReport, Decision, GenerationSummary, StepDecision, StepReport, TokenCounts
 from models.request import ImageRequest, LatencyBudget, MeshRequest, QualityBudget
 from models.rules.dense import DensePolicy
 from models.rules.router import RouterPolicy
@@ -197,6 +197,7 @@ class DrawnState:
             num_steps_forecast=num_forecast,
             is_calibrated=point.is_calibrated,
             decisions=decisions if self.request.wants_trace else None,
+            tokens=_tokens(self.request),
         )
 
 
@@ -295,6 +296,14 @@ class DrawnEngine:
 def _ball(subdivisions: int, target_faces: int | None) -> CleanMesh:
     ball = trimesh.creation.icosphere(subdivisions=subdivisions)
     return clean(Mesh(ball.vertices.astype(np.float32), ball.faces.astype(np.int32)), target_faces)
+
+
+def _tokens(request: ImageRequest | MeshRequest) -> TokenCounts:
+    """A token for each word of the prompt, and for each square of 16 pixels."""
+    if isinstance(request, MeshRequest):
+        return TokenCounts(latents=64)
+    words = f"{request.prompt} {request.negative_prompt or ''}".split()
+    return TokenCounts(len(words), 0, request.height * request.width // 256)
 
 
 def _prompt(request: ImageRequest | MeshRequest) -> str:

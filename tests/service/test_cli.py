@@ -32,7 +32,10 @@ from service.settings import Settings
         (["generate", "--prompt", "a", "--model", ".", "--budget", "quick"], "budget.preset 'quick' is not one of"),
         (["generate", "--prompt", "a", "--model", ".", "--budget", "quality=2"], "budget.quality 2.0 is above 1"),
         (["generate", "--prompt", "a", "--model", ".", "--budget", "speed=2"], "unknown field budget.speed"),
-        (["generate", "--prompt", "a", "--model", ".", "--seed", "-1"], "seed -1 is below 0; try 0"),
+        (
+            ["generate", "--prompt", "a", "--model", ".", "--seed", "-1"],
+            "seed -1 is below 0; leave seed out for a random one",
+        ),
     ],
 )
 def test_bad_arguments_are_one_line_and_exit_code_2(

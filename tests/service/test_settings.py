@@ -4,6 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from service.budget import BudgetBody
+from service.cli import main
 from service.errors import BadConfiguration
 from service.settings import Settings, load_settings
 
@@ -38,6 +39,37 @@ def test_environment_has_lists_and_objects(monkeypatch: pytest.MonkeyPatch) -> N
     settings = load_settings()
     assert settings.models == (Path("checkpoints/a"), Path("checkpoints/b"))
     assert settings.default_budget.compute_ratio == 0.5
+
+
+@pytest.mark.parametrize(
+    "text", ["gpt-*=tiny-flux, dall-e-*=tiny-qwen-image", '{"gpt-*": "tiny-flux", "dall-e-*": "tiny-qwen-image"}']
+)
+def test_aliases_are_pairs_or_json(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = {"gpt-*": "tiny-flux", "dall-e-*": "tiny-qwen-image"}
+    monkeypatch.setenv("ELASTIC_MODEL_ALIASES", text)
+    assert load_settings().model_aliases == expected
+    monkeypatch.delenv("ELASTIC_MODEL_ALIASES")
+    assert load_settings().model_aliases == {}
+    table = tmp_path / "aliases.toml"
+    table.write_text('[model_aliases]\n"gpt-*" = "tiny-flux"\n"dall-e-*" = "tiny-qwen-image"\n')
+    assert load_settings(table).model_aliases == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gpt-*=tiny-Flux", "model_aliases gpt-*=tiny-Flux names none of the models: tiny-flux, tiny-qwen-image"),
+        ("gpt-*", "'gpt-*' is not pattern=model"),
+        ('{"gpt-*": 5}', "valid string"),
+        ('{"gpt-*"', "delimiter"),
+    ],
+)
+def test_alias_of_no_model_stops_the_start(
+    text: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ELASTIC_MODEL_ALIASES", text)
+    assert main(["serve"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_mistakes_are_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,11 +97,12 @@ class StreamEvent:
 
     @property
     def is_last(self) -> bool:
-        return self.name.endswith("_generation.completed")
+        """Whether it has the whole result. The events before it may have finished images of the same job."""
+        return self.name.endswith(".completed") and "data" in self.data
 
     @property
     def file(self) -> bytes | None:
-        """The image or mesh in the event: a preview, or the first artifact of the result."""
+        """The image or mesh in the event: a preview, or an artifact, whose place in the job is `data["index"]`."""
         return base64.b64decode(self.data["b64_json"]) if "b64_json" in self.data else None
 
     @property
@@ -135,7 +136,8 @@ def _generation_call(path: str, fields: Mapping[str, Any]) -> Call:
         raise ValueError(
             f"{', '.join(sorted(own))}: the client sets this field; call generate, stream or submit instead"
         )
-    return Call("POST", path, fields, {"Idempotency-Key": str(uuid.uuid4())}, silence_s=None)
+    body = {**fields, "response_format": "b64_json"}  # a server may have another default
+    return Call("POST", path, body, {"Idempotency-Key": str(uuid.uuid4())}, silence_s=None)
 
 
 def submitting(call: Call) -> Call:

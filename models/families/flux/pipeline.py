@@ -115,7 +115,9 @@ class FluxFamily(ImageFamily):
             guidance = torch.full([1], request.guidance_scale, device=transformer.device, dtype=torch.float32)
         # The embedded prompt does not change with the step, so it is computed once.
         context = transformer.context_embedder(prompt_embeds.to(transformer.device, transformer.dtype))
-        return BranchInputs(context, pooled.to(transformer.device, transformer.dtype), guidance)
+        return BranchInputs(
+            context, pooled.to(transformer.device, transformer.dtype), guidance, num_prompt_tokens=count
+        )
 
     def prologue(self, states: Sequence[DenoiseState]) -> FluxStreams:
         latents, times = self._latents_and_times(states)

@@ -140,7 +140,7 @@ class QwenImageFamily(ImageFamily):
         )
         # The embedded prompt does not change with the step, so it is computed once.
         context = adapter.embed_prompt(transformer, prompt_embeds.to(transformer.device, transformer.dtype))
-        return BranchInputs(context)
+        return BranchInputs(context, num_prompt_tokens=count)
 
     def _seen(self, pictures: Sequence[Image.Image]) -> Mapping[str, Any]:
         """The pipeline's argument for the pictures that its text encoder looks at."""

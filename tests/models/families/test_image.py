@@ -9,6 +9,7 @@ import torch
 
 from models.curve import EXACT
 from models.families.image import ImageFamily
+from models.report import TokenCounts
 from models.request import ImageRequest
 from models.state import DenoiseState
 
@@ -51,6 +52,16 @@ def test_each_branch_is_a_row_with_inputs_of_its_own(family: ImageFamily, ask: A
         assert [row.branch for row in state.rows] == branches
         assert len(state.inputs) == len(branches)
         assert len({part.context.sum().item() for part in state.inputs}) == len(branches)
+
+
+def test_tokens_are_those_of_the_prompts_and_of_the_latents(family: ImageFamily, ask: Ask, guided: Guided) -> None:
+    def tokens(prompt: str, **fields: Any) -> TokenCounts:
+        return family.start(ask(prompt=prompt, width=96, height=64, **fields), (EXACT,), EXACT).summary().tokens
+
+    short, long = tokens("red"), tokens("a red circle above a blue square")
+    assert (short.latents, short.pictures) == (24, 0)
+    assert 0 < short.prompts < long.prompts
+    assert tokens("red", **guided("red")).prompts == 2 * short.prompts
 
 
 def test_dense_compute_is_the_sum_over_branches_and_blocks(family: ImageFamily, ask: Ask, guided: Guided) -> None:

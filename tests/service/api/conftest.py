@@ -18,7 +18,9 @@ from service.api.connections import BoundedServer, ServerConfig
 from service.api.dependencies import CallerOfRequest
 from service.api.errors import add_error_handlers
 from service.api.middlewares import Middlewares
+from service.app import create_app
 from service.keys import Scope
+from service.running.dispatcher import Dispatcher
 from service.settings import Settings
 
 
@@ -93,5 +95,29 @@ def listen(build_small_app: Callable[[Settings], FastAPI]) -> Iterator[Callable[
             stack.callback(thread.join, 20)
             stack.callback(setattr, server, "should_exit", True)
             return stack.enter_context(socket.create_connection(door.getsockname(), timeout=20))
+
+        yield start
+
+
+@pytest.fixture
+def door() -> Iterator[socket.socket]:
+    """A listening socket, whose address is known before a server has it."""
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        yield door
+
+
+@pytest.fixture
+def serve(
+    door: socket.socket, make_dispatcher: Callable[[Settings], Dispatcher]
+) -> Iterator[Callable[[Settings], None]]:
+    """Serve the real application, with the engine that draws images from seeds, on the door."""
+    with contextlib.ExitStack() as stack:
+
+        def start(settings: Settings) -> None:
+            server = BoundedServer(ServerConfig(create_app(settings, make_dispatcher(settings)), settings))
+            thread = Thread(target=asyncio.run, args=(server.serve(sockets=[door]),))
+            thread.start()
+            stack.callback(thread.join, 20)
+            stack.callback(setattr, server, "should_exit", True)
 
         yield start

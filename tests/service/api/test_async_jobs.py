@@ -152,6 +152,15 @@ def test_openai_client_streams_unchanged(client: TestClient) -> None:
     assert Image.open(BytesIO(base64.b64decode(events[-1].b64_json))).size == (64, 64)
 
 
+def test_openai_client_streams_several_images(client: TestClient) -> None:
+    sdk: Any = openai.OpenAI(base_url="http://testserver/v1", api_key="none", http_client=client)
+    whole = sdk.images.generate(prompt="a", n=3, extra_body={"seed": 5})
+    stream = sdk.images.generate(prompt="a", n=3, stream=True, extra_body={"seed": 5})
+    events = [event for event in stream if event.type == "image_generation.completed"]
+    assert [event.b64_json for event in events] == [image.b64_json for image in whole.data]
+    assert sum(event.usage.total_tokens for event in events) == whole.usage.total_tokens
+
+
 def test_stream_with_urls_holds_no_files(client: TestClient) -> None:
     result = events_of(client.post("/v1/images", json={**PROMPT, "stream": True, "response_format": "url"}))[-1][2]
     assert "b64_json" not in result

@@ -9,6 +9,7 @@ import pytest
 from fastapi.testclient import TestClient
 from starlette.types import Message
 
+from service.api.connections import BoundedProtocol
 from service.app import create_app
 from service.keys import Scope, new_key
 from service.running.dispatcher import Dispatcher
@@ -16,6 +17,7 @@ from service.settings import Settings
 from tests.fixtures.waiting import wait_until
 
 PATH = "/v1/images/generations"
+NUM_BYTES = 8_000_000
 HEAD = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
@@ -73,7 +75,7 @@ def test_body_of_two_lengths_is_refused(line: str, listen: Callable[[Settings], 
 
 
 def test_endless_body_is_cut_off(listen: Callable[[Settings], socket.socket]) -> None:
-    connection = listen(Settings(max_body_bytes=20_000))
+    connection = listen(Settings(max_body_bytes=20_000, body_timeout_s=0.3))
     connection.sendall(f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode())
     assert drip(connection, b"1000\r\n" + b"x" * 0x1000 + b"\r\n", seconds=20) < 10
 
@@ -83,7 +85,7 @@ def test_endless_body_is_cut_off(listen: Callable[[Settings], socket.socket]) ->
 def test_body_that_no_route_reads_is_cut_off(
     length: str, line: str, listen: Callable[[Settings], socket.socket]
 ) -> None:
-    connection = listen(Settings())
+    connection = listen(Settings(body_timeout_s=0.3))
     connection.sendall(f"{line} HTTP/1.1\r\nHost: localhost\r\n{length}\r\n\r\n".encode())
     assert drip(connection, b"1000\r\n" + b"x" * 0x1000 + b"\r\n", seconds=20) < 10
 
@@ -110,6 +112,52 @@ def test_body_without_a_valid_key_is_not_waited_for(listen: Callable[[Settings],
     connection = listen(Settings(api_keys=f"[{entry.model_dump_json()}]"))
     connection.sendall(f"{HEAD}Content-Length: 15000\r\n\r\n".encode())
     assert read_all(connection).startswith("HTTP/1.1 401")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ("Authorization: Bearer wrong", 401),
+        ("Sec-Fetch-Site: cross-site", 403),
+        ("Authorization: Bearer {secret}", 413),
+        ("Authorization: Bearer {secret}\r\nConnection: close", 413),
+    ],
+)
+def test_client_that_sends_its_whole_body_first_gets_the_answer(
+    headers: str, status: int, listen: Callable[[Settings], socket.socket]
+) -> None:
+    """Closing a connection with unread bytes resets it, and the client may lose the answer that it has not read yet."""
+    secret, entry = new_key("a", [Scope.GENERATE])
+    connection = listen(Settings(api_keys=f"[{entry.model_dump_json()}]"))
+    connection.sendall(f"{HEAD}{headers.format(secret=secret)}\r\nContent-Length: {NUM_BYTES}\r\n\r\n".encode())
+    connection.sendall(bytes(NUM_BYTES))
+    answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answer.startswith(f"HTTP/1.1 {status}".encode())
+    assert answer.endswith(b"}}")
+
+
+@pytest.mark.parametrize(
+    ("path", "media_type", "status"), [("/v1/images", "text/plain", 415), ("/v1/nowhere", "application/json", 404)]
+)
+def test_long_body_that_no_route_reads_is_answered(
+    path: str, media_type: str, status: int, door: socket.socket, serve: Callable[[Settings], None]
+) -> None:
+    serve(Settings())
+    with contextlib.closing(HTTPConnection(*door.getsockname())) as client:
+        client.request("POST", path, bytes(NUM_BYTES), {"Content-Type": media_type})
+        with client.getresponse() as response:
+            assert response.status == status
+            assert b'"error"' in response.read()
+
+
+def test_only_so_many_bytes_are_read_after_an_answer(
+    listen: Callable[[Settings], socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BoundedProtocol, "_bytes_to_drain", 1_000_000)
+    connection = listen(Settings())
+    connection.sendall(f"{HEAD}Content-Length: {2**40}\r\n\r\n".encode())
+    with pytest.raises(ConnectionError):
+        connection.sendall(bytes(50 * NUM_BYTES))
 
 
 @pytest.mark.anyio

@@ -103,6 +103,15 @@ def test_new_connection_takes_the_place_of_the_one_that_has_waited_longest(liste
         assert ask(first) == b""
 
 
+def test_new_connection_takes_the_place_of_one_that_sends_after_its_answer(listen: Listen) -> None:
+    first = listen(Settings(max_connections=1, max_body_bytes=10))
+    first.sendall(POST + b"Content-Length: 1000\r\n\r\n")
+    assert read_all(first).startswith(b"HTTP/1.1 413")
+    first.sendall(b"x")  # it could go on for long
+    with connect(first) as second:
+        assert ask(second) == b"HTTP/1.1 200 OK"
+
+
 def test_connection_beyond_the_limit_is_refused_if_all_are_at_work(listen: Listen) -> None:
     first = listen(Settings(max_connections=1))
     first.sendall(POST + b"Content-Length: 15\r\nExpect: 100-continue\r\n\r\n")

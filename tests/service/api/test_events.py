@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
 
 from models.report import GenerationSummary
 from service.api.events import event_stream
+from service.api.job_views import result_body
+from service.api.links import Links
 from service.api.schemas import ResponseFormat
 from service.jobs.job import Failure, FailureReason, Job, JobStatus, Receipt, StageSeconds
 from service.jobs.store import Claim, Ending, Preview, Progress
@@ -35,14 +38,14 @@ class Bench:
         assert claim is not None
         return claim
 
-    async def succeed(self, claim: Claim) -> None:
-        receipt = Receipt(self.summary, 0.9, StageSeconds(0.1, 0.2, 0.3, 0.4, 1.0), 1.0)
-        ending = Ending(claim, JobStatus.SUCCEEDED, receipts=(receipt,), artifacts=(b"image",))
+    async def succeed(self, claim: Claim, *artifacts: bytes) -> None:
+        receipts = (Receipt(self.summary, 0.9, StageSeconds(0.1, 0.2, 0.3, 0.4, 1.0), 1.0),) * len(claim.job.requests)
+        ending = Ending(claim, JobStatus.SUCCEEDED, receipts=receipts, artifacts=artifacts or (b"image",))
         await self.dispatcher.store.end(ending)
 
     def stream(self, job: Job, **options: Any) -> Any:
         """An iterator over the parts of the stream."""
-        response = event_stream(job, self.dispatcher, "http://test", **options)
+        response = event_stream(job, self.dispatcher, Links("http://test", None), **options)
         return response.body_iterator
 
     async def events(self, job: Job, **options: Any) -> list[tuple[str | None, str, dict[str, Any]]]:
@@ -66,7 +69,7 @@ def bench(make_dispatcher: Callable[[Settings], Dispatcher], summary: Generation
 async def test_events_have_public_names_and_the_job(bench: Bench, make_job: MakeJob) -> None:
     claim = await bench.claimed(make_job("a"))
     await bench.dispatcher.store.record(Progress(claim, 2, 4, 0.5, 1.5))
-    await bench.dispatcher.store.add_preview(Preview(claim, 0, 0, b"small"))
+    await bench.dispatcher.store.add_preview(Preview(claim, 0, 0, b"small", 5.5))
     await bench.succeed(claim)
     events = await bench.events(claim.job)
     assert [name for _, name, _ in events] == [
@@ -78,6 +81,36 @@ async def test_events_have_public_names_and_the_job(bench: Bench, make_job: Make
     result = events[4][2]
     assert result["b64_json"] == result["data"][0]["b64_json"] == base64.b64encode(b"image").decode()
     assert result["receipt"]["quality_applied"] == 0.8
+    assert (events[3][2]["created_at"], events[3][2]["output_format"]) == (5, "png")
+    assert ImageGenPartialImageEvent.model_validate(events[3][2], strict=True)
+    assert ImageGenCompletedEvent.model_validate(result, strict=True)
+
+
+async def test_each_image_is_completed_by_an_event_and_the_last_one_has_the_whole_result(
+    bench: Bench, make_job: MakeJob
+) -> None:
+    claim = await bench.claimed(make_job("a", seeds=(3, 4)))
+    await bench.succeed(claim, b"one", b"two")
+    *before, first, last = await bench.events(claim.job)
+    completed = [data for _, name, data in (first, last) if name == "image_generation.completed"]
+    assert [(data["index"], data["seed"]) for data in completed] == [(0, 3), (1, 4)]
+    assert [base64.b64decode(data["b64_json"]) for data in completed] == [b"one", b"two"]
+    assert all(ImageGenCompletedEvent.model_validate(data, strict=True) for data in completed)
+    # Only the last has what our clients wait for, and an id: who comes back after the first gets both again.
+    assert "data" not in completed[0]
+    assert [file["seed"] for file in completed[1]["data"]] == [3, 4]
+    assert (first[0], last[0]) == (None, "3-0")
+    assert await bench.events(claim.job, after=before[-1][0]) == [first, last]
+    # Together they count what the answer without a stream counts.
+    whole = result_body(await bench.dispatcher.store.content("a"), None, Links("", None)).model_dump()["usage"]
+    assert whole["total_tokens"] == sum(data["usage"]["total_tokens"] for data in completed) > 0
+
+
+async def test_events_of_a_mesh_have_no_usage(bench: Bench, make_mesh_job: MakeJob) -> None:
+    claim = await bench.claimed(make_mesh_job("a"))
+    await bench.succeed(claim)
+    _, name, result = (await bench.events(claim.job))[-1]
+    assert (name, result["octree_resolution"], "usage" in result) == ("mesh_generation.completed", 32, False)
 
 
 async def test_stream_begins_after_the_event_that_the_client_has(bench: Bench, make_job: MakeJob) -> None:

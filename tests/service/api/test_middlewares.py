@@ -78,9 +78,59 @@ def test_allowed_origins_may_call(build_small_app: Callable[[Settings], FastAPI]
         refused = client.post(PATH, json={"prompt": "a"}, headers=ORIGIN)
         assert refused.status_code == 401  # which a page must be able to read
         assert refused.headers["access-control-allow-origin"] == ORIGIN["Origin"]
-        assert "x-request-id" in refused.headers["access-control-expose-headers"].lower()
         other = client.options(PATH, headers=PREFLIGHT | {"Origin": "https://other.example"})
         assert other.status_code == 400
+
+
+# What browsers say of a call with each SDK, and of one that a tracer has added its headers to.
+SENT_HEADERS = (
+    "authorization,content-type,idempotency-key,openai-organization,openai-project,x-stainless-arch,x-stainless-lang,"
+    "x-stainless-os,x-stainless-package-version,x-stainless-retry-count,x-stainless-runtime,x-stainless-runtime-version,"
+    "x-stainless-timeout",
+    "authorization,http-referer,x-title",
+    "baggage,content-type,sentry-trace,traceparent,tracestate",
+    "cache-control,last-event-id",
+    "prefer,x-request-id",
+)
+
+
+@pytest.mark.parametrize("names", SENT_HEADERS)
+@pytest.mark.parametrize("origins", [(ORIGIN["Origin"],), ("*",)])
+def test_pages_of_allowed_origins_may_send_any_header(
+    names: str, origins: tuple[str, ...], build_small_app: Callable[[Settings], FastAPI]
+) -> None:
+    asked = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": names,
+        "Access-Control-Request-Private-Network": "true",  # Chromium's, of a public page that calls localhost
+    }
+    with TestClient(build_small_app(Settings(cors_origins=origins))) as client:
+        preflight = client.options(PATH, headers=ORIGIN | asked)
+    assert preflight.status_code == 200
+    assert preflight.headers["access-control-allow-origin"] == origins[0]
+    assert {"GET", "HEAD", "POST", "DELETE"} <= set(preflight.headers["access-control-allow-methods"].split(", "))
+    assert set(names.split(",")) <= set(preflight.headers["access-control-allow-headers"].split(","))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "key", "status"), [("a", "", 200), ("a", "wrong", 401), ("break", "", 500), ("long" * 9000, "", 413)]
+)
+def test_pages_of_allowed_origins_may_read_every_answer(
+    prompt: str, key: str, status: int, build_small_app: Callable[[Settings], FastAPI]
+) -> None:
+    secret, entry = new_key("a", [Scope.GENERATE])
+    settings = Settings(
+        cors_origins=(ORIGIN["Origin"],), api_keys=f"[{entry.model_dump_json()}]", max_body_bytes=20_000
+    )
+    with TestClient(build_small_app(settings), raise_server_exceptions=False) as client:
+        answer = client.post(
+            PATH, json={"prompt": prompt}, headers=ORIGIN | {"Authorization": f"Bearer {key or secret}"}
+        )
+    assert answer.status_code == status
+    assert answer.headers["access-control-allow-origin"] == ORIGIN["Origin"]
+    # All of them: the name * holds for calls without cookies, the only ones that are allowed.
+    assert answer.headers["access-control-expose-headers"] == "*"
+    assert "access-control-allow-credentials" not in answer.headers
 
 
 def test_origins_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from models.request import Budget, ImageRequest, PresetBudget, QualityBudget
 from service.api.parsing import nearest_size, parse_image_body
 from service.api.schemas import ImageBody
 from service.budget import BudgetBody
-from service.order import Order, Output
+from service.order import Order, Output, QualityLevel
 
 DEFAULT = QualityBudget(0.9)
 DEFAULT_BODY = BudgetBody(quality=0.9, min_quality=0.7)
@@ -91,6 +91,8 @@ def test_size_has_two_forms(fields: dict[str, Any], size: tuple[int, int], drawn
         ("low", PresetBudget(Preset.DRAFT)),
         ("medium", PresetBudget(Preset.FAST)),
         ("high", PresetBudget(Preset.HIGH)),
+        ("xhigh", PresetBudget(Preset.EXACT)),
+        ("max", PresetBudget(Preset.EXACT)),
         ("hd", PresetBudget(Preset.EXACT)),
         ("auto", DEFAULT),
         ("standard", DEFAULT),
@@ -107,7 +109,7 @@ def test_openai_words_are_budgets(word: str, budget: Budget, drawn_card: ImageCa
         ({"size": "1000x64"}, "width 1000 is not a multiple of 16; try 992", "size"),
         ({"size": "2000x64"}, "width 2000 is not within 32 to 1024; try 1024", "size"),
         ({"width": -5, "height": 64}, "width -5 is not within 32 to 1024; try 32", "width"),
-        ({"size": "64 x 64"}, "WIDTHxHEIGHT in pixels or auto, such as 64x64", "size"),
+        ({"size": "64 x 64"}, "size '64 x 64' is not WIDTHxHEIGHT in pixels or auto, such as 64x64", "size"),
         ({"size": "64x96", "width": 96, "height": 64}, "disagree", "size"),
         ({"size": "auto", "width": 96, "height": 64}, "disagree", "size"),
         ({"width": 96}, "height is missing", "height"),
@@ -115,10 +117,17 @@ def test_openai_words_are_budgets(word: str, budget: Budget, drawn_card: ImageCa
         ({"num_inference_steps": 51}, "above the limit of drawn; try 50", "num_inference_steps"),
         ({"n": 2, "seed": 2**63 - 1}, f"try {2**63 - 2}", "seed"),
         ({"prompt": "x" * 201}, "has 201 characters; drawn takes at most 200", "prompt"),
+        ({"negative_prompt": "blue"}, "negative_prompt 'blue' cannot be used here", "negative_prompt"),
         ({"negative_prompt": "blue"}, "set true_cfg_scale above 1, not 1", "negative_prompt"),
         ({"true_cfg_scale": 2}, "needs a negative_prompt", "negative_prompt"),
         ({"negative_prompt": "x" * 201, "true_cfg_scale": 2}, "at most 200", "negative_prompt"),
-        ({"quality": "low", "budget": {"quality": 0.5}}, "give one of the two", "quality"),
+        ({"quality": "low", "budget": {"quality": 0.5}}, "quality 'low' and budget say the same thing", "quality"),
+        ({"num_inference_steps": 4, "steps": 5}, "num_inference_steps 4 and steps 5", "steps"),
+        ({"guidance_scale": 3, "cfg": 5}, "guidance_scale 3.0 and cfg 5.0", "cfg"),
+        ({"steps": 51}, "above the limit of drawn; try 50", "num_inference_steps"),
+        ({"background": "transparent"}, "'transparent' is not possible: images are opaque", "background"),
+        ({"output_compression": 50}, "output_compression 50 applies to webp and jpeg", "output_compression"),
+        ({"output_compression": 50}, "output_format is png, which is lossless; try 100", "output_compression"),
     ],
 )
 def test_refusal_names_the_nearest_valid_value(
@@ -146,6 +155,7 @@ def test_true_guidance_is_a_scale_of_its_own_where_guidance_scale_is_not_true(
         ({"negative_prompt": None, "true_cfg_scale": None}, 3.5, None),
         ({"negative_prompt": "blue"}, 3.5, "blue"),
         ({"negative_prompt": "", "guidance_scale": 1.1}, 1.1, ""),
+        ({"negative_prompt": "", "guidance_scale": 0.5}, 0.5, None),
         ({"guidance_scale": 1}, 1.0, None),
         ({"guidance_scale": 0}, 0.0, None),
     ],
@@ -162,7 +172,6 @@ def test_negative_prompt_goes_with_guidance_scale_where_that_is_true(
     ("fields", "message", "param"),
     [
         ({"negative_prompt": "blue", "guidance_scale": 1}, "set guidance_scale above 1, not 1", "negative_prompt"),
-        ({"negative_prompt": "", "guidance_scale": 0.5}, "set guidance_scale above 1, not 0.5", "negative_prompt"),
         ({"negative_prompt": "x" * 201}, "has 201 characters; guided takes at most 200", "negative_prompt"),
         (
             {"negative_prompt": "blue", "true_cfg_scale": 2},
@@ -181,6 +190,17 @@ def test_refusal_where_guidance_scale_is_true_says_what_to_set(
     assert caught.value.param == param
 
 
+def test_empty_negative_prompt_is_none_where_guidance_is_off(drawn_card: ImageCard) -> None:
+    (request,) = parse(drawn_card, negative_prompt="")
+    assert request == parse(drawn_card)[0]
+
+
+def test_other_words_of_front_ends_mean_the_same(drawn_card: ImageCard) -> None:
+    ours = parse(drawn_card, num_inference_steps=7, guidance_scale=2.5)
+    assert parse(drawn_card, steps=7, cfg=2.5) == ours
+    assert parse(drawn_card, steps=7, cfg=2.5, num_inference_steps=7, guidance_scale=2.5) == ours
+
+
 def test_negative_prompt_needs_the_default_guidance_to_be_on(guided_card: ImageCard) -> None:
     with pytest.raises(InvalidRequest, match="set guidance_scale above 1, not 1"):
         parse(replace(guided_card, default_guidance_scale=1.0), negative_prompt="blue")
@@ -192,11 +212,31 @@ def test_preset_must_be_on_the_models_curve(drawn_card: ImageCard) -> None:
 
 
 def test_output_follows_the_format(drawn_card: ImageCard) -> None:
-    assert order(drawn_card).output == Output()
+    level = QualityLevel.MEDIUM
+    assert order(drawn_card).output == Output(quality_level=level)
     fields = {"output_format": "webp", "output_compression": 40, "metadata": False}
-    assert order(drawn_card, **fields).output == Output(OutputFormat.WEBP, 40, has_metadata=False)
-    with pytest.raises(InvalidRequest, match="applies to webp and jpeg"):
-        order(drawn_card, output_compression=40)
+    assert order(drawn_card, **fields).output == Output(OutputFormat.WEBP, 40, has_metadata=False, quality_level=level)
+    assert order(drawn_card, output_compression=100).output == Output(quality_level=level)
+
+
+@pytest.mark.parametrize(
+    ("fields", "level"),
+    [
+        ({"quality": "low"}, "low"),
+        ({"quality": "xhigh"}, "xhigh"),
+        ({"quality": "max"}, "max"),
+        ({"quality": "hd"}, "max"),
+        ({"quality": "auto"}, "medium"),
+        ({"budget": {"preset": "draft"}}, "low"),
+        ({"budget": {"preset": "high"}}, "high"),
+        ({"budget": {"quality": 0.97}}, "high"),
+        ({"budget": {"compute_ratio": 0.45}}, "low"),
+        ({"budget": {"quality": 1}}, "max"),
+        ({"budget": {"latency_ms": 1000}}, None),
+    ],
+)
+def test_budget_has_a_level_in_openais_words(fields: dict[str, Any], level: str | None, drawn_card: ImageCard) -> None:
+    assert order(drawn_card, **fields).output.quality_level == level
 
 
 def test_binary_answers_one_image(drawn_card: ImageCard) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from openai.types import ImagesResponse
 from PIL import Image
 
 from models.card import ImageCard
@@ -25,7 +26,8 @@ def test_image_comes_with_a_receipt(path: str, client: TestClient) -> None:
     response = client.post(path, json={**PROMPT, "seed": 3, "size": "96x64", "budget": {"preset": "fast"}})
     assert response.status_code == 200
     body = response.json()
-    assert set(body) == {"created", "id", "model", "data", "size", "output_format", "receipt"}
+    openais = {"created", "data", "size", "output_format", "quality", "background", "usage"}
+    assert set(body) == {*openais, "id", "model", "receipt"}
     assert response.headers["x-job-id"] == body["id"]
     assert (body["model"], body["size"], body["output_format"]) == ("drawn", "96x64", "png")
     (image,) = body["data"]
@@ -61,6 +63,23 @@ def test_image_comes_with_a_receipt(path: str, client: TestClient) -> None:
     }
 
 
+def test_answer_has_the_fields_of_openais_type(client: TestClient) -> None:
+    body = client.post("/v1/images", json={**PROMPT, "size": "96x64", "budget": {"preset": "fast"}}).json()
+    assert ImagesResponse.model_validate(body, strict=True)
+    assert (body["quality"], body["background"]) == ("medium", "opaque")
+    assert body["usage"] == {
+        "input_tokens": 3,
+        "input_tokens_details": {"image_tokens": 0, "text_tokens": 3},
+        "output_tokens": 24,
+        "total_tokens": 27,
+    }
+
+
+def test_quality_that_the_server_chooses_on_the_way_is_auto(client: TestClient) -> None:
+    body = client.post("/v1/images", json={**PROMPT, "budget": {"latency_ms": 60_000}}).json()
+    assert body["quality"] == "auto"
+
+
 def test_several_images_have_receipts_of_their_own(client: TestClient) -> None:
     body = client.post("/v1/images", json={**PROMPT, "n": 3, "seed": 10, "trace": True}).json()
     assert [image["seed"] for image in body["data"]] == [10, 11, 12]
@@ -69,6 +88,8 @@ def test_several_images_have_receipts_of_their_own(client: TestClient) -> None:
     assert "decisions" not in body["receipt"]
     assert body["receipt"]["blocks"]["run"] == 24
     assert body["receipt"]["batch_size_mean"] == 3
+    assert body["usage"]["input_tokens_details"] == {"image_tokens": 0, "text_tokens": 9}
+    assert (body["usage"]["output_tokens"], body["usage"]["total_tokens"]) == (48, 57)
 
 
 def test_trace_lists_every_decision(client: TestClient) -> None:
@@ -134,6 +155,17 @@ def test_urls_lead_to_the_images(client: TestClient) -> None:
     assert body["data"][1]["url"] == f"http://testserver/v1/jobs/{body['id']}/content?index=1"
 
 
+def test_server_may_answer_with_urls_by_default(start_client: Callable[..., TestClient]) -> None:
+    client = start_client(Settings(default_response_format="url"))
+    body = client.post("/v1/images", json=PROMPT).json()
+    assert set(body["data"][0]) == {"url", "seed"}
+    assert client.get(body["data"][0]["url"]).status_code == 200
+    (image,) = client.post("/v1/images", json={**PROMPT, "response_format": "b64_json"}).json()["data"]
+    assert set(image) == {"b64_json", "seed"}
+    stream = client.post("/v1/images", json={**PROMPT, "stream": True}).text
+    assert '"b64_json"' in stream  # which OpenAI's clients read there
+
+
 def test_links_begin_with_the_public_url(start_client: Callable[..., TestClient]) -> None:
     client = start_client(Settings(public_url="https://pictures.example/"))
     body = client.post("/v1/images", json={**PROMPT, "response_format": "url"}).json()
@@ -143,7 +175,18 @@ def test_links_begin_with_the_public_url(start_client: Callable[..., TestClient]
 @pytest.mark.parametrize(
     "fields",
     [
-        {"user": "u", "safety_identifier": "s", "background": "opaque", "moderation": "low", "style": None},
+        {"user": "u", "safety_identifier": "s", "background": "opaque", "moderation": "low", "style": "vivid"},
+        {"user": "", "style": "anything", "complexity": "low", "background": "auto", "moderation": "auto"},
+        {name: None for name in ("user", "safety_identifier", "style", "complexity", "background", "moderation")},
+        {"svg": None, "markup": None, "frame_count": None, "frame_duration_ms": None, "stream": None},
+        {
+            name: None
+            for name in ("quality", "response_format", "output_format", "output_compression", "partial_images")
+        },
+        {"frame_count": 1, "size": "auto", "quality": "auto"},
+        {"output_compression": 100},
+        {"negative_prompt": ""},
+        {"n": 10},
         {"stream": False, "partial_images": 0, "model": None, "n": None, "seed": None, "budget": None},
         {"output_format": "jpeg", "output_compression": 0},
         {"budget": {"quality": 0.9, "min_quality": 0.5}, "priority": "high"},
@@ -168,7 +211,7 @@ def test_harmless_fields_are_accepted(fields: dict[str, Any], client: TestClient
         ({"user": "\ud800"}, "user"),
         ({"safety_identifier": "\ud800"}, "safety_identifier"),
         ({"n": 0}, "n"),
-        ({"n": 9}, "n"),
+        ({"n": 11}, "n"),
         ({"n": True}, "n"),
         ({"n": "2"}, "n"),
         ({"n": 1.0}, "n"),
@@ -192,7 +235,7 @@ def test_harmless_fields_are_accepted(fields: dict[str, Any], client: TestClient
         ({"budget": {"compute_ratio": 0}}, "budget.compute_ratio"),
         ({"budget": {"latency_ms": -1}}, "budget.latency_ms"),
         ({"budget": {"quality": 0.9, "speed": 1}}, "budget.speed"),
-        ({"quality": "xhigh"}, "quality"),
+        ({"quality": "ultra"}, "quality"),
         ({"quality": "low", "budget": {"quality": 1}}, "quality"),
         ({"response_format": "svg"}, "response_format"),
         ({"response_format": "binary", "n": 2}, "response_format"),
@@ -204,7 +247,12 @@ def test_harmless_fields_are_accepted(fields: dict[str, Any], client: TestClient
         ({"priority": "urgent"}, "priority"),
         ({"background": "transparent"}, "background"),
         ({"moderation": "high"}, "moderation"),
-        ({"style": "vivid"}, "style"),
+        ({"style": 5}, "style"),
+        ({"frame_count": 4}, "frame_count"),
+        ({"frame_duration_ms": 100}, "frame_duration_ms"),
+        ({"svg": {"model": "gpt-5"}}, "svg"),
+        ({"markup": []}, "markup"),
+        ({"output_format": "svg"}, "output_format"),
         ({"stream": True, "response_format": "binary"}, "response_format"),
         ({"stream": 0}, "stream"),
         ({"partial_images": 2}, "partial_images"),
@@ -212,7 +260,7 @@ def test_harmless_fields_are_accepted(fields: dict[str, Any], client: TestClient
         ({"negative_prompt": "blue"}, "negative_prompt"),
         ({"true_cfg_scale": 0.5}, "true_cfg_scale"),
         ({"model": "guided", "true_cfg_scale": 2, "negative_prompt": ""}, "true_cfg_scale"),
-        ({"model": "guided", "guidance_scale": 1, "negative_prompt": ""}, "negative_prompt"),
+        ({"model": "guided", "guidance_scale": 1, "negative_prompt": "blue"}, "negative_prompt"),
         ({"promt": "a"}, "promt"),
         ({"prompt": "refuse"}, "prompt"),
     ],
@@ -224,6 +272,28 @@ def test_invalid_parameter_is_named(fields: dict[str, Any], param: str, client: 
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert (error["code"], error["type"], error["param"]) == ("invalid_parameter", "invalid_request_error", param)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"promt": "a"}, "unknown field promt; did you mean prompt?"),
+        ({"negativePrompt": "a"}, "unknown field negativePrompt; did you mean negative_prompt?"),
+        ({"guidance": 3}, "unknown field guidance; did you mean guidance_scale?"),
+        ({"budget": {"qualty": 1}}, "unknown field budget.qualty; did you mean quality?"),
+        ({"zzz": 1}, "unknown field zzz"),
+        ({"z" * 10_000: 1}, f"unknown field {'z' * 60}…"),
+        ({"seed": -1}, "seed -1 is below 0; leave seed out for a random one"),
+        ({"frame_count": 4}, "frame_count 4 is not possible: images have one frame; try 1"),
+        ({"svg": {"a": 1}}, "svg {'a': 1} is not possible: this server makes png, webp and jpeg files; leave it out"),
+        ({"output_format": "gif"}, "output_format 'gif' is not one of 'png', 'webp' or 'jpeg'"),
+        ({"moderation": "high"}, "moderation 'high' is not 'auto' or 'low'; this server does not filter at all"),
+    ],
+)
+def test_message_says_what_was_given_and_what_is_possible(
+    fields: dict[str, Any], message: str, client: TestClient
+) -> None:
+    assert client.post("/v1/images", json={**PROMPT, **fields}).json()["error"]["message"] == message
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b'{"prompt": "\xe9"}', b"[" * 100_000, b"9" * 5000])

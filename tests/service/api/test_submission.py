@@ -8,14 +8,15 @@ import pytest
 from pydantic import SecretStr
 from starlette.requests import Request
 
-from models.card import ImageCard, MeshCard
-from models.errors import InvalidRequest, UnknownModel
+from models.card import ImageCard
+from models.errors import InvalidRequest
 from models.request import QualityBudget
 from service.api.caller import Caller, caller_of, set_caller
 from service.api.generation_route import GenerationHeaders
+from service.api.model_names import card_of
 from service.api.parsing import parse_image_body
 from service.api.schemas import ImageBody
-from service.api.submission import card_of, submit
+from service.api.submission import submit
 from service.errors import DeadlineUnreachable, IdempotencyKeyReused, Overloaded
 from service.jobs.job import Job, Priority
 from service.jobs.memory import MemoryStore
@@ -57,26 +58,11 @@ def submit_image(dispatcher: Dispatcher) -> SubmitImage:
 
     async def submit_image(request: Request | None = None, *, headers: GenerationHeaders = PLAIN, **fields: Any) -> Job:
         body = ImageBody.model_validate({"prompt": "a red circle", **fields})
-        card = card_of(body.model, dispatcher.cards, ImageCard)
+        card = card_of(body.model, dispatcher.cards, ImageCard, {})
         order = parse_image_body(body, card, default_budget=SETTINGS.default_budget, random_seed=0)
         return await submit(order, card, body, headers, request or call(), dispatcher, SETTINGS)
 
     return submit_image
-
-
-def test_model_without_a_name_is_the_first_of_its_kind(dispatcher: Dispatcher) -> None:
-    assert card_of(None, dispatcher.cards, ImageCard).id == "drawn"
-    assert card_of(None, dispatcher.cards, MeshCard).id == "ball"
-    assert card_of("guided", dispatcher.cards, ImageCard).id == "guided"
-
-
-def test_model_of_another_kind_and_unknown_models_are_refused(dispatcher: Dispatcher) -> None:
-    with pytest.raises(InvalidRequest, match="'ball' makes no image, but a mesh; try drawn, guided"):
-        card_of("ball", dispatcher.cards, ImageCard)
-    with pytest.raises(UnknownModel, match="'x'; loaded: drawn, guided, ball"):
-        card_of("x", dispatcher.cards, ImageCard)
-    with pytest.raises(UnknownModel, match="no mesh model is loaded"):
-        card_of(None, {"drawn": dispatcher.cards["drawn"]}, MeshCard)
 
 
 async def test_job_holds_the_order_and_its_caller(dispatcher: Dispatcher, submit_image: SubmitImage) -> None:

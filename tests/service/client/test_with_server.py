@@ -28,7 +28,10 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture
 def server(make_dispatcher: Callable[..., Any], engine: Any) -> Iterator[str]:
     """The address of the real application behind a real socket, with the engine that draws images from seeds."""
-    settings = Settings(max_mesh_body_bytes=200_000, max_image_pixels=1_000_000, grace_s=0)
+    # Another default than the client's: it asks for the files themselves.
+    settings = Settings(
+        default_response_format="url", max_mesh_body_bytes=200_000, max_image_pixels=1_000_000, grace_s=0
+    )
     with socket.create_server(("127.0.0.1", 0)) as listening:  # clients can connect from here on
         server = uvicorn.Server(uvicorn.Config(create_app(settings, make_dispatcher(settings)), log_config=None))
         thread = Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
@@ -81,6 +84,12 @@ def test_stream_has_progress_and_previews_and_ends_in_the_result(api: Any, image
         result = events[-1].result
         assert result is not None
         assert (result.files, result.seeds) == ((events[-1].file,), (3,))
+
+
+def test_stream_of_several_images_has_an_event_for_each_and_ends_in_the_result(api: Any) -> None:
+    *_, first, last = api.stream_image("a red circle", seed=3, n=2)
+    assert (first.name, first.is_last, first.result) == ("image_generation.completed", False, None)
+    assert last.result.files == (first.file, last.file) == api.generate_image("a red circle", seed=3, n=2).files
 
 
 def test_wait_returns_the_result_of_a_submitted_job(api: Any, image: bytes) -> None:

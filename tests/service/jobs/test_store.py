@@ -280,7 +280,7 @@ async def test_events_are_in_order_and_can_be_resumed(bench: Any, make_job: Make
     await bench.store.add(make_job("a", seeds=(0, 1)))
     claimed = await claim(bench)
     await bench.store.record(Progress(claimed, 3, 7, 0.25, 1.5))
-    await bench.store.add_preview(Preview(claimed, 1, 0, b"small"))
+    await bench.store.add_preview(Preview(claimed, 1, 0, b"small", 5.5))
     await bench.store.end(Ending(claimed, JobStatus.SUCCEEDED, artifacts=(b"x", b"y")))
     events = [event async for event in follow(bench.store, "a")]
     assert [event.name for event in events] == [
@@ -297,7 +297,7 @@ async def test_events_are_in_order_and_can_be_resumed(bench: Any, make_job: Make
         "compute_ratio": 0.25,
         "eta_s": 1.5,
     }
-    assert events[3].data == {"b64_json": "c21hbGw=", "partial_image_index": 0, "index": 1}
+    assert events[3].data == {"b64_json": "c21hbGw=", "partial_image_index": 0, "index": 1, "created_at": 5}
     assert events[4].data == {"status": "succeeded"}
     assert [event async for event in follow(bench.store, "a", after=events[2].id)] == events[3:]
     assert [event async for event in follow(bench.store, "a", after=events[4].id)] == []
@@ -350,7 +350,7 @@ async def test_events_are_deleted_before_the_record_but_the_end_is_still_an_even
 ) -> None:
     await bench.store.add(make_job("a"))
     claimed = await claim(bench)
-    await bench.store.add_preview(Preview(claimed, 0, 0, b"small"))
+    await bench.store.add_preview(Preview(claimed, 0, 0, b"small", 5.5))
     await bench.store.end(Ending(claimed, JobStatus.SUCCEEDED, artifacts=(b"x",)))
     await bench.elapse(0.6)
     events = [event async for event in follow(bench.store, "a")]
