@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from models.card import ImageCard, MeshCard, ModelCard
+from models.card import Edits, ImageCard, MeshCard, ModelCard
 from models.curve import EXACT, FORECAST, CurvePoint, Preset
 from models.engine import Engine
 from models.errors import InvalidRequest
-from models.request import GenerationRequest, ImageRequest, MeshRequest, PresetBudget
+from models.request import GenerationRequest, ImageEdit, ImageRequest, MeshRequest, PresetBudget
 from models.rules import ladder
 from models.rules.forecast import ForecastTable, read_forecast_table, write_forecast_table
 from models.state import DenoiseState
@@ -41,7 +41,8 @@ NUM_LEARNED = 16
 NUM_SAMPLES = 48
 """Samples that a calibration takes if it is given none."""
 BUILT_IN_SAMPLES = Path(__file__).parent / "calibration_samples"
-"""Prompts for image models, and pictures of solids for mesh models."""
+"""Prompts for image models, and pictures of solids for mesh models. Models made for editing get instructions for the
+pictures, which all have one size, so that samples share steps."""
 _COMPUTED_SHARES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.65)
 _PRESET_QUALITY = {Preset.HIGH: 0.99, Preset.BALANCED: 0.97, Preset.FAST: 0.94, Preset.DRAFT: 0.85}
 _LEAST_SAVING = 0.015
@@ -60,9 +61,10 @@ def calibrate_model(
 ) -> Path:
     """Calibrate a model directory, and write what was learned and measured to its router folder.
 
-    `samples` are prompts for an image model, image files for a mesh model. None takes the first `NUM_SAMPLES` of the
-    model's `calibration_prompts.txt`, or of the built-in ones. Forecasts are learned from the first `NUM_LEARNED`; the
-    curve is measured on the others. An interrupted calibration goes on after its last batch. Returns the path of
+    `samples` are prompts for an image model, image files for a mesh model; for a model made for editing they are
+    instructions, and the pictures are built in. None takes the first `NUM_SAMPLES` of the model's
+    `calibration_prompts.txt`, or of the built-in ones. Forecasts are learned from the first `NUM_LEARNED`; the curve is
+    measured on the others. An interrupted calibration goes on after its last batch. Returns the path of
     `calibration.json`. Raises InvalidRequest if there are too few samples, or if the model does not have one of the
     rules.
     """
@@ -112,9 +114,14 @@ def calibrate_model(
 
 def _default_samples(card: ModelCard, folder: Path) -> Sequence[str | bytes]:
     if isinstance(card, MeshCard):
-        return [path.read_bytes() for path in sorted((BUILT_IN_SAMPLES / "pictures").iterdir())]
-    own = folder / "calibration_prompts.txt"
-    return (own if own.exists() else BUILT_IN_SAMPLES / "prompts.txt").read_text().splitlines()
+        return [path.read_bytes() for path in _built_in_pictures()]
+    own, edits = folder / "calibration_prompts.txt", isinstance(card, ImageCard) and card.edits is Edits.REFERENCE
+    built_in = BUILT_IN_SAMPLES / ("edits.txt" if edits else "prompts.txt")
+    return (own if own.exists() else built_in).read_text().splitlines()
+
+
+def _built_in_pictures() -> list[Path]:
+    return sorted((BUILT_IN_SAMPLES / "pictures").iterdir())
 
 
 def _opened(folder: Path, described: str) -> Path:
@@ -321,7 +328,10 @@ def name_presets(curve: Sequence[CurvePoint]) -> list[CurvePoint]:
 
 
 def _request(card: ModelCard, sample: str | bytes, seed: int) -> GenerationRequest:
-    """A request with the card's defaults for a prompt or an image file."""
+    """A request with the card's defaults for a prompt or an image file.
+
+    For a model made for editing, the prompt is about a built-in picture.
+    """
     common: dict[str, Any] = {
         "model": card.id,
         "num_inference_steps": card.default_num_inference_steps,
@@ -333,7 +343,13 @@ def _request(card: ModelCard, sample: str | bytes, seed: int) -> GenerationReque
     }
     match card, sample:
         case ImageCard(), str():
-            return ImageRequest(**common, prompt=sample, height=card.default_height, width=card.default_width)
+            edit = None
+            if card.edits is Edits.REFERENCE:
+                pictures = _built_in_pictures()
+                edit = ImageEdit((pictures[seed % len(pictures)].read_bytes(),))
+            return ImageRequest(
+                **common, prompt=sample, height=card.default_height, width=card.default_width, edit=edit
+            )
         case MeshCard(), bytes():
             return MeshRequest(**common, input_image=sample, octree_resolution=card.default_octree_resolution)
     wanted = "prompts" if isinstance(card, ImageCard) else "images"

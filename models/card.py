@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from statistics import fmean
 from typing import Any, ClassVar
 
 from models.curve import CurvePoint
@@ -32,6 +33,36 @@ class SizeLimits:
     multiple_of: int
     minimum: int
     maximum: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PictureSizes:
+    """The sizes in pixels at which a model reads pictures.
+
+    They are those of `preferred`, `(width, height)` each, or have an `area` and sides that are multiples of 32. The
+    ratio of a picture is that of its sides in whole units of `ratio_unit` pixels.
+    """
+
+    preferred: tuple[tuple[int, int], ...] = ()
+    area: int = 0
+    ratio_unit: int = 1
+
+    @property
+    def num_pixels(self) -> float:
+        """Pixels of a picture as it is read, about as many for each."""
+        return self.area or fmean(width * height for width, height in self.preferred)
+
+    def of(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height at which a picture of `width` x `height` pixels is read: about the same ratio.
+
+        As FluxKontextPipeline chooses them, and `calculate_dimensions` of Qwen-Image's editing pipelines.
+        """
+        ratio = max(1, width // self.ratio_unit) / max(1, height // self.ratio_unit)
+        if self.preferred:
+            _, width, height = min((abs(ratio - width / height), width, height) for width, height in self.preferred)
+            return width, height
+        exact_width = math.sqrt(self.area * ratio)
+        return 32 * round(exact_width / 32), 32 * round(exact_width / ratio / 32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +135,9 @@ class ImageCard(ModelCard):
 
     `decode_seconds` is the time to decode an image of the default size to a PNG file, measured when the model is
     loaded. `picture_seconds` is what a picture to edit, of this size, adds to `encode_seconds`. An edit has at most
-    `max_input_images` pictures; with `needs_input_image` there is no image without one.
+    `max_input_images` pictures; with `needs_input_image` there is no image without one. Models that read pictures
+    beside the noise have `picture_sizes`; what was measured of them was measured with one picture.
+
     `edit_steps[taken - 1][computed - 1]` says how many of the last `taken` steps of the calibrated schedule are worth
     `computed` of all its steps, by the errors that calibration predicts. It is empty if steps can't be forecast.
     `can_be_transparent` says whether objects can be cut out of finished images.
@@ -121,8 +154,35 @@ class ImageCard(ModelCard):
     edits: Edits = Edits.NOISED
     max_input_images: int = 1
     needs_input_image: bool = False
+    picture_sizes: PictureSizes | None = None
     edit_steps: tuple[tuple[int, ...], ...] = ()
     can_be_transparent: bool = False
+
+    def size_of_edit(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of the edit of a picture of `width` x `height` pixels, if its client asks for no size.
+
+        For models that read pictures beside the noise. It is the size at which the picture is read, made smaller in
+        proportion if it exceeds the model's limits. Of several pictures, the last one counts, as in the stock pipeline.
+        (The stock Kontext pipeline makes every image square if not told otherwise, which would distort pictures.)
+        """
+        assert self.picture_sizes is not None
+        read, limits = self.picture_sizes.of(width, height), self.sizes
+        scale = min(1.0, limits.maximum / max(read))
+        width, height = (
+            max(limits.minimum, int(side * scale) // limits.multiple_of * limits.multiple_of) for side in read
+        )
+        return width, height
+
+    def relative_size(self, request: ImageRequest) -> float:
+        """Pixels that a step of `request` computes, relative to the step that was measured.
+
+        They are those of the image and, for models that read pictures beside the noise, of the pictures: one was there.
+        """
+        image, usual = request.height * request.width, self.default_height * self.default_width
+        if self.picture_sizes is None:
+            return image / usual
+        picture = self.picture_sizes.num_pixels
+        return (image + _num_pictures(request) * picture) / (usual + picture)
 
     def _num_needed(self, point: CurvePoint, request: GenerationRequest) -> int:
         """As in `ModelCard`. Edits begin where there is less noise, and less to be uncertain of."""
@@ -133,7 +193,8 @@ class ImageCard(ModelCard):
 
     def _is_calibrated_for(self, request: GenerationRequest) -> bool:
         assert isinstance(request, ImageRequest)
-        is_usual = request.edit is None and (request.height, request.width) == (self.default_height, self.default_width)
+        is_usual_size = (request.height, request.width) == (self.default_height, self.default_width)
+        is_usual = is_usual_size and _num_pictures(request) == (self.edits is Edits.REFERENCE)
         # Not super(): dataclasses with slots are made anew, which breaks it in older versions of Python.
         return is_usual and ModelCard._is_calibrated_for(self, request)
 
@@ -178,6 +239,10 @@ class MeshCard(ModelCard):
     def is_guided(self, guidance_scale: float, true_cfg_scale: float = 1.0) -> bool:
         """At a scale of 1 the branch without an image cancels out. Unlike in diffusers, it counts below 1 too."""
         return self.guidance is Guidance.TRUE and guidance_scale != 1
+
+
+def _num_pictures(request: ImageRequest) -> int:
+    return len(request.edit.images) if request.edit else 0
 
 
 def basics_of(card: ModelCard) -> dict[str, Any]:

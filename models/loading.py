@@ -6,7 +6,8 @@ from the meta device, without naming the file or other missing tensors.
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -41,14 +42,16 @@ def stream_pipeline(
     dtype: torch.dtype,
     *,
     offload_text_encoders: bool,
+    loaders: Mapping[str, Callable[[Path], Any]] = MappingProxyType({}),
 ) -> DiffusionPipeline:
     """The result of `pipeline_class.from_pretrained(directory, dtype=dtype).to(device)`, with little host memory.
 
     Text encoders are loaded to the host first, and stay there if `offload_text_encoders`: prompts must then be encoded
-    on the encoder's device and the result moved. Raises WeightsError if parts are missing or do not fit together.
+    on the encoder's device and the result moved. `loaders` are functions that load other parts from their folders, by
+    name. Raises WeightsError if parts are missing or do not fit together.
     """
     index = read_json(directory / "model_index.json")
-    modules = {}
+    modules: dict[str, Any] = {}
     for name in ("transformer", "vae"):
         entry = index.get(name)
         class_name = str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else str(entry)
@@ -57,6 +60,7 @@ def stream_pipeline(
             raise WeightsError(f"{directory / 'model_index.json'} names no diffusers model as its {name}: {class_name}")
         modules[name] = stream_module(cls, directory / name, device, dtype)
     try:
+        modules |= {name: load(directory / name) for name, load in loaders.items()}
         pipeline = pipeline_class.from_pretrained(
             directory, dtype=dtype, local_files_only=True, use_safetensors=True, **modules
         )

@@ -1,5 +1,6 @@
 """Valid requests: a `GenerationRequest` exists only if its model can serve it."""
 
+import struct
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -9,6 +10,8 @@ from models.errors import InvalidRequest
 MIN_TARGET_FACES = 100
 """Fewest triangles to ask of a mesh. With fewer a solid keeps little of its form; 4, the fewest that enclose anything,
 were seen to be reached."""
+_PNG_SIZE_OFFSET = 16
+"""Where a PNG file has its width and height (https://www.w3.org/TR/png-3/#11IHDR)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,7 @@ def steps_of_strength(num_inference_steps: int, strength: float) -> int:
 class ImageEdit:
     """What an image is made from, besides its prompt.
 
-    `images` are checked image files: upright, decodable, within the pixel limit. `mask`, such a file too, shows by its
+    `images` are checked PNG files: upright, decodable, within the pixel limit. `mask`, such a file too, shows by its
     transparency what may change: pixels with an alpha below 128. All else keeps every pixel. None if all may change.
     `strength`, above 0 and at most 1, is the share of the denoise steps that are taken, from the picture with noise on;
     `steps_of_strength` counts them. None for models that read the pictures beside the noise instead.
@@ -109,6 +112,11 @@ class ImageEdit:
     images: tuple[bytes, ...]
     mask: bytes | None = None
     strength: float | None = None
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Widths and heights of the pictures, from the heads of their files."""
+        return tuple(struct.unpack_from(">II", image, _PNG_SIZE_OFFSET) for image in self.images)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

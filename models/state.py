@@ -21,17 +21,30 @@ from models.rules.forecast import MAX_VELOCITIES, Forecaster, Weights
 
 
 @dataclass(frozen=True, slots=True)
+class References:
+    """Pictures that the transformer reads beside the noise, without noise.
+
+    `latents` `(1, tokens, channels)` has one picture after the other, packed as the noise is. `sizes` are the pictures'
+    heights and widths in tokens.
+    """
+
+    latents: Tensor
+    sizes: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class BranchInputs:
     """The inputs of one guidance branch, equal at every step.
 
     `context` `(1, tokens, channels)` is the embedded prompt, already in the transformer's width, or the embedded image.
-    Some families add `pooled` and `guidance` to the time embedding. `num_prompt_tokens` is how many tokens the
-    encoder counts in the prompt, without padding and without a template.
+    Some families add `pooled` and `guidance` to the time embedding. All branches of a request share its `references`.
+    `num_prompt_tokens` is how many tokens the encoder counts in the prompt, without padding and without a template.
     """
 
     context: Tensor
     pooled: Tensor | None = None
     guidance: Tensor | None = None
+    references: References | None = None
     num_prompt_tokens: int = 0
 
     @property

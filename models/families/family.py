@@ -145,11 +145,15 @@ class Family(ABC):
 
     def epilogue(self, states: Sequence[DenoiseState], streams: Streams) -> list[Velocity]:
         """Each state's velocity, with guidance applied."""
-        velocities = self.adapter.epilogue(self.transformer, streams).split([len(state.rows) for state in states])
+        velocities = self._velocities(states, streams).split([len(state.rows) for state in states])
         return [
             Velocity(v) if len(v) == 1 else Velocity(self.guide(state.request, v), v[:1])
             for state, v in zip(states, velocities, strict=True)
         ]
+
+    def _velocities(self, states: Sequence[DenoiseState], streams: Streams) -> Tensor:
+        """The velocities of all branches, `(rows, tokens, channels)`, for the tokens of the states' latents."""
+        return self.adapter.epilogue(self.transformer, streams)
 
     def _new_state(
         self,

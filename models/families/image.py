@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
+from PIL import Image
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
@@ -45,10 +46,13 @@ class ImageFamily(Family):
     def __init__(self, model_id: str, pipeline: DiffusionPipeline, router_weights: RouterWeights | None) -> None:
         self.pipeline: Any = pipeline
         super().__init__(model_id, self.pipeline.transformer, router_weights)
-        self._rotary: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
-        self._inpaint = self.inpaint_pipeline(**self.pipeline.components)
+        self._rotary: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
         # Qwen-Image's VAE keeps the state of its encoder; two threads encode, for edits and for the first preview.
         self._encoding = Lock()
+
+    @cached_property
+    def _inpaint(self) -> Any:
+        return self.inpaint_pipeline(**self.pipeline.components)
 
     @property
     @abstractmethod
@@ -61,20 +65,33 @@ class ImageFamily(Family):
         """How many tokens of a prompt the transformer reads at most."""
 
     @abstractmethod
-    def block_costs(self, height: int, width: int, num_text_tokens: int) -> Mapping[str, BlockCost]:
-        """Floating-point operations of one row in every block, for an image of `height` x `width` pixels."""
+    def block_costs(
+        self, height: int, width: int, num_text_tokens: int, num_reference_tokens: int = 0
+    ) -> Mapping[str, BlockCost]:
+        """Floating-point operations of one row in every block, for an image of `height` x `width` pixels.
+
+        `num_reference_tokens` counts those of pictures that the transformer reads beside the noise.
+        """
 
     @abstractmethod
     def _branches(self, request: ImageRequest) -> Sequence[Branch]:
         """The guidance branches, the conditional one first."""
 
     @abstractmethod
-    def _encode(self, branch: Branch, request: ImageRequest) -> BranchInputs:
-        """Raises InvalidRequest if the prompt has too many tokens."""
+    def _encode(self, branch: Branch, request: ImageRequest, pictures: Sequence[Image.Image] = ()) -> BranchInputs:
+        """The inputs of a branch but for its references; some text encoders look at `pictures` too.
+
+        Raises InvalidRequest if the prompt has too many tokens.
+        """
 
     @abstractmethod
-    def _rotary_factors(self, num_text_tokens: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Position factors as the transformer takes them. `height` and `width` are in tokens."""
+    def _rotary_factors(
+        self, num_text_tokens: int, height: int, width: int, references: Sequence[tuple[int, int]] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Position factors as the transformer takes them.
+
+        `height` and `width` are in tokens, and so are those in `references`, of the pictures beside the noise.
+        """
 
     @abstractmethod
     def _encode_images(self, images: Tensor) -> Tensor:
@@ -126,29 +143,36 @@ class ImageFamily(Family):
     ) -> DenoiseState:
         assert isinstance(request, ImageRequest)
         branches = self._branches(request)
-        inputs = [self._encode(branch, request) for branch in branches]
+        inputs = self._encode_all(branches, request)
         begun = self._begin(request)
         return self._new_state(
             request,
             curve,
             point,
             compute_cap,
-            shape=(request.height, request.width),
+            shape=(request.height, request.width, *_reference_sizes(inputs[0])),
             latents=begun.latents,
             sigmas=begun.sigmas,
             timesteps=begun.timesteps,
             kept=begun.kept,
             branches=[
-                BranchStart(branch.name, part, self.block_costs(request.height, request.width, part.num_text_tokens))
+                BranchStart(branch.name, part, self._costs(request, part))
                 for branch, part in zip(branches, inputs, strict=True)
             ],
         )
+
+    def _encode_all(self, branches: Sequence[Branch], request: ImageRequest) -> list[BranchInputs]:
+        return [self._encode(branch, request) for branch in branches]
+
+    def _costs(self, request: ImageRequest, inputs: BranchInputs) -> Mapping[str, BlockCost]:
+        num_reference_tokens = sum(height * width for height, width in _reference_sizes(inputs))
+        return self.block_costs(request.height, request.width, inputs.num_text_tokens, num_reference_tokens)
 
     def _begin(self, request: ImageRequest) -> NoisedPicture:
         """The latents and the schedule of `request`: of noise alone, or of the picture to edit."""
         num_tokens = request.height // self.pixels_per_token * (request.width // self.pixels_per_token)
         sigmas, timesteps = flow_schedule(self.pipeline.scheduler, request.num_inference_steps, num_tokens)
-        if request.edit is None:
+        if request.edit is None or request.edit.strength is None:
             return NoisedPicture(self._draw_latents(request), sigmas, timesteps, None)
         with self._encoding:
             return noised_picture(self._inpaint, request, self.transformer.dtype, self.transformer.device)
@@ -205,7 +229,8 @@ class ImageFamily(Family):
     def _rotary_embedding(self, states: Sequence[DenoiseState], num_text_tokens: int) -> tuple[Tensor, Tensor]:
         request = states[0].request
         assert isinstance(request, ImageRequest)
-        key = (num_text_tokens, request.height // self.pixels_per_token, request.width // self.pixels_per_token)
+        height, width = request.height // self.pixels_per_token, request.width // self.pixels_per_token
+        key = (num_text_tokens, height, width, _reference_sizes(states[0].inputs[0]))
         if key not in self._rotary:
             if len(self._rotary) == 64:  # few sizes and prompt lengths are in use at a time
                 self._rotary.clear()
@@ -220,4 +245,8 @@ class ImageFamily(Family):
         assert isinstance(request, ImageRequest)
         values: NDArray[Any] = self.pipeline.image_processor.postprocess(image, output_type="np")[0]
         pixels = (values * 255).round().astype(np.uint8)
-        return with_kept_pixels(self._inpaint, request, pixels) if request.edit else pixels
+        return with_kept_pixels(self._inpaint, request, pixels) if request.edit and request.edit.mask else pixels
+
+
+def _reference_sizes(inputs: BranchInputs) -> tuple[tuple[int, int], ...]:
+    return inputs.references.sizes if inputs.references else ()

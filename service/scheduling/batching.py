@@ -4,7 +4,7 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from models.request import GenerationRequest, ImageRequest
+from models.request import GenerationRequest, ImageEdit, ImageRequest
 from service.scheduling.cost import BlockSeconds
 
 _TOLERANCE = 1.1  # predictions may be off by this factor
@@ -120,8 +120,12 @@ class FairShare:
 
 
 def shape_of(request: GenerationRequest) -> str:
-    """Requests of equal shape can share steps. It agrees with the engine's `batch_key`, but needs no engine."""
+    """Requests of equal shape can share steps: they have one `batch_key`, but this needs no engine."""
     match request:
+        case ImageRequest(edit=ImageEdit(strength=None) as edit):
+            # Pictures of other sizes may be read at one size; but that only the model knows.
+            pictures = " ".join(f"{width}x{height}" for width, height in edit.sizes)
+            return f"{request.model} {request.width}x{request.height} {pictures}"
         case ImageRequest():
             return f"{request.model} {request.width}x{request.height}"
         case _:

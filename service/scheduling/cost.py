@@ -69,17 +69,19 @@ class BlockSeconds(NamedTuple):
 def block_seconds(request: GenerationRequest, card: ModelCard) -> BlockSeconds:
     """Seconds of a block, the mean over the model's blocks.
 
-    A row's time is taken as proportional to the pixels. That is too low for very large images, whose attention grows
-    with the square.
+    A row's time is taken as proportional to the pixels, pictures beside the noise included. That is too low for very
+    large images, whose attention grows with the square.
     """
     block_s = card.dense_step_seconds / len(card.blocks)
     num_rows = 2 if card.is_guided(card.default_guidance_scale) else 1
     row_s = block_s * (1 - card.fixed_share) / num_rows
-    return BlockSeconds(block_s * card.fixed_share, row_s * _relative_size(request, card))
+    if isinstance(request, ImageRequest) and isinstance(card, ImageCard):  # all meshes are denoised at one size
+        row_s *= card.relative_size(request)
+    return BlockSeconds(block_s * card.fixed_share, row_s)
 
 
 def _relative_size(request: GenerationRequest, card: ModelCard) -> float:
-    """Pixels relative to the default size. All meshes are denoised at one size."""
+    """Pixels of the image relative to the default size; 1 for a mesh."""
     if isinstance(request, ImageRequest) and isinstance(card, ImageCard):
         return request.height * request.width / (card.default_height * card.default_width)
     return 1.0

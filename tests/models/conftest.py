@@ -3,6 +3,13 @@
 from tests.fixtures.engines import engine, family, forecast_table, open_engine, permuted_engine, plain_engine
 from tests.fixtures.generation import ask, denoise, edited, guided, other_scale, stock, stock_result
 from tests.fixtures.kinds import directory, kind, model, streams_of
+from tests.fixtures.tiny_editing import (
+    small_pictures,
+    tiny_flux_kontext,
+    tiny_qwen_image_edit,
+    tiny_qwen_image_edit_2511,
+    tiny_qwen_image_edit_plus,
+)
 from tests.fixtures.tiny_flux import tiny_flux, tiny_schnell
 from tests.fixtures.tiny_hunyuan3d import tiny_plain_hunyuan3d, tiny_stream_hunyuan3d
 from tests.fixtures.tiny_qwen_image import tiny_qwen_image
@@ -25,12 +32,17 @@ __all__ = [
     "permuted_router_weights",
     "plain_engine",
     "router_weights",
+    "small_pictures",
     "stock",
     "stock_result",
     "streams_of",
     "tiny_flux",
+    "tiny_flux_kontext",
     "tiny_plain_hunyuan3d",
     "tiny_qwen_image",
+    "tiny_qwen_image_edit",
+    "tiny_qwen_image_edit_2511",
+    "tiny_qwen_image_edit_plus",
     "tiny_schnell",
     "tiny_stream_hunyuan3d",
 ]

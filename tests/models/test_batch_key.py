@@ -3,12 +3,14 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.engine import Engine
 from models.request import GenerationRequest
 from service.scheduling.batching import shape_of
+from tests.fixtures.generation import edit_of
 
 fields = st.fixed_dictionaries(
     {
@@ -34,3 +36,12 @@ def test_requests_have_one_shape_just_if_their_states_have_one_batch_key(
     first, second = ask(**a), ask(**b, **(guided() if guides_b else {}))
     have_one_key = engine.start(first).batch_key == engine.start(second).batch_key
     assert (shape_of(first) == shape_of(second)) == have_one_key
+
+
+@pytest.mark.parametrize("kind", ["flux_kontext", "qwen_image_edit_plus"], indirect=True, scope="session")
+def test_requests_of_one_shape_have_pictures_of_one_size(engine: Engine, ask: Callable[..., GenerationRequest]) -> None:
+    """Pictures of two sizes may be read at one size: then the states share steps, though the scheduler can't know."""
+    requests = [ask(edit=edit_of(size, seed=seed)) for seed, size in enumerate([(50, 70), (50, 70), (90, 30)])]
+    assert shape_of(requests[0]) == shape_of(requests[1]) != shape_of(requests[2])
+    keys = [engine.start(request).batch_key for request in requests]
+    assert keys[0] == keys[1] != keys[2]

@@ -1,3 +1,4 @@
+import json
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -13,20 +14,24 @@ from hypothesis import strategies as st
 from models.calibration import (
     NUM_LEARNED,
     Calibration,
+    _default_samples,
     _opened,
+    _request,
+    calibrate_model,
     computed_steps,
     efficient,
     name_presets,
     promised_quality,
     thinned,
 )
-from models.curve import EXACT, CurvePoint, Preset
+from models.curve import EXACT, FORECAST, CurvePoint, Preset
 from models.engine import Engine
-from models.request import GenerationRequest
+from models.request import GenerationRequest, ImageRequest
 from models.rules import ladder
 from models.rules.router import RouterPolicy
 from models.state import DenoiseState
 from models.trajectories import forecast_point, with_forecasts
+from models.zoo import load_engine
 from tests.fixtures.kinds import Kind
 
 points = st.builds(
@@ -250,3 +255,26 @@ def test_what_was_kept_of_other_weights_or_samples_is_not_used(tmp_path: Path) -
     (_opened(tmp_path / "kept", "weights A") / "measured-0.json").write_text("{}")
     assert (_opened(tmp_path / "kept", "weights A") / "measured-0.json").exists()
     assert [path.name for path in _opened(tmp_path / "kept", "weights B").iterdir()] == ["key"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen_image_edit_plus"], indirect=True, scope="session")
+def test_model_for_editing_is_calibrated_on_instructions_for_built_in_pictures(
+    kind: Kind, directory: Path, tmp_path: Path
+) -> None:
+    (tmp_path / kind.model).mkdir()
+    (tmp_path / kind.model / "manifest.json").write_text(
+        json.dumps({"license": "mit", "defaults": {**kind.defaults, "height": 64, "width": 64}})
+    )
+    instructions = ["a red circle", "the small green triangle", "blue"] * 6
+    path = calibrate_model(directory, instructions, device="cpu", router_weights=tmp_path)
+    measured = json.loads(path.read_text())["measured"]
+    assert measured["num_samples"] == 2
+    [card] = load_engine([directory], device="cpu", router_weights=tmp_path).cards.values()
+    assert card.rules == (FORECAST, "dense")
+    requests = [_request(card, instruction, seed) for seed, instruction in enumerate(_default_samples(card, tmp_path))]
+    assert len(requests) == 48
+    edits = {request.edit for request in requests if isinstance(request, ImageRequest)}
+    assert len(edits) == 48
+    assert None not in edits
+    assert card.curve_for(requests[0]) == card.curve

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from models.card import ImageCard, ModelCard
+from models.card import Edits, ImageCard, ModelCard, PictureSizes, SizeLimits
 from models.curve import EXACT, ComputedSteps, CurvePoint, Preset
 from models.engine import Engine
 from models.request import GenerationRequest
 from models.rules.dense import DensePolicy
 from models.rules.router import RouterPolicy
+from tests.fixtures.generation import edit_of
 from tests.fixtures.kinds import Kind
 
 HIGH = CurvePoint(DensePolicy(), 0.5, 0.5, 0.9, 0.95, Preset.HIGH, ComputedSteps(10, 20))
@@ -31,6 +32,8 @@ def usual(kind: Kind, card: ModelCard, ask: Callable[..., GenerationRequest]) ->
     fields: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": scale, "is_guided": card.is_guided(scale)}
     if isinstance(card, ImageCard):
         fields |= {"height": card.default_height, "width": card.default_width}
+        if card.edits is Edits.REFERENCE:
+            fields["edit"] = edit_of((50, 70))
     return lambda **others: ask(**{**fields, **others})
 
 
@@ -109,3 +112,41 @@ def test_even_the_shortest_schedule_can_meet_a_cap(
     assert [point.compute_ratio for point in curve] == sorted((p.compute_ratio for p in curve), reverse=True)
     steps = [point.steps for point in curve if point.preset is Preset.DRAFT]
     assert steps == [ComputedSteps(num_inference_steps - 1, num_inference_steps)]
+
+
+@pytest.mark.parametrize("kind", ["qwen_image_edit_plus"], indirect=True, scope="session")
+def test_curve_of_a_model_for_editing_holds_for_one_picture(
+    card: ModelCard, usual: Callable[..., GenerationRequest]
+) -> None:
+    for edit, holds in ((edit_of((50, 70)), True), (edit_of((50, 70), (50, 70)), False), (None, False)):
+        assert card.curve_for(usual(edit=edit))[-1].is_calibrated is holds
+
+
+@pytest.mark.parametrize("kind", ["flux_kontext"], indirect=True, scope="session")
+@pytest.mark.parametrize(
+    ("sizes", "limits", "picture", "expected"),
+    [
+        (PictureSizes(area=1024**2), SizeLimits(16, 64, 2048), (1000, 1000), (1024, 1024)),
+        (PictureSizes(area=1024**2), SizeLimits(16, 64, 2048), (1920, 1080), (1376, 768)),
+        (PictureSizes(area=1024**2), SizeLimits(16, 64, 2048), (100, 2000), (96, 2048)),
+        (PictureSizes(area=1024**2), SizeLimits(16, 64, 512), (300, 100), (512, 160)),
+        (PictureSizes(area=1024**2), SizeLimits(16, 64, 2048), (10, 1000), (64, 2048)),
+        (
+            PictureSizes(preferred=((672, 1568), (1024, 1024), (1568, 672))),
+            SizeLimits(16, 64, 2048),
+            (9, 16),
+            (672, 1568),
+        ),
+    ],
+)
+def test_edit_without_a_size_has_that_of_its_picture(
+    plain_engine: Engine,
+    model: str,
+    sizes: PictureSizes,
+    limits: SizeLimits,
+    picture: tuple[int, int],
+    expected: tuple[int, int],
+) -> None:
+    card = plain_engine.cards[model]
+    assert isinstance(card, ImageCard)
+    assert replace(card, picture_sizes=sizes, sizes=limits).size_of_edit(*picture) == expected

@@ -270,7 +270,7 @@ def test_cap_is_shared_by_the_branches(engine: Engine, ask: Ask, guided: Guided,
 
 
 def test_thresholds_move_with_what_is_left(engine: Engine, ask: Ask, denoise: Denoise) -> None:
-    state = denoise(engine, ask(budget=ComputeBudget(0.4), num_inference_steps=8))
+    state = denoise(engine, ask(budget=ComputeBudget(0.4), num_inference_steps=12))
     summary = state.summary()
     assert (summary.skip_threshold_first, summary.skip_threshold_last) == (state.thresholds[0], state.thresholds[-1])
     assert len(set(state.thresholds)) > 2

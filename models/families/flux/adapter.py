@@ -1,6 +1,6 @@
 """FLUX's transformer, taken apart: prologue, blocks, epilogue."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -84,13 +84,27 @@ def epilogue(transformer: FluxTransformer2DModel, streams: Streams) -> Tensor:
 
 
 def rotary_embedding(
-    transformer: FluxTransformer2DModel, num_text_tokens: int, height: int, width: int
+    transformer: FluxTransformer2DModel,
+    num_text_tokens: int,
+    height: int,
+    width: int,
+    references: Sequence[tuple[int, int]] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `(text tokens + height * width, head channels)`, `height` and `width` in tokens."""
+    """Cosines and sines `(text tokens + image tokens, head channels)`.
+
+    The image is of `height` x `width` tokens. The heights and widths in `references` are those of pictures beside it:
+    their positions begin anew and lie on a plane of their own, 1, as in FLUX.1-Kontext.
+    """
     device = transformer.device
-    image_ids = torch.zeros(height, width, 3, device=device)
-    image_ids[..., 1] += torch.arange(height, device=device)[:, None]
-    image_ids[..., 2] += torch.arange(width, device=device)[None, :]
-    ids = torch.cat((torch.zeros(num_text_tokens, 3, device=device), image_ids.reshape(-1, 3)))
-    result: tuple[Tensor, Tensor] = transformer.pos_embed(ids)
+    ids = [torch.zeros(num_text_tokens, 3, device=device), _image_ids(height, width, 0, device)]
+    ids += [_image_ids(*size, 1, device) for size in references]
+    result: tuple[Tensor, Tensor] = transformer.pos_embed(torch.cat(ids))
     return result
+
+
+def _image_ids(height: int, width: int, plane: int, device: torch.device) -> Tensor:
+    ids = torch.zeros(height, width, 3, device=device)
+    ids[..., 0] = plane
+    ids[..., 1] += torch.arange(height, device=device)[:, None]
+    ids[..., 2] += torch.arange(width, device=device)[None, :]
+    return ids.reshape(-1, 3)

@@ -3,13 +3,13 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
-from diffusers import FluxInpaintPipeline, FluxPipeline
-from diffusers.pipelines.flux import pipeline_flux
+from diffusers import DiffusionPipeline, FluxInpaintPipeline, FluxPipeline
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from models.card import Guidance
@@ -28,6 +28,7 @@ from models.weights import CheckpointTraits, RouterWeights
 
 class FluxFamily(ImageFamily):
     adapter: Adapter = adapter
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = FluxPipeline
     inpaint_pipeline = FluxInpaintPipeline
 
     @classmethod
@@ -45,8 +46,10 @@ class FluxFamily(ImageFamily):
                 f"{directory} is a FLUX model; FLUX models have no special traits, but the manifest names {traits}"
             )
         # Its warning about prompts that CLIP cuts quotes them, and prompts must not be logged.
-        logging.getLogger(pipeline_flux.__name__).setLevel(logging.ERROR)
-        pipeline = stream_pipeline(FluxPipeline, directory, device, dtype, offload_text_encoders=offload_text_encoders)
+        logging.getLogger(cls.pipeline_class.__module__).setLevel(logging.ERROR)
+        pipeline = stream_pipeline(
+            cls.pipeline_class, directory, device, dtype, offload_text_encoders=offload_text_encoders
+        )
         if router_weights:
             router_weights.stack.to(device, dtype)
         return cls(directory.name, pipeline, router_weights)
@@ -74,8 +77,10 @@ class FluxFamily(ImageFamily):
         limit = 512 if self.guidance is Guidance.DISTILLED else 256
         return min(limit, int(self.pipeline.tokenizer_2.model_max_length))
 
-    def block_costs(self, height: int, width: int, num_text_tokens: int) -> Mapping[str, BlockCost]:
-        image = (height // self.pixels_per_token) * (width // self.pixels_per_token)
+    def block_costs(
+        self, height: int, width: int, num_text_tokens: int, num_reference_tokens: int = 0
+    ) -> Mapping[str, BlockCost]:
+        image = (height // self.pixels_per_token) * (width // self.pixels_per_token) + num_reference_tokens
         text, channels = num_text_tokens, adapter.channels(self.transformer)
         square, tokens = 2.0 * channels * channels, text + image
         attention = attention_flops(tokens, channels)
@@ -90,7 +95,7 @@ class FluxFamily(ImageFamily):
             branches.append(Branch("uncond", request.negative_prompt or "", "negative_prompt"))
         return branches
 
-    def _encode(self, branch: Branch, request: ImageRequest) -> BranchInputs:
+    def _encode(self, branch: Branch, request: ImageRequest, pictures: Sequence[Image.Image] = ()) -> BranchInputs:
         count = len(self.pipeline.tokenizer_2(branch.prompt).input_ids)
         if count > self.max_sequence_length:
             raise InvalidRequest(
@@ -128,8 +133,10 @@ class FluxFamily(ImageFamily):
             self._rotary_embedding(states, inputs[0].num_text_tokens),
         )
 
-    def _rotary_factors(self, num_text_tokens: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-        return adapter.rotary_embedding(self.transformer, num_text_tokens, height, width)
+    def _rotary_factors(
+        self, num_text_tokens: int, height: int, width: int, references: Sequence[tuple[int, int]] = ()
+    ) -> tuple[Tensor, Tensor]:
+        return adapter.rotary_embedding(self.transformer, num_text_tokens, height, width, references)
 
     def guide(self, request: GenerationRequest, velocities: Tensor) -> Tensor:
         assert isinstance(request, ImageRequest)

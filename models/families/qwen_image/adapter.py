@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from diffusers import QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from torch import Tensor, nn
@@ -19,19 +20,28 @@ def prologue(
     mask: Tensor | None,
     text_lengths: Sequence[int] | None,
     rotary_emb: tuple[Tensor, Tensor],
+    num_noise_tokens: int | None = None,
 ) -> QwenImageStreams:
     """Embed packed latents `(batch, tokens, channels)` and `timestep` `(batch,)` in [0, 1].
 
     `context` is the prompts after `embed_prompt`, `(batch, text tokens, channels)`. `mask` `(batch, text tokens)` is
     true for their real tokens, and `text_lengths` counts these by row; both are None where all tokens are real.
-    `rotary_emb` holds the factors of `rotary_embedding`.
+    `rotary_emb` holds the factors of `rotary_embedding`. The first `num_noise_tokens` of the latents, all if None, are
+    noise. A transformer with `zero_cond_t` modulates the others, which are of pictures, as at the time 0.
 
     Operations and their order are those of `QwenImageTransformer2DModel.forward` (diffusers 0.42), so results are
     bitwise equal.
     """
     hidden_states = transformer.img_in(latents)
-    temb = transformer.time_text_embed(timestep.to(hidden_states.dtype), hidden_states)
-    return QwenImageStreams(hidden_states, context, temb, *rotary_emb, mask, text_lengths)
+    timestep = timestep.to(hidden_states.dtype)
+    if not transformer.zero_cond_t:
+        temb = transformer.time_text_embed(timestep, hidden_states)
+        return QwenImageStreams(hidden_states, context, temb, *rotary_emb, mask, text_lengths)
+    both = transformer.time_text_embed(torch.cat((timestep, timestep * 0)), hidden_states)
+    temb, picture_temb = both.chunk(2)
+    num_tokens = latents.shape[1]
+    is_picture = (torch.arange(num_tokens, device=temb.device) >= (num_noise_tokens or num_tokens)).int()
+    return QwenImageStreams(hidden_states, context, temb, *rotary_emb, mask, text_lengths, picture_temb, is_picture)
 
 
 def embed_prompt(transformer: QwenImageTransformer2DModel, prompt_embeds: Tensor) -> Tensor:
@@ -53,14 +63,18 @@ def channels(transformer: QwenImageTransformer2DModel) -> int:
 def call_block(block: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
     """Run one original block. It returns the text stream, then the image stream."""
     assert isinstance(streams, QwenImageStreams)
+    temb, is_picture = streams.temb, None
+    if streams.picture_temb is not None and streams.is_picture is not None:
+        is_picture = streams.is_picture.expand(len(temb), -1)
+        temb = torch.cat((temb, streams.picture_temb))
     result: tuple[Tensor, Tensor] = block(
         hidden_states=streams.hidden_states,
         encoder_hidden_states=streams.encoder_hidden_states,
         encoder_hidden_states_mask=streams.encoder_hidden_states_mask,
-        temb=streams.temb,
+        temb=temb,
         image_rotary_emb=(streams.image_rotary_emb, streams.text_rotary_emb),
         joint_attention_kwargs=None,
-        modulate_index=None,
+        modulate_index=is_picture,
     )
     return result
 
@@ -84,13 +98,17 @@ def epilogue(transformer: QwenImageTransformer2DModel, streams: Streams) -> Tens
 
 
 def rotary_embedding(
-    transformer: QwenImageTransformer2DModel, num_text_tokens: int, height: int, width: int
+    transformer: QwenImageTransformer2DModel,
+    num_text_tokens: int,
+    height: int,
+    width: int,
+    references: Sequence[tuple[int, int]] = (),
 ) -> tuple[Tensor, Tensor]:
     """Complex factors `(tokens, head channels / 2)` of the image tokens, then of the text tokens.
 
-    `height` and `width` are in tokens; there are `height * width` image tokens.
+    The image is of `height` x `width` tokens. Those of the pictures beside it follow, whose heights and widths are
+    `references`.
     """
-    image, text = transformer.pos_embed(
-        [[(1, height, width)]], max_txt_seq_len=num_text_tokens, device=transformer.device
-    )
+    shapes = [(1, *size) for size in ((height, width), *references)]
+    image, text = transformer.pos_embed([shapes], max_txt_seq_len=num_text_tokens, device=transformer.device)
     return image, text

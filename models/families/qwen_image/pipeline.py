@@ -1,14 +1,15 @@
 """Qwen-Image: loading, prompts, batches of rows, decoding. It calls diffusers' own code, piece by piece."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from diffusers import QwenImageInpaintPipeline, QwenImagePipeline, QwenImageTransformer2DModel
+from diffusers import DiffusionPipeline, QwenImageInpaintPipeline, QwenImagePipeline, QwenImageTransformer2DModel
 from diffusers.models.activations import ApproximateGELU
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -36,16 +37,20 @@ class QwenImageFamily(ImageFamily):
     """
 
     adapter: Adapter = adapter
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = QwenImagePipeline
     inpaint_pipeline = QwenImageInpaintPipeline
+    loaders: ClassVar[Mapping[str, Callable[[Path], Any]]] = {}
+    """What loads parts of the pipeline that are loaded in another way than by diffusers, by their names."""
 
     def __init__(
         self,
         model_id: str,
-        pipeline: QwenImagePipeline,
+        pipeline: DiffusionPipeline,
         router_weights: RouterWeights | None,
         traits: CheckpointTraits,
     ) -> None:
-        set_activation(pipeline.transformer, traits.mlp_activation)
+        transformer: Any = pipeline.components["transformer"]
+        set_activation(transformer, traits.mlp_activation)
         super().__init__(model_id, pipeline, router_weights)
         self._rescales_guidance = traits.rescales_guidance
 
@@ -60,7 +65,12 @@ class QwenImageFamily(ImageFamily):
         offload_text_encoders: bool,
     ) -> Self:
         pipeline = stream_pipeline(
-            QwenImagePipeline, directory, device, dtype, offload_text_encoders=offload_text_encoders
+            cls.pipeline_class,
+            directory,
+            device,
+            dtype,
+            offload_text_encoders=offload_text_encoders,
+            loaders=cls.loaders,
         )
         if router_weights:
             router_weights.stack.to(device, dtype)
@@ -92,13 +102,17 @@ class QwenImageFamily(ImageFamily):
     def _template_start(self) -> int:
         return int(self.pipeline.prompt_template_encode_start_idx)
 
-    def block_costs(self, height: int, width: int, num_text_tokens: int) -> Mapping[str, BlockCost]:
-        image = (height // self.pixels_per_token) * (width // self.pixels_per_token)
+    def block_costs(
+        self, height: int, width: int, num_text_tokens: int, num_reference_tokens: int = 0
+    ) -> Mapping[str, BlockCost]:
+        image = (height // self.pixels_per_token) * (width // self.pixels_per_token) + num_reference_tokens
         text, channels = num_text_tokens, adapter.channels(self.transformer)
         square, tokens = 2.0 * channels * channels, text + image
-        # Two modulations, attention's four projections, the text stream's MLP.
+        modulations = 18 if self.transformer.zero_cond_t else 12  # that of the image stream runs twice, or once
+        # Modulations, attention's four projections, the text stream's MLP.
         cost = BlockCost(
-            fixed=square * (12 + 4 * tokens + 8 * text) + attention_flops(tokens, channels), mlp=square * 8 * image
+            fixed=square * (modulations + 4 * tokens + 8 * text) + attention_flops(tokens, channels),
+            mlp=square * 8 * image,
         )
         return {block.name: cost for block in self.blocks}
 
@@ -109,7 +123,7 @@ class QwenImageFamily(ImageFamily):
             branches.append(Branch("uncond", request.negative_prompt or "", "negative_prompt"))
         return branches
 
-    def _encode(self, branch: Branch, request: ImageRequest) -> BranchInputs:
+    def _encode(self, branch: Branch, request: ImageRequest, pictures: Sequence[Image.Image] = ()) -> BranchInputs:
         pipeline, transformer = self.pipeline, self.transformer
         tokens = pipeline.tokenizer(pipeline.prompt_template_encode.format(branch.prompt)).input_ids
         template = pipeline.tokenizer(pipeline.prompt_template_encode.format("")).input_ids
@@ -119,11 +133,18 @@ class QwenImageFamily(ImageFamily):
                 f"{branch.param} has {count} tokens; {self.model_id} reads at most {limit}", branch.param
             )
         prompt_embeds, _ = pipeline.encode_prompt(
-            branch.prompt, device=pipeline.text_encoder.device, max_sequence_length=self.max_sequence_length
+            branch.prompt,
+            device=pipeline.text_encoder.device,
+            max_sequence_length=self.max_sequence_length,
+            **self._seen(pictures),
         )
         # The embedded prompt does not change with the step, so it is computed once.
         context = adapter.embed_prompt(transformer, prompt_embeds.to(transformer.device, transformer.dtype))
         return BranchInputs(context, num_prompt_tokens=count)
+
+    def _seen(self, pictures: Sequence[Image.Image]) -> Mapping[str, Any]:
+        """The pipeline's argument for the pictures that its text encoder looks at."""
+        return {}
 
     def prologue(self, states: Sequence[DenoiseState]) -> QwenImageStreams:
         latents, times = self._latents_and_times(states)
@@ -133,10 +154,13 @@ class QwenImageFamily(ImageFamily):
         rotary = self._rotary_embedding(states, context.shape[1])
         # Rounded as in the stock pipeline.
         timestep = times.to(latents.dtype) / 1000
-        return adapter.prologue(self.transformer, latents, timestep, context, mask, lengths, rotary)
+        num_noise_tokens = states[0].latents.shape[1]
+        return adapter.prologue(self.transformer, latents, timestep, context, mask, lengths, rotary, num_noise_tokens)
 
-    def _rotary_factors(self, num_text_tokens: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-        return adapter.rotary_embedding(self.transformer, num_text_tokens, height, width)
+    def _rotary_factors(
+        self, num_text_tokens: int, height: int, width: int, references: Sequence[tuple[int, int]] = ()
+    ) -> tuple[Tensor, Tensor]:
+        return adapter.rotary_embedding(self.transformer, num_text_tokens, height, width, references)
 
     def guide(self, request: GenerationRequest, velocities: Tensor) -> Tensor:
         cond, uncond = velocities[:1], velocities[1:]

@@ -11,15 +11,21 @@ from models.curve import EXACT
 from models.families.image import ImageFamily
 from models.report import TokenCounts
 from models.request import ImageRequest
+from models.state import DenoiseState
 
 Ask = Callable[..., ImageRequest]
 Guided = Callable[..., dict[str, Any]]
 
 
-@pytest.fixture(scope="session", params=["flux", "qwen_image"])
+@pytest.fixture(scope="session", params=["flux", "flux_kontext", "qwen_image", "qwen_image_edit_2511"])
 def kind(kind: Any) -> Any:
     """The families that draw images."""
     return kind
+
+
+def reference_sizes(state: DenoiseState) -> tuple[tuple[int, int], ...]:
+    references = state.inputs[0].references
+    return references.sizes if references else ()
 
 
 def test_noise_depends_on_the_seed_alone(family: ImageFamily, ask: Ask, guided: Guided) -> None:
@@ -60,7 +66,8 @@ def test_tokens_are_those_of_the_prompts_and_of_the_latents(family: ImageFamily,
 
 def test_dense_compute_is_the_sum_over_branches_and_blocks(family: ImageFamily, ask: Ask, guided: Guided) -> None:
     state = family.start(ask(width=96, prompt="red", **guided("a green triangle")), (EXACT,), EXACT)
-    costs = [family.block_costs(64, 96, inputs.num_text_tokens) for inputs in state.inputs]
+    num_reference_tokens = sum(height * width for height, width in reference_sizes(state))
+    costs = [family.block_costs(64, 96, inputs.num_text_tokens, num_reference_tokens) for inputs in state.inputs]
     assert state.dense_flops == sum(cost.dense for branch in costs for cost in branch.values())
 
 
@@ -72,7 +79,8 @@ def test_position_factors_of_other_sizes_and_lengths_are_not_mixed_up(family: Im
         for length, height, width, state in keys:
             ours = family._rotary_embedding([state], length)
             adapter: Any = family.adapter
-            expected = adapter.rotary_embedding(family.transformer, length, height // 16, width // 16)
+            references = reference_sizes(state)
+            expected = adapter.rotary_embedding(family.transformer, length, height // 16, width // 16, references)
             assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
     assert len(family._rotary) <= 64
 

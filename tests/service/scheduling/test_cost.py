@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from models.card import DecodeSpeed, ImageCard, MeshCard
+from models.card import DecodeSpeed, Edits, ImageCard, MeshCard, PictureSizes
 from models.curve import Preset
 from models.request import Budget, ComputeBudget, ImageEdit, ImageRequest, LatencyBudget, PresetBudget
 from service.jobs.job import Job
@@ -14,6 +14,7 @@ from service.scheduling.cost import (
     mesh_decode_seconds,
     predicted_seconds,
 )
+from tests.fixtures.generation import edit_of
 
 EXACT = PresetBudget(Preset.EXACT)
 
@@ -152,3 +153,14 @@ def test_decoding_a_mesh_costs_time_and_memory_by_its_resolution(
 
 def test_an_image_has_no_mesh_to_decode(make_request: Callable[..., ImageRequest], drawn_card: ImageCard) -> None:
     assert (mesh_decode_seconds(make_request(), drawn_card), grid_bytes(make_request())) == (0, 0)
+
+
+@pytest.mark.parametrize(("num_pictures", "side", "seconds"), [(1, 64, 1.0), (2, 64, 1.5), (0, 64, 0.5), (3, 128, 3.5)])
+def test_step_takes_longer_with_pictures_beside_the_noise(
+    make_request: Callable[..., ImageRequest], drawn_card: ImageCard, num_pictures: int, side: int, seconds: float
+) -> None:
+    """The step that was measured had one, here as large as the image."""
+    card = replace(drawn_card, edits=Edits.REFERENCE, picture_sizes=PictureSizes(area=64 * 64), dense_step_seconds=1.0)
+    edit = edit_of(*[(50, 70)] * num_pictures) if num_pictures else None
+    request = make_request(edit=edit, height=side, width=side)
+    assert dense_step_seconds(request, card) == pytest.approx(seconds)
