@@ -56,6 +56,7 @@ def calibrate_model(
     rules: Sequence[str] = (FORECAST,),
     device: str,
     router_weights: Path,
+    background_remover: Path | None = None,
     offload_text_encoders: bool = False,
 ) -> Path:
     """Calibrate a model directory, and write what was learned and measured to its router folder.
@@ -68,7 +69,11 @@ def calibrate_model(
     rules.
     """
     engine = load_engine(
-        [directory], device=device, router_weights=router_weights, offload_text_encoders=offload_text_encoders
+        [directory],
+        device=device,
+        router_weights=router_weights,
+        background_remover=background_remover,
+        offload_text_encoders=offload_text_encoders,
     )
     card = engine.cards[directory.name]
     folder = router_weights / card.id

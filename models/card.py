@@ -140,6 +140,7 @@ class ImageCard(ModelCard):
 
     `edit_steps[taken - 1][computed - 1]` says how many of the last `taken` steps of the calibrated schedule are worth
     `computed` of all its steps, by the errors that calibration predicts. It is empty if steps can't be forecast.
+    `can_be_transparent` says whether objects can be cut out of finished images.
     """
 
     modality: ClassVar[str] = "image"
@@ -155,6 +156,7 @@ class ImageCard(ModelCard):
     needs_input_image: bool = False
     picture_sizes: PictureSizes | None = None
     edit_steps: tuple[tuple[int, ...], ...] = ()
+    can_be_transparent: bool = False
 
     def size_of_edit(self, width: int, height: int) -> tuple[int, int]:
         """Width and height of the edit of a picture of `width` x `height` pixels, if its client asks for no size.

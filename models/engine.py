@@ -3,22 +3,24 @@
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from models.background.cut_out import NotCutOut, object_alpha
 from models.card import ModelCard
 from models.curve import CurvePoint
 from models.elastic.runner import run_block
-from models.errors import UnknownModel
+from models.errors import InvalidRequest, UnknownModel
 from models.families.family import Family
 from models.families.image import ImageFamily
 from models.mesh.cleanup import CleanMesh
 from models.mesh.surface import FieldSamples
 from models.report import BlockReport, StepReport
-from models.request import GenerationRequest
+from models.request import GenerationRequest, ImageRequest
 from models.state import DenoiseState, Velocity
 
 
@@ -33,7 +35,7 @@ class Engine:
         self._families = families
 
     def preparation(self, request: GenerationRequest) -> Callable[[], GenerationRequest] | None:
-        """Work for `start` that a process without torch can do: it returns the request to start, or raises
+        """Work for `start` that another process can do: it returns the request to start, or raises
         InvalidRequest. None if there is none. `start` does what was not done before."""
         return self._family(request.model).preparation(request)
 
@@ -93,12 +95,18 @@ class Engine:
         return family.epilogue(states, streams), router_seconds, tuple(reports)
 
     def finish(self, state: DenoiseState) -> NDArray[np.uint8] | CleanMesh:
-        """Decode a done state to pixels `(height, width, 3)` or to a mesh.
+        """Decode a done state to a mesh or to pixels, `(height, width, 3)`, or 4 channels if they are transparent.
 
-        Any thread may call this, one at a time per model. Raises EmptySurface if the field has no surface.
+        Any thread may call this, one at a time per model. Raises EmptySurface if the field has no surface, and
+        InvalidRequest if an image shows no object to cut out.
         """
         assert state.is_done
-        return self._family(state.request.model).decode(state)
+        family, request = self._family(state.request.model), state.request
+        result = family.decode(state)
+        if isinstance(request, ImageRequest) and request.is_transparent:
+            assert not isinstance(result, CleanMesh)
+            return _cut_out(result, family.background_remover)
+        return result
 
     def decode_in_turns(self, state: DenoiseState) -> Generator[None, None, FieldSamples] | None:
         """Decode a done state to a field, which `models.mesh.file` makes a file: the long way to what `finish` returns.
@@ -151,3 +159,15 @@ class Engine:
         if model not in self._families:
             raise UnknownModel(f"model '{model}' is not loaded; loaded: {', '.join(self._families)}")
         return self._families[model]
+
+
+def _cut_out(pixels: NDArray[np.uint8], remover: Path | None) -> NDArray[np.uint8]:
+    """The pixels with the object's alpha as a fourth channel."""
+    try:
+        return np.dstack((pixels, object_alpha(pixels, remover, is_whole=False)))
+    except NotCutOut as error:
+        raise InvalidRequest(
+            f"background 'transparent' is not possible: the generated image {error}; try another seed, a prompt that "
+            "names one object, or background: opaque",
+            "background",
+        ) from error

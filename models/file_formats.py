@@ -30,6 +30,10 @@ class OutputFormat(StrEnum):
     def is_lossy(self) -> bool:
         return self is not OutputFormat.PNG
 
+    @property
+    def has_alpha(self) -> bool:
+        return self is not OutputFormat.JPEG
+
 
 class MeshFormat(StrEnum):
     """The formats that `models.mesh.formats` writes."""
@@ -60,7 +64,7 @@ def encode_image(
     metadata: Mapping[str, str] | None = None,
     quality: int | None = None,
 ) -> bytes:
-    """Encode `pixels` `(height, width, 3)`.
+    """Encode `pixels` `(height, width, 3)`, or 4 channels with alpha, which JPEG does not have.
 
     `quality`, 0 to 100, applies to WebP and JPEG. PNG stores `metadata` as one text chunk per key, WebP as JSON in
     ASCII in the EXIF user comment; JPEG stores none.

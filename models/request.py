@@ -125,7 +125,8 @@ class ImageRequest(GenerationRequest):
 
     `height` and `width` are in pixels and fit the model. The scale of true classifier-free guidance is `guidance_scale`
     where the model's `Guidance` is TRUE (`true_cfg_scale` is 1 there), else `true_cfg_scale`. There is a
-    `negative_prompt` only where that guidance is on; None stands for an empty one.
+    `negative_prompt` only where that guidance is on; None stands for an empty one. If `is_transparent`, the object is
+    cut out of the finished image.
     """
 
     prompt: str
@@ -134,6 +135,7 @@ class ImageRequest(GenerationRequest):
     negative_prompt: str | None = None
     true_cfg_scale: float = 1.0
     edit: ImageEdit | None = None
+    is_transparent: bool = False
 
     @property
     def num_steps(self) -> int:

@@ -37,16 +37,15 @@ class BranchInputs:
     """The inputs of one guidance branch, equal at every step.
 
     `context` `(1, tokens, channels)` is the embedded prompt, already in the transformer's width, or the embedded image.
-    Some families add `pooled` and `guidance` to the time embedding. `num_prompt_tokens` is how many tokens the
-    encoder counts in the prompt, without padding and without a template. All branches of a request share its
-    `references`.
+    Some families add `pooled` and `guidance` to the time embedding. All branches of a request share its `references`.
+    `num_prompt_tokens` is how many tokens the encoder counts in the prompt, without padding and without a template.
     """
 
     context: Tensor
     pooled: Tensor | None = None
     guidance: Tensor | None = None
-    num_prompt_tokens: int = 0
     references: References | None = None
+    num_prompt_tokens: int = 0
 
     @property
     def num_text_tokens(self) -> int:

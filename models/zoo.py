@@ -11,6 +11,7 @@ import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 
+from models.background.remover import load_remover
 from models.card import Edits, ImageCard, ModelCard
 from models.curve import EXACT, FORECAST
 from models.engine import Engine
@@ -30,14 +31,23 @@ logger = logging.getLogger(__name__)
 
 
 def load_engine(
-    directories: Sequence[Path], *, device: str, router_weights: Path, offload_text_encoders: bool = False
+    directories: Sequence[Path],
+    *,
+    device: str,
+    router_weights: Path,
+    background_remover: Path | None = None,
+    offload_text_encoders: bool = False,
 ) -> Engine:
     """Load model directories. A model's id is its directory's name.
 
-    Routers, terms of use and the curve are read from `router_weights/<id>`. On a CPU models run in float32, else in
-    bfloat16. With `offload_text_encoders` prompts are encoded on the CPU, which saves the device's memory for the
-    transformer. Raises WeightsError if a directory or its router folder is missing parts or malformed.
+    Routers, terms of use and the curve are read from `router_weights/<id>`. `background_remover` is the folder of the
+    network that removes backgrounds; without it, only plain ones can be removed from input images. On a CPU
+    models run in float32, else in bfloat16. With `offload_text_encoders` prompts are encoded on the CPU, which saves
+    the device's memory for the transformer. Raises WeightsError if a directory, its router folder or the remover is
+    missing parts or malformed.
     """
+    if background_remover is not None:
+        load_remover(background_remover)
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     families: dict[str, Family] = {}
@@ -53,6 +63,7 @@ def load_engine(
             directory, device, dtype, load_router_weights(folder, directory), manifest.traits, offload_text_encoders
         )
         family.forecast_table = read_forecast_table(folder)
+        family.background_remover = background_remover
         families[directory.name] = family
         cards[directory.name] = _card(family, entry.name, index, folder, manifest)
         logger.info("loaded %s on %s in %s", directory.name, device, dtype)
@@ -117,7 +128,13 @@ def _card(family: Family, family_name: str, index: Path, folder: Path, manifest:
     if not isinstance(card, ImageCard):
         return card
     edit_steps = _edit_steps(family.forecast_table) if family.forecast_table else ()
-    return replace(card, decode_seconds=decode_s, picture_seconds=picture_s, edit_steps=edit_steps)
+    return replace(
+        card,
+        decode_seconds=decode_s,
+        picture_seconds=picture_s,
+        edit_steps=edit_steps,
+        can_be_transparent=family.background_remover is not None,
+    )
 
 
 def _edit_steps(table: ForecastTable) -> tuple[tuple[int, ...], ...]:

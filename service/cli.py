@@ -117,6 +117,7 @@ def _serve(settings: Settings, create: Callable[[Settings, Dispatcher], FastAPI]
             directories,
             device=settings.device,
             router_weights=settings.router_weights,
+            background_remover=settings.background_remover,
             offload_text_encoders=settings.offload_text_encoders,
         ),
     )
@@ -276,6 +277,7 @@ def calibrate(
         rules=rules or [FORECAST],
         device=settings.device,
         router_weights=settings.router_weights,
+        background_remover=settings.background_remover,
         offload_text_encoders=settings.offload_text_encoders,
     )
     print(f"{path} written")

@@ -83,6 +83,7 @@ def _generate(directory: Path, settings: Settings, parse: Callable[[ModelCard], 
         [directory],
         device=settings.device,
         router_weights=settings.router_weights,
+        background_remover=settings.background_remover,
         offload_text_encoders=settings.offload_text_encoders,
     )
     (card,) = engine.cards.values()

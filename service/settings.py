@@ -41,6 +41,11 @@ def _installation() -> Path:
 INSTALLATION = _installation()
 
 
+def _shipped_remover() -> Path | None:
+    folder = INSTALLATION / "checkpoints" / "u2netp"
+    return folder if folder.is_dir() else None
+
+
 def find_model(model: Path) -> Path:
     """A model directory from its path, or from its name among the installation's checkpoints.
 
@@ -83,6 +88,12 @@ class Settings(BaseSettings):
         default=INSTALLATION / "router_weights",
         description="The folder of routers and calibrations, with a folder for each model; by default router_weights/ "
         "beside checkpoints/.",
+    )
+    background_remover: Path | None = Field(
+        default_factory=_shipped_remover,
+        description="The folder of the network that cuts objects out of backgrounds which are not plain; by default "
+        "checkpoints/u2netp, if it is there. Without it, images can't be transparent, and input images need a plain "
+        "background or transparency.",
     )
     device: str = Field(default="cpu", description="Where the models run: cpu, cuda, cuda:1.")
     offload_text_encoders: bool = Field(

@@ -40,8 +40,9 @@ class Family(ABC):
     """One loaded model.
 
     `adapter` takes the transformer apart. `blocks` are the elastic blocks in order. `routers`, if there are any, stand
-    beside the model, so its state dict is unchanged. With a `forecast_table` steps can be forecast. `quality_metric`
-    names the metric of `similarity`.
+    beside the model, so its state dict is unchanged. With a `forecast_table` steps can be forecast.
+    `background_remover` is the folder of the network that removes backgrounds. `quality_metric` names the metric of
+    `similarity`.
     """
 
     adapter: Adapter
@@ -52,6 +53,7 @@ class Family(ABC):
         self.transformer = transformer
         self.routers = router_weights.stack if router_weights else None
         self.forecast_table: ForecastTable | None = None
+        self.background_remover: Path | None = None
         self._forecasters: dict[tuple[bytes, bool], Forecaster] = {}
         self.blocks = elastic_blocks(transformer, self.adapter, router_weights)
         self._router_modulation: nn.Linear | None = router_weights.stack.fused_modulation() if router_weights else None
@@ -92,8 +94,8 @@ class Family(ABC):
     def preparation(self, request: GenerationRequest) -> Callable[[], GenerationRequest] | None:
         """Work for `start` that another process can do: it returns the request to start. None if there is none.
 
-        It can be pickled, imports no torch, and raises InvalidRequest if the input can't be used. `start` does what was
-        not done before.
+        It can be pickled, and raises InvalidRequest if the input can't be used. It imports torch only if it needs a
+        network. `start` does what was not done before.
         """
         return None
 

@@ -78,7 +78,7 @@ def _parse_images(
 ) -> Order:
     """`auto_size` is the width and height that the size "auto" means."""
     _check_prompt(body, card)
-    _check_background(body)
+    is_transparent = _parse_background(body, card)
     guidance_scale, true_cfg_scale = _parse_guidance(body, card)
     is_guided = card.is_guided(guidance_scale, true_cfg_scale)
     width, height = _parse_size(body, card, auto_size)
@@ -100,6 +100,7 @@ def _parse_images(
         true_cfg_scale=true_cfg_scale,
         wants_trace=body.trace,
         edit=edit,
+        is_transparent=is_transparent,
     )
     first = replace(first, point=resolve(budget, card.curve_for(first)))
     requests = tuple(replace(first, seed=seed) for seed in seeds)
@@ -151,12 +152,24 @@ def _parse_seeds(body: ImageBody, random_seed: int) -> range:
     return range(seed, seed + n)
 
 
-def _check_background(body: ImageBody) -> None:
-    """The one place that says which backgrounds an image can have."""
-    if body.background == "transparent":
+def _parse_background(body: ImageBody, card: ImageCard) -> bool:
+    """Whether the image is transparent around its object. The one place that says which backgrounds it can have."""
+    if body.background != "transparent":
+        return False
+    output_format = body.output_format or OutputFormat.PNG
+    if not output_format.has_alpha:
         raise InvalidRequest(
-            "background 'transparent' is not possible: images are opaque; try 'opaque' or 'auto'", "background"
+            f"background 'transparent' is not possible in {output_format} files; try output_format png or webp, or "
+            "background 'opaque'",
+            "background",
         )
+    if not card.can_be_transparent:
+        raise InvalidRequest(
+            "background 'transparent' is not possible: this server has no background remover (its setting "
+            "background_remover); try 'opaque' or 'auto'",
+            "background",
+        )
+    return True
 
 
 def _parse_image_output(body: ImageBody) -> Output:

@@ -67,7 +67,7 @@ def _image_fields(job: Job) -> Mapping[str, Any]:
     return {
         "size": f"{request.width}x{request.height}",
         "quality": job.output.quality_level or "auto",
-        "background": "opaque",
+        "background": "transparent" if request.is_transparent else "opaque",
     }
 
 

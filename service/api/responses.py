@@ -116,7 +116,7 @@ class ImageResponse(BaseModel):
     quality: QualityLevel | Literal["auto"] = Field(
         description="The budget in OpenAI's words; auto if it is a latency. The receipt has the numbers."
     )
-    background: Literal["opaque"]
+    background: Literal["opaque", "transparent"]
     usage: UsageBody
     receipt: ReceiptBody
 
@@ -286,6 +286,9 @@ class ModelBody(BaseModel):
     )
     needs_input_image: bool | None = Field(
         default=None, description="Only for image models: whether they make images only of pictures."
+    )
+    backgrounds: list[Literal["opaque", "transparent"]] | None = Field(
+        default=None, description="What `background` can be; only for image models."
     )
     octree_resolutions: OctreeResolutionsBody | None = Field(
         default=None, description="Cells along a side of the grid; only for mesh models."

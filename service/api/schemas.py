@@ -191,7 +191,9 @@ class ImageBody(GenerationBody):
     steps: Integer | None = Field(default=None, ge=1, description="LobeChat's word for `num_inference_steps`.")
     cfg: Number | None = Field(default=None, ge=0, le=100, description="LobeChat's word for `guidance_scale`.")
     background: Literal["auto", "opaque", "transparent"] | None = Field(
-        default=None, description="OpenAI's field. Images are opaque: transparent is refused."
+        default=None,
+        description="transparent cuts the object out of the finished image, in png and webp files. auto, the default, "
+        "is opaque.",
     )
     moderation: Annotated[
         Literal["auto", "low"] | None,

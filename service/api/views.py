@@ -123,6 +123,7 @@ def model_body(card: ModelCard) -> ModelBody:
             body.max_input_images = card.max_input_images
             body.needs_input_image = card.needs_input_image
             body.defaults.size = f"{card.default_width}x{card.default_height}"
+            body.backgrounds = ["opaque", "transparent"] if card.can_be_transparent else ["opaque"]
             body.limits.prompt_characters = card.max_prompt_characters
         case MeshCard():
             body.octree_resolutions = OctreeResolutionsBody(

@@ -24,7 +24,7 @@ from service.scheduling.batching import shape_of
 
 RECORD_VERSION = 3
 """The version of the newest records that are read. Records of version 1 do not say theirs."""
-_VERSION_WITHOUT_EDITS = 2
+_VERSION_OF_OPAQUE_IMAGES_FROM_TEXT = 2
 
 _JOB = TypeAdapter(Job)
 _RECEIPTS = TypeAdapter(tuple[Receipt, ...])
@@ -54,10 +54,13 @@ _LIVE = TypeAdapter(LiveEntry)
 
 
 def version_of(job: Job) -> int:
-    """The version of a job's records: the oldest that reads all of them. Version 2 would ignore that it is an edit."""
+    """The version of a job's records: the oldest that reads all of them.
+
+    Version 2 makes opaque images of text only, and would ignore a picture to edit.
+    """
     request = job.requests[0]
-    is_edit = isinstance(request, ImageRequest) and request.edit is not None
-    return RECORD_VERSION if is_edit else _VERSION_WITHOUT_EDITS
+    is_new = isinstance(request, ImageRequest) and (request.is_transparent or request.edit is not None)
+    return RECORD_VERSION if is_new else _VERSION_OF_OPAQUE_IMAGES_FROM_TEXT
 
 
 def dump_live(job: Job, seconds_left: float) -> bytes:

@@ -7,8 +7,8 @@ from functools import partial
 from models.request import GenerationRequest
 from service.running.sandbox import Sandbox
 
-_PROCESS_BYTES = 1_000_000_000
-"""Half of it is enough for an image of 2048 by 2048 pixels, to which larger uploads are scaled down."""
+_PROCESS_BYTES = 2_000_000_000
+"""Half of it is enough for an image of 2048 by 2048 pixels, to which larger uploads are scaled down, and torch."""
 
 
 class Preparer:

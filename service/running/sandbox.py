@@ -20,6 +20,8 @@ from service.errors import SandboxFailed
 Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
 
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+"""Every thread of NumPy's or torch's pools reserves memory, which the limit counts."""
 _LOOK_S = 0.05
 """How often a running call looks if its result is still wanted."""
 
@@ -100,7 +102,7 @@ class Sandbox:
             [sys.executable, "-m", "service.running.sandbox_process", str(theirs.fileno())],
             stdin=subprocess.PIPE,  # ends with the server, however that ends
             pass_fds=(theirs.fileno(),),
-            env={**settings_free, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"},
+            env={**settings_free, "PYTHONPATH": os.pathsep.join(sys.path), **_ONE_THREAD},
         )
         theirs.close()
         self._running = _Running(process, ours)

@@ -54,6 +54,24 @@ def test_unchanged_openai_client_makes_an_image(server: str) -> None:
     assert pixels.std() > 0
 
 
+@pytest.mark.parametrize("background", ["plain light", "busy dark"])
+@pytest.mark.parametrize("output_format", ["png", "webp"])
+def test_transparent_image_shows_its_object_alone(server: str, background: str, output_format: str) -> None:
+    prompt = f"a large red circle in the centre, on a {background} background"
+    fields = {"prompt": prompt, "background": "transparent", "output_format": output_format}
+    answer = post(server, **fields).json()
+    assert answer["background"] == "transparent"
+    with Image.open(BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))) as image:
+        assert image.mode == "RGBA"
+        pixels = np.asarray(image)
+    alpha = pixels[..., 3] / 255
+    assert 0.1 < alpha.mean() < 0.6
+    assert alpha[64, 64] == 1
+    assert not alpha[:4].any()
+    red, green, blue = (pixels[..., :3] * alpha[..., None]).sum((0, 1))[:3]
+    assert red > 2 * max(green, blue)
+
+
 def test_every_response_format_has_the_same_image(server: str) -> None:
     in_json = base64.b64decode(post(server).json()["data"][0]["b64_json"])
     behind_url = httpx2.get(post(server, response_format="url").json()["data"][0]["url"]).content

@@ -16,6 +16,7 @@ import trimesh
 from PIL import Image
 
 from models.mesh.surface import Mesh
+from tests.fixtures.cut_outs import gravel
 from training.solids.images import image_file
 from training.solids.judge import volume_iou
 from training.solids.sampling import sample_solids
@@ -91,14 +92,24 @@ def test_background_is_removed_from_opaque_images(server: str, solid: Solid, ima
     opaque.save(file, "JPEG", quality=95)
     mesh = opened(post(server, file.getvalue()))
     assert volume_iou(Mesh(mesh.vertices, mesh.faces), solid) > 0.75
-    refused = post(server, image, remove_background=True, input_image=base64.b64encode(_noise()).decode())
+
+
+def test_background_that_is_not_plain_is_removed_too(server: str, solid: Solid, image: bytes) -> None:
+    on_gravel = Image.fromarray(gravel())
+    cut_out = Image.open(BytesIO(image)).resize((240, 240))
+    on_gravel.paste(cut_out, (30, 50), cut_out)
+    mesh = opened(post(server, _png(on_gravel), budget={"preset": "exact"}))
+    assert volume_iou(Mesh(mesh.vertices, mesh.faces), solid) > 0.9
+    refused = post(server, _png(Image.fromarray(gravel())), remove_background=True)
     assert refused.status_code == 422
     assert refused.json()["error"]["param"] == "input_image"
+    assert "shows no object" in refused.json()["error"]["message"]
+    assert post(server, _png(Image.fromarray(gravel())), remove_background=False).status_code == 200
 
 
-def _noise() -> bytes:
+def _png(image: Image.Image) -> bytes:
     file = BytesIO()
-    Image.effect_noise((64, 64), 200).save(file, "PNG")
+    image.save(file, "PNG")
     return file.getvalue()
 
 

@@ -289,7 +289,7 @@ class DrawnEngine:
             return _ball(3, request.target_faces)
         if "break at finish" in request.prompt:
             raise RuntimeError("secret detail")
-        shape = (request.height, request.width, 3)
+        shape = (request.height, request.width, 4 if request.is_transparent else 3)
         return np.random.default_rng(request.seed).integers(0, 256, shape, dtype=np.uint8)
 
 

@@ -98,7 +98,8 @@ async def answering(head: bytes, drip: bytes) -> AsyncIterator[str]:
     """The URL of a server that answers every call with `head`, and then with `drip` for as long as it is connected."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
+        with suppress(asyncio.IncompleteReadError):  # on a busy machine the call may be over before it is sent
+            await reader.readuntil(b"\r\n\r\n")
         writer.write(head)
         while drip and not writer.is_closing():
             writer.write(drip)
@@ -133,7 +134,7 @@ async def answering(head: bytes, drip: bytes) -> AsyncIterator[str]:
 async def test_no_answer_of_a_webhook_does_more_than_fail_its_call(
     head: bytes, drip: bytes, is_success: bool, ended_job: JobSnapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.webhooks.DEADLINE_S", 0.3)
+    monkeypatch.setattr("service.webhooks.DEADLINE_S", 1.0)
     async with answering(head, drip) as url:
         job = replace(ended_job.job, webhook_url=url)
         assert await Webhooks(SECRET, describe).deliver(replace(ended_job, job=job)) is is_success

@@ -126,7 +126,7 @@ class Hunyuan3DFamily(Family):
 
     def preparation(self, request: GenerationRequest) -> Callable[[], MeshRequest]:
         assert isinstance(request, MeshRequest)
-        return partial(prepared_request, request, self.checkpoint.image_settings)
+        return partial(prepared_request, request, self.checkpoint.image_settings, self.background_remover)
 
     @torch.inference_mode()
     def start(
@@ -140,7 +140,7 @@ class Hunyuan3DFamily(Family):
         assert isinstance(request, MeshRequest)
         vae = self.checkpoint.vae
         if not request.is_prepared:
-            request = prepared_request(request, self.checkpoint.image_settings)
+            request = prepared_request(request, self.checkpoint.image_settings, self.background_remover)
         with Image.open(BytesIO(request.input_image)) as file:
             image = image_tensor(np.asarray(file))
         encoder = next(self.checkpoint.conditioner.parameters())

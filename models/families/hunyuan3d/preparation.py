@@ -1,38 +1,25 @@
 """Prepares a client's image for Hunyuan3D's conditioner: the object alone, centred on white.
 
 Sizes, rounding and OpenCV's filters are those of `ImageProcessorV2` (Tencent-Hunyuan/Hunyuan3D-2.1 at 5e3ec6d,
-`hy3dshape/preprocessors.py`), bit for bit, so that the denoiser sees images prepared as in its training. No torch: the
-server runs this in a process of its own, since a large image takes most of a second.
+`hy3dshape/preprocessors.py`), bit for bit, so that the denoiser sees images prepared as in its training. The
+server runs this in a process of its own, since a large image takes most of a second. It imports torch only for
+backgrounds that are not plain.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from io import BytesIO
+from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
-from skimage.morphology import remove_small_holes, remove_small_objects
 
+from models.background.cut_out import NotCutOut, object_alpha
 from models.errors import InvalidRequest
 from models.file_formats import OutputFormat, encode_image
 from models.request import BackgroundRemoval, MeshRequest
 
-BackgroundRemover = Callable[[np.ndarray], np.ndarray]
-"""Takes colours `(height, width, 3)`, returns the object's alpha `(height, width)`, which is 0 on the background.
-
-Raises InvalidRequest if it finds no object.
-"""
-
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
-# CIE76 colour difference. Noise and compression stay below it.
-_VISIBLE = 10.0
-# Least share of the border that must be plain. An object's edge may touch it.
-_PLAIN_SHARE = 0.99
-# Objects are searched for in a copy with at most this side, which bounds memory.
-_SEARCH_SIDE = 1024
-# Share of that copy's pixels. Smaller regions count neither as objects nor as holes.
-_SPECK_SHARE = 0.0005
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,51 +30,32 @@ class ImageSettings:
     border_ratio: float = 0.15
 
 
-def remove_plain_background(colours: np.ndarray) -> np.ndarray:
-    """A BackgroundRemover for plain backgrounds: one colour or a smooth gradient, with some noise.
-
-    A quadratic is fitted to the colours along the border. Pixels that visibly differ from it are the object.
-    Limits: the object must not touch the border, its shadow counts as part of it, parts in the background's colour are
-    lost, and the outline is hard. Rooms and landscapes are refused.
-    """
-    height, width = colours.shape[:2]
-    scale = min(1.0, _SEARCH_SIDE / max(height, width))
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    small = cv2.medianBlur(cv2.resize(colours, size, interpolation=cv2.INTER_AREA), 5)
-    difference = np.linalg.norm(_lab(small / np.float32(255)) - _lab(_background(small)), axis=-1)
-    plain = (_border(difference) < _VISIBLE).mean()
-    needed = "try an image with transparency, or remove_background: false, which takes the whole image as the object"
-    if plain < _PLAIN_SHARE:
-        raise _invalid(f"has a background that can't be removed: {1 - plain:.0%} of its border is not plain; {needed}")
-    speck = round(_SPECK_SHARE * difference.size)
-    mask = remove_small_holes(remove_small_objects(difference >= _VISIBLE, max_size=speck), max_size=speck)
-    if not mask.any():
-        raise _invalid(f"shows no object: nothing in it differs from the background; {needed}")
-    return cv2.resize(mask.astype(np.uint8) * 255, (width, height), interpolation=cv2.INTER_LINEAR)
-
-
-def prepared_request(request: MeshRequest, settings: ImageSettings) -> MeshRequest:
+def prepared_request(request: MeshRequest, settings: ImageSettings, remover: Path | None) -> MeshRequest:
     """The request with its input image prepared. Raises what `prepare_pixels` raises."""
     with Image.open(BytesIO(request.input_image)) as image:
-        pixels = prepare_pixels(image, settings, request.remove_background)
+        pixels = prepare_pixels(image, settings, request.remove_background, remover)
     return replace(request, input_image=encode_image(pixels, OutputFormat.PNG), is_prepared=True)
 
 
 def prepare_pixels(
-    image: Image.Image,
-    settings: ImageSettings,
-    removal: BackgroundRemoval,
-    remover: BackgroundRemover = remove_plain_background,
+    image: Image.Image, settings: ImageSettings, removal: BackgroundRemoval, remover: Path | None = None
 ) -> np.ndarray:
     """`(size, size, 3)` uint8: the object, centred on white.
 
-    Where no background is removed, every pixel that is not fully transparent belongs to the object. Raises
-    InvalidRequest if there is no object, or if the image's mode does not define its colours.
+    `remover` is the folder of the network for backgrounds that are not plain. Where no background is removed, every
+    pixel that is not fully transparent belongs to the object. Raises InvalidRequest if there is no object, or if the
+    image's mode does not define its colours.
     """
     rgba = to_rgba(image)
     if removal is BackgroundRemoval.ALWAYS or (removal is BackgroundRemoval.AUTO and not has_transparency(rgba)):
         colours = on_white(rgba)
-        rgba = np.dstack((colours, remover(colours)))
+        try:
+            rgba = np.dstack((colours, object_alpha(colours, remover, is_whole=True)))
+        except NotCutOut as error:
+            raise _invalid(
+                f"{error}; try another view of the object, an image with transparency, or remove_background: false, "
+                "which takes the whole image as the object"
+            ) from error
     colours = on_white(recentre(rgba, settings.border_ratio))
     return cv2.resize(colours, (settings.size, settings.size), interpolation=cv2.INTER_CUBIC)
 
@@ -136,22 +104,6 @@ def on_white(rgba: np.ndarray) -> np.ndarray:
     """Colours `(height, width, 3)` blended onto white, rounded down as upstream."""
     alpha = rgba[..., 3:].astype(np.float32) / 255
     return (rgba[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
-
-
-def _background(colours: np.ndarray) -> np.ndarray:
-    """The quadratic in x and y that fits the border's colours best, at every pixel, in [0, 1]."""
-    y, x = np.meshgrid(*(np.linspace(-1, 1, length, dtype=np.float32) for length in colours.shape[:2]), indexing="ij")
-    terms = np.stack((np.ones_like(x), x, y, x * x, x * y, y * y), axis=-1)
-    coefficients = np.linalg.lstsq(_border(terms), _border(colours / np.float32(255)))[0]
-    return np.clip(terms @ coefficients, 0, 1)
-
-
-def _border(pixels: np.ndarray) -> np.ndarray:
-    return np.concatenate((pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]))
-
-
-def _lab(colours: np.ndarray) -> np.ndarray:
-    return cv2.cvtColor(colours, cv2.COLOR_RGB2Lab)
 
 
 def _invalid(found: str) -> InvalidRequest:

@@ -26,8 +26,8 @@ def prologue(
 
     `context` is the prompts after `embed_prompt`, `(batch, text tokens, channels)`. `mask` `(batch, text tokens)` is
     true for their real tokens, and `text_lengths` counts these by row; both are None where all tokens are real.
-    `rotary_emb` holds the factors of `rotary_embedding`. The first `num_noise_tokens` of the latents are noise, all if
-    None; a transformer with `zero_cond_t` modulates the others, of pictures, as at the time 0.
+    `rotary_emb` holds the factors of `rotary_embedding`. The first `num_noise_tokens` of the latents, all if None, are
+    noise. A transformer with `zero_cond_t` modulates the others, which are of pictures, as at the time 0.
 
     Operations and their order are those of `QwenImageTransformer2DModel.forward` (diffusers 0.42), so results are
     bitwise equal.
@@ -39,9 +39,9 @@ def prologue(
         return QwenImageStreams(hidden_states, context, temb, *rotary_emb, mask, text_lengths)
     both = transformer.time_text_embed(torch.cat((timestep, timestep * 0)), hidden_states)
     temb, picture_temb = both.chunk(2)
-    return QwenImageStreams(
-        hidden_states, context, temb, *rotary_emb, mask, text_lengths, picture_temb, num_noise_tokens
-    )
+    num_tokens = latents.shape[1]
+    is_picture = (torch.arange(num_tokens, device=temb.device) >= (num_noise_tokens or num_tokens)).int()
+    return QwenImageStreams(hidden_states, context, temb, *rotary_emb, mask, text_lengths, picture_temb, is_picture)
 
 
 def embed_prompt(transformer: QwenImageTransformer2DModel, prompt_embeds: Tensor) -> Tensor:
@@ -64,11 +64,9 @@ def call_block(block: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
     """Run one original block. It returns the text stream, then the image stream."""
     assert isinstance(streams, QwenImageStreams)
     temb, is_picture = streams.temb, None
-    if streams.picture_temb is not None:
+    if streams.picture_temb is not None and streams.is_picture is not None:
+        is_picture = streams.is_picture.expand(len(temb), -1)
         temb = torch.cat((temb, streams.picture_temb))
-        batch, num_tokens, _ = streams.hidden_states.shape
-        places = torch.arange(num_tokens, device=temb.device)
-        is_picture = (places >= (streams.num_noise_tokens or num_tokens)).int().expand(batch, -1)
     result: tuple[Tensor, Tensor] = block(
         hidden_states=streams.hidden_states,
         encoder_hidden_states=streams.encoder_hidden_states,

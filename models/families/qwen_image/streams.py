@@ -15,8 +15,10 @@ class QwenImageStreams(Streams):
 
     `image_rotary_emb` `(image tokens, head channels / 2)` and `text_rotary_emb` `(text tokens, head channels / 2)` are
     complex position factors for all rows. `encoder_hidden_states_mask` `(batch, text tokens)` is true for real tokens,
-    and `text_lengths` counts them by row, on the host. Both are None where no prompt is padded. Some transformers
-    modulate the image tokens after the first `num_noise_tokens` with `picture_temb` `(batch, channels)`.
+    and `text_lengths` counts them by row, on the host. Both are None where no prompt is padded.
+
+    Some transformers modulate the tokens of pictures, where `is_picture` `(image tokens,)` is 1, with `picture_temb`
+    `(batch, channels)`.
     """
 
     image_rotary_emb: Tensor
@@ -24,7 +26,7 @@ class QwenImageStreams(Streams):
     encoder_hidden_states_mask: Tensor | None = None
     text_lengths: Sequence[int] | None = None
     picture_temb: Tensor | None = None
-    num_noise_tokens: int | None = None
+    is_picture: Tensor | None = None
 
     @property
     def scored(self) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:

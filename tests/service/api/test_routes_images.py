@@ -2,6 +2,7 @@ import asyncio
 import base64
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
@@ -245,7 +246,8 @@ def test_harmless_fields_are_accepted(fields: dict[str, Any], client: TestClient
         ({"metadata": "yes"}, "metadata"),
         ({"trace": 1}, "trace"),
         ({"priority": "urgent"}, "priority"),
-        ({"background": "transparent"}, "background"),
+        ({"background": "transparent", "output_format": "jpeg"}, "background"),
+        ({"background": "clear"}, "background"),
         ({"moderation": "high"}, "moderation"),
         ({"style": 5}, "style"),
         ({"frame_count": 4}, "frame_count"),
@@ -478,3 +480,19 @@ async def call_images(
     }
     await create_app(settings, dispatcher)(scope, receive, send)
     return sent
+
+
+@pytest.mark.parametrize("output_format", ["png", "webp"])
+def test_transparent_image_has_alpha_and_its_answer_says_so(
+    client: TestClient, engine: Any, drawn_card: ImageCard, output_format: str
+) -> None:
+    engine.cards["drawn"] = replace(drawn_card, can_be_transparent=True)
+    answer = client.post("/v1/images", json={**PROMPT, "background": "transparent", "output_format": output_format})
+    assert answer.json()["background"] == "transparent"
+    with Image.open(BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"]))) as image:
+        assert image.mode == "RGBA"
+    refused = client.post("/v1/images", json={**PROMPT, "background": "transparent", "output_format": "jpeg"})
+    assert refused.status_code == 422
+    error = refused.json()["error"]
+    assert error["param"] == "background"
+    assert "not possible in jpeg files; try output_format png or webp" in error["message"]

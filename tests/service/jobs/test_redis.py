@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.processes import RedisServer
 from models.card import ImageCard
-from models.request import ImageEdit
+from models.request import ImageEdit, ImageRequest
 from service.errors import JobUnreadable, StoreUnavailable
 from service.jobs.job import FailureReason, Job, JobSnapshot, JobState, JobStatus
 from service.jobs.redis import RedisStore, connect
@@ -320,6 +320,21 @@ async def test_job_whose_pictures_are_gone_is_not_run(shared: Shared, make_job: 
     await shared.redis.delete(f"{shared.prefix}job:cancelled:picture")
     assert (await shared.claim()).job.id == "whole"
     assert shared.errors == []
+
+
+async def test_transparent_images_are_left_to_versions_that_know_them(shared: Shared, make_job: MakeJob) -> None:
+    """A worker of the version before passes over entries of version 3, as the test before this one shows."""
+    await shared.store.add(make_job("transparent", is_transparent=True))
+    await shared.store.add(make_job("opaque"))
+    versions = {}
+    for name in ("transparent", "opaque"):
+        live = json.loads(await shared.redis.hget(f"{shared.prefix}live", name))
+        record = await shared.redis.hget(f"{shared.prefix}job:{name}", "version")
+        versions[name] = (live["version"], int(record))
+    assert versions == {"transparent": (RECORD_VERSION, RECORD_VERSION), "opaque": (2, 2)}
+    (request,) = (await shared.store.get("transparent")).job.requests
+    assert isinstance(request, ImageRequest)
+    assert request.is_transparent
 
 
 async def test_records_of_the_version_before_are_read_as_they_were_written(

@@ -25,6 +25,10 @@ def picture(colour: tuple[int, int, int, int]) -> bytes:
     return file.getvalue()
 
 
+def prepare_small(request: MeshRequest) -> Callable[[], MeshRequest]:
+    return partial(prepared_request, request, ImageSettings(32), None)
+
+
 def test_engine_starts_the_prepared_request(
     service: Any, engine: Any, make_mesh_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -34,7 +38,7 @@ def test_engine_starts_the_prepared_request(
         started.append(request)
         return start(request)
 
-    monkeypatch.setattr(engine, "preparation", lambda request: partial(prepared_request, request, ImageSettings(32)))
+    monkeypatch.setattr(engine, "preparation", prepare_small)
     monkeypatch.setattr(engine, "start", start_noted)
     job = make_mesh_job("mesh", input_image=picture((200, 0, 0, 255)))
     assert service.submit(job).result(TIMEOUT_S).state.status is JobStatus.SUCCEEDED
@@ -47,7 +51,7 @@ def test_engine_starts_the_prepared_request(
 def test_image_that_shows_nothing_fails_its_job_as_the_clients_fault(
     service: Any, engine: Any, make_mesh_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "preparation", lambda request: partial(prepared_request, request, ImageSettings(32)))
+    monkeypatch.setattr(engine, "preparation", prepare_small)
     failure = service.submit(make_mesh_job("mesh", input_image=picture((0, 0, 0, 0)))).result(TIMEOUT_S).state.failure
     assert (failure.reason, failure.param) == (FailureReason.INVALID_REQUEST, "input_image")
     assert "fully transparent" in failure.message

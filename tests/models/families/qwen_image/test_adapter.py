@@ -11,8 +11,8 @@ from models.families.qwen_image import adapter
 TEXT, HEIGHT, WIDTH = 5, 2, 3
 
 
-@pytest.fixture(scope="module")
-def transformer() -> QwenImageTransformer2DModel:
+@pytest.fixture(scope="module", params=[False, True], ids=["one time", "pictures at the time 0"])
+def transformer(request: pytest.FixtureRequest) -> QwenImageTransformer2DModel:
     torch.manual_seed(0)
     transformer = QwenImageTransformer2DModel(
         in_channels=8,
@@ -22,17 +22,19 @@ def transformer() -> QwenImageTransformer2DModel:
         num_attention_heads=2,
         joint_attention_dim=24,
         axes_dims_rope=(4, 6, 6),
+        zero_cond_t=request.param,
     )
     return transformer.requires_grad_(False)
 
 
 @pytest.mark.parametrize("lengths", [[5], [5, 5, 5], [2, 5, 3]], ids=["one row", "no mask", "mask"])
+@pytest.mark.parametrize("pictures", [[], [(2, 2), (3, 1)]], ids=["noise alone", "pictures"])
 def test_all_pieces_together_equal_the_forward_bit_for_bit(
-    transformer: QwenImageTransformer2DModel, lengths: list[int]
+    transformer: QwenImageTransformer2DModel, lengths: list[int], pictures: list[tuple[int, int]]
 ) -> None:
     batch = len(lengths)
     rng = torch.Generator().manual_seed(1)
-    latents = torch.randn(batch, HEIGHT * WIDTH, 8, generator=rng)
+    latents = torch.randn(batch, HEIGHT * WIDTH + sum(h * w for h, w in pictures), 8, generator=rng)
     prompt_embeds, timestep = torch.randn(batch, TEXT, 24, generator=rng), torch.rand(batch, generator=rng)
     mask = torch.arange(TEXT) < torch.tensor(lengths)[:, None] if min(lengths) < TEXT else None
     expected = transformer(
@@ -40,7 +42,7 @@ def test_all_pieces_together_equal_the_forward_bit_for_bit(
         encoder_hidden_states=prompt_embeds,
         encoder_hidden_states_mask=mask,
         timestep=timestep,
-        img_shapes=[[(1, HEIGHT, WIDTH)]] * batch,
+        img_shapes=[[(1, HEIGHT, WIDTH), *((1, *size) for size in pictures)]] * batch,
         return_dict=False,
     )[0]
     streams = adapter.prologue(
@@ -50,7 +52,8 @@ def test_all_pieces_together_equal_the_forward_bit_for_bit(
         adapter.embed_prompt(transformer, prompt_embeds),
         mask,
         None if mask is None else lengths,
-        adapter.rotary_embedding(transformer, TEXT, HEIGHT, WIDTH),
+        adapter.rotary_embedding(transformer, TEXT, HEIGHT, WIDTH, pictures),
+        HEIGHT * WIDTH,
     )
     for block in adapter.blocks(transformer).values():
         text, image = adapter.call_block(block, streams)

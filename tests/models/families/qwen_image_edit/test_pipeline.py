@@ -1,5 +1,6 @@
 """What is the Qwen-Image-Edits' alone; see also `test_references.py` and the engine's tests."""
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,7 +14,7 @@ from PIL import Image
 from models.card import PictureSizes
 from models.engine import Engine
 from models.errors import InvalidRequest, WeightsError
-from models.families.qwen_image_edit.pipeline import QwenImageEditFamily
+from models.families.qwen_image_edit.pipeline import PictureProcessor, QwenImageEditFamily
 from models.request import ImageRequest
 from models.state import DenoiseState
 from models.weights import CheckpointTraits
@@ -79,6 +80,21 @@ def test_directory_without_a_processor_is_refused(kind: Kind, directory: Path, t
     shutil.rmtree(incomplete / "processor")
     with pytest.raises(WeightsError, match=f"{kind.model} can't be loaded"):
         kind.family.load(incomplete, "cpu", torch.float32, None, CheckpointTraits(), False)
+
+
+def test_processor_may_have_the_layout_of_the_published_ones(directory: Path, tmp_path: Path) -> None:
+    """A file of its own for each part, one of them for videos, and a template of chats."""
+    folder = Path(shutil.copytree(directory / "processor", tmp_path / "processor"))
+    nested = folder / "processor_config.json"
+    content = json.loads(nested.read_text())["image_processor"] | {"processor_class": "Qwen2_5_VLProcessor"}
+    nested.unlink()
+    (folder / "preprocessor_config.json").write_text(json.dumps(content))
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(content))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    inputs = {"text": ["<|image_pad|> red"], "images": [Image.new("RGB", (80, 60), "red")], "return_tensors": "pt"}
+    ours, expected = (PictureProcessor.from_pretrained(path)(**inputs) for path in (folder, directory / "processor"))
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
 def test_text_encoder_stays_on_the_host_if_asked(kind: Kind, directory: Path) -> None:
