@@ -76,10 +76,18 @@ def _edit(request: ImageRequest) -> ImageEdit:
     return request.edit
 
 
+def opened_picture(file: bytes) -> Image.Image:
+    """A picture in RGB. What is transparent in it becomes white: the colours that a file keeps there are not seen."""
+    picture = Image.open(BytesIO(file))
+    if picture.mode == "RGB":
+        return picture
+    coloured = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured).convert("RGB")
+
+
 def _picture(edit: ImageEdit) -> Image.Image:
-    """The colours of the only picture; its own transparency, if it has any, is not looked at."""
     [file] = edit.images
-    return Image.open(BytesIO(file)).convert("RGB")
+    return opened_picture(file)
 
 
 def _mask(pipeline: Any, request: ImageRequest) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from models.card import Edits, ImageCard, ModelCard, PictureSizes
 from models.elastic.streams import Streams
 from models.errors import InvalidRequest
+from models.families.editing import opened_picture
 from models.families.image import Branch, ImageFamily
 from models.request import ImageEdit, ImageRequest
 from models.state import BranchInputs, DenoiseState, References
@@ -57,7 +58,7 @@ class EditingFamily(ImageFamily):
         return replace(request, edit=ImageEdit((file.getvalue(),)))
 
     def _encode_all(self, branches: Sequence[Branch], request: ImageRequest) -> list[BranchInputs]:
-        pictures = [_opened(file) for file in (request.edit.images if request.edit else ())]
+        pictures = [opened_picture(file) for file in (request.edit.images if request.edit else ())]
         for width, height in (picture.size for picture in pictures):
             if max(width, height) > self.max_ratio * min(width, height):
                 raise InvalidRequest(
@@ -114,12 +115,3 @@ class EditingFamily(ImageFamily):
 
     def _velocities(self, states: Sequence[DenoiseState], streams: Streams) -> Tensor:
         return super()._velocities(states, streams)[:, : states[0].latents.shape[1]]
-
-
-def _opened(file: bytes) -> Image.Image:
-    """A picture in RGB. What is transparent in it becomes white."""
-    picture = Image.open(BytesIO(file))
-    if picture.mode == "RGB":
-        return picture
-    coloured = picture.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured).convert("RGB")

@@ -166,11 +166,12 @@ def test_mask_without_transparency_keeps_the_whole_picture(
     assert np.array_equal(finished(engine, denoise(engine, request)), shown(request))
 
 
-def test_transparency_of_the_picture_itself_says_nothing(engine: Engine, ask: Ask, denoise: Denoise) -> None:
+def test_what_is_transparent_in_a_picture_is_white(engine: Engine, ask: Ask, denoise: Denoise) -> None:
     pixels = shown(ask(edit=ImageEdit((picture(64, 64),), None, 0.5)))
     clear = png_of(np.dstack((pixels, np.zeros((64, 64), np.uint8))))
-    plain, other = (ask(edit=ImageEdit((file,), None, 0.5)) for file in (picture(64, 64), clear))
-    assert torch.equal(denoise(engine, plain).latents, denoise(engine, other).latents)
+    white = png_of(np.full((64, 64, 3), 255, np.uint8))
+    edited = [denoise(engine, ask(edit=ImageEdit((file,), None, 0.5))).latents for file in (clear, white)]
+    assert torch.equal(*edited)
 
 
 def test_edit_depends_on_its_picture_its_mask_and_its_strength(
