@@ -1,6 +1,5 @@
 """A server behind a proxy, as clients reach it, and the table of what works with each client."""
 
-import json
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from service.keys import Scope, new_key
 from tests.clients.proxy import prefix_proxy
 
 FOLDER = Path(__file__).parent
-ALIASES = {"gpt-image-*": "tiny-flux", "dall-e-*": "tiny-flux"}
+ALIASES = "gpt-image-*=tiny-flux,dall-e-*=tiny-flux"
 PREFIX = "/pictures"
 
 
@@ -49,7 +48,7 @@ def reached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reached]:
     site = ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(FOLDER / "node")))
     page_url = f"http://127.0.0.1:{site.server_port}"
     settings = {
-        "ELASTIC_ALIASES": json.dumps(ALIASES),
+        "ELASTIC_MODEL_ALIASES": ALIASES,
         "ELASTIC_API_KEYS": f"[{entry.model_dump_json()}]",
         "ELASTIC_CORS_ORIGINS": page_url,
         "ELASTIC_PUBLIC_URL": address,

@@ -4,7 +4,7 @@ nginx does: it takes the prefix off the path.
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from threading import Thread
 
@@ -45,15 +45,17 @@ def prefix_proxy(listener: socket.socket, prefix: str, server: str) -> Iterator[
         return PlainTextResponse("nothing is served here", 404)
 
     routes = [Route(prefix + "/{path:path}", pass_on, methods=_METHODS), Route("/{path:path}", nothing)]
-    proxy = uvicorn.Server(uvicorn.Config(Starlette(routes=routes, lifespan=lifespan), log_level="warning"))
+    proxy = uvicorn.Server(
+        uvicorn.Config(Starlette(routes=routes, lifespan=lifespan), log_level="warning", timeout_graceful_shutdown=5)
+    )
     thread = Thread(target=lambda: asyncio.run(proxy.serve([listener])))
     thread.start()
     yield
-    proxy.should_exit = proxy.force_exit = True
+    proxy.should_exit = True
     thread.join()
 
 
-def _passed_on(headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
+def _passed_on(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     return [(name, value) for name, value in headers if name.lower() not in _OF_A_CONNECTION]
 
 

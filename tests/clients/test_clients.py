@@ -54,13 +54,11 @@ def check_lines(lines: list[dict[str, Any]]) -> None:
     assert [line for line in lines if line["problem"]] == []
 
 
-@pytest.mark.server
 def test_openai_for_python(reached: Reached, noted: Noted) -> None:
     python = PYTHON if PYTHON.exists() else Path(sys.executable)
     check_script("openai (Python)", [str(python), "-m", "tests.clients.python.openai_sdk"], reached, noted)
 
 
-@pytest.mark.server
 @pytest.mark.parametrize(
     ("client", "script"), [("LiteLLM", "litellm_sdk"), ("LangChain (Python)", "langchain_wrapper")]
 )
@@ -70,7 +68,6 @@ def test_other_clients_for_python(client: str, script: str, reached: Reached, no
     check_script(client, [str(PYTHON), "-m", f"tests.clients.python.{script}"], reached, noted)
 
 
-@pytest.mark.server
 @pytest.mark.parametrize(
     ("client", "script"),
     [
@@ -98,7 +95,6 @@ def node_modules() -> Path:
     return folder
 
 
-@pytest.mark.server
 def test_openai_in_chromium(node_modules: Path, reached: Reached, noted: Noted) -> None:
     """A page of another origin that the server allows loads OpenAI's SDK and calls the server."""
     chromium = shutil.which("chromium")
@@ -127,7 +123,6 @@ def test_openai_in_chromium(node_modules: Path, reached: Reached, noted: Noted) 
 RECORDED = [json.loads(path.read_text()) for path in sorted((FOLDER / "recorded").glob("*.json"))]
 
 
-@pytest.mark.server
 @pytest.mark.parametrize(
     ("client", "request_"),
     [

@@ -42,8 +42,10 @@ export function openaiChecks({ baseURL, apiKey, picture, mask, decode, ...option
       ],
       "the events",
     );
+    checkEqual(sizeOf(bytesOf(events[2].b64_json)), [64, 64], "the size");
     for (const event of events) {
-      checkEqual(sizeOf(bytesOf(event.b64_json)), [64, 64], "the size");
+      const [width, height] = sizeOf(bytesOf(event.b64_json)); // a preview may be smaller
+      checkEqual(width, height, "the width");
       checkEqual(
         [event.size, event.quality, event.output_format, event.background],
         ["64x64", "low", "png", "opaque"],

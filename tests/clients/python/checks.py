@@ -39,14 +39,13 @@ def run(checks: Mapping[str, Callable[[], None]]) -> None:
     """Run the check of each feature and print a JSON line for each. Exits with status 1 if one failed."""
     failed = False
     for feature, check in checks.items():
+        problem = None
         try:
             check()
         except Exception as error:
             failed = True
             line = traceback.extract_tb(error.__traceback__)[-1]
             problem = f"{type(error).__name__}: {error} ({Path(line.filename).name}:{line.lineno})"
-        else:
-            problem = None
         print(json.dumps({"feature": feature, "problem": problem}), flush=True)
     sys.exit(failed)
 
