@@ -51,6 +51,7 @@ def reached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reached]:
         "ELASTIC_MODEL_ALIASES": ALIASES,
         "ELASTIC_API_KEYS": f"[{entry.model_dump_json()}]",
         "ELASTIC_CORS_ORIGINS": page_url,
+        "ELASTIC_LINK_SECRET": "a secret of the tests, long enough to be one",
         "ELASTIC_PUBLIC_URL": address,
         "ELASTIC_TRUSTED_PROXIES": "127.0.0.1",
     }
@@ -77,23 +78,20 @@ def save_pictures(folder: Path) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The table of clients and features."""
-    reports = [report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, [])]
-    rows: dict[str, dict[str, str | None]] = {}
-    for report in reports:
+    """The table of clients and features, in the order in which they were tried."""
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
+    rows: dict[str, dict[str, str]] = {}
+    for report in sorted(reports, key=lambda report: report.start):
         for name, value in report.user_properties:
-            if name == "client":
+            if name == "checked":
                 client, feature, problem = value
-                rows.setdefault(client, {})[feature] = problem
-    features = dict.fromkeys(feature for row in rows.values() for feature in row)
+                rows.setdefault(client, {})[feature] = "FAIL" if problem else "pass"
     if not rows:
         return
+    features = list(dict.fromkeys(feature for row in rows.values() for feature in row))
     width = max(map(len, rows))
-    terminalreporter.section("clients")
-    terminalreporter.write_line(" " * width + "  " + "  ".join(features))
+    terminalreporter.section("clients and features")
+    terminalreporter.write_line("  ".join([" " * width, *features]))
     for client, row in rows.items():
-        cells = (
-            ("-" if feature not in row else "FAIL" if row[feature] else "pass").ljust(len(feature))
-            for feature in features
-        )
-        terminalreporter.write_line(f"{client:{width}}  {'  '.join(cells)}")
+        cells = [row.get(feature, "").center(len(feature)) for feature in features]
+        terminalreporter.write_line("  ".join([client.ljust(width), *cells]).rstrip())

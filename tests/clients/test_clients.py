@@ -29,7 +29,7 @@ def noted(record_property: Callable[[str, object], None]) -> Noted:
     """Prints a line for a feature of a client, and keeps it for the table."""
 
     def note(client: str, line: dict[str, Any]) -> None:
-        record_property("client", (client, line["feature"], line["problem"]))
+        record_property("checked", (client, line["feature"], line["problem"]))
         print(f"{client:28} {line['feature']:16} {line['problem'] or 'pass'}", flush=True)
 
     return note

@@ -116,6 +116,10 @@ export function openaiChecks({ baseURL, apiKey, picture, mask, decode, ...option
     },
     async stream() {
       await checkStream(await generate({ stream: true, partial_images: 2 }), "image_generation");
+      const pictures = new Set();
+      for await (const event of await generate({ stream: true, n: 2 }))
+        if (event.type === "image_generation.completed") pictures.add(event.b64_json);
+      checkEqual(pictures.size, 2, "the number of pictures");
     },
     async usage() {
       checkUsage((await generate()).usage);

@@ -2,9 +2,11 @@
 
 import base64
 from collections.abc import Callable, Iterable
+from io import BytesIO
 from typing import Any
 
 import openai
+from PIL import Image
 
 from tests.clients.python.checks import (
     PROMPT,
@@ -106,6 +108,13 @@ def ignored_fields() -> None:
     generate(extra_body={"safety_identifier": "user-1", "complexity": "auto"})
 
 
+def large_picture() -> bytes:
+    """Some 3 MB of noise as a PNG file: more than what sockets and proxies hold."""
+    file = BytesIO()
+    Image.effect_noise((2000, 2000), 100).save(file, "PNG")
+    return file.getvalue()
+
+
 def check_stream(events: Iterable[Any], name: str) -> None:
     *before, last = [event for event in events if event.type.startswith(name)]
     assert [event.type for event in before] == [f"{name}.partial_image"] * 2, [event.type for event in before]
@@ -123,6 +132,8 @@ def check_stream(events: Iterable[Any], name: str) -> None:
 
 def stream() -> None:
     check_stream(generate(stream=True, partial_images=2), "image_generation")
+    events = [event for event in generate(stream=True, n=2) if event.type == "image_generation.completed"]
+    assert len({event.b64_json for event in events}) == 2
 
 
 def usage() -> None:
@@ -164,7 +175,7 @@ def errors() -> None:
     wrong = openai.OpenAI(base_url=TARGET.base_url, api_key="sk-wrong", max_retries=0)
     expected: list[tuple[type[openai.APIStatusError], str, Callable[[], object]]] = [
         (openai.AuthenticationError, "invalid_api_key", lambda: wrong.models.list()),
-        (openai.AuthenticationError, "invalid_api_key", lambda: wrong.images.edit(image=TARGET.picture, prompt="a")),
+        (openai.AuthenticationError, "invalid_api_key", lambda: wrong.images.edit(image=large_picture(), prompt="a")),
         (openai.UnprocessableEntityError, "invalid_parameter", lambda: generate(size="65x64")),
         (openai.NotFoundError, "model_not_found", lambda: generate("no-such-model")),
         (openai.BadRequestError, "invalid_image", lambda: edit(image=b"no picture")),
