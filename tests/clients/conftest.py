@@ -16,7 +16,7 @@ from service.keys import Scope, new_key
 from tests.clients.proxy import prefix_proxy
 
 FOLDER = Path(__file__).parent
-ALIASES = "gpt-image-*=tiny-flux,dall-e-*=tiny-flux"
+ALIASES = "gpt-image-*=tiny-flux,dall-e-*=tiny-qwen-image"
 PREFIX = "/pictures"
 
 

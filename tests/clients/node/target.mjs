@@ -6,6 +6,8 @@ import { PNG } from "pngjs";
 
 import { runChecks } from "./checks.mjs";
 
+globalThis.File ??= (await import("node:buffer")).File; // node 18 has it, but not as a global
+
 export const baseURL = process.env.CLIENTS_BASE_URL;
 export const apiKey = process.env.CLIENTS_API_KEY;
 export const picture = await readFile(`${process.env.CLIENTS_PICTURES}/picture.png`);
