@@ -42,13 +42,17 @@ function pageChecks(baseURL, apiKey) {
       const job = await (await post({}, { prefer: "respond-async" })).json();
       const source = new EventSource(job.links.events);
       let opened = 0;
-      source.onopen = () => (opened += 1);
-      const completed = new Promise((resolve, reject) => {
-        source.addEventListener("image_generation.completed", ({ data }) => resolve(JSON.parse(data)));
-        source.onerror = () => source.readyState === EventSource.CLOSED && reject(new Error("the link is refused"));
-      });
-      bytesOf((await completed).data[0].b64_json);
-      await new Promise((resolve) => (source.onerror = () => source.readyState === EventSource.CLOSED && resolve()));
+      let completed = null;
+      source.addEventListener("image_generation.completed", ({ data }) => (completed = JSON.parse(data)));
+      await new Promise((resolve, reject) => {
+        source.onopen = () => {
+          opened += 1;
+          if (opened > 2) reject(new Error("it connects again and again"));
+        };
+        source.onerror = () => source.readyState === EventSource.CLOSED && resolve();
+      }).finally(() => source.close());
+      check(completed, "the link is refused");
+      bytesOf(completed.data[0].b64_json);
       checkEqual(opened, 1, "the number of connections with events");
     },
   };

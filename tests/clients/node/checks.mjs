@@ -74,8 +74,8 @@ export function checkUsage(usage) {
 export function checkOnlyLeftHalfChanged(edited, original) {
   checkEqual([edited.width, edited.height], [original.width, original.height], "the size");
   const [left, right] = [0, 1].map((half) => meanDifference(edited, original, half));
-  check(right < 6, `the half that was to be kept differs by ${right.toFixed(1)} of 255`);
-  check(left > 3 * right && left > 3, `the half that was to be edited differs by ${left.toFixed(1)} of 255`);
+  check(right === 0, `the half that was to be kept differs by ${right.toFixed(1)} of 255`);
+  check(left > 3, `the half that was to be edited differs by ${left.toFixed(1)} of 255`);
 }
 
 // Over the colours of the left (0) or the right half (1). A strip beside the border does not count.

@@ -18,6 +18,11 @@ def url() -> None:
     assert image_behind(wrapper().run(PROMPT)).size == (256, 256)
 
 
+def names() -> None:
+    for name in ("dall-e-2", "dall-e-3"):
+        assert image_behind(wrapper(model=name, size="64x64").run(PROMPT)).size == (64, 64)
+
+
 def several() -> None:
     links = wrapper(n=2, size="64x64").run(PROMPT).split("\n")
     assert [image_behind(link).size for link in links] == [(64, 64)] * 2
@@ -34,4 +39,4 @@ def errors() -> None:
     assert error.code == "invalid_api_key"
 
 
-run({"url": url, "model names": url, "n": several, "quality": quality, "errors": errors})
+run({"url": url, "model names": names, "n": several, "quality": quality, "errors": errors})
