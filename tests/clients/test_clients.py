@@ -20,6 +20,14 @@ ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-clients" / "bin" / "python"
 NODE = FOLDER / "node"
 LIMIT_S = 300
+CHROMIUM_ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 Noted = Callable[[str, dict[str, Any]], None]
 
@@ -107,7 +115,7 @@ def test_openai_in_chromium(node_modules: Path, reached: Reached, noted: Noted) 
         noted("openai (Chromium)", line)
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-quic"])
+        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_ARGUMENTS)
         page = browser.new_page()
         page.expose_function("report", report)
         page.goto(f"{reached.page_url}/browser.html")
