@@ -5,12 +5,14 @@ PIP_ARGS ?=
 ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.stamp-setup
+PYTHON_CLIENTS := .venv-clients/.stamp-setup
+NODE_CLIENTS := tests/clients/node/node_modules/.stamp-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast check bench frontier train
+.PHONY: help setup demo serve test test-fast test-clients check bench frontier train
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## install into .venv; instant when nothing changed
 
@@ -25,6 +27,9 @@ test: setup ## run all tests, in two processes
 
 test-fast: setup ## run the tests that start no server, browser or Redis and are not marked slow
 	$(BIN)/python -m pytest -n 2 -m "not server and not slow" $(ARGS)
+
+test-clients: setup $(PYTHON_CLIENTS) $(NODE_CLIENTS) ## call a server with the clients that people have; needs node and npm
+	$(BIN)/python -m pytest -n 0 -s tests/clients $(ARGS)
 
 check: setup ## formatting, lint, types, import directions
 	$(BIN)/ruff format --check .
@@ -49,4 +54,14 @@ $(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "$(PYTHON) is Python %d.%d, 3.11 or newer is needed; name one: make PYTHON=python3.12" % sys.version_info[:2])'
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt $(PIP_ARGS) -e ./client -e '.[test,dev]'
+	@touch $@
+
+# Their packages get an environment of their own: LiteLLM does not go with all of ours.
+$(PYTHON_CLIENTS): tests/clients/python/requirements.txt
+	[ -x .venv-clients/bin/python ] || $(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install -q --no-deps --no-compile $(PIP_ARGS) -r $<
+	@touch $@
+
+$(NODE_CLIENTS): tests/clients/node/package-lock.json
+	npm ci --no-audit --no-fund --prefix tests/clients/node
 	@touch $@

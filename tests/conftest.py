@@ -12,7 +12,7 @@ from tests.fixtures.scheduling import SharingScheduling
 
 __all__ = ["hostile_images", "redis_server"]
 
-SERVER_FIXTURES = {"server", "own_server", "redis_server"}
+SERVER_FIXTURES = {"server", "own_server", "reached", "redis_server"}
 
 # torch reads this when it is imported. Tests and the servers they start run side by side: one thread each.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -1,5 +1,6 @@
 """Files that state the same fact agree."""
 
+import json
 import re
 import tomllib
 from importlib.metadata import version
@@ -22,6 +23,18 @@ def pins() -> dict[str, str]:
 def test_constraints_are_exact_pins_without_addresses_or_paths() -> None:
     for line in (ROOT / "constraints.txt").read_text().splitlines():
         assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9a-z.]*", line), line
+
+
+def test_clients_that_are_tried_are_pinned_without_addresses() -> None:
+    folder = ROOT / "tests" / "clients"
+    for line in (folder / "python" / "requirements.txt").read_text().splitlines():
+        assert re.fullmatch(r"#.*|[A-Za-z0-9._-]+==[0-9][0-9a-z.]*", line), line
+    packages = json.loads((folder / "node" / "package-lock.json").read_text())["packages"]
+    installed = {name: package for name, package in packages.items() if name}
+    assert [name for name, package in installed.items() if "resolved" in package] == []
+    assert all(package["integrity"] for package in installed.values())
+    wanted = json.loads((folder / "node" / "package.json").read_text())["dependencies"]
+    assert {name: installed[f"node_modules/{name}"]["version"] for name in wanted} == wanted
 
 
 def test_constraints_pin_every_direct_dependency_to_a_version_it_allows() -> None:

@@ -12,7 +12,7 @@ from service.api.events import event_stream
 from service.api.generation_route import CLIENT_CLOSED_REQUEST, GenerationHeaders
 from service.api.job_views import binary_response, job_body, result_body
 from service.api.links import Links, links_of
-from service.api.schemas import GenerationBody, ResponseFormat
+from service.api.schemas import ImageBody, MeshBody, ResponseFormat
 from service.errors import Draining
 from service.jobs.job import Job, JobSnapshot
 from service.jobs.store import ended
@@ -25,7 +25,7 @@ _LAST_ANSWER_S = 1.0
 
 async def answer(
     job: Job,
-    body: GenerationBody,
+    body: ImageBody | MeshBody,
     headers: GenerationHeaders,
     request: Request,
     dispatcher: Dispatcher,
@@ -44,13 +44,22 @@ async def answer(
     ended_job = None if wait_s == 0 else await _ended_or_gone(job, request, dispatcher, wait_s)
     if ended_job is not None:
         raise_if_unsuccessful(ended_job)
-        response_format = body.response_format or ResponseFormat(settings.default_response_format)
-        return await _result(job, response_format, dispatcher, links)
+        return await _result(job, body.response_format or _default_format(body, settings), dispatcher, links)
     if headers.is_async and not await request.is_disconnected():
         return await _accepted(job, dispatcher, links)
     if cancels:
         dispatcher.cancel_soon(job.id)
     return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+def _default_format(body: ImageBody | MeshBody, settings: Settings) -> ResponseFormat:
+    """At OpenAI, `dall-e-2` and `dall-e-3` answer with links by default, and other models with files.
+
+    Clients rely on both: LangChain for Python reads links, LibreChat files, and neither asks for them.
+    """
+    if body.model is not None and body.model.startswith("dall-e-"):
+        return ResponseFormat.URL
+    return ResponseFormat(settings.default_response_format)
 
 
 async def _result(job: Job, response_format: ResponseFormat, dispatcher: Dispatcher, links: Links) -> Response:

@@ -118,8 +118,8 @@ class GenerationBody(ClosedBody):
     )
     response_format: ResponseFormat | None = Field(
         default=None,
-        description="b64_json, unless the server has another default; always so in events. binary only for a single "
-        "result.",
+        description="b64_json by default, unless the server has another default; url if the model is asked for as "
+        "`dall-e-…`. In events always b64_json by default. binary only for a single result.",
     )
     webhook_url: UrlText | None = Field(
         default=None,

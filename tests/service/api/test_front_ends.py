@@ -53,6 +53,7 @@ BODIES: dict[str, dict[str, Any]] = {
         "quality": "standard",
         "user": None,
     },
+    "LangChain for Python": {"model": "dall-e-2", "n": 1, "size": "1024x1024"},
     "n8n": {
         "model": "dall-e-3",
         "response_format": "url",
@@ -100,7 +101,7 @@ def test_front_end_gets_its_images(body: dict[str, Any], start_client: Callable[
     answer = ImagesResponse.model_validate(response.json(), strict=True)
     assert answer.data is not None
     assert len(answer.data) == body.get("n", 1)
-    wanted = body.get("response_format", "b64_json")
+    wanted = body.get("response_format", "url" if body["model"].startswith("dall-e-") else "b64_json")
     assert all(getattr(image, wanted) for image in answer.data)
     assert answer.usage is not None
     assert answer.usage.total_tokens > 0
