@@ -18,7 +18,7 @@ MAX_SEED = 2**63 - 1
 SIZE_PATTERN = "^([0-9]{1,5}x[0-9]{1,5}|auto)$"
 
 DEFAULT_STRENGTH, DEFAULT_MASKED_STRENGTH = 0.8, 1.0
-"""Of edits, see docs/decisions/0023e-masks-and-strengths.md."""
+"""Of edits, see docs/decisions/0026-masks-and-strengths.md."""
 
 Integer = Annotated[int, Field(strict=True)]
 
