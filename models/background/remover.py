@@ -32,9 +32,11 @@ _NUM_COLOURS = 5
 _SURELY_BACKGROUND = 0.1
 _SQUARE = np.ones((5, 5), np.uint8)
 _SPECK_SHARE = 0.01
-_HAZE = 0.4
-"""Probabilities below it are transparent, and above 1 minus it opaque. The outline is then about a pixel wide. A wider
-one takes colours of the background along, and shifts the object when it is centred."""
+_FINE_SIDE = 512
+"""The longer side of the picture in which the outline is moved to its edges."""
+_DISC = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (21, 21))
+"""How far it may move. It is then a pixel wide or less: a wider one takes colours of the background along, and shifts
+the object when it is centred."""
 
 
 def _frame(width: int) -> NDArray[np.bool_]:
@@ -70,11 +72,9 @@ class BackgroundRemover:
         `is_whole` says that the picture shows all of the object, so that things which go on beyond the border are
         background.
         """
-        height, width = colours.shape[:2]
         small = cv2.resize(colours, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA)
         probabilities = self.probabilities(small)
-        probabilities = _confined(probabilities, _cut(small, probabilities, is_whole))
-        return (_contrasted(cv2.resize(probabilities, (width, height))) * 255).round().astype(np.uint8)
+        return _fine(colours, _confined(probabilities, _cut(small, probabilities, is_whole)))
 
     @torch.inference_mode()
     def probabilities(self, colours: np.ndarray) -> NDArray[np.float32]:
@@ -101,11 +101,7 @@ def _cut(colours: np.ndarray, probabilities: NDArray[np.float32], is_whole: bool
     if is_whole:
         labels[_FRAME] = cv2.GC_BGD
     labels[cv2.erode((likely < _SURELY_BACKGROUND).astype(np.uint8), _SQUARE) == 1] = cv2.GC_BGD
-    num_object = int((labels == cv2.GC_PR_FGD).sum())
-    if _NUM_COLOURS <= num_object <= labels.size - _NUM_COLOURS:
-        cv2.setRNGSeed(0)  # of this thread, for the clusters of colours
-        cv2.grabCut(small, labels, (0, 0, 0, 0), np.zeros((1, 65)), np.zeros((1, 65)), _CUTS, cv2.GC_INIT_WITH_MASK)
-    mask = (labels & 1).astype(np.uint8)  # GC_FGD and GC_PR_FGD are odd
+    mask = _graph_cut(small, labels, rounds=_CUTS)
     return _inner_parts(mask) if is_whole else mask
 
 
@@ -123,10 +119,29 @@ def _confined(probabilities: NDArray[np.float32], mask: NDArray[np.uint8]) -> ND
     return np.maximum(np.minimum(probabilities, outer), inner)
 
 
-def _contrasted(probabilities: np.ndarray) -> NDArray[np.float32]:
-    """Probabilities as alpha."""
-    alpha: NDArray[np.float32] = np.clip((probabilities - _HAZE) / (1 - 2 * _HAZE), 0, 1)
-    return alpha
+def _fine(colours: np.ndarray, probabilities: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Alpha `(height, width)` of a picture. A graph cut moves the outline to the edges nearby."""
+    height, width = colours.shape[:2]
+    scale = min(1.0, _FINE_SIDE / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    shown = cv2.resize(colours, size, interpolation=cv2.INTER_AREA)
+    mask = (cv2.resize(probabilities, size) > 0.5).astype(np.uint8)
+    inner, outer = cv2.erode(mask, _DISC), cv2.dilate(mask, _DISC)
+    labels = np.where(mask, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
+    labels[inner == 1], labels[outer == 0] = cv2.GC_FGD, cv2.GC_BGD
+    blurred = cv2.GaussianBlur(_graph_cut(shown, labels, rounds=1).astype(np.float32), (3, 3), 0)
+    alpha = np.clip(2 * blurred - 0.5, 0, 1)  # corners are soft, straight outlines stay where they are
+    return (cv2.resize(alpha, (width, height)) * 255).round().astype(np.uint8)
+
+
+def _graph_cut(colours: np.ndarray, labels: NDArray[np.uint8], rounds: int) -> NDArray[np.uint8]:
+    """1 where the object is, as GrabCut finds from OpenCV's `labels`; their own sides if one has too few pixels."""
+    mask = (labels & 1).astype(np.uint8)  # GC_FGD and GC_PR_FGD are odd
+    if not _NUM_COLOURS <= mask.sum() <= mask.size - _NUM_COLOURS:
+        return mask
+    cv2.setRNGSeed(0)  # of this thread, for the clusters of colours
+    cv2.grabCut(colours, labels, (0, 0, 0, 0), np.zeros((1, 65)), np.zeros((1, 65)), rounds, cv2.GC_INIT_WITH_MASK)
+    return (labels & 1).astype(np.uint8)
 
 
 @lru_cache(maxsize=1)
