@@ -131,7 +131,8 @@ def _fine(colours: np.ndarray, probabilities: NDArray[np.float32]) -> NDArray[np
     labels[inner == 1], labels[outer == 0] = cv2.GC_FGD, cv2.GC_BGD
     blurred = cv2.GaussianBlur(_graph_cut(shown, labels, rounds=1).astype(np.float32), (3, 3), 0)
     alpha = np.clip(2 * blurred - 0.5, 0, 1)  # corners are soft, straight outlines stay where they are
-    return (cv2.resize(alpha, (width, height)) * 255).round().astype(np.uint8)
+    full: np.ndarray = cv2.resize(alpha, (width, height)) * 255
+    return full.round().astype(np.uint8)
 
 
 def _graph_cut(colours: np.ndarray, labels: NDArray[np.uint8], rounds: int) -> NDArray[np.uint8]:

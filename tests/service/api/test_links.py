@@ -136,7 +136,9 @@ def test_link_expires(start: Start, now: list[float]) -> None:
         assert error_of(client.get(url, headers=with_key(OTHERS))) == (404, "job_not_found")
 
 
-@pytest.mark.parametrize("secret", ["wrong", OTHERS, PROMETHEUS, ADMIN, MINE])
+@pytest.mark.parametrize(
+    "secret", ["wrong", OTHERS, PROMETHEUS, ADMIN, MINE], ids=["wrong", "others", "prometheus", "admin", "mine"]
+)
 def test_link_is_enough_whatever_the_key(secret: str, start: Start) -> None:
     client = start()
     events, content = made(client)
