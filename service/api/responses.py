@@ -237,6 +237,10 @@ class DefaultsBody(BaseModel):
     octree_resolution: int | None = Field(default=None, description="Only for mesh models.")
     num_inference_steps: int
     guidance_scale: float
+    strength: float | None = Field(default=None, description="Only for models whose `edits` is noised.")
+    masked_strength: float | None = Field(
+        default=None, description="The strength of an edit with a mask; only for models whose `edits` is noised."
+    )
 
 
 class LimitsBody(BaseModel):
