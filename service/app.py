@@ -143,7 +143,7 @@ def _bare_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
     # FastAPI's own documentation page loads its scripts from a CDN; fastapi-offline serves them itself.
     app = FastAPIOffline(
         title="Elastic DiT Serve",
-        description="Generates and edits images, and makes meshes of them, with diffusion transformers that spend "
+        description="Generates images, edits them and makes meshes from them with diffusion transformers that spend "
         "compute where it is needed. `HEAD` is answered wherever `GET` is. A slash at the end of a path means nothing.",
         version=version("elastic-dit-serve"),
         redoc_url=None,

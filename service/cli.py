@@ -73,6 +73,9 @@ Mask = Annotated[
 Strength = Annotated[
     float | None, typer.Option(help="How far the result may be from --image, up to 1. Not for models made for editing.")
 ]
+Background = Annotated[
+    str | None, typer.Option(help="transparent cuts the object out; --out is a .png or .webp file then.")
+]
 ReceiptFile = Annotated[Path | None, typer.Option(help="Also write the receipt to this file, as JSON.")]
 
 
@@ -140,6 +143,7 @@ def generate(
     image: PicturesToEdit = None,
     mask: Mask = None,
     strength: Strength = None,
+    background: Background = None,
     out: Annotated[Path, typer.Option(help="The file to write: .png, .webp or .jpeg.")] = Path("image.png"),
     receipt: ReceiptFile = None,
     device: Device = None,
@@ -153,6 +157,7 @@ def generate(
         "negative_prompt": negative_prompt,
         "true_cfg_scale": true_cfg_scale,
         "size": size,
+        "background": background,
         "output_format": _format_of(out, OutputFormat),
         **_shared_fields(seed, budget, steps, guidance),
     }
@@ -162,11 +167,15 @@ def generate(
     elif mask is not None or strength is not None:
         raise typer.BadParameter("--mask and --strength need --image")
     else:
-        body = ImageBody.model_validate(fields)
-        from service.local import generate_image  # imports torch, so only where something is computed
-
-        data, done = generate_image(directory, body, settings, random_seed=random_seed)
+        data, done = _generate(directory, fields, settings, random_seed)
     _write(out, data, receipt, done)
+
+
+def _generate(directory: Path, fields: dict[str, Any], settings: Settings, seed: int) -> tuple[bytes, ReceiptBody]:
+    body = ImageBody.model_validate(fields)
+    from service.local import generate_image  # imports torch, so only where something is computed
+
+    return generate_image(directory, body, settings, random_seed=seed)
 
 
 def _edit(

@@ -129,7 +129,7 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         default=100_000,
         ge=1,
-        description="The largest request body, apart from an input image. A larger one blocks the server for longer.",
+        description="The largest request body, apart from its input images. A larger one blocks the server for longer.",
     )
     max_mesh_body_bytes: int = Field(
         default=32_000_000,
@@ -207,7 +207,7 @@ class Settings(BaseSettings):
     )
     rate_limit: str | None = Field(
         default=None,
-        description="How many images and meshes one key may request, such as 60/minute; without keys, one address. No "
+        description="How many generation calls one key may make, such as 60/minute; without keys, one address. No "
         "limit by default. A key's entry may have its own limit.",
     )
     body_timeout_s: float = Field(default=30.0, gt=0, description="Seconds in which a request's body must arrive.")

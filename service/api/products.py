@@ -45,8 +45,8 @@ class Product:
         files = {file_format.content_type: _FILE for file_format in self.formats}
         description = (
             f"{self.result}. With response_format binary: the {self.name} file, with the headers `X-Job-ID`, "
-            f"`X-Seed` and `X-Receipt`. With stream: the job's events, at last a `{self.completed_event}` for each "
-            f"{self.name}, the last of which has all fields of this answer too, or `error`."
+            f"`X-Seed` and `X-Receipt`. With stream: the job's events. They end with `{self.completed_event}` for each "
+            f"{self.name}, the last of which has all fields of this answer too, or with `error`."
         )
         return {
             "response_model": self.response,

@@ -68,8 +68,8 @@ class ReceiptBody(BaseModel):
     compute_ratio_predicted: float
     steps: StepsBody
     calibrated: bool = Field(
-        description="Whether the model's curve was measured for requests like this one: its size, guidance and number "
-        "of steps. If not, one more step is computed than the curve says, and the quality is an estimate."
+        description="Whether the model's curve was measured for requests like this one: its size, guidance, number of "
+        "steps and pictures. If not, one more step is computed than the curve says, and the quality is an estimate."
     )
     blocks: BlocksBody
     mean_mlp_width: float
@@ -237,6 +237,10 @@ class DefaultsBody(BaseModel):
     octree_resolution: int | None = Field(default=None, description="Only for mesh models.")
     num_inference_steps: int
     guidance_scale: float
+    strength: float | None = Field(default=None, description="Only for models whose `edits` is noised.")
+    masked_strength: float | None = Field(
+        default=None, description="The strength of an edit with a mask; only for models whose `edits` is noised."
+    )
 
 
 class LimitsBody(BaseModel):
@@ -285,7 +289,7 @@ class ModelBody(BaseModel):
         default=None, description="Only for image models: how many pictures they edit at once."
     )
     needs_input_image: bool | None = Field(
-        default=None, description="Only for image models: whether they make images only of pictures."
+        default=None, description="Only for image models: whether every request needs a picture to edit."
     )
     backgrounds: list[Literal["opaque", "transparent"]] | None = Field(
         default=None, description="What `background` can be; only for image models."

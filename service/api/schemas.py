@@ -140,7 +140,10 @@ class ImageBody(GenerationBody):
         description="An id from /v1/models, or a name that the server's aliases map to one; if empty, the server's "
         "first image model.",
     )
-    prompt: str = Field(min_length=1, description="What the image shows. The model limits its number of characters.")
+    prompt: str = Field(
+        min_length=1,
+        description="What the image shows; for models made for editing, what to change. The model limits its length.",
+    )
     negative_prompt: Text | None = Field(
         default=None,
         description="What the image should not show; only with true classifier-free guidance, unless it is empty. For "
@@ -311,8 +314,8 @@ class MeshBody(GenerationBody):
         _unless("remove_background", ("auto", True, False, None), "is not 'auto', true or false"),
     ] = Field(
         default=None,
-        description="Whether to cut the object out of a plain background. auto, the default, does so if the image has "
-        "no transparency.",
+        description="Whether to cut the object out of its background. auto, the default, does so if the image has no "
+        "transparency. true ignores transparency.",
     )
     guidance_scale: Number | None = Field(
         default=None,

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from itertools import groupby
 from statistics import fmean
 
-from models.card import ImageCard, MeshCard, ModelCard
+from models.card import Edits, ImageCard, MeshCard, ModelCard
 from models.curve import CurvePoint
 from models.report import StepDecision
 from service.api.responses import (
@@ -25,6 +25,7 @@ from service.api.responses import (
     StepsBody,
     UsageBody,
 )
+from service.api.schemas import DEFAULT_MASKED_STRENGTH, DEFAULT_STRENGTH
 from service.jobs.job import Receipt
 
 
@@ -123,6 +124,8 @@ def model_body(card: ModelCard) -> ModelBody:
             body.max_input_images = card.max_input_images
             body.needs_input_image = card.needs_input_image
             body.defaults.size = f"{card.default_width}x{card.default_height}"
+            if card.edits is Edits.NOISED:
+                body.defaults.strength, body.defaults.masked_strength = DEFAULT_STRENGTH, DEFAULT_MASKED_STRENGTH
             body.backgrounds = ["opaque", "transparent"] if card.can_be_transparent else ["opaque"]
             body.limits.prompt_characters = card.max_prompt_characters
         case MeshCard():

@@ -7,7 +7,6 @@ const byId = (id) => document.getElementById(id);
 const form = byId("form");
 const MEASURES = { ssim: "SSIM", volume_iou: "volume IoU" };
 const MAX_SEED = 2 ** 31;
-const DEFAULT_STRENGTH = { picture: 0.8, mask: 1 };
 const painter = new MaskPainter(byId("mask"), byId("brush"));
 let models = [];
 
@@ -58,6 +57,7 @@ async function generate(path, body, signal, show) {
 
 // The form
 
+const canBeTransparent = (model) => Boolean(model.backgrounds?.includes("transparent"));
 const chosenModel = () => models.find((model) => model.id === byId("model").value);
 const numberOf = (id) => (byId(id).value === "" ? undefined : Number(byId(id).value));
 const percent = (share) => `${Math.round(100 * share)} %`;
@@ -102,6 +102,7 @@ function showModel() {
   byId("picture_label").textContent =
     model.modality === "mesh" ? "Image of one object" : model.needs_input_image ? "Picture to edit" : "Picture to edit (optional)";
   byId("input_image").multiple = model.max_input_images > 1;
+  byId("transparent").parentElement.hidden = !canBeTransparent(model);
   showInput();
   byId("about").textContent = `${model.family}, licence ${model.license}`;
   const presets = model.curve.filter((point) => point.preset).map((point) => new Option(point.preset));
@@ -114,7 +115,7 @@ function showModel() {
 const knownField = (field) => byId("more").querySelector(`:scope > label > #${CSS.escape(field)}`);
 
 /** Shows each default in its field. A default that this page has no field for gets a plain text field. */
-function showDefaults(defaults) {
+function showDefaults({ strength, masked_strength, ...defaults }) { // the slider of strengths shows those two
   byId("other_fields").replaceChildren();
   for (const [field, value] of Object.entries(defaults)) (knownField(field) ?? addField(field)).placeholder = textOf(value);
 }
@@ -178,6 +179,7 @@ async function bodyOf(model) {
       prompt: byId("prompt").value,
       negative_prompt: (model.guidance === "true" && byId("negative_prompt").value) || undefined,
       size: byId("size").value || undefined,
+      background: canBeTransparent(model) && byId("transparent").checked ? "transparent" : undefined,
       ...(pictures.length && { image: pictures, ...(model.edits === "noised" && noisedFields()) }),
     };
   }
@@ -255,6 +257,7 @@ class Run {
     for (const [name, value] of Object.entries({ ...look, ...attributes })) view.setAttribute(name, value);
     if (!view.isConnected) this.part(".artifact").append(view);
     if (kind !== "result") return;
+    this.part(".artifact").classList.toggle("transparent", this.body.background === "transparent");
     if (this.body.image) this.showBefore(this.body.image[0]);
     const link = document.createElement("a");
     link.href = url;
@@ -282,7 +285,7 @@ class Run {
     const lines = {
       Compute: percent(receipt.compute_ratio),
       Steps: `${computed} of ${computed + receipt.steps.forecast} computed`,
-      Calibrated: receipt.calibrated ? "yes" : "no, the curve was measured with the model's defaults",
+      Calibrated: receipt.calibrated ? "yes" : "no, the curve was measured with another size, guidance, number of steps or pictures",
       Denoising: `${receipt.seconds.denoise.toFixed(2)} s`,
       Total: `${receipt.seconds.total.toFixed(2)} s, ${receipt.seconds.queue.toFixed(2)} s of it in the queue`,
       Blocks: `${run} run, ${reused} re-used, ${skipped} skipped, ${forecast} forecast`,
@@ -376,8 +379,9 @@ function removeInput() {
 
 /** Until somebody moves the slider, it has the server's default. */
 function suggestStrength() {
-  if (!byId("strength").dataset.isChosen)
-    byId("strength").value = painter.isPainted ? DEFAULT_STRENGTH.mask : DEFAULT_STRENGTH.picture;
+  const { strength, masked_strength } = chosenModel().defaults;
+  if (strength !== undefined && !byId("strength").dataset.isChosen)
+    byId("strength").value = painter.isPainted ? masked_strength : strength;
   showExpectation();
 }
 

@@ -223,6 +223,26 @@ def test_model_made_for_editing_asks_for_a_picture_and_offers_no_mask(server: st
     assert not {"mask", "strength"} & body.keys()
 
 
+def test_transparent_background_is_offered_and_shown_before_a_checkerboard(server: str, page: Page) -> None:
+    opened(page, server, "tiny-flux")
+    page.locator("#prompt").fill("a large red circle in the centre")
+    page.get_by_label("Also generate the exact result").uncheck()
+    page.get_by_label("Transparent background").check()
+    with page.expect_request("**/v1/images") as sent:
+        generate(page)
+    assert (sent.value.post_data_json or {})["background"] == "transparent"
+    receipt_of(page.locator("article"))
+    image = page.locator("article .artifact.transparent img.result")
+    corner = """image => {
+        const canvas = new OffscreenCanvas(128, 128), context = canvas.getContext("2d");
+        context.drawImage(image, 0, 0);
+        return context.getImageData(0, 0, 1, 1).data[3];
+    }"""
+    assert image.evaluate(corner) == 0
+    page.get_by_label("Model").select_option("tiny-hunyuan3d")
+    expect(page.get_by_label("Transparent background")).to_be_hidden()
+
+
 def decisions_shown(run: Locator) -> dict[str, int]:
     """The cells of a run's chart by decision, from the legend's colours. `run` has many shades, so it is the rest."""
     data = run.locator("canvas").evaluate("canvas => canvas.toDataURL()")

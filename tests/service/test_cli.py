@@ -151,11 +151,19 @@ def test_picture_is_edited_where_its_mask_is_white(tmp_path: Path, capsys: pytes
     assert made.shape == (64, 64, 3)
     assert (made[:, 32:] == (0, 0, 128)).all()
     assert (made[:, :32] != (0, 0, 128)).any()
+    assert main([*arguments, "--background", "transparent"]) == 0
+    with Image.open(out) as image:
+        assert image.mode == "RGBA"
     assert main([*arguments, "--image", str(mask)]) == 2
     assert "image has 2 pictures; tiny-flux edits at most 1 picture" in capsys.readouterr().err
     picture.write_text("no picture")
     assert main(arguments) == 1
     assert f"{picture} is not a readable image" in capsys.readouterr().err
+
+
+def test_unknown_background_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--prompt", "a", "--background", "clear"]) == 2
+    assert "background 'clear' is not one of" in capsys.readouterr().err
 
 
 def test_mask_and_strength_need_a_picture(capsys: pytest.CaptureFixture[str]) -> None:

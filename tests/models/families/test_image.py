@@ -55,11 +55,15 @@ def test_each_branch_is_a_row_with_inputs_of_its_own(family: ImageFamily, ask: A
 
 
 def test_tokens_are_those_of_the_prompts_and_of_the_latents(family: ImageFamily, ask: Ask, guided: Guided) -> None:
+    def start(prompt: str, **fields: Any) -> DenoiseState:
+        return family.start(ask(prompt=prompt, width=96, height=64, **fields), (EXACT,), EXACT)
+
     def tokens(prompt: str, **fields: Any) -> TokenCounts:
-        return family.start(ask(prompt=prompt, width=96, height=64, **fields), (EXACT,), EXACT).summary().tokens
+        return start(prompt, **fields).summary().tokens
 
     short, long = tokens("red"), tokens("a red circle above a blue square")
-    assert (short.latents, short.pictures) == (24, 0)
+    num_reference_tokens = sum(height * width for height, width in reference_sizes(start("red")))
+    assert (short.latents, short.pictures) == (24, num_reference_tokens)
     assert 0 < short.prompts < long.prompts
     assert tokens("red", **guided("red")).prompts == 2 * short.prompts
 

@@ -332,6 +332,7 @@ def test_models_say_how_they_edit(client: TestClient) -> None:
     assert [models["drawn"][key] for key in keys] == ["noised", 1, False]
     assert [models["reader"][key] for key in keys] == ["reference", 3, True]
     assert not set(keys) & models["ball"].keys()
+    assert "strength" not in models["reader"]["defaults"]
 
 
 def test_pictures_may_be_longer_than_the_limit_of_other_fields(edit: Callable[..., Response]) -> None:

@@ -11,7 +11,13 @@ def test_models_are_listed_with_their_curves(client: TestClient) -> None:
     model = listed["data"][0]
     assert model["object"] == "model"
     assert model["sizes"] == {"multiple_of": 16, "minimum": 32, "maximum": 1024}
-    assert model["defaults"] == {"size": "64x64", "num_inference_steps": 4, "guidance_scale": 3.5}
+    assert model["defaults"] == {
+        "size": "64x64",
+        "num_inference_steps": 4,
+        "guidance_scale": 3.5,
+        "strength": 0.8,
+        "masked_strength": 1,
+    }
     assert [point["preset"] for point in model["curve"]] == ["exact", "high", "balanced", "fast", "draft"]
     assert [point["expected_seconds"] for point in model["curve"]] == [2.0, 1.64, 1.28, 1.1, 0.92]
     assert model["curve"][1]["policy"]["skip_threshold"] == 0.2
