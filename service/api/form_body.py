@@ -75,7 +75,9 @@ async def _form_fields_of(request: Request, pictures: PictureFields) -> dict[str
         parts = form.multi_items()
         if sum(len(value) for _, value in parts if isinstance(value, str)) > max_bytes:
             raise too_long(max_bytes, tuple(pictures.files))
-        files = [(name, await value.read()) for name, value in parts if isinstance(value, UploadFile)]
+        # Browsers send a file field that was not filled in as an empty file without a name.
+        uploads = [(name, value) for name, value in parts if isinstance(value, UploadFile)]
+        files = [(name, await file.read()) for name, file in uploads if file.filename or file.size]
         texts = [(name, value) for name, value in parts if isinstance(value, str)]
     finally:
         await form.close()

@@ -311,6 +311,19 @@ def test_pictures_that_wait_are_bounded(start_client: Callable[..., TestClient],
     assert error_of(answers[-1])["code"] == "overloaded"
 
 
+def test_file_field_that_was_not_filled_in_is_not_there(client: TestClient, started: list[ImageRequest]) -> None:
+    """As a browser sends it. An empty file with a name is refused."""
+    for name, status in (("", 200), ("mask.png", 422)):
+        body = (
+            b'--a\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na\r\n'
+            b'--a\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n%b\r\n'
+            b'--a\r\nContent-Disposition: form-data; name="mask"; filename="%b"\r\n\r\n\r\n--a--\r\n'
+        ) % (png(), name.encode())
+        response = client.post(PATH, content=body, headers={"content-type": "multipart/form-data; boundary=a"})
+        assert response.status_code == status
+    assert [request.edit is not None and request.edit.mask for request in started] == [None]
+
+
 @pytest.mark.parametrize("missing", [b"--a--\r\n", b"--\r\n", b"0" * 20 + b"\r\n--a--\r\n"])
 def test_form_that_is_cut_off_is_refused_whole(client: TestClient, missing: bytes) -> None:
     """It might have had a mask."""
