@@ -23,9 +23,11 @@ def resolve(budget: Budget, curve: Sequence[CurvePoint]) -> CurvePoint:
             return point_of_quality(quality, curve)
         case ComputeBudget(compute_ratio):
             if curve[-1].is_exact and compute_ratio < 1:
+                reason = "this model is calibrated for exact only"
+                if len(curve) > 1:  # its other points became exact: they compute all steps that are taken
+                    reason = "of so few denoise steps, every one is computed"
                 raise InvalidRequest(
-                    f"compute_ratio {compute_ratio} is not possible: this model is calibrated for exact only; try 1",
-                    "budget.compute_ratio",
+                    f"compute_ratio {compute_ratio} is not possible: {reason}; try 1", "budget.compute_ratio"
                 )
             return point_of_compute(compute_ratio, curve)
         case LatencyBudget():

@@ -15,6 +15,7 @@ from PIL import Image, ImageChops
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.errors import InvalidRequest
 from models.request import ImageEdit, ImageRequest
 from models.state import KeptRegion
 
@@ -32,7 +33,7 @@ def noised_picture(pipeline: Any, request: ImageRequest, dtype: torch.dtype, dev
     """The latents and the schedule that `request`, an edit with a strength, starts from.
 
     `pipeline` is a diffusers inpaint pipeline whose scheduler has the whole schedule of the request. Its VAE is on
-    `device` and of type `dtype`.
+    `device` and of type `dtype`. Raises InvalidRequest if nothing is left of the mask at the size of the request.
     """
     edit, size = _edit(request), {"height": request.height, "width": request.width}
     timesteps, num_steps = pipeline.get_timesteps(request.num_inference_steps, edit.strength, "cpu")
@@ -50,12 +51,23 @@ def noised_picture(pipeline: Any, request: ImageRequest, dtype: torch.dtype, dev
     )
     kept = None
     if edit.mask is not None:
-        rows, columns = (side // pipeline.vae_scale_factor for side in (request.height, request.width))
-        # As in `prepare_mask_latents`, which also encodes the masked picture, and then does not use it.
-        mask = F.interpolate(_mask(pipeline, request), size=(rows, columns)).repeat(1, num_channels, 1, 1)
-        changes = pipeline._pack_latents(mask, 1, num_channels, rows, columns).bool().to(device)
-        kept = KeptRegion(changes, image_latents, noise)
+        kept = KeptRegion(_changed_latents(pipeline, request, num_channels).to(device), image_latents, noise)
     return NoisedPicture(latents, pipeline.scheduler.sigmas[-num_steps - 1 :], timesteps, kept)
+
+
+def _changed_latents(pipeline: Any, request: ImageRequest, num_channels: int) -> Tensor:
+    """`KeptRegion.changes` for the mask of `request`: a latent may change if any of its pixels may."""
+    rows, columns = (side // pipeline.vae_scale_factor for side in (request.height, request.width))
+    # The pipeline's `prepare_mask_latents` looks at one pixel for each latent, so thin parts of a mask may do nothing.
+    mask = F.max_pool2d(_mask(pipeline, request), pipeline.vae_scale_factor)
+    if not mask.any():
+        raise InvalidRequest(
+            f"mask lets no pixel change at {request.width}x{request.height}, the size of the result; make its parts "
+            "thicker, or ask for a larger size",
+            "mask",
+        )
+    packed: Tensor = pipeline._pack_latents(mask.repeat(1, num_channels, 1, 1), 1, num_channels, rows, columns)
+    return packed.bool()
 
 
 def with_kept_pixels(pipeline: Any, request: ImageRequest, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

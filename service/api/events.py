@@ -114,8 +114,8 @@ async def _public(
     match event.name:
         case EventName.PREVIEW:
             # Previews of an earlier version have no time.
-            fields = {"id": job.id, "created_at": int(job.created_at), "output_format": product.preview_format}
-            return [(product.preview_event, {**fields, **product.own_fields(job), **event.data})]
+            fields = {"id": job.id, "created_at": int(job.created_at), **product.own_fields(job)}
+            return [(product.preview_event, {**fields, **product.preview_fields, **event.data})]
         case EventName.ENDED:
             return await _end(job, dispatcher, links, response_format)
         case _:

@@ -4,14 +4,14 @@ import asyncio
 import base64
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
 from python_multipart.multipart import parse_options_header
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from models.errors import InvalidRequest
 from service.api.generation_route import GenerationRoute, json_fields_of, media_type_of
@@ -64,18 +64,44 @@ async def _form_fields_of(request: Request, pictures: PictureFields) -> dict[str
     settings: Settings = request.app.state.settings
     max_bytes, max_files = settings.max_body_bytes, sum(pictures.files.values())
     _check_content_type(request)
+    parser = _WholeFormParser(
+        request.headers, request.stream(), max_files=max_files, max_fields=40, max_part_size=max_bytes
+    )
     try:
-        async with request.form(max_files=max_files, max_fields=40, max_part_size=max_bytes) as form:
-            parts = form.multi_items()
-            if sum(len(value) for _, value in parts if isinstance(value, str)) > max_bytes:
-                raise too_long(max_bytes, tuple(pictures.files))
-            files = [(name, await value.read()) for name, value in parts if isinstance(value, UploadFile)]
-            texts = [(name, value) for name, value in parts if isinstance(value, str)]
-    except HTTPException as error:
-        if error.status_code != 400:
-            raise
-        raise InvalidRequest(f"the form can't be read: {error.detail}", "") from error
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise InvalidRequest(f"the form can't be read: {error.message}", "") from error
+    try:
+        parts = form.multi_items()
+        if sum(len(value) for _, value in parts if isinstance(value, str)) > max_bytes:
+            raise too_long(max_bytes, tuple(pictures.files))
+        # Browsers send a file field that was not filled in as an empty file without a name.
+        uploads = [(name, value) for name, value in parts if isinstance(value, UploadFile)]
+        files = [(name, await file.read()) for name, file in uploads if file.filename or file.size]
+        texts = [(name, value) for name, value in parts if isinstance(value, str)]
+    finally:
+        await form.close()
     return await asyncio.to_thread(_fields_of, files, texts, pictures)
+
+
+class _WholeFormParser(MultiPartParser):
+    """Refuses a form that is cut off. Starlette's parser leaves out the part that is not whole, such as a mask."""
+
+    _has_ended = False
+
+    def on_end(self) -> None:
+        self._has_ended = True
+
+    async def parse(self) -> FormData:
+        self.stream = self._whole(self.stream)
+        return await super().parse()
+
+    async def _whole(self, stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        """The chunks of `stream`. Raises MultiPartException, upon which `parse` closes the parts' files."""
+        async for chunk in stream:
+            yield chunk
+        if not self._has_ended:
+            raise MultiPartException("It ends before its last boundary.")
 
 
 def _check_content_type(request: Request) -> None:

@@ -15,8 +15,8 @@ from service.jobs.job import Job
 class Product:
     """One kind of artifact, and how it came about, as in `image` and `generation`.
 
-    `result` names all artifacts of a job in the documentation. `preview_format` is that of previews. `own_fields` gives
-    the fields of the `response` and of events that only this product has, from a job.
+    `result` names all artifacts of a job in the documentation. `own_fields` gives the fields of the `response` and of
+    events that only this product has, from a job. `preview_fields` are those that are the same in all previews.
     """
 
     name: str
@@ -24,8 +24,8 @@ class Product:
     result: str
     formats: type[OutputFormat] | type[MeshFormat]
     response: type[ImageResponse] | type[MeshResponse]
-    preview_format: OutputFormat | MeshFormat
     own_fields: Callable[[Job], Mapping[str, Any]]
+    preview_fields: Mapping[str, Any]
 
     @property
     def preview_event(self) -> str:
@@ -77,9 +77,13 @@ def _mesh_fields(job: Job) -> Mapping[str, Any]:
     return {"octree_resolution": request.octree_resolution}
 
 
-IMAGE = Product("image", "generation", "The images", OutputFormat, ImageResponse, OutputFormat.PNG, _image_fields)
-EDIT = Product("image", "edit", "The images", OutputFormat, ImageResponse, OutputFormat.PNG, _image_fields)
-MESH = Product("mesh", "generation", "The mesh", MeshFormat, MeshResponse, MeshFormat.GLB, _mesh_fields)
+_IMAGE_PREVIEW = {"output_format": OutputFormat.PNG, "background": "opaque"}  # objects are cut out at the end
+
+IMAGE = Product("image", "generation", "The images", OutputFormat, ImageResponse, _image_fields, _IMAGE_PREVIEW)
+EDIT = Product("image", "edit", "The images", OutputFormat, ImageResponse, _image_fields, _IMAGE_PREVIEW)
+MESH = Product(
+    "mesh", "generation", "The mesh", MeshFormat, MeshResponse, _mesh_fields, {"output_format": MeshFormat.GLB}
+)
 
 PRODUCTS = (IMAGE, EDIT, MESH)
 

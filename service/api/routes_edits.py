@@ -26,7 +26,7 @@ from service.keys import Scope
 class EditRoute(PictureRoute):
     pictures = PictureFields(
         files={"image": MAX_PICTURES, "mask": 1},
-        in_json=("image", "image_url", "mask"),
+        in_json=("image", "images", "image_url", "mask"),
         texts=(
             *("prompt", "negative_prompt", "model", "size", "quality", "output_format", "response_format", "priority"),
             *("webhook_url", "background", "moderation", "input_fidelity", "style", "complexity", "user"),

@@ -127,6 +127,12 @@ def test_a_model_calibrated_for_exact_only_refuses_a_cap(compute_ratio: float) -
         resolve(ComputeBudget(compute_ratio), (EXACT,))
 
 
+def test_cap_on_steps_too_few_to_forecast_is_refused_for_their_number() -> None:
+    short = [point.at(1, 1, is_calibrated=True, is_cheapest=point is FORECASTS[-1]) for point in FORECASTS]
+    with pytest.raises(InvalidRequest, match=r"compute_ratio 0\.2 is not possible: of so few denoise steps"):
+        resolve(ComputeBudget(0.2), short)
+
+
 FORECASTS = [
     EXACT,
     *(

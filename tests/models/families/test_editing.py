@@ -157,13 +157,27 @@ def test_pixel_may_change_where_the_mask_is_more_transparent_than_opaque() -> No
     assert np.array_equal(may_change(request), alpha < 128)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-def test_mask_without_transparency_keeps_the_whole_picture(
-    engine: Engine, ask: Ask, denoise: Denoise, mode: str
+@pytest.mark.parametrize("left", [24, 25, 31])
+def test_every_latent_that_a_thin_mask_touches_may_change(
+    engine: Engine, ask: Ask, denoise: Denoise, left: int
 ) -> None:
-    opaque = png_of(np.asarray(Image.new(mode, (64, 64), "black")))
-    request = ask(edit=ImageEdit((picture(64, 64),), opaque, 1.0))
-    assert np.array_equal(finished(engine, denoise(engine, request)), shown(request))
+    alpha = np.full((64, 64), 255, np.uint8)
+    alpha[:, left] = 0
+    thin = png_of(np.dstack((np.zeros((64, 64, 3), np.uint8), alpha)))
+    state = denoise(engine, request := ask(edit=ImageEdit((picture(64, 64),), thin, 1.0)))
+    assert state.kept is not None
+    assert state.kept.changes.float().mean() == 1 / 8
+    assert np.array_equal(finished(engine, state)[alpha == 255], shown(request)[alpha == 255])
+
+
+def test_mask_of_which_nothing_is_left_is_refused(engine: Engine, ask: Ask) -> None:
+    dot = np.zeros((640, 640, 4), np.uint8)
+    dot[..., 3] = 255
+    dot[300, 300, 3] = 0
+    for file in (png_of(dot), png_of(np.zeros((64, 64, 3), np.uint8))):
+        with pytest.raises(InvalidRequest, match="mask lets no pixel change at 64x64, the size of the result") as error:
+            engine.start(ask(edit=ImageEdit((picture(64, 64),), file, 1.0)))
+        assert error.value.param == "mask"
 
 
 def test_what_is_transparent_in_a_picture_is_white(engine: Engine, ask: Ask, denoise: Denoise) -> None:

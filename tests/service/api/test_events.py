@@ -66,6 +66,14 @@ def bench(make_dispatcher: Callable[[Settings], Dispatcher], summary: Generation
     assert dispatcher.worker.stop(20)
 
 
+async def test_previews_of_transparent_images_are_opaque(bench: Bench, make_job: MakeJob) -> None:
+    claim = await bench.claimed(make_job("a", is_transparent=True))
+    await bench.dispatcher.store.add_preview(Preview(claim, 0, 0, b"small", 5.5))
+    await bench.succeed(claim)
+    backgrounds = [data["background"] for _, _, data in await bench.events(claim.job) if "background" in data]
+    assert backgrounds == ["opaque", "transparent"]
+
+
 async def test_events_have_public_names_and_the_job(bench: Bench, make_job: MakeJob) -> None:
     claim = await bench.claimed(make_job("a"))
     await bench.dispatcher.store.record(Progress(claim, 2, 4, 0.5, 1.5))

@@ -311,6 +311,35 @@ def test_pictures_that_wait_are_bounded(start_client: Callable[..., TestClient],
     assert error_of(answers[-1])["code"] == "overloaded"
 
 
+def test_file_field_that_was_not_filled_in_is_not_there(client: TestClient, started: list[ImageRequest]) -> None:
+    """As a browser sends it. An empty file with a name is refused."""
+    for name, status in (("", 200), ("mask.png", 422)):
+        body = (
+            b'--a\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na\r\n'
+            b'--a\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n%b\r\n'
+            b'--a\r\nContent-Disposition: form-data; name="mask"; filename="%b"\r\n\r\n\r\n--a--\r\n'
+        ) % (png(), name.encode())
+        response = client.post(PATH, content=body, headers={"content-type": "multipart/form-data; boundary=a"})
+        assert response.status_code == status
+    assert [request.edit is not None and request.edit.mask for request in started] == [None]
+
+
+@pytest.mark.parametrize("missing", [b"--a--\r\n", b"--\r\n", b"0" * 20 + b"\r\n--a--\r\n"])
+def test_form_that_is_cut_off_is_refused_whole(client: TestClient, missing: bytes) -> None:
+    """It might have had a mask."""
+    parts = [
+        b'name="prompt"\r\n\r\na',
+        b'name="image"; filename="a"\r\n\r\n' + png(),
+        b'name="mask"; filename="a"\r\n\r\n' + b"0" * 40,
+    ]
+    body = b"".join(b"--a\r\nContent-Disposition: form-data; %b\r\n" % part for part in parts) + b"--a--\r\n"
+    headers = {"content-type": "multipart/form-data; boundary=a"}
+    response = client.post(PATH, content=body.removesuffix(missing), headers=headers)
+    assert len(body.removesuffix(missing)) < len(body)
+    assert response.status_code == 422
+    assert error_of(response)["message"] == "the form can't be read: It ends before its last boundary."
+
+
 def test_image_of_a_model_that_needs_a_picture_is_sent_to_the_edits(client: TestClient) -> None:
     response = client.post("/v1/images", json={"prompt": "a", "model": "reader"})
     assert (response.status_code, error_of(response)["param"]) == (422, "model")
@@ -338,9 +367,10 @@ def test_models_say_how_they_edit(client: TestClient) -> None:
 def test_pictures_may_be_longer_than_the_limit_of_other_fields(edit: Callable[..., Response]) -> None:
     padded = text_of(png()) + " \n" * 20_000  # the limit is 20 000 bytes
     assert edit(image=[padded], mask=text_of(MASKS["grey"]) + " " * 20_000).status_code == 200
+    assert edit(image=None, images=[padded]).status_code == 200
     response = edit(image=padded, user="x" * 20_000)
     assert (response.status_code, error_of(response)["code"]) == (413, "payload_too_large")
-    assert "without image, image_url, mask" in error_of(response)["message"]
+    assert "without image, images, image_url, mask" in error_of(response)["message"]
 
 
 def test_other_media_types_and_long_bodies_are_refused(client: TestClient, edit: Callable[..., Response]) -> None:
