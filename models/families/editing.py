@@ -56,14 +56,14 @@ def noised_picture(pipeline: Any, request: ImageRequest, dtype: torch.dtype, dev
 
 
 def _changed_latents(pipeline: Any, request: ImageRequest, num_channels: int) -> Tensor:
-    """`KeptRegion.changes` for the mask of `request`: a latent may change if any of its pixels may."""
+    """`KeptRegion.changes` for the mask of `request`. As in the pipeline, one pixel speaks for each latent."""
     rows, columns = (side // pipeline.vae_scale_factor for side in (request.height, request.width))
-    # The pipeline's `prepare_mask_latents` looks at one pixel for each latent, so thin parts of a mask may do nothing.
-    mask = F.max_pool2d(_mask(pipeline, request), pipeline.vae_scale_factor)
+    # As in `prepare_mask_latents`, which also encodes the masked picture, and then does not use it.
+    mask = F.interpolate(_mask(pipeline, request), size=(rows, columns))
     if not mask.any():
         raise InvalidRequest(
-            f"mask lets no pixel change at {request.width}x{request.height}, the size of the result; make its parts "
-            "thicker, or ask for a larger size",
+            f"mask lets nothing change at {request.width}x{request.height}, the size of the result; make its parts at "
+            f"least {pipeline.vae_scale_factor} pixels wide and high there",
             "mask",
         )
     packed: Tensor = pipeline._pack_latents(mask.repeat(1, num_channels, 1, 1), 1, num_channels, rows, columns)
