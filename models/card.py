@@ -151,12 +151,15 @@ class ImageCard(ModelCard):
     picture_seconds: float = 0.0
     sizes: SizeLimits
     max_prompt_characters: int
-    edits: Edits = Edits.NOISED
     max_input_images: int = 1
     needs_input_image: bool = False
     picture_sizes: PictureSizes | None = None
     edit_steps: tuple[tuple[int, ...], ...] = ()
     can_be_transparent: bool = False
+
+    @property
+    def edits(self) -> Edits:
+        return Edits.NOISED if self.picture_sizes is None else Edits.REFERENCE
 
     def size_of_edit(self, width: int, height: int) -> tuple[int, int]:
         """Width and height of the edit of a picture of `width` x `height` pixels, if its client asks for no size.

@@ -99,6 +99,12 @@ def steps_of_strength(num_inference_steps: int, strength: float) -> int:
     return taken
 
 
+def size_of_png(file: bytes) -> tuple[int, int]:
+    """Width and height in pixels, from the head of a PNG file."""
+    width, height = struct.unpack_from(">II", file, _PNG_SIZE_OFFSET)
+    return width, height
+
+
 @dataclass(frozen=True, slots=True)
 class ImageEdit:
     """What an image is made from, besides its prompt.
@@ -116,7 +122,7 @@ class ImageEdit:
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """Widths and heights of the pictures, from the heads of their files."""
-        return tuple(struct.unpack_from(">II", image, _PNG_SIZE_OFFSET) for image in self.images)
+        return tuple(map(size_of_png, self.images))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Finds the object in front of any background: U²-Net-p, then a graph cut that uses the picture's own colours.
+"""Finds the object in front of any background: U²-Net-p, then two graph cuts that use its own colours.
 
 The network alone also marks salient things of the background, and fills holes. docs/experiments.md says how much each
 part helps.
@@ -25,10 +25,10 @@ _SIDE = 320
 _MEAN = np.array((0.485, 0.456, 0.406), np.float32)
 _DEVIATION = np.array((0.229, 0.224, 0.225), np.float32)
 _CUT_SIDE = 160
-"""Height and width of the graph cut."""
+"""Height and width of the first graph cut."""
 _CUTS = 6
 _NUM_COLOURS = 5
-"""Of the object and of the background, in the graph cut."""
+"""Of the object and of the background, in a graph cut."""
 _SURELY_BACKGROUND = 0.1
 _SQUARE = np.ones((5, 5), np.uint8)
 _SPECK_SHARE = 0.01
@@ -40,7 +40,7 @@ the object when it is centred."""
 
 
 def _frame(width: int) -> NDArray[np.bool_]:
-    """The outermost pixels of the graph cut's picture."""
+    """The outermost pixels of the first graph cut's picture."""
     return np.pad(np.zeros(2 * (_CUT_SIDE - 2 * width,), bool), width, constant_values=True)
 
 

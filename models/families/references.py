@@ -17,7 +17,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
-from models.card import Edits, ImageCard, ModelCard, PictureSizes
+from models.card import ImageCard, ModelCard, PictureSizes
 from models.elastic.streams import Streams
 from models.errors import InvalidRequest
 from models.families.editing import opened_picture
@@ -45,7 +45,6 @@ class EditingFamily(ImageFamily):
     def card(self, basics: ModelCard, manifest: Manifest) -> ImageCard:
         return replace(
             super().card(basics, manifest),
-            edits=Edits.REFERENCE,
             max_input_images=self.max_input_images,
             needs_input_image=self.needs_input_image,
             picture_sizes=self.picture_sizes,

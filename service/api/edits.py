@@ -3,13 +3,10 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import BytesIO
-
-from PIL import Image
 
 from models.card import Edits, ImageCard
 from models.errors import InvalidRequest
-from models.request import ImageEdit
+from models.request import ImageEdit, size_of_png
 from service.api.input_image import checked_image
 from service.api.input_mask import checked_mask
 from service.api.schemas import DEFAULT_MASKED_STRENGTH, DEFAULT_STRENGTH, EditBody
@@ -18,29 +15,18 @@ from service.api.sizes import nearest_size
 
 @dataclass(frozen=True, slots=True)
 class CheckedPictures:
-    """The pictures of an edit, as `checked_image` makes them, and a mask as `checked_mask` does.
-
-    `sizes` are the pictures' widths and heights in pixels.
-    """
+    """The pictures of an edit, as `checked_image` makes them, and a mask as `checked_mask` does."""
 
     images: tuple[bytes, ...]
-    sizes: tuple[tuple[int, int], ...]
     mask: bytes | None = None
 
 
 def checked_pictures(images: Mapping[str, bytes], mask: bytes | None, *, max_pixels: int) -> CheckedPictures:
     """The files of an edit, by the names of their fields, checked in this process. Raises what the checks raise."""
     checked = tuple(checked_image(data, field, max_pixels=max_pixels) for field, data in images.items())
-    sizes = tuple(map(size_of, checked))
-    return CheckedPictures(
-        checked, sizes, None if mask is None else checked_mask(mask, sizes[0], max_pixels=max_pixels)
-    )
-
-
-def size_of(image: bytes) -> tuple[int, int]:
-    """Width and height of a checked image."""
-    with Image.open(BytesIO(image)) as opened:
-        return opened.size
+    if mask is None:
+        return CheckedPictures(checked)
+    return CheckedPictures(checked, checked_mask(mask, size_of_png(checked[0]), max_pixels=max_pixels))
 
 
 def pictures_given(body: EditBody, card: ImageCard) -> list[tuple[str, str]]:
@@ -94,8 +80,8 @@ def size_of_edit(pictures: CheckedPictures, card: ImageCard) -> tuple[int, int]:
     outside of the model's limits into them, if its proportions allow that.
     """
     if card.picture_sizes is not None:
-        return card.size_of_edit(*pictures.sizes[-1])
-    size = pictures.sizes[0]
+        return card.size_of_edit(*size_of_png(pictures.images[-1]))
+    size = size_of_png(pictures.images[0])
     sizes, shorter, longer = card.sizes, min(size), max(size)
     most = math.sqrt(card.default_width * card.default_height / (shorter * longer))
     scale = max(min(1.0, most, sizes.maximum / longer), sizes.minimum / shorter)

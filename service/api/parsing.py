@@ -102,9 +102,10 @@ def _parse_images(
         edit=edit,
         is_transparent=is_transparent,
     )
-    first = replace(first, point=resolve(budget, card.curve_for(first)))
+    curve = card.curve_for(first)
+    first = replace(first, point=resolve(budget, curve))
     requests = tuple(replace(first, seed=seed) for seed in seeds)
-    output = replace(_parse_image_output(body), quality_level=_quality_level(body, first, card.curve_for(first)))
+    output = replace(_parse_image_output(body), quality_level=_quality_level(body, first, curve))
     return Order(requests, output, _quality_requested(budget, first.point), min_quality)
 
 

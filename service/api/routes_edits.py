@@ -6,10 +6,11 @@ import secrets
 from fastapi import APIRouter, Depends, Request, Response
 
 from models.card import ImageCard
+from models.request import size_of_png
 from service.api.access import Access
 from service.api.answering import answer
 from service.api.dependencies import CallerOfRequest, DispatcherOfApp, SettingsOfApp
-from service.api.edits import CheckedPictures, pictures_given, size_of
+from service.api.edits import CheckedPictures, pictures_given
 from service.api.errors import error_responses
 from service.api.form_body import FORM, PictureFields, PictureRoute
 from service.api.generation_route import HeadersOfGeneration
@@ -95,8 +96,7 @@ async def _checked_pictures(body: EditBody, card: ImageCard, checks: ImageChecks
     for field, text in pictures_given(body, card):
         file = await asyncio.to_thread(decode_base64_image, text, field)
         images.append(await checks.checked(file, field))
-    sizes = tuple(map(size_of, images))
     if body.mask is None:
-        return CheckedPictures(tuple(images), sizes)
+        return CheckedPictures(tuple(images))
     file = await asyncio.to_thread(decode_base64_image, body.mask, "mask")
-    return CheckedPictures(tuple(images), sizes, await checks.checked_mask(file, sizes[0]))
+    return CheckedPictures(tuple(images), await checks.checked_mask(file, size_of_png(images[0])))

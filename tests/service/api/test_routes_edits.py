@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from httpx2 import Response
 from PIL import Image
 
-from models.card import Edits, ImageCard, PictureSizes
+from models.card import ImageCard, PictureSizes
 from models.request import ImageRequest
 from service.settings import Settings
 
@@ -47,7 +47,6 @@ def reader(engine: Any, drawn_card: ImageCard) -> ImageCard:
     card = replace(
         drawn_card,
         id="reader",
-        edits=Edits.REFERENCE,
         max_input_images=3,
         needs_input_image=True,
         picture_sizes=PictureSizes(area=128 * 128),

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from models.card import DecodeSpeed, Edits, ImageCard, MeshCard, PictureSizes
+from models.card import DecodeSpeed, ImageCard, MeshCard, PictureSizes
 from models.curve import Preset
 from models.request import Budget, ComputeBudget, ImageEdit, ImageRequest, LatencyBudget, PresetBudget
 from service.jobs.job import Job
@@ -160,7 +160,7 @@ def test_step_takes_longer_with_pictures_beside_the_noise(
     make_request: Callable[..., ImageRequest], drawn_card: ImageCard, num_pictures: int, side: int, seconds: float
 ) -> None:
     """The step that was measured had one, here as large as the image."""
-    card = replace(drawn_card, edits=Edits.REFERENCE, picture_sizes=PictureSizes(area=64 * 64), dense_step_seconds=1.0)
+    card = replace(drawn_card, picture_sizes=PictureSizes(area=64 * 64), dense_step_seconds=1.0)
     edit = edit_of(*[(50, 70)] * num_pictures) if num_pictures else None
     request = make_request(edit=edit, height=side, width=side)
     assert dense_step_seconds(request, card) == pytest.approx(seconds)
