@@ -19,6 +19,7 @@ from models.card import Edits, ImageCard, MeshCard, ModelCard
 from models.curve import EXACT, FORECAST, CurvePoint, Preset
 from models.engine import Engine
 from models.errors import InvalidRequest
+from models.load_options import DEFAULTS, LoadOptions
 from models.request import GenerationRequest, ImageEdit, ImageRequest, MeshRequest, PresetBudget
 from models.rules import ladder
 from models.rules.forecast import ForecastTable, read_forecast_table, write_forecast_table
@@ -57,7 +58,7 @@ def calibrate_model(
     device: str,
     router_weights: Path,
     background_remover: Path | None = None,
-    offload_text_encoders: bool = False,
+    options: LoadOptions = DEFAULTS,
 ) -> Path:
     """Calibrate a model directory, and write what was learned and measured to its router folder.
 
@@ -73,7 +74,7 @@ def calibrate_model(
         device=device,
         router_weights=router_weights,
         background_remover=background_remover,
-        offload_text_encoders=offload_text_encoders,
+        options=options,
     )
     card = engine.cards[directory.name]
     folder = router_weights / card.id

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from models.errors import WeightsError
 from models.families.entry import NamedClass
+from models.load_options import LoadOptions
 from models.weights import read_json
 
 # diffusers checks little of a configuration, and fails anywhere on a malformed one.
@@ -41,12 +42,12 @@ def stream_pipeline(
     device: str | torch.device,
     dtype: torch.dtype,
     *,
-    offload_text_encoders: bool,
+    options: LoadOptions,
     loaders: Mapping[str, Callable[[Path], Any]] = MappingProxyType({}),
 ) -> DiffusionPipeline:
     """The result of `pipeline_class.from_pretrained(directory, dtype=dtype).to(device)`, with little host memory.
 
-    Text encoders are loaded to the host first, and stay there if `offload_text_encoders`: prompts must then be encoded
+    Text encoders are loaded to the host first, and stay there if `options` say so: prompts must then be encoded
     on the encoder's device and the result moved. `loaders` are functions that load other parts from their folders, by
     name. Raises WeightsError if parts are missing or do not fit together.
     """
@@ -66,7 +67,7 @@ def stream_pipeline(
         )
     except _MALFORMED as error:
         raise WeightsError(f"{directory} can't be loaded: {error}") from error
-    return pipeline if offload_text_encoders else pipeline.to(device)
+    return pipeline if options.offloads_text_encoders else pipeline.to(device)
 
 
 class TensorHead(NamedTuple):

@@ -20,6 +20,7 @@ from models.families import FAMILIES
 from models.families.entry import FamilyEntry, NamedClass
 from models.families.family import Family
 from models.file_formats import OutputFormat, encode_image
+from models.load_options import DEFAULTS, LoadOptions
 from models.mesh.cleanup import CleanMesh
 from models.request import GenerationRequest, ImageEdit, ImageRequest
 from models.rules import RULES
@@ -36,14 +37,13 @@ def load_engine(
     device: str,
     router_weights: Path,
     background_remover: Path | None = None,
-    offload_text_encoders: bool = False,
+    options: LoadOptions = DEFAULTS,
 ) -> Engine:
     """Load model directories. A model's id is its directory's name.
 
     Routers, terms of use and the curve are read from `router_weights/<id>`. `background_remover` is the folder of the
     network that removes backgrounds; without it, only plain ones can be removed from input images. On a CPU
-    models run in float32, else in bfloat16. With `offload_text_encoders` prompts are encoded on the CPU, which saves
-    the device's memory for the transformer. Raises WeightsError if a directory, its router folder or the remover is
+    models run in float32, else in bfloat16. Raises WeightsError if a directory, its router folder or the remover is
     missing parts or malformed.
     """
     if background_remover is not None:
@@ -60,7 +60,7 @@ def load_engine(
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         manifest = read_manifest(folder)
         family: Family = entry.family.load().load(
-            directory, device, dtype, load_router_weights(folder, directory), manifest.traits, offload_text_encoders
+            directory, device, dtype, load_router_weights(folder, directory), manifest.traits, options
         )
         family.forecast_table = read_forecast_table(folder)
         family.background_remover = background_remover

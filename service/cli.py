@@ -121,7 +121,7 @@ def _serve(settings: Settings, create: Callable[[Settings, Dispatcher], FastAPI]
             device=settings.device,
             router_weights=settings.router_weights,
             background_remover=settings.background_remover,
-            offload_text_encoders=settings.offload_text_encoders,
+            options=settings.load_options,
         ),
     )
     web = create(settings, dispatcher)  # before the models load, so that a bad configuration is reported at once
@@ -287,7 +287,7 @@ def calibrate(
         device=settings.device,
         router_weights=settings.router_weights,
         background_remover=settings.background_remover,
-        offload_text_encoders=settings.offload_text_encoders,
+        options=settings.load_options,
     )
     print(f"{path} written")
 

@@ -84,7 +84,7 @@ def _generate(directory: Path, settings: Settings, parse: Callable[[ModelCard], 
         device=settings.device,
         router_weights=settings.router_weights,
         background_remover=settings.background_remover,
-        offload_text_encoders=settings.offload_text_encoders,
+        options=settings.load_options,
     )
     (card,) = engine.cards.values()
     order = parse(card)

@@ -23,6 +23,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from models.load_options import LoadOptions, Offload
 from service.budget import BudgetBody
 from service.errors import BadConfiguration
 from service.logging import LogFormat, LogLevel
@@ -96,10 +97,12 @@ class Settings(BaseSettings):
         "background or transparency.",
     )
     device: str = Field(default="cpu", description="Where the models run: cpu, cuda, cuda:1.")
-    offload_text_encoders: bool = Field(
-        default=False,
-        description="Keep text encoders on the CPU. Encoding prompts takes longer, and less device memory.",
+    offload: Offload = Field(
+        default=Offload.NONE,
+        description="What stays on the CPU, for devices with less memory: none, or text_encoders, which makes encoding "
+        "prompts take longer.",
     )
+    offload_text_encoders: bool = Field(default=False, description="The older form of offload: text_encoders.")
     default_budget: BudgetBody = Field(
         default=BudgetBody(quality=0.9),
         description="The budget of requests without one, as JSON in the environment.",
@@ -300,6 +303,14 @@ class Settings(BaseSettings):
                 message = f"model_aliases {pattern}={model} names none of the models: {', '.join(names)}"
                 raise PydanticCustomError("unsupported", "{message}", {"message": message})
         return value
+
+    @property
+    def load_options(self) -> LoadOptions:
+        """The options that hold for all models."""
+        offload = self.offload
+        if offload is Offload.NONE and self.offload_text_encoders:
+            offload = Offload.TEXT_ENCODERS
+        return LoadOptions(offload=offload)
 
     @model_validator(mode="after")
     def _check_webhooks(self) -> Self:

@@ -19,6 +19,7 @@ from models.elastic.row import Row
 from models.elastic.streams import Streams
 from models.errors import InvalidRequest
 from models.families.wrapping import Adapter, elastic_blocks
+from models.load_options import LoadOptions
 from models.mesh.cleanup import CleanMesh
 from models.mesh.surface import FieldSamples
 from models.request import GenerationRequest, LatencyBudget
@@ -67,7 +68,7 @@ class Family(ABC):
         dtype: torch.dtype,
         router_weights: RouterWeights | None,
         traits: CheckpointTraits,
-        offload_text_encoders: bool,
+        options: LoadOptions,
     ) -> Self:
         """Load a model directory. Raises WeightsError if parts are missing or do not fit together."""
 

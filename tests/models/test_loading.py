@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from models.errors import WeightsError
+from models.load_options import LoadOptions, Offload
 from models.loading import stream_module, stream_pipeline
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -60,7 +61,7 @@ def test_streamed_pipeline_has_bit_for_bit_what_diffusers_loads(
     published: tuple[type[DiffusionPipeline], Path], dtype: torch.dtype
 ) -> None:
     cls, directory = published
-    ours = stream_pipeline(cls, directory, "cpu", dtype, offload_text_encoders=False)
+    ours = stream_pipeline(cls, directory, "cpu", dtype, options=LoadOptions())
     theirs = cls.from_pretrained(directory, dtype=dtype, local_files_only=True)
     assert type(ours) is cls
     assert ours.components.keys() == theirs.components.keys()
@@ -74,7 +75,7 @@ def test_streamed_pipeline_draws_the_same_image(published: tuple[type[DiffusionP
     cls, directory = published
     images = []
     for pipeline in (
-        stream_pipeline(cls, directory, "cpu", torch.float32, offload_text_encoders=False),
+        stream_pipeline(cls, directory, "cpu", torch.float32, options=LoadOptions()),
         cls.from_pretrained(directory, dtype=torch.float32, local_files_only=True),
     ):
         pipeline.set_progress_bar_config(disable=True)
@@ -156,7 +157,7 @@ def test_pipeline_without_a_part_is_refused(tiny_flux: Path, tmp_path: Path, par
     directory = Path(shutil.copytree(tiny_flux, tmp_path / "flux"))
     (directory / part).unlink()
     with pytest.raises(WeightsError, match=message):
-        stream_pipeline(FluxPipeline, directory, "cpu", torch.float32, offload_text_encoders=False)
+        stream_pipeline(FluxPipeline, directory, "cpu", torch.float32, options=LoadOptions())
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_pipeline_without_a_part_is_refused(tiny_flux: Path, tmp_path: Path, par
 def test_malformed_index_is_refused(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(content)
     with pytest.raises(WeightsError, match=message):
-        stream_pipeline(FluxPipeline, tmp_path, "cpu", torch.float32, offload_text_encoders=False)
+        stream_pipeline(FluxPipeline, tmp_path, "cpu", torch.float32, options=LoadOptions())
 
 
 @pytest.mark.parametrize("entry", [5, "x", ["diffusers", 5], ["nowhere", "Scheduler"], ["diffusers", "Nothing"], {}])
@@ -180,7 +181,7 @@ def test_index_with_a_malformed_part_is_refused(entry: Any, tiny_flux: Path, tmp
     index = json.loads((directory / "model_index.json").read_text())
     (directory / "model_index.json").write_text(json.dumps(index | {"scheduler": entry}))
     with pytest.raises(WeightsError, match="can't be loaded"):
-        stream_pipeline(FluxPipeline, directory, "cpu", torch.float32, offload_text_encoders=False)
+        stream_pipeline(FluxPipeline, directory, "cpu", torch.float32, options=LoadOptions())
 
 
 def test_index_that_names_no_model_class_is_refused(tiny_flux: Path, tmp_path: Path) -> None:
@@ -188,19 +189,19 @@ def test_index_that_names_no_model_class_is_refused(tiny_flux: Path, tmp_path: P
     index = json.loads((directory / "model_index.json").read_text())
     (directory / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", "FluxPipeline"]}))
     with pytest.raises(WeightsError, match="names no diffusers model as its vae: FluxPipeline"):
-        stream_pipeline(FluxPipeline, directory, "cpu", torch.float32, offload_text_encoders=False)
+        stream_pipeline(FluxPipeline, directory, "cpu", torch.float32, options=LoadOptions())
 
 
-@pytest.mark.parametrize("offload_text_encoders", [True, False])
+@pytest.mark.parametrize("offload", Offload)
 def test_text_encoders_stay_on_the_host_only_if_asked(
-    published: tuple[type[DiffusionPipeline], Path], offload_text_encoders: bool
+    published: tuple[type[DiffusionPipeline], Path], offload: Offload
 ) -> None:
     cls, directory = published
     # The meta device stands for an accelerator.
-    pipeline = stream_pipeline(cls, directory, "meta", torch.float32, offload_text_encoders=offload_text_encoders)
+    pipeline = stream_pipeline(cls, directory, "meta", torch.float32, options=LoadOptions(offload))
     for name, component in pipeline.components.items():
         if isinstance(component, nn.Module):
-            stays = offload_text_encoders and name.startswith("text_encoder")
+            stays = offload is Offload.TEXT_ENCODERS and name.startswith("text_encoder")
             assert {p.device.type for p in component.parameters()} == {"cpu" if stays else "meta"}
 
 

@@ -20,6 +20,7 @@ from models.families.flux import adapter
 from models.families.flux.streams import FluxStreams
 from models.families.image import Branch, ImageFamily
 from models.families.wrapping import Adapter
+from models.load_options import LoadOptions
 from models.loading import stream_pipeline
 from models.request import GenerationRequest, ImageRequest
 from models.state import BranchInputs, DenoiseState
@@ -39,7 +40,7 @@ class FluxFamily(ImageFamily):
         dtype: torch.dtype,
         router_weights: RouterWeights | None,
         traits: CheckpointTraits,
-        offload_text_encoders: bool,
+        options: LoadOptions,
     ) -> Self:
         if traits != CheckpointTraits():
             raise WeightsError(
@@ -47,9 +48,7 @@ class FluxFamily(ImageFamily):
             )
         # Its warning about prompts that CLIP cuts quotes them, and prompts must not be logged.
         logging.getLogger(cls.pipeline_class.__module__).setLevel(logging.ERROR)
-        pipeline = stream_pipeline(
-            cls.pipeline_class, directory, device, dtype, offload_text_encoders=offload_text_encoders
-        )
+        pipeline = stream_pipeline(cls.pipeline_class, directory, device, dtype, options=options)
         if router_weights:
             router_weights.stack.to(device, dtype)
         return cls(directory.name, pipeline, router_weights)

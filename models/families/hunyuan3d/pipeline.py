@@ -26,6 +26,7 @@ from models.families.hunyuan3d.plain_dit import HunYuanDiTPlain
 from models.families.hunyuan3d.preparation import prepared_request
 from models.families.hunyuan3d.shape_vae import DecodedField
 from models.families.wrapping import Adapter
+from models.load_options import LoadOptions
 from models.mesh.cleanup import CleanMesh, clean
 from models.mesh.speed import measure_decode_speed
 from models.mesh.surface import BOUNDS, FieldSamples, Mesh, extract_surface
@@ -63,7 +64,7 @@ class Hunyuan3DFamily(Family):
         dtype: torch.dtype,
         router_weights: RouterWeights | None,
         traits: CheckpointTraits,
-        offload_text_encoders: bool,
+        options: LoadOptions,
     ) -> Self:
         if traits != CheckpointTraits():
             raise WeightsError(
@@ -72,7 +73,7 @@ class Hunyuan3DFamily(Family):
         if router_weights:
             router_weights.stack.to(device, dtype)
         checkpoint = load_checkpoint(
-            directory, device, dtype, conditioner_device="cpu" if offload_text_encoders else None
+            directory, device, dtype, conditioner_device="cpu" if options.offloads_text_encoders else None
         )
         return cls(directory.name, checkpoint, router_weights)
 

@@ -21,6 +21,7 @@ from models.families.image import Branch, ImageFamily
 from models.families.qwen_image import adapter
 from models.families.qwen_image.streams import QwenImageStreams
 from models.families.wrapping import Adapter
+from models.load_options import LoadOptions
 from models.loading import stream_pipeline
 from models.request import GenerationRequest, ImageRequest
 from models.state import BranchInputs, DenoiseState
@@ -62,14 +63,14 @@ class QwenImageFamily(ImageFamily):
         dtype: torch.dtype,
         router_weights: RouterWeights | None,
         traits: CheckpointTraits,
-        offload_text_encoders: bool,
+        options: LoadOptions,
     ) -> Self:
         pipeline = stream_pipeline(
             cls.pipeline_class,
             directory,
             device,
             dtype,
-            offload_text_encoders=offload_text_encoders,
+            options=options,
             loaders=cls.loaders,
         )
         if router_weights:

@@ -14,6 +14,7 @@ from models.engine import Engine
 from models.errors import InvalidRequest, WeightsError
 from models.families.flux import adapter
 from models.families.flux.pipeline import FluxFamily
+from models.load_options import DEFAULTS
 from models.request import ImageRequest
 from models.state import DenoiseState
 from models.weights import CheckpointTraits, MlpActivation
@@ -83,7 +84,7 @@ def test_traits_of_another_family_are_refused(tiny_flux: Path, traits: Checkpoin
     with pytest.raises(
         WeightsError, match="FLUX models have no special traits, but the manifest names CheckpointTraits"
     ):
-        FluxFamily.load(tiny_flux, "cpu", torch.float32, None, traits, False)
+        FluxFamily.load(tiny_flux, "cpu", torch.float32, None, traits, DEFAULTS)
 
 
 def test_text_mlp_of_a_double_block_always_runs_in_full(family: FluxFamily) -> None:

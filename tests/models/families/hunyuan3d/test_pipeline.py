@@ -22,6 +22,7 @@ from models.engine import Engine
 from models.errors import InvalidRequest
 from models.families.hunyuan3d.pipeline import Hunyuan3DFamily
 from models.file_formats import MeshFormat
+from models.load_options import DEFAULTS
 from models.mesh.cleanup import CleanMesh, clean
 from models.mesh.file import make_mesh_file
 from models.mesh.formats import encode_mesh
@@ -234,7 +235,7 @@ def test_similarity_is_the_share_of_the_volume_that_two_shapes_have_in_common(
 def test_latents_stay_in_float32_where_the_denoiser_is_in_bfloat16(
     directory: Path, engine: Engine, ask: Ask, denoise: Denoise
 ) -> None:
-    family = Hunyuan3DFamily.load(directory, "cpu", torch.bfloat16, None, CheckpointTraits(), False)
+    family = Hunyuan3DFamily.load(directory, "cpu", torch.bfloat16, None, CheckpointTraits(), DEFAULTS)
     half = Engine({family.model_id: family}, engine.cards)
     state = denoise(half, ask(guidance_scale=2.0))
     assert {p.dtype for p in family.transformer.parameters()} == {torch.bfloat16}

@@ -17,6 +17,7 @@ from models.engine import Engine
 from models.errors import InvalidRequest
 from models.families.qwen_image import adapter
 from models.families.qwen_image.pipeline import QwenImageFamily, pad_prompts, set_activation
+from models.load_options import DEFAULTS
 from models.request import ImageRequest
 from models.rules.router import RouterPolicy
 from models.state import DenoiseState
@@ -35,7 +36,7 @@ StockResult = Callable[..., Any]
 
 
 def load(directory: Path, traits: CheckpointTraits) -> QwenImageFamily:
-    return QwenImageFamily.load(directory, "cpu", torch.float32, None, traits, False)
+    return QwenImageFamily.load(directory, "cpu", torch.float32, None, traits, DEFAULTS)
 
 
 # Prompts

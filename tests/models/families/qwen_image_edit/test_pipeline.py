@@ -15,6 +15,7 @@ from models.card import PictureSizes
 from models.engine import Engine
 from models.errors import InvalidRequest, WeightsError
 from models.families.qwen_image_edit.pipeline import PictureProcessor, QwenImageEditFamily
+from models.load_options import DEFAULTS, LoadOptions, Offload
 from models.request import ImageRequest
 from models.state import DenoiseState
 from models.weights import CheckpointTraits
@@ -79,7 +80,7 @@ def test_directory_without_a_processor_is_refused(kind: Kind, directory: Path, t
     incomplete = Path(shutil.copytree(directory, tmp_path / kind.model))
     shutil.rmtree(incomplete / "processor")
     with pytest.raises(WeightsError, match=f"{kind.model} can't be loaded"):
-        kind.family.load(incomplete, "cpu", torch.float32, None, CheckpointTraits(), False)
+        kind.family.load(incomplete, "cpu", torch.float32, None, CheckpointTraits(), DEFAULTS)
 
 
 def test_processor_may_have_the_layout_of_the_published_ones(directory: Path, tmp_path: Path) -> None:
@@ -99,7 +100,9 @@ def test_processor_may_have_the_layout_of_the_published_ones(directory: Path, tm
 
 def test_text_encoder_stays_on_the_host_if_asked(kind: Kind, directory: Path) -> None:
     # The meta device stands for an accelerator.
-    family: Any = kind.family.load(directory, "meta", torch.float32, None, CheckpointTraits(), True)
+    family: Any = kind.family.load(
+        directory, "meta", torch.float32, None, CheckpointTraits(), LoadOptions(Offload.TEXT_ENCODERS)
+    )
     devices = {name: getattr(family.pipeline, name).device.type for name in ("text_encoder", "transformer", "vae")}
     assert devices == {"text_encoder": "cpu", "transformer": "meta", "vae": "meta"}
 

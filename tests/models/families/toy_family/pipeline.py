@@ -16,6 +16,7 @@ from models.elastic.compute import BlockCost
 from models.elastic.streams import Streams
 from models.families.family import BranchStart, Family
 from models.families.wrapping import Adapter
+from models.load_options import LoadOptions
 from models.loading import stream_module
 from models.request import GenerationRequest, ImageRequest, PresetBudget
 from models.state import BranchInputs, DenoiseState
@@ -44,7 +45,7 @@ class ToyFamily(Family):
         dtype: torch.dtype,
         router_weights: RouterWeights | None,
         traits: CheckpointTraits,
-        offload_text_encoders: bool,
+        options: LoadOptions,
     ) -> Self:
         transformer = stream_module(ToyTransformer, directory / "transformer", device, dtype)
         return cls(directory.name, transformer.requires_grad_(False), router_weights)
