@@ -9,16 +9,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import diffusers
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from diffusers import DiffusionPipeline, ModelMixin
-from diffusers.utils.constants import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
+from models.diffusers_directory import networks, some, variant_of, weight_files
 from models.errors import WeightsError
 from models.families.entry import NamedClass
 from models.load_options import LoadOptions
@@ -51,19 +50,20 @@ def stream_pipeline(
     on the encoder's device and the result moved. `loaders` are functions that load other parts from their folders, by
     name. Raises WeightsError if parts are missing or do not fit together.
     """
-    index = read_json(directory / "model_index.json")
-    modules: dict[str, Any] = {}
-    for name in ("transformer", "vae"):
-        entry = index.get(name)
-        class_name = str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else str(entry)
-        cls = getattr(diffusers, class_name, None)
-        if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
-            raise WeightsError(f"{directory / 'model_index.json'} names no diffusers model as its {name}: {class_name}")
-        modules[name] = stream_module(cls, directory / name, device, dtype)
+    classes = networks(pipeline_class, directory)
+    modules: dict[str, Any] = {
+        name: stream_module(classes[name], directory / name, device, dtype) for name in ("transformer", "vae")
+    }
+    encoders = [directory / name for name in classes if name.startswith("text_encoder")]
     try:
         modules |= {name: load(directory / name) for name, load in loaders.items()}
         pipeline = pipeline_class.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, use_safetensors=True, **modules
+            directory,
+            dtype=dtype,
+            variant=variant_of(encoders),
+            local_files_only=True,
+            use_safetensors=True,
+            **modules,
         )
     except _MALFORMED as error:
         raise WeightsError(f"{directory} can't be loaded: {error}") from error
@@ -83,7 +83,7 @@ def stream_module(cls: type[ModelMixin], directory: Path, device: str | torch.de
 
     Shows a progress bar on terminals. Raises WeightsError if the tensors are not exactly those of the configuration.
     """
-    files = _weight_files(directory)
+    files = weight_files(directory)
     try:
         module = _build_empty(cls, directory, dtype)
         if fault := misfit(shapes_of(module), read_heads(files)):
@@ -153,24 +153,7 @@ def misfit(expected: Mapping[str, list[int]], found: Mapping[str, TensorHead]) -
             if name in expected and head.shape != expected[name]
         ],
     }
-    return "; ".join(f"{fault}: {_some(names)}" for fault, names in faults.items() if names)
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / SAFE_WEIGHTS_INDEX_NAME
-    names = {SAFETENSORS_WEIGHTS_NAME}
-    if index.exists():
-        try:
-            names = set(read_json(index)["weight_map"].values())
-        except (KeyError, AttributeError) as error:
-            raise WeightsError(f"{index} has no proper entry 'weight_map'") from error
-    if absent := sorted(name for name in names if not (directory / name).exists()):
-        pickles = ", ".join(path.name for path in directory.glob("*.bin"))
-        raise WeightsError(
-            f"{directory} has no {_some(absent)}"
-            + (f"; {pickles} is not read, since a pickle can run any code: save it as safetensors" if pickles else "")
-        )
-    return [directory / name for name in sorted(names)]
+    return "; ".join(f"{fault}: {some(names)}" for fault, names in faults.items() if names)
 
 
 def _build_empty(cls: type[ModelMixin], directory: Path, dtype: torch.dtype) -> nn.Module:
@@ -184,7 +167,3 @@ def _build_empty(cls: type[ModelMixin], directory: Path, dtype: torch.dtype) -> 
     finally:
         torch.set_default_dtype(default)
     return module
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -53,7 +53,7 @@ class Manifest:
     traits, and the policies that its authors used with its routers.
     """
 
-    license: str = "unknown"
+    license: str | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     height: int | None = None

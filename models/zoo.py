@@ -22,6 +22,7 @@ from models.families.family import Family
 from models.file_formats import OutputFormat, encode_image
 from models.load_options import DEFAULTS, LoadOptions
 from models.mesh.cleanup import CleanMesh
+from models.published_terms import published_terms
 from models.request import GenerationRequest, ImageEdit, ImageRequest
 from models.rules import RULES
 from models.rules.forecast import ForecastTable, read_forecast_table
@@ -65,7 +66,7 @@ def load_engine(
         family.forecast_table = read_forecast_table(folder)
         family.background_remover = background_remover
         families[directory.name] = family
-        cards[directory.name] = _card(family, entry.name, index, folder, manifest)
+        cards[directory.name] = _card(family, entry.name, directory, index, folder, manifest)
         logger.info("loaded %s on %s in %s", directory.name, device, dtype)
     return Engine(families, cards)
 
@@ -87,7 +88,9 @@ def _family_of(directory: Path) -> tuple[FamilyEntry, Path]:
     raise WeightsError(f"{directory} is no model directory: it has neither {marks}")
 
 
-def _card(family: Family, family_name: str, index: Path, folder: Path, manifest: Manifest) -> ModelCard:
+def _card(
+    family: Family, family_name: str, directory: Path, index: Path, folder: Path, manifest: Manifest
+) -> ModelCard:
     """The card, with the measured time of a step. `index` is the file that names the model's class."""
     curve = read_curve(folder, family.quality_metric)
     rules = tuple(name for name, rule in RULES.items() if family.routers or not rule.needs_scores)
@@ -104,7 +107,7 @@ def _card(family: Family, family_name: str, index: Path, folder: Path, manifest:
     basics = ModelCard(
         id=family.model_id,
         family=family_name,
-        license=manifest.license,
+        license=manifest.license or published_terms(directory) or "unknown",
         created=int(index.stat().st_mtime),
         default_num_inference_steps=manifest.num_inference_steps or family.default_num_inference_steps,
         default_guidance_scale=(

@@ -179,7 +179,7 @@ def test_malformed_traits_are_refused(tmp_path: Path, traits: Any, message: str)
 
 
 def test_folder_without_a_manifest_assumes_nothing(tmp_path: Path) -> None:
-    assert read_manifest(tmp_path) == Manifest("unknown", None, None, None, None, None, CheckpointTraits())
+    assert read_manifest(tmp_path) == Manifest(None, None, None, None, None, None, CheckpointTraits())
 
 
 @pytest.mark.parametrize(
