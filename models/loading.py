@@ -21,6 +21,7 @@ from models.diffusers_directory import networks, some, variant_of, weight_files
 from models.errors import WeightsError
 from models.families.entry import NamedClass
 from models.load_options import LoadOptions
+from models.lora import fuse_loras
 from models.weights import read_json
 
 # diffusers checks little of a configuration, and fails anywhere on a malformed one.
@@ -46,10 +47,13 @@ def stream_pipeline(
 ) -> DiffusionPipeline:
     """The result of `pipeline_class.from_pretrained(directory, dtype=dtype).to(device)`, with little host memory.
 
+    `directory` may end in names of adapters (`LoadOptions.source`), which are fused into the weights.
+
     Text encoders are loaded to the host first, and stay there if `options` say so: prompts must then be encoded
     on the encoder's device and the result moved. `loaders` are functions that load other parts from their folders, by
     name. Raises WeightsError if parts are missing or do not fit together.
     """
+    directory, loras = options.source(directory)
     classes = networks(pipeline_class, directory)
     modules: dict[str, Any] = {
         name: stream_module(classes[name], directory / name, device, dtype) for name in ("transformer", "vae")
@@ -67,7 +71,11 @@ def stream_pipeline(
         )
     except _MALFORMED as error:
         raise WeightsError(f"{directory} can't be loaded: {error}") from error
-    return pipeline if options.offloads_text_encoders else pipeline.to(device)
+    if not options.offloads_text_encoders:
+        pipeline.to(device)
+    if loras:
+        fuse_loras(pipeline, loras)
+    return pipeline
 
 
 class TensorHead(NamedTuple):

@@ -17,7 +17,7 @@ from models.curve import EXACT, FORECAST
 from models.engine import Engine
 from models.errors import WeightsError
 from models.families import FAMILIES
-from models.families.entry import FamilyEntry, NamedClass
+from models.families.entry import DIFFUSERS, FamilyEntry, NamedClass
 from models.families.family import Family
 from models.file_formats import OutputFormat, encode_image
 from models.load_options import DEFAULTS, LoadOptions
@@ -40,7 +40,7 @@ def load_engine(
     background_remover: Path | None = None,
     options: LoadOptions = DEFAULTS,
 ) -> Engine:
-    """Load model directories. A model's id is its directory's name.
+    """Load model directories. A model's id is its directory's name, with those of its adapters (`LoadOptions.source`).
 
     Routers, terms of use and the curve are read from `router_weights/<id>`. `background_remover` is the folder of the
     network that removes backgrounds; without it, only plain ones can be removed from input images. On a CPU
@@ -57,16 +57,19 @@ def load_engine(
         folder = router_weights / directory.name
         if not folder.is_dir():
             logger.warning("%s has no router folder %s, so exact is its only budget", directory.name, folder)
-        entry, index = _family_of(directory)
+        base, loras = options.source(directory)
+        entry, index = _family_of(base)
+        if loras and entry.layout != DIFFUSERS:
+            raise WeightsError(f"{base} takes no adapters ({', '.join(loras)}): only diffusers pipelines do")
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         manifest = read_manifest(folder)
         family: Family = entry.family.load().load(
-            directory, device, dtype, load_router_weights(folder, directory), manifest.traits, options
+            directory, device, dtype, load_router_weights(folder, base), manifest.traits, options
         )
         family.forecast_table = read_forecast_table(folder)
         family.background_remover = background_remover
         families[directory.name] = family
-        cards[directory.name] = _card(family, entry.name, directory, index, folder, manifest)
+        cards[directory.name] = _card(family, entry.name, base, index, folder, manifest)
         logger.info("loaded %s on %s in %s", directory.name, device, dtype)
     return Engine(families, cards)
 

@@ -24,6 +24,8 @@ from models.rules.router import RouterPolicy
 from models.state import DenoiseState
 from models.weights import CheckpointTraits, MlpActivation
 from models.zoo import load_engine
+from tests.fixtures.engines import write_manifest
+from tests.fixtures.kinds import Kind
 
 MODEL = "tiny-qwen-image"
 TEMPLATE_END = 5  # tokens
@@ -275,6 +277,7 @@ def test_activation_of_the_public_checkpoint_is_left_as_it_is(stock: QwenImagePi
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (128, 96)])
 def test_exact_equals_the_stock_pipeline_on_the_published_schedule(
+    kind: Kind,
     tiny_qwen_image: Path,
     tmp_path: Path,
     stock_result: Callable[..., Any],
@@ -293,7 +296,8 @@ def test_exact_equals_the_stock_pipeline_on_the_published_schedule(
         shift_terminal=0.02,
         use_dynamic_shifting=True,
     ).save_pretrained(directory / "scheduler")
-    engine = load_engine([directory], device="cpu", router_weights=tmp_path)
+    write_manifest(tmp_path / "routers" / MODEL, kind)
+    engine = load_engine([directory], device="cpu", router_weights=tmp_path / "routers")
     stock = QwenImagePipeline.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
     stock.set_progress_bar_config(disable=True)
     request = ask(height=height, width=width)
