@@ -126,7 +126,7 @@ def state_of(recording: Any) -> Callable[..., DenoiseState]:
         ]
         return DenoiseState(
             request=request,
-            batch_key="",
+            shape="",
             latents=pack(latents),
             sigmas=sigmas,
             timesteps=timesteps,
