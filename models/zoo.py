@@ -56,7 +56,7 @@ def load_engine(
         folder = router_weights / directory.name
         if not folder.is_dir():
             logger.warning("%s has no router folder %s, so exact is its only budget", directory.name, folder)
-        entry, index = _family_of(directory)
+        entry, index = family_of(directory)
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         manifest = read_manifest(folder)
         family: Family = entry.family.load().load(
@@ -70,7 +70,7 @@ def load_engine(
     return Engine(families, cards)
 
 
-def _family_of(directory: Path) -> tuple[FamilyEntry, Path]:
+def family_of(directory: Path) -> tuple[FamilyEntry, Path]:
     """The family of a model directory, and the file that names its class. Raises WeightsError if there is none."""
     entries = FAMILIES.values()
     layouts = list(dict.fromkeys(entry.layout for entry in entries))
