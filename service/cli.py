@@ -320,7 +320,8 @@ def convert(
         typer.Option(
             "--format",
             help="elastic-dit: the Elastic-DiT checkpoint of Qwen-Image; --base is a directory of Qwen-Image. "
-            "hunyuan3d: a .ckpt beside its config.yaml, or their folder; without --base.",
+            "hunyuan3d: a .ckpt beside its config.yaml, or their folder; without --base. reorder: a model directory "
+            "whose routers were trained for another order of its neurons, by an earlier version.",
         ),
     ],
     base: Annotated[
