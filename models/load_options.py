@@ -13,9 +13,13 @@ class Offload(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """Options that hold for all models of a process."""
+    """Options that hold for all models of a process.
+
+    `prompt_cache_bytes` is how much of the host's memory embedded prompts may take together.
+    """
 
     offload: Offload = Offload.NONE
+    prompt_cache_bytes: int = 256_000_000
 
     @property
     def offloads_text_encoders(self) -> bool:

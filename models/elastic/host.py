@@ -11,10 +11,15 @@ def to_host(tensor: Tensor) -> list[Any]:
     if not tensor.is_cuda:
         return list(tensor.tolist())
     copy = tensor.to("cpu", non_blocking=True)  # into pinned memory
-    copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(tensor.device))
-    copied.synchronize()
+    wait_for_work(tensor.device)
     return list(copy.tolist())
+
+
+def wait_for_work(device: torch.device) -> None:
+    """Wait for what this thread has queued on a GPU, and not for the streams of other threads."""
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(device))
+    done.synchronize()
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

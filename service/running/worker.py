@@ -71,6 +71,7 @@ class Worker:
         self._on_room = on_room
         self._metrics = metrics
         self._load_engine = load_engine
+        self._engine: Engine | None = None
         self._clock = clock
         self._wake = Event()
         self._publisher = Publisher(metrics, self._tell, self.is_held, clock=clock)
@@ -87,11 +88,11 @@ class Worker:
             self._publisher,
             self._fair_share,
             self._precedence,
-            ready=self._ready,
+            classes=self._classes,
             claim_place=self._claim_place,
             add=self._add,
             is_held=self.is_held,
-            on_prepared=self._wake.set,
+            on_ready=self._wake.set,
             clock=clock,
         )
 
@@ -131,6 +132,8 @@ class Worker:
             if not self._held:
                 self.pace.begin(held.began)
             self._held[job.id] = held
+        if self._engine is not None:
+            self._starter.begin(self._engine, held)
         self._wake.set()
 
     def drop(self, job_id: str, *, is_finished: bool = False) -> None:
@@ -163,6 +166,7 @@ class Worker:
         except BaseException as error:
             self._loaded.set_exception(error)
             return
+        self._engine = engine
         self.cards = engine.cards
         self._loaded.set_result(None)
         try:
@@ -181,8 +185,8 @@ class Worker:
         self._drop_unwanted()
         self._decode_done(engine)
         with self._lock:
-            held = list(self._held.values())
-        self._starter.start_what_fits(engine, held)
+            jobs = list(self._held.values())
+        self._starter.start_what_fits(engine, jobs)
         if self._running:
             batch = self._next_batch()
             if batch[0].decoding is None:
@@ -228,6 +232,12 @@ class Worker:
 
     def _max_batch_size(self, model: str) -> int:
         return min(self.limits.max_batch_size, self.cards[model].max_batch_size)
+
+    def _classes(self) -> set[bool]:
+        """Whether those that can have a turn, and those that start before others, are of high priority."""
+        with self._lock:
+            starting = {True for held in self._held.values() if held.unstarted and held.job.is_high}
+        return starting | {running.job.is_high for running in self._ready()}
 
     def _ready(self) -> list[Running]:
         """Those that can have a turn: all but those that wait until there is room for their grid."""
