@@ -4,6 +4,7 @@ GenerationError
 ├── InvalidRequest      the request cannot be served as it was asked
 ├── UnknownModel        no model of that name is loaded
 ├── EmptySurface        a decoded field has no surface to make a mesh of
+├── DeviceError         there is no such device
 └── WeightsError        a model directory or a router file is not what it should be
 """
 
@@ -31,6 +32,10 @@ class UnknownModel(GenerationError):
 
 
 class EmptySurface(GenerationError):
+    pass
+
+
+class DeviceError(GenerationError):
     pass
 
 

@@ -28,11 +28,12 @@ class LoadOptions:
     """Options that hold for all models of a process.
 
     `loras` has adapters by name. The model `flux-dev+style` is that in the directory `flux-dev` with the adapter
-    `style` in its weights.
+    `style` in its weights. `prompt_cache_bytes` is how much of the host's memory embedded prompts may take together.
     """
 
     offload: Offload = Offload.NONE
     loras: Mapping[str, Lora] = field(default_factory=dict)
+    prompt_cache_bytes: int = 256_000_000
 
     @property
     def offloads_text_encoders(self) -> bool:

@@ -51,6 +51,17 @@ class BranchInputs:
     def num_text_tokens(self) -> int:
         return self.context.shape[1]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the embedded prompt."""
+        return self.context.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
+
+    def on(self, device: torch.device | str) -> "BranchInputs":
+        """The same with the embedded prompt on `device`."""
+        return replace(
+            self, context=self.context.to(device), pooled=None if self.pooled is None else self.pooled.to(device)
+        )
+
 
 class Velocity(NamedTuple):
     """A velocity `(1, tokens, channels)` with guidance applied.

@@ -14,14 +14,17 @@ import transformers.utils.logging
 from models.background.remover import load_remover
 from models.card import Edits, ImageCard, ModelCard
 from models.curve import EXACT, FORECAST
+from models.device import find_device
 from models.engine import Engine
 from models.errors import WeightsError
 from models.families import FAMILIES
 from models.families.entry import DIFFUSERS, FamilyEntry, NamedClass
 from models.families.family import Family
+from models.families.image import ImageFamily
 from models.file_formats import OutputFormat, encode_image
 from models.load_options import DEFAULTS, LoadOptions
 from models.mesh.cleanup import CleanMesh
+from models.prompt_cache import PromptCache
 from models.published_terms import published_terms
 from models.request import GenerationRequest, ImageEdit, ImageRequest
 from models.rules import RULES
@@ -44,8 +47,9 @@ def load_engine(
 
     Routers, terms of use and the curve are read from `router_weights/<id>`. `background_remover` is the folder of the
     network that removes backgrounds; without it, only plain ones can be removed from input images. On a CPU
-    models run in float32, else in bfloat16. Raises WeightsError if a directory, its router folder or the remover is
-    missing parts or malformed.
+    models run in float32, else in bfloat16. Raises DeviceError if there is no such device, and WeightsError if a
+    directory, its router folder or the remover is missing parts or malformed. A GPU becomes the current device of the
+    calling thread, which is to use the engine.
     """
     if background_remover is not None:
         load_remover(background_remover)
@@ -53,6 +57,10 @@ def load_engine(
         library.utils.logging.disable_progress_bar()
     families: dict[str, Family] = {}
     cards: dict[str, ModelCard] = {}
+    torch_device = find_device(device)
+    if torch_device.type == "cuda":
+        torch.cuda.set_device(torch_device)
+    cache = PromptCache(options.prompt_cache_bytes)
     for directory in directories:
         folder = router_weights / directory.name
         if not folder.is_dir():
@@ -64,12 +72,14 @@ def load_engine(
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         manifest = read_manifest(folder)
         family: Family = entry.family.load().load(
-            directory, device, dtype, load_router_weights(folder, base), manifest.traits, options
+            directory, str(torch_device), dtype, load_router_weights(folder, base), manifest.traits, options
         )
         family.forecast_table = read_forecast_table(folder)
         family.background_remover = background_remover
         families[directory.name] = family
         cards[directory.name] = _card(family, entry.name, base, index, folder, manifest)
+        if isinstance(family, ImageFamily):
+            family.prompt_cache = cache  # after the card: encoding was measured without it
         logger.info("loaded %s on %s in %s", directory.name, device, dtype)
     return Engine(families, cards)
 

@@ -88,6 +88,12 @@ class Settings(BaseSettings):
         "prompts take longer.",
     )
     offload_text_encoders: bool = Field(default=False, description="The older form of offload: text_encoders.")
+    prompt_cache_bytes: int = Field(
+        default=256_000_000,
+        ge=0,
+        description="The most bytes of embedded prompts to keep in the host's memory, so that a prompt that comes "
+        "again is not encoded again; those used last are kept. 0 keeps none but each model's empty prompt.",
+    )
     default_budget: BudgetBody = Field(
         default=BudgetBody(quality=0.9),
         description="The budget of requests without one, as JSON in the environment.",
@@ -307,7 +313,8 @@ class Settings(BaseSettings):
         offload = self.offload
         if offload is Offload.NONE and self.offload_text_encoders:
             offload = Offload.TEXT_ENCODERS
-        return LoadOptions(offload=offload, loras={name: _lora(place) for name, place in self.loras.items()})
+        loras = {name: _lora(place) for name, place in self.loras.items()}
+        return LoadOptions(offload=offload, loras=loras, prompt_cache_bytes=self.prompt_cache_bytes)
 
     @model_validator(mode="after")
     def _check_webhooks(self) -> Self:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from models.card import Guidance, ModelCard
 from models.curve import CurvePoint
 from models.elastic.compute import BlockCost
+from models.elastic.host import to_device
 from models.elastic.row import Row
 from models.elastic.streams import Streams
 from models.errors import InvalidRequest
@@ -30,11 +31,33 @@ from models.weights import CheckpointTraits, Manifest, RouterWeights
 
 
 class BranchStart(NamedTuple):
-    """One guidance branch at its start: its name in traces, its inputs, and the cost of each block for its row."""
+    """One guidance branch at its start: its name in traces, its inputs, and the cost of each block for its row.
+
+    `was_cached` says whether its prompt was in the cache, None if it was not looked up there.
+    """
 
     name: str
     inputs: BranchInputs
     costs: Mapping[str, BlockCost]
+    was_cached: bool | None = None
+
+
+class Beginning(NamedTuple):
+    """Where a request begins. Requests of equal `shape` can share steps. The rest is as in `DenoiseState`."""
+
+    shape: Hashable
+    latents: Tensor
+    sigmas: Tensor
+    timesteps: Tensor
+    kept: KeptRegion | None = None
+    num_picture_tokens: int = 0
+
+
+class Encoded(NamedTuple):
+    """All that needs the device before a request starts. Nothing changes its tensors."""
+
+    branches: Sequence[BranchStart]
+    beginning: Beginning
 
 
 class Family(ABC):
@@ -77,6 +100,17 @@ class Family(ABC):
         """Load a model directory. Raises WeightsError if parts are missing or do not fit together."""
 
     @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        parameter: Tensor = next(self.transformer.parameters())
+        return parameter.device
+
+    @property
+    def encodes_on_device(self) -> bool:
+        """Whether prompts or images are encoded on the transformer's device."""
+        return True
+
+    @property
     @abstractmethod
     def guidance(self) -> Guidance: ...
 
@@ -105,14 +139,35 @@ class Family(ABC):
         return None
 
     @abstractmethod
+    def encode(self, request: GenerationRequest) -> Sequence[BranchStart]:
+        """Encode the prompt or the image. The result fits all requests that differ in their seed alone.
+
+        Any thread may call this and `begin`, one at a time. Raises InvalidRequest if the input can't be used.
+        """
+
+    @abstractmethod
+    def begin(self, request: GenerationRequest, branches: Sequence[BranchStart]) -> Beginning:
+        """Draw the noise, and put it on the picture that is edited. Raises InvalidRequest if that can't be used."""
+
+    @torch.inference_mode()
     def start(
         self,
         request: GenerationRequest,
         curve: Sequence[CurvePoint],
         point: CurvePoint,
         compute_cap: float | None = None,
+        encoded: Encoded | None = None,
     ) -> DenoiseState:
-        """Encode the prompt or the image, and draw the noise. Raises InvalidRequest if the input can't be used."""
+        """The state before the first step. `encoded` is of this request; if it is None, it is made here.
+
+        Raises InvalidRequest if the input can't be used, or if the compute that no plan can leave out exceeds the cap.
+        """
+        if encoded is None:
+            branches = self.encode(request)
+            encoded = Encoded(branches, self.begin(request, branches))
+        state = self._new_state(request, curve, point, compute_cap, encoded.beginning, encoded.branches)
+        state.num_picture_tokens = encoded.beginning.num_picture_tokens
+        return state
 
     @abstractmethod
     def prologue(self, states: Sequence[DenoiseState]) -> Streams:
@@ -168,18 +223,14 @@ class Family(ABC):
         curve: Sequence[CurvePoint],
         point: CurvePoint,
         compute_cap: float | None,
-        *,
-        shape: Hashable,
-        latents: Tensor,
-        sigmas: Tensor,
-        timesteps: Tensor,
+        beginning: Beginning,
         branches: Sequence[BranchStart],
-        kept: KeptRegion | None = None,
     ) -> DenoiseState:
         """A state before its first step. States of equal `shape` can share steps, unless they are exact.
 
         Raises InvalidRequest if the compute that no plan can leave out exceeds the cap.
         """
+        shape, latents, sigmas, timesteps, kept, _ = beginning
         forecaster = None
         may_move = isinstance(request.budget, LatencyBudget) and any(other.steps for other in curve)
         if self.forecast_table and (point.steps or may_move):
@@ -232,4 +283,4 @@ class Family(ABC):
         """Latents `(rows, tokens, channels)` and float32 `timesteps` `(rows,)` of all branches."""
         latents = torch.cat([state.latents for state in states for _ in state.rows])
         times = torch.cat([state.timesteps[state.step_index].expand(len(state.rows)) for state in states])
-        return latents, times.to(latents.device)
+        return latents, to_device(times, latents.device)
