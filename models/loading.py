@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
+from models.device import encoder_dtype
 from models.errors import WeightsError
 from models.families.entry import NamedClass
 from models.load_options import LoadOptions
@@ -47,9 +48,9 @@ def stream_pipeline(
 ) -> DiffusionPipeline:
     """The result of `pipeline_class.from_pretrained(directory, dtype=dtype).to(device)`, with little host memory.
 
-    Text encoders are loaded to the host first, and stay there if `options` say so: prompts must then be encoded
-    on the encoder's device and the result moved. `loaders` are functions that load other parts from their folders, by
-    name. Raises WeightsError if parts are missing or do not fit together.
+    Text encoders are loaded to the host first, and stay there if `options` say so, in `encoder_dtype`: prompts must
+    then be encoded on the encoder's device and the result moved. `loaders` are functions that load other parts from
+    their folders, by name. Raises WeightsError if parts are missing or do not fit together.
     """
     index = read_json(directory / "model_index.json")
     modules: dict[str, Any] = {}
@@ -67,7 +68,12 @@ def stream_pipeline(
         )
     except _MALFORMED as error:
         raise WeightsError(f"{directory} can't be loaded: {error}") from error
-    return pipeline if options.offloads_text_encoders else pipeline.to(device)
+    if not options.offloads_text_encoders:
+        return pipeline.to(device)
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and name not in modules:
+            part.to(encoder_dtype(dtype))
+    return pipeline
 
 
 class TensorHead(NamedTuple):
