@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,15 @@ def test_what_cannot_be_encoded_is_not_kept() -> None:
 class Counted:
     """An engine for one tiny model, and the prompts that its text encoders have encoded."""
 
-    def __init__(self, directory: Path, prompt_cache_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self, directory: Path, prompt_cache_bytes: int, router_weights: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = router_weights / directory.name
+        folder.mkdir(exist_ok=True)
+        defaults = {"num_inference_steps": 4, "guidance_scale": 2.5, "height": 64, "width": 64}
+        (folder / "manifest.json").write_text(json.dumps({"license": "mit", "defaults": defaults}))
         options = LoadOptions(prompt_cache_bytes=prompt_cache_bytes)
-        self.engine = load_engine([directory], device="cpu", router_weights=directory, options=options)
+        self.engine = load_engine([directory], device="cpu", router_weights=router_weights, options=options)
         self.prompts: list[str] = []
         family: Any = self.engine._families[directory.name]
         encode = family._encode
@@ -82,9 +89,9 @@ class Counted:
 
 
 def test_equal_prompts_are_encoded_once_and_images_stay_the_same(
-    tiny_flux: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept, fresh = (Counted(tiny_flux, size, monkeypatch) for size in (10**9, 0))
+    kept, fresh = (Counted(tiny_flux, size, tmp_path, monkeypatch) for size in (10**9, 0))
     request = replace(kept.request, seed=1, guidance_scale=7.0)
     first, again = kept.engine.encode(kept.request), kept.engine.encode(request)
     assert [branch.was_cached for branch in first.branches] == [False, False]
@@ -98,9 +105,9 @@ def test_equal_prompts_are_encoded_once_and_images_stay_the_same(
 
 
 def test_requests_that_differ_in_their_seed_share_what_is_encoded(
-    tiny_flux: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counted = Counted(tiny_flux, 0, monkeypatch)
+    counted = Counted(tiny_flux, 0, tmp_path, monkeypatch)
     other = replace(counted.request, seed=1)
     alone = counted.latents(other)
     branches = counted.engine.encode(counted.request).branches
@@ -109,10 +116,11 @@ def test_requests_that_differ_in_their_seed_share_what_is_encoded(
     assert counted.prompts == []
 
 
+@pytest.mark.usefixtures("small_pictures")
 def test_prompts_that_are_seen_with_pictures_are_not_kept(
-    tiny_qwen_image_edit: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_qwen_image_edit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counted = Counted(tiny_qwen_image_edit, 10**9, monkeypatch)
+    counted = Counted(tiny_qwen_image_edit, 10**9, tmp_path, monkeypatch)
     for _ in range(2):
         assert {branch.was_cached for branch in counted.engine.encode(counted.request).branches} == {None}
     assert len(counted.prompts) == 4
