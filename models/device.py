@@ -26,8 +26,16 @@ def find_device(name: str) -> torch.device:
     raise DeviceError(f"there is no device '{name[:40]}'; there are: {', '.join(there)}{without}")
 
 
+def encoder_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which text and image encoders of a model in `dtype` run on the CPU.
+
+    Without instructions for bfloat16, a CPU takes many times longer in it than in float32.
+    """
+    return torch.float32 if dtype is torch.bfloat16 and not cpu_has_bfloat16() else dtype
+
+
 def cpu_has_bfloat16() -> bool:
-    """Whether this machine's CPU has instructions for bfloat16. Without them it is many times slower than float32."""
+    """Whether this machine's CPU has instructions for bfloat16."""
     # For x86 the second says only that bfloat16 can be emulated.
     is_x86 = torch.cpu._is_avx2_supported()
     return bool(torch.cpu._is_avx512_bf16_supported() if is_x86 else torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -64,7 +72,7 @@ def hand_to_steps(value: object, device: torch.device) -> None:
     Else their memory could be used again there while a step still reads it.
     """
     if isinstance(value, Tensor):
-        if value.device.type == "cuda":
+        if _is_on_gpu(value):
             value.record_stream(torch.cuda.default_stream(device))
     elif is_dataclass(value) and not isinstance(value, type):
         for field in fields(value):
@@ -72,3 +80,7 @@ def hand_to_steps(value: object, device: torch.device) -> None:
     elif isinstance(value, tuple | list):
         for part in value:
             hand_to_steps(part, device)
+
+
+def _is_on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda

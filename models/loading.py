@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
+from models.device import encoder_dtype
 from models.diffusers_directory import networks, some, variant_of, weight_files
 from models.errors import WeightsError
 from models.families.entry import NamedClass
@@ -49,9 +50,9 @@ def stream_pipeline(
 
     `directory` may end in names of adapters (`LoadOptions.source`), which are fused into the weights.
 
-    Text encoders are loaded to the host first, and stay there if `options` say so: prompts must then be encoded
-    on the encoder's device and the result moved. `loaders` are functions that load other parts from their folders, by
-    name. Raises WeightsError if parts are missing or do not fit together.
+    Text encoders are loaded to the host first, and stay there if `options` say so, in `encoder_dtype`: prompts must
+    then be encoded on the encoder's device and the result moved. `loaders` are functions that load other parts from
+    their folders, by name. Raises WeightsError if parts are missing or do not fit together.
     """
     directory, loras = options.source(directory)
     classes = networks(pipeline_class, directory)
@@ -73,6 +74,10 @@ def stream_pipeline(
         raise WeightsError(f"{directory} can't be loaded: {error}") from error
     if not options.offloads_text_encoders:
         pipeline.to(device)
+    else:
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module) and name not in modules:
+                part.to(encoder_dtype(dtype))
     if loras:
         fuse_loras(pipeline, loras)
     return pipeline

@@ -81,7 +81,10 @@ class Settings(BaseSettings):
         "checkpoints/u2netp, if it is there. Without it, images can't be transparent, and input images need a plain "
         "background or transparency.",
     )
-    device: str = Field(default="cpu", description="Where the models run: cpu, cuda, cuda:1.")
+    device: str = Field(
+        default="cpu",
+        description="Where the models run: cpu, cuda, cuda:1. One that is not there is refused at the start.",
+    )
     offload: Offload = Field(
         default=Offload.NONE,
         description="What stays on the CPU, for devices with less memory: none, or text_encoders, which makes encoding "

@@ -1,5 +1,6 @@
 """The cost of a request, predicted from the model's card before any work is done."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from models.budget import fastest_enough
@@ -11,11 +12,16 @@ from models.request import GenerationRequest, ImageRequest, LatencyBudget, MeshR
 def predicted_seconds(request: GenerationRequest, card: ModelCard) -> float:
     """Seconds that `request` takes a worker, from its prompt or image to its file, alone on this device.
 
-    This is the one prediction that admission counts. `scheduling.pace` corrects it by measured speed.
+    `order_seconds` of it is the one prediction that admission counts. `scheduling.pace` corrects it by measured speed.
     """
     image_s = card.decode_seconds * _relative_size(request, card) if isinstance(card, ImageCard) else 0.0
     encode_s = encode_seconds(request, card)
     return encode_s + denoise_seconds(request, card) + image_s + mesh_decode_seconds(request, card)
+
+
+def order_seconds(requests: Sequence[GenerationRequest], card: ModelCard) -> float:
+    """`predicted_seconds` of requests that differ in their seeds alone: their prompt or image is encoded once."""
+    return sum(predicted_seconds(request, card) for request in requests) - (len(requests) - 1) * card.encode_seconds
 
 
 def encode_seconds(request: GenerationRequest, card: ModelCard) -> float:

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from models.device import encoder_dtype
 from models.diffusion.sampling import consistency_schedule, rising_flow_schedule
 from models.errors import WeightsError
 from models.families.hunyuan3d.conditioner import SingleImageEncoder
@@ -57,7 +58,8 @@ def load_checkpoint(
     """Load `config.yaml` and `model[.fp16].safetensors`, from `directory` or the one model's folder in it.
 
     Tensors go to the device one by one. Those of the VAE's encoder may be absent. Where the denoiser runs in bfloat16
-    the VAE runs in float16: with 8 bits a field's surface is not where it belongs. Raises WeightsError if a file is
+    the VAE runs in float16: with 8 bits a field's surface is not where it belongs. A `conditioner_device` is a CPU, and
+    the conditioner is there in `encoder_dtype`. Raises WeightsError if a file is
     missing or pickled, or if tensors are missing, surplus or misshapen, by name.
     """
     config_path = find_config(directory)
@@ -74,8 +76,9 @@ def load_checkpoint(
 
         def place(name: str) -> tuple[str | torch.device, torch.dtype]:
             part = name.partition(".")[0]
-            on = conditioner_device if part == "conditioner" and conditioner_device else device
-            return on, vae_dtype if part == "vae" else dtype
+            if part == "conditioner" and conditioner_device:
+                return conditioner_device, encoder_dtype(dtype)
+            return device, vae_dtype if part == "vae" else dtype
 
         stream_tensors(modules, [file], place, str(directory), copies=torch.device(device).type == "cpu")
     except (OSError, SafetensorError) as error:

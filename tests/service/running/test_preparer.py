@@ -65,7 +65,7 @@ def test_steps_of_others_go_on_while_an_image_is_prepared(
 
     monkeypatch.setattr(engine, "preparation", preparation)
     mesh = service.submit(make_mesh_job("mesh", seed=7))
-    service.wait_until_taken("mesh")
+    service.wait_until_taken("mesh", are_encoded=False)
     assert service.submit(make_job("image")).result(TIMEOUT_S).state.status is JobStatus.SUCCEEDED
     assert not mesh.done()
     service.cancel("mesh")
