@@ -4,6 +4,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
+class Weights(StrEnum):
+    """How weights are stored. With `AUTO` and `FLOAT8` models compute in float32 on a CPU, else in bfloat16."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT8 = "float8"
+
+
 class Offload(StrEnum):
     """What stays on the CPU, so that a device with less memory is enough."""
 
@@ -16,10 +25,15 @@ class LoadOptions:
     """Options that hold for all models of a process."""
 
     offload: Offload = Offload.NONE
+    weights: Weights = Weights.AUTO
 
     @property
     def offloads_text_encoders(self) -> bool:
         return self.offload is not Offload.NONE
+
+    @property
+    def has_float8(self) -> bool:
+        return self.weights is Weights.FLOAT8
 
 
 DEFAULTS = LoadOptions()

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from models.errors import WeightsError
 from models.families.entry import NamedClass
-from models.load_options import LoadOptions
+from models.float8 import Float8Linear, store_in_float8
+from models.load_options import DEFAULTS, LoadOptions
 from models.weights import read_json
 
 # diffusers checks little of a configuration, and fails anywhere on a malformed one.
@@ -59,7 +60,8 @@ def stream_pipeline(
         cls = getattr(diffusers, class_name, None)
         if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
             raise WeightsError(f"{directory / 'model_index.json'} names no diffusers model as its {name}: {class_name}")
-        modules[name] = stream_module(cls, directory / name, device, dtype)
+        part_options = options if name == "transformer" else DEFAULTS
+        modules[name] = stream_module(cls, directory / name, device, dtype, part_options)
     try:
         modules |= {name: load(directory / name) for name, load in loaders.items()}
         pipeline = pipeline_class.from_pretrained(
@@ -67,6 +69,10 @@ def stream_pipeline(
         )
     except _MALFORMED as error:
         raise WeightsError(f"{directory} can't be loaded: {error}") from error
+    if options.has_float8:
+        for name, part in pipeline.components.items():
+            if name.startswith("text_encoder"):
+                store_in_float8(part)
     return pipeline if options.offloads_text_encoders else pipeline.to(device)
 
 
@@ -78,8 +84,14 @@ class TensorHead(NamedTuple):
     dtype: str
 
 
-def stream_module(cls: type[ModelMixin], directory: Path, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
-    """The result of `cls.from_pretrained(directory, dtype=dtype)`, on `device`.
+def stream_module(
+    cls: type[ModelMixin],
+    directory: Path,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    options: LoadOptions = DEFAULTS,
+) -> nn.Module:
+    """The result of `cls.from_pretrained(directory, dtype=dtype)`, on `device`, as `options` say.
 
     Shows a progress bar on terminals. Raises WeightsError if the tensors are not exactly those of the configuration.
     """
@@ -88,6 +100,8 @@ def stream_module(cls: type[ModelMixin], directory: Path, device: str | torch.de
         module = _build_empty(cls, directory, dtype)
         if fault := misfit(shapes_of(module), read_heads(files)):
             raise WeightsError(f"{directory} does not fit its config.json: {fault}")
+        if options.has_float8:
+            store_in_float8(module)
         kept = cls._keep_in_fp32_modules or []
 
         def place(name: str) -> tuple[str | torch.device, torch.dtype]:
@@ -110,9 +124,9 @@ def stream_tensors(
 ) -> None:
     """Read the tensors of `files` one by one into `module`. `place` gives the device and type for each name.
 
-    Integers keep their type. On a CPU, tensors that keep their type stay mapped from their file, unless `copies` is
-    true. In files tensors are aligned to 8 bytes only, and kernels then sum in another order than with the memory of
-    `load_state_dict`. Shows a progress bar on terminals.
+    Integers keep their type, and the weights that are stored in float8 are cast on the host. On a CPU, tensors that
+    keep their type stay mapped from their file, unless `copies` is true. In files tensors are aligned to 8 bytes only,
+    and kernels then sum in another order than with the memory of `load_state_dict`. Shows a progress bar on terminals.
     """
     size_bytes = sum(file.stat().st_size for file in files)
     with tqdm(total=size_bytes, desc=description, unit="B", unit_scale=True, disable=None) as bar:
@@ -123,7 +137,12 @@ def stream_tensors(
                     if copies:
                         tensor = tensor.clone()
                     device, dtype = place(name)
-                    set_module_tensor_to_device(module, name, device, tensor, dtype, clear_cache=False)
+                    owner, _, kind = name.rpartition(".")
+                    layer = module.get_submodule(owner)
+                    if isinstance(layer, Float8Linear) and kind == "weight":
+                        layer.store(tensor, device)
+                    else:
+                        set_module_tensor_to_device(module, name, device, tensor, dtype, clear_cache=False)
                     bar.update(tensor.nbytes)
 
 

@@ -20,7 +20,7 @@ from models.families import FAMILIES
 from models.families.entry import FamilyEntry, NamedClass
 from models.families.family import Family
 from models.file_formats import OutputFormat, encode_image
-from models.load_options import DEFAULTS, LoadOptions
+from models.load_options import DEFAULTS, LoadOptions, Weights
 from models.mesh.cleanup import CleanMesh
 from models.request import GenerationRequest, ImageEdit, ImageRequest
 from models.rules import RULES
@@ -42,9 +42,8 @@ def load_engine(
     """Load model directories. A model's id is its directory's name.
 
     Routers, terms of use and the curve are read from `router_weights/<id>`. `background_remover` is the folder of the
-    network that removes backgrounds; without it, only plain ones can be removed from input images. On a CPU
-    models run in float32, else in bfloat16. Raises WeightsError if a directory, its router folder or the remover is
-    missing parts or malformed.
+    network that removes backgrounds; without it, only plain ones can be removed from input images. Raises WeightsError
+    if a directory, its router folder or the remover is missing parts or malformed.
     """
     if background_remover is not None:
         load_remover(background_remover)
@@ -57,7 +56,7 @@ def load_engine(
         if not folder.is_dir():
             logger.warning("%s has no router folder %s, so exact is its only budget", directory.name, folder)
         entry, index = _family_of(directory)
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        dtype = _compute_dtype(options.weights, device)
         manifest = read_manifest(folder)
         family: Family = entry.family.load().load(
             directory, device, dtype, load_router_weights(folder, directory), manifest.traits, options
@@ -66,8 +65,14 @@ def load_engine(
         family.background_remover = background_remover
         families[directory.name] = family
         cards[directory.name] = _card(family, entry.name, index, folder, manifest)
-        logger.info("loaded %s on %s in %s", directory.name, device, dtype)
+        logger.info("loaded %s on %s in %s, weights: %s", directory.name, device, dtype, options.weights)
     return Engine(families, cards)
+
+
+def _compute_dtype(weights: Weights, device: str) -> torch.dtype:
+    if weights in (Weights.FLOAT32, Weights.BFLOAT16):
+        return torch.float32 if weights is Weights.FLOAT32 else torch.bfloat16
+    return torch.float32 if device == "cpu" else torch.bfloat16
 
 
 def _family_of(directory: Path) -> tuple[FamilyEntry, Path]:

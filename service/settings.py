@@ -23,7 +23,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from models.load_options import LoadOptions, Offload
+from models.load_options import LoadOptions, Offload, Weights
 from service.budget import BudgetBody
 from service.errors import BadConfiguration
 from service.logging import LogFormat, LogLevel
@@ -97,6 +97,11 @@ class Settings(BaseSettings):
         "background or transparency.",
     )
     device: str = Field(default="cpu", description="Where the models run: cpu, cuda, cuda:1.")
+    weights: Weights = Field(
+        default=Weights.AUTO,
+        description="How weights are stored: auto (float32 with the device cpu, else bfloat16), float32, bfloat16, or "
+        "float8, which halves bfloat16's memory of transformers and text encoders and still computes as with auto.",
+    )
     offload: Offload = Field(
         default=Offload.NONE,
         description="What stays on the CPU, for devices with less memory: none, or text_encoders, which makes encoding "
@@ -310,7 +315,7 @@ class Settings(BaseSettings):
         offload = self.offload
         if offload is Offload.NONE and self.offload_text_encoders:
             offload = Offload.TEXT_ENCODERS
-        return LoadOptions(offload=offload)
+        return LoadOptions(offload, self.weights)
 
     @model_validator(mode="after")
     def _check_webhooks(self) -> Self:

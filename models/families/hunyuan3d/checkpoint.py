@@ -18,6 +18,8 @@ from models.families.hunyuan3d.plain_dit import HunYuanDiTPlain
 from models.families.hunyuan3d.preparation import ImageSettings
 from models.families.hunyuan3d.shape_vae import ShapeVAE, geometry_of
 from models.families.hunyuan3d.stream_dit import Hunyuan3DDiT
+from models.float8 import store_in_float8
+from models.load_options import DEFAULTS, LoadOptions
 from models.loading import TensorHead, misfit, read_heads, shapes_of, stream_tensors
 
 Denoiser = HunYuanDiTPlain | Hunyuan3DDiT
@@ -52,7 +54,7 @@ class Hunyuan3DCheckpoint:
 
 
 def load_checkpoint(
-    directory: Path, device: str, dtype: torch.dtype, *, conditioner_device: str | None = None
+    directory: Path, device: str, dtype: torch.dtype, *, options: LoadOptions = DEFAULTS
 ) -> Hunyuan3DCheckpoint:
     """Load `config.yaml` and `model[.fp16].safetensors`, from `directory` or the one model's folder in it.
 
@@ -70,12 +72,15 @@ def load_checkpoint(
     try:
         heads = read_heads([file])
         modules = build_modules(config, config_path, heads, file)
+        if options.has_float8:
+            store_in_float8(modules["model"])
+            store_in_float8(modules["conditioner"])
+        on_host = {"conditioner"} if options.offloads_text_encoders else set()
         vae_dtype = torch.float16 if dtype is torch.bfloat16 else dtype
 
         def place(name: str) -> tuple[str | torch.device, torch.dtype]:
             part = name.partition(".")[0]
-            on = conditioner_device if part == "conditioner" and conditioner_device else device
-            return on, vae_dtype if part == "vae" else dtype
+            return "cpu" if part in on_host else device, vae_dtype if part == "vae" else dtype
 
         stream_tensors(modules, [file], place, str(directory), copies=torch.device(device).type == "cpu")
     except (OSError, SafetensorError) as error:

@@ -47,7 +47,7 @@ class ToyFamily(Family):
         traits: CheckpointTraits,
         options: LoadOptions,
     ) -> Self:
-        transformer = stream_module(ToyTransformer, directory / "transformer", device, dtype)
+        transformer = stream_module(ToyTransformer, directory / "transformer", device, dtype, options)
         return cls(directory.name, transformer.requires_grad_(False), router_weights)
 
     @property

@@ -1,0 +1,106 @@
+"""What do weights in fewer bits cost in quality and memory?
+
+`python -m benchmarks.float8` makes the same images or meshes with every storage of weights and two budgets, at the same
+seeds, and compares each with that of float32 at the same budget: by `Engine.similarity` (SSIM, or IoU of volumes) and,
+for images, by PSNR. It counts the bytes of the transformer.
+"""
+
+import argparse
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from numpy.typing import NDArray
+from skimage.metrics import peak_signal_noise_ratio
+from tqdm import tqdm
+
+from benchmarks import engine as images
+from benchmarks import meshes
+from benchmarks.environment import environment
+from benchmarks.table import TableRow, finish, show
+from models.card import ImageCard
+from models.curve import Preset
+from models.engine import Engine
+from models.load_options import LoadOptions, Weights
+from models.request import Budget, GenerationRequest, PresetBudget, QualityBudget
+from models.zoo import load_engine
+from training.scenes.prompts import complex_scenes
+
+BUDGETS: Mapping[str, Budget] = {"exact": PresetBudget(Preset.EXACT), "quality .9": QualityBudget(0.9)}
+
+
+class Storage(NamedTuple):
+    """A storage of weights and the type that models compute in."""
+
+    weights: Weights
+    device: str
+    computes_in: str
+
+
+STORAGES = (
+    Storage(Weights.FLOAT32, "cpu", "float32"),
+    Storage(Weights.FLOAT8, "cpu", "float32"),
+    Storage(Weights.BFLOAT16, "cpu", "bfloat16"),
+    Storage(Weights.FLOAT8, "cpu:0", "bfloat16"),
+)
+
+
+def requests_for(engine: Engine, model: str, budget: Budget, count: int) -> Sequence[GenerationRequest]:
+    if isinstance(engine.cards[model], ImageCard):
+        return images.requests_for(engine, model, complex_scenes(count), budget)
+    return meshes.requests_for(engine, model, meshes.held_out_solids(count), budget)
+
+
+def samples_of(engine: Engine, requests: Sequence[GenerationRequest]) -> list[NDArray[Any]]:
+    samples = []
+    for request in tqdm(requests):
+        state = engine.start(request)
+        while not state.is_done:
+            engine.step([state])
+        samples.append(engine.quality_sample(state))
+    return samples
+
+
+def measure(directory: Path, router_weights: Path, count: int) -> list[TableRow]:
+    model, rows = directory.name, []
+    exact: dict[str, list[NDArray[Any]]] = {}
+    for storage in STORAGES:
+        options = LoadOptions(weights=storage.weights)
+        engine = load_engine([directory], device=storage.device, router_weights=router_weights, options=options)
+        size = sum(parameter.nbytes for parameter in engine._families[model].transformer.parameters())
+        for name, budget in BUDGETS.items():
+            samples = samples_of(engine, requests_for(engine, model, budget, count))
+            pairs = list(zip(samples, exact.setdefault(name, samples), strict=True))
+            alike = [engine.similarity(model, ours, full) for ours, full in pairs]
+            row: TableRow = {"model": model, "weights": storage.weights, "computes in": storage.computes_in}
+            row |= {"MiB": size / 2**20, "budget": name, "mean": statistics.mean(alike), "lowest": min(alike)}
+            is_image = isinstance(engine.cards[model], ImageCard) and storage.weights is not Weights.FLOAT32
+            row["PSNR"] = (
+                statistics.mean(float(peak_signal_noise_ratio(full, ours)) for ours, full in pairs)
+                if is_image
+                else None
+            )
+            rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"))
+    parser.add_argument("--router-weights", type=Path, default=Path("router_weights"))
+    parser.add_argument("--models", nargs="+", default=["tiny-flux", "tiny-qwen-image", "tiny-hunyuan3d"])
+    parser.add_argument("--count", type=int, default=16, help="images or meshes of each setting")
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    arguments = parser.parse_args()
+    rows = [
+        row
+        for model in arguments.models
+        for row in measure(arguments.checkpoints / model, arguments.router_weights, arguments.count)
+    ]
+    show("Similarity to float32 at the same budget and seed", rows)
+    finish({"benchmark": "float8", "environment": environment(), "rows": rows}, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
