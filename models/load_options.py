@@ -14,10 +14,11 @@ class Weights(StrEnum):
 
 
 class Offload(StrEnum):
-    """What stays on the CPU, so that a device with less memory is enough."""
+    """What stays on the CPU, so that a device with less memory is enough. With `LAYERS`, text encoders stay as well."""
 
     NONE = "none"
     TEXT_ENCODERS = "text_encoders"
+    LAYERS = "layers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,10 @@ class LoadOptions:
     @property
     def offloads_text_encoders(self) -> bool:
         return self.offload is not Offload.NONE
+
+    @property
+    def offloads_layers(self) -> bool:
+        return self.offload is Offload.LAYERS
 
     @property
     def has_float8(self) -> bool:

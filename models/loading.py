@@ -61,7 +61,9 @@ def stream_pipeline(
         if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
             raise WeightsError(f"{directory / 'model_index.json'} names no diffusers model as its {name}: {class_name}")
         part_options = options if name == "transformer" else DEFAULTS
-        modules[name] = stream_module(cls, directory / name, device, dtype, part_options)
+        # Its blocks stay on the host, and `Family.keep_blocks_on_host` moves the rest.
+        target = "cpu" if part_options.offloads_layers else device
+        modules[name] = stream_module(cls, directory / name, target, dtype, part_options)
     try:
         modules |= {name: load(directory / name) for name, load in loaders.items()}
         pipeline = pipeline_class.from_pretrained(

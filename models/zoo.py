@@ -61,6 +61,8 @@ def load_engine(
         family: Family = entry.family.load().load(
             directory, device, dtype, load_router_weights(folder, directory), manifest.traits, options
         )
+        if options.offloads_layers:
+            family.keep_blocks_on_host(torch.device(device))
         family.forecast_table = read_forecast_table(folder)
         family.background_remover = background_remover
         families[directory.name] = family

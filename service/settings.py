@@ -104,8 +104,8 @@ class Settings(BaseSettings):
     )
     offload: Offload = Field(
         default=Offload.NONE,
-        description="What stays on the CPU, for devices with less memory: none, or text_encoders, which makes encoding "
-        "prompts take longer.",
+        description="What stays on the CPU, for devices with less memory: none; text_encoders, which makes encoding "
+        "prompts take longer; or layers, with which also each block of a transformer comes to the device only to run.",
     )
     offload_text_encoders: bool = Field(default=False, description="The older form of offload: text_encoders.")
     default_budget: BudgetBody = Field(
@@ -316,6 +316,15 @@ class Settings(BaseSettings):
         if offload is Offload.NONE and self.offload_text_encoders:
             offload = Offload.TEXT_ENCODERS
         return LoadOptions(offload, self.weights)
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> Self:
+        if self.offload is Offload.LAYERS and self.device.startswith("cpu"):
+            raise ValueError(
+                f"offload 'layers' keeps weights out of a GPU's memory, but device is '{self.device}'; leave offload "
+                "out, or set device to cuda"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_webhooks(self) -> Self:

@@ -76,6 +76,7 @@ def load_checkpoint(
             store_in_float8(modules["model"])
             store_in_float8(modules["conditioner"])
         on_host = {"conditioner"} if options.offloads_text_encoders else set()
+        on_host |= {"model"} if options.offloads_layers else set()  # `Family.keep_blocks_on_host` moves the rest
         vae_dtype = torch.float16 if dtype is torch.bfloat16 else dtype
 
         def place(name: str) -> tuple[str | torch.device, torch.dtype]:
