@@ -27,6 +27,7 @@ from models.request import Budget, GenerationRequest, PresetBudget, QualityBudge
 from models.zoo import load_engine
 from training.scenes.prompts import complex_scenes
 
+_BATCH_SIZE = 8
 BUDGETS: Mapping[str, Budget] = {"exact": PresetBudget(Preset.EXACT), "quality .9": QualityBudget(0.9)}
 
 
@@ -53,13 +54,12 @@ def requests_for(engine: Engine, model: str, budget: Budget, count: int) -> Sequ
 
 
 def samples_of(engine: Engine, requests: Sequence[GenerationRequest]) -> list[NDArray[Any]]:
-    samples = []
-    for request in tqdm(requests):
-        state = engine.start(request)
-        while not state.is_done:
-            engine.step([state])
-        samples.append(engine.quality_sample(state))
-    return samples
+    states = [engine.start(request) for request in requests]
+    for first in tqdm(range(0, len(states), _BATCH_SIZE)):
+        batch = states[first : first + _BATCH_SIZE]
+        while running := [state for state in batch if not state.is_done]:
+            engine.step(running)
+    return [engine.quality_sample(state) for state in states]
 
 
 def measure(directory: Path, router_weights: Path, count: int) -> list[TableRow]:

@@ -127,7 +127,7 @@ def test_layers_are_offloaded_from_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("ELASTIC_OFFLOAD", "layers")
     monkeypatch.setenv("ELASTIC_WEIGHTS", "float8")
     assert load_settings(device="cuda:1").load_options == LoadOptions(Offload.LAYERS, Weights.FLOAT8)
-    with pytest.raises(ValidationError, match="offload 'layers' .* but device is 'cpu'; leave offload out"):
+    with pytest.raises(ValidationError, match=r"offload 'layers' .* but device is 'cpu'; leave offload out"):
         load_settings()
 
 
