@@ -188,7 +188,7 @@ def random_module(build: Callable[[], nn.Module], device: torch.device, dtype: t
 def random_routers(transformer: Any) -> RouterWeights:
     num_blocks = sum(len(part) for name, part in transformer.named_children() if name.endswith("transformer_blocks"))
     stack = random_module(lambda: RouterStack(num_blocks, transformer.inner_dim), transformer.device, transformer.dtype)
-    return RouterWeights(stack, {})
+    return RouterWeights(stack)
 
 
 def random_prompts(transformer: Any, scale: Scale) -> Mapping[str, Tensor]:

@@ -4,11 +4,12 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from models.background.cut_out import NotCutOut, object_alpha
 from models.card import ModelCard
@@ -19,7 +20,7 @@ from models.families.family import Family
 from models.families.image import ImageFamily
 from models.mesh.cleanup import CleanMesh
 from models.mesh.surface import FieldSamples
-from models.report import BlockReport, StepReport
+from models.report import BlockReport, StepReport, joined
 from models.request import GenerationRequest, ImageRequest
 from models.state import DenoiseState, Velocity
 
@@ -55,7 +56,8 @@ class Engine:
     def step(self, states: Sequence[DenoiseState]) -> StepReport:
         """Run the next denoise step of every state, and go on through the steps that it forecasts after that one.
 
-        All must have one `batch_key`, and none may be done. Steps, prompts, guidance, budgets and rules may differ.
+        All must have one `shape`, and none may be done. Steps, prompts, guidance, budgets and rules may differ. Only
+        those of one `batch_key` share calls.
         """
         started = time.perf_counter()
         velocities, router_seconds, blocks = self._compute(states)
@@ -77,11 +79,27 @@ class Engine:
         return self._compute(states)[0]
 
     def _compute(self, states: Sequence[DenoiseState]) -> tuple[list[Velocity], float, tuple[BlockReport, ...]]:
-        """The velocities of the states' next step, the seconds that routers took, and what blocks did."""
-        assert len({state.batch_key for state in states}) == 1
+        """The velocities of the states' next step, the seconds that routers took, and what blocks did.
+
+        Exact states run in calls of their own, as in the publisher's pipeline: among other rows, sums round otherwise.
+        """
+        assert len({state.shape for state in states}) == 1
         family = self._family(states[0].request.model)
         for state in states:
             state.prepare_step()
+        together = [state for state in states if not state.is_exact]
+        calls = [together] if together else []
+        calls += [[part] for state in states if state.is_exact for part in family.exact_calls(state)]
+        done = [self._call(family, call) for call in calls]
+        of_row = {row: velocity for call in done for row, velocity in call.velocities.items()}
+        return (
+            [family.velocity(state, torch.cat([of_row[id(row)] for row in state.rows])) for state in states],
+            sum(call.router_seconds for call in done),
+            tuple(joined(reports) for reports in zip(*(call.reports for call in done), strict=True)),
+        )
+
+    def _call(self, family: Family, states: Sequence[DenoiseState]) -> "_Call":
+        """Run the transformer once, for all rows of `states`."""
         rows = [row for state in states for row in state.rows]
         streams = family.prologue(states)
         needs_scores = any(row.rule.needs_scores for row in rows)
@@ -92,7 +110,8 @@ class Engine:
             streams = result.streams
             reports.append(result.report)
             router_seconds += result.router_seconds
-        return family.epilogue(states, streams), router_seconds, tuple(reports)
+        velocities = family.epilogue(states, streams).split(1)
+        return _Call(dict(zip(map(id, rows), velocities, strict=True)), router_seconds, reports)
 
     def finish(self, state: DenoiseState) -> NDArray[np.uint8] | CleanMesh:
         """Decode a done state to a mesh or to pixels, `(height, width, 3)`, or 4 channels if they are transparent.
@@ -159,6 +178,14 @@ class Engine:
         if model not in self._families:
             raise UnknownModel(f"model '{model}' is not loaded; loaded: {', '.join(self._families)}")
         return self._families[model]
+
+
+class _Call(NamedTuple):
+    """One call of the transformer. `velocities` has one `(1, tokens, channels)` by the id of each row."""
+
+    velocities: Mapping[int, Tensor]
+    router_seconds: float
+    reports: Sequence[BlockReport]
 
 
 def _cut_out(pixels: NDArray[np.uint8], remover: Path | None) -> NDArray[np.uint8]:

@@ -1,7 +1,11 @@
 """How the models of a process are loaded. Plain data: it imports nothing that computes."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
+
+from models.errors import WeightsError
 
 
 class Weights(StrEnum):
@@ -22,11 +26,24 @@ class Offload(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Lora:
+    """A low-rank adapter: its safetensors file, and the factor by which it is added to the weights."""
+
+    file: Path
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """Options that hold for all models of a process."""
+    """Options that hold for all models of a process.
+
+    `loras` has adapters by name. The model `flux-dev+style` is that in the directory `flux-dev` with the adapter
+    `style` in its weights.
+    """
 
     offload: Offload = Offload.NONE
     weights: Weights = Weights.AUTO
+    loras: Mapping[str, Lora] = field(default_factory=dict)
 
     @property
     def offloads_text_encoders(self) -> bool:
@@ -39,6 +56,19 @@ class LoadOptions:
     @property
     def has_float8(self) -> bool:
         return self.weights is Weights.FLOAT8
+
+    def source(self, model: Path) -> tuple[Path, Mapping[str, Lora]]:
+        """The directory of a model, and the adapters to add to its weights, by name.
+
+        `model` is a directory, or ends in the names of adapters: `/models/flux-dev+style+detail`. Raises
+        WeightsError if there is no such adapter.
+        """
+        if model.is_dir():
+            return model, {}
+        base, *names = model.name.split("+")
+        if unknown := [name for name in names if name not in self.loras]:
+            raise WeightsError(f"{model} names no adapter '{unknown[0]}'; there are: {', '.join(self.loras) or 'none'}")
+        return model.with_name(base), {name: self.loras[name] for name in names}
 
 
 DEFAULTS = LoadOptions()

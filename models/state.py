@@ -98,11 +98,13 @@ class DenoiseState:
     `thresholds` and `points` have an entry for each of them; `velocities` are those of the last ones, the newest first.
     `run_rates` has one entry per block: a running mean of the rows that ran there, in which the last step weighs a
     third. `prediction` is the clean-sample estimate from the last velocities. `kept` is what an edit with a mask keeps.
-    `num_picture_tokens` counts the tokens of the pictures that the request edits.
+    `num_picture_tokens` counts the tokens of the pictures that the request edits. States of one `shape` fit into one
+    batch. `exact_tolerance` is how far the latents may be from those of the publisher's pipeline if every step is
+    exact, 0 for not at all; None if calls are shared all the same, so that nothing is promised.
     """
 
     request: GenerationRequest
-    batch_key: Hashable
+    shape: Hashable
     latents: Tensor
     sigmas: Tensor
     timesteps: Tensor
@@ -122,6 +124,17 @@ class DenoiseState:
     step_index: int = 0
     prediction: Tensor | None = None
     num_picture_tokens: int = 0
+    exact_tolerance: float | None = None
+
+    @property
+    def batch_key(self) -> Hashable:
+        """States of one key share calls. An exact one shares its calls with no other."""
+        return (self.shape, id(self)) if self.is_exact else self.shape
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether all steps so far were those of the publisher's pipeline, and the next one is to be."""
+        return self.exact_tolerance is not None and all(point.is_exact for point in (*self.points, self.point))
 
     @property
     def num_steps(self) -> int:
@@ -179,6 +192,10 @@ class DenoiseState:
             points=[*self.points],
             run_rates=[*self.run_rates],
         )
+
+    def branches(self) -> list["DenoiseState"]:
+        """The state with one guidance branch at a time, to run its next step in parts. They share rows with it."""
+        return [replace(self, rows=[row], inputs=[part]) for row, part in zip(self.rows, self.inputs, strict=True)]
 
     def move_to(self, point: CurvePoint) -> None:
         """Take the next steps at another point of the curve."""
@@ -270,6 +287,7 @@ class DenoiseState:
             num_inference_steps=self.request.num_inference_steps,
             num_steps_computed=len(self.computed),
             num_steps_forecast=self.num_forecast_steps,
+            exact_tolerance=self.exact_tolerance if self.is_exact else None,
             is_calibrated=all(point.is_calibrated for point in self.points or [self.point]),
             decisions=self._decisions(trace) if self.request.wants_trace else None,
             tokens=TokenCounts(

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 
@@ -36,21 +35,3 @@ def _linear(block: nn.Module, name: str) -> nn.Linear:
 
 def _view(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=False)
-
-
-@torch.no_grad()
-def permute_hidden_neurons(
-    first: nn.Linear, last: nn.Linear, order: Tensor, first_row: int = 0, first_column: int = 0
-) -> None:
-    """Reorder an MLP's hidden neurons in place. At full width this changes only the order of a sum.
-
-    `order` `(hidden,)` holds old positions, the most important neuron first. The hidden neurons are the outputs of
-    `first` from `first_row` on and the inputs of `last` from `first_column` on. Single-stream blocks have attention's
-    channels before them.
-    """
-    rows = slice(first_row, first_row + len(order))
-    first.weight[rows] = first.weight[rows][order]
-    if first.bias is not None:
-        first.bias[rows] = first.bias[rows][order]
-    columns = slice(first_column, first_column + len(order))
-    last.weight[:, columns] = last.weight[:, columns][:, order]

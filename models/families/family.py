@@ -44,11 +44,15 @@ class Family(ABC):
     `adapter` takes the transformer apart. `blocks` are the elastic blocks in order. `routers`, if there are any, stand
     beside the model, so its state dict is unchanged. With a `forecast_table` steps can be forecast.
     `background_remover` is the folder of the network that removes backgrounds. `quality_metric` names the metric of
-    `similarity`.
+    `similarity`. `joins_branches` says whether the publisher's pipeline runs all guidance branches in one call, else in
+    a call for each. `exact_tolerance` is how far the latents of exact results may be from that pipeline's: 0 means bit
+    for bit. What computes otherwise, such as compiled blocks, raises it.
     """
 
     adapter: Adapter
     quality_metric: ClassVar[str]
+    joins_branches: ClassVar[bool] = True
+    exact_tolerance: float = 0.0
 
     def __init__(self, model_id: str, transformer: Any, router_weights: RouterWeights | None) -> None:
         self.model_id = model_id
@@ -150,17 +154,19 @@ class Family(ABC):
             return None
         return self._router_modulation(F.silu(streams.temb)).chunk(len(self.blocks), dim=1)
 
-    def epilogue(self, states: Sequence[DenoiseState], streams: Streams) -> list[Velocity]:
-        """Each state's velocity, with guidance applied."""
-        velocities = self._velocities(states, streams).split([len(state.rows) for state in states])
-        return [
-            Velocity(v) if len(v) == 1 else Velocity(self.guide(state.request, v), v[:1])
-            for state, v in zip(states, velocities, strict=True)
-        ]
-
-    def _velocities(self, states: Sequence[DenoiseState], streams: Streams) -> Tensor:
+    def epilogue(self, states: Sequence[DenoiseState], streams: Streams) -> Tensor:
         """The velocities of all branches, `(rows, tokens, channels)`, for the tokens of the states' latents."""
         return self.adapter.epilogue(self.transformer, streams)
+
+    def velocity(self, state: DenoiseState, branches: Tensor) -> Velocity:
+        """The state's velocity with guidance applied, from those of its branches, `(branches, tokens, channels)`."""
+        if len(branches) == 1:
+            return Velocity(branches)
+        return Velocity(self.guide(state.request, branches), branches[:1])
+
+    def exact_calls(self, state: DenoiseState) -> list[DenoiseState]:
+        """The parts of an exact state that the publisher's pipeline gives to the transformer one after the other."""
+        return [state] if self.joins_branches else state.branches()
 
     def _new_state(
         self,
@@ -176,7 +182,7 @@ class Family(ABC):
         branches: Sequence[BranchStart],
         kept: KeptRegion | None = None,
     ) -> DenoiseState:
-        """A state before its first step. States of equal `shape` can share steps.
+        """A state before its first step. States of equal `shape` can share steps, unless they are exact.
 
         Raises InvalidRequest if the compute that no plan can leave out exceeds the cap.
         """
@@ -202,7 +208,7 @@ class Family(ABC):
                 )
         return DenoiseState(
             request=request,
-            batch_key=(self.model_id, shape),
+            shape=(self.model_id, shape),
             latents=latents,
             sigmas=sigmas,
             timesteps=timesteps,
@@ -214,6 +220,7 @@ class Family(ABC):
             compute_cap=compute_cap,
             forecaster=forecaster,
             kept=kept,
+            exact_tolerance=self.exact_tolerance if request.wants_exact else None,
         )
 
     def _forecaster(self, sigmas: Tensor, is_guided: bool) -> Forecaster:

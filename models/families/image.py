@@ -41,6 +41,7 @@ class ImageFamily(Family):
     """
 
     quality_metric: ClassVar[str] = "ssim"
+    joins_branches: ClassVar[bool] = False
     inpaint_pipeline: ClassVar[type[DiffusionPipeline]]
 
     def __init__(self, model_id: str, pipeline: DiffusionPipeline, router_weights: RouterWeights | None) -> None:

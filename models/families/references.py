@@ -112,5 +112,5 @@ class EditingFamily(ImageFamily):
         parts = [part.references.latents for state in states for part in state.inputs if part.references]
         return (torch.cat((latents, torch.cat(parts)), dim=1) if parts else latents), times
 
-    def _velocities(self, states: Sequence[DenoiseState], streams: Streams) -> Tensor:
-        return super()._velocities(states, streams)[:, : states[0].latents.shape[1]]
+    def epilogue(self, states: Sequence[DenoiseState], streams: Streams) -> Tensor:
+        return super().epilogue(states, streams)[:, : states[0].latents.shape[1]]

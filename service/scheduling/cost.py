@@ -60,7 +60,7 @@ def dense_step_seconds(request: GenerationRequest, card: ModelCard) -> float:
 
 
 class BlockSeconds(NamedTuple):
-    """Seconds to run a block: a fixed part per call, and a part per row."""
+    """Seconds to run a block in a step: a fixed part for its calls, and a part per row."""
 
     call: float
     row: float
@@ -69,6 +69,7 @@ class BlockSeconds(NamedTuple):
 def block_seconds(request: GenerationRequest, card: ModelCard) -> BlockSeconds:
     """Seconds of a block, the mean over the model's blocks.
 
+    An exact step may be a call for each guidance branch; all others are one call, which requests can share.
     A row's time is taken as proportional to the pixels, pictures beside the noise included. That is too low for very
     large images, whose attention grows with the square.
     """
@@ -77,7 +78,8 @@ def block_seconds(request: GenerationRequest, card: ModelCard) -> BlockSeconds:
     row_s = block_s * (1 - card.fixed_share) / num_rows
     if isinstance(request, ImageRequest) and isinstance(card, ImageCard):  # all meshes are denoised at one size
         row_s *= card.relative_size(request)
-    return BlockSeconds(block_s * card.fixed_share, row_s)
+    num_calls = request.num_branches if request.wants_exact and not card.joins_branches else 1
+    return BlockSeconds(num_calls * block_s * card.fixed_share, row_s)
 
 
 def _relative_size(request: GenerationRequest, card: ModelCard) -> float:

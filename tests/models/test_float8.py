@@ -109,7 +109,7 @@ def test_weights_that_are_float8_already_are_kept(tiny_flux: Path, tmp_path: Pat
     tensors = load_file(tiny_flux / "transformer" / file)
     tensors = {key: t.to(torch.float8_e4m3fn) if t.ndim == 2 else t for key, t in tensors.items()}
     save_file(tensors, folder / file)
-    layer = stream_module(FluxTransformer2DModel, folder, "cpu", torch.float32, FLOAT8).get_submodule(
+    layer = stream_module(FluxTransformer2DModel, folder, "cpu", torch.float32, in_float8=True).get_submodule(
         name.removesuffix(".weight")
     )
     assert isinstance(layer, Float8Linear)
@@ -130,9 +130,11 @@ def test_only_bytes_go_to_the_device(tiny_flux: Path) -> None:
             return result
 
     totals = []
-    for options in (LoadOptions(), FLOAT8):
+    for in_float8 in (False, True):
         with Arrivals() as arrivals:  # type: ignore[no-untyped-call]  # torch leaves it without types
-            module = stream_module(FluxTransformer2DModel, tiny_flux / "transformer", "meta", torch.bfloat16, options)
+            module = stream_module(
+                FluxTransformer2DModel, tiny_flux / "transformer", "meta", torch.bfloat16, in_float8=in_float8
+            )
         totals.append(arrivals.total)
     num_stored = sum(part.weight.numel() for part in module.modules() if isinstance(part, Float8Linear))
     assert totals[0] - totals[1] == num_stored > 0

@@ -150,7 +150,7 @@ def model(recording: Any) -> Model:
     transformer.transformer_blocks.load_state_dict(weights)
     set_activation(transformer.eval().requires_grad_(False), MlpActivation.GELU_SIGMOID)
     stack = router_stack(router_tensors(recording.weights))
-    blocks = elastic_blocks(transformer, adapter, RouterWeights(stack, {}))
+    blocks = elastic_blocks(transformer, adapter, RouterWeights(stack))
     return Model(transformer, blocks, stack.fused_modulation(), tuple(config["grid"]))
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from models.load_options import LoadOptions, Offload, Weights
+from models.load_options import LoadOptions, Lora, Offload, Weights
 from service.budget import BudgetBody
 from service.cli import main
 from service.errors import BadConfiguration
@@ -117,6 +117,42 @@ def test_environment_may_name_a_model_among_the_checkpoints(monkeypatch: pytest.
 def test_missing_model_is_named_with_the_places_where_it_was_looked_for() -> None:
     with pytest.raises(BadConfiguration, match=r"no model directory 'nothing' or '.*checkpoints/nothing'"):
         _ = Settings(models=(Path("nothing"),)).model_directories
+
+
+def test_models_with_adapters_are_found_by_their_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at = tmp_path / "an@odd place"
+    at.mkdir()
+    for name in ("style.safetensors", "detail.safetensors"):
+        (at / name).touch()
+    monkeypatch.setenv("ELASTIC_LORAS", f"style={at}/style.safetensors, detail={at}/detail.safetensors@-0.5")
+    monkeypatch.setenv("ELASTIC_MODELS", "tiny-flux,tiny-flux+style+detail")
+    settings = load_settings()
+    assert settings.load_options.loras == {
+        "style": Lora(at / "style.safetensors"),
+        "detail": Lora(at / "detail.safetensors", -0.5),
+    }
+    flux = ROOT / "checkpoints" / "tiny-flux"
+    assert settings.model_directories == (flux, flux.with_name("tiny-flux+style+detail"))
+    base, loras = settings.load_options.source(settings.model_directories[1])
+    assert (base, [*loras]) == (flux, ["style", "detail"])
+
+
+@pytest.mark.parametrize(
+    ("loras", "message"),
+    [
+        ("style", "'style' is not name=file"),
+        ("style=/nowhere.safetensors", r"no file '/nowhere\.safetensors' for the adapter style"),
+        ("my style=/dev/null", "'my style' is no name of an adapter"),
+    ],
+)
+def test_adapters_that_can_not_be_are_refused(loras: str, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Settings.model_validate({"loras": loras})
+
+
+def test_unknown_adapter_of_a_model_is_named() -> None:
+    with pytest.raises(BadConfiguration, match=r"'tiny-flux.stile' names no adapter 'stile'; loras has: none"):
+        _ = Settings(models=(Path("tiny-flux+stile"),)).model_directories
 
 
 def test_every_setting_is_documented() -> None:
