@@ -2,7 +2,8 @@
 
 `python -m benchmarks.float8` makes the same images or meshes with every storage of weights and two budgets, at the same
 seeds, and compares each with that of float32 at the same budget: by `Engine.similarity` (SSIM, or IoU of volumes) and,
-for images, by PSNR. It counts the bytes of the transformer.
+for images, by PSNR. `latents` is the largest difference of a number in the latents. It counts the bytes of the
+transformer.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from models.curve import Preset
 from models.engine import Engine
 from models.load_options import LoadOptions, Weights
 from models.request import Budget, GenerationRequest, PresetBudget, QualityBudget
+from models.state import DenoiseState
 from models.zoo import load_engine
 from training.scenes.prompts import complex_scenes
 
@@ -53,31 +55,39 @@ def requests_for(engine: Engine, model: str, budget: Budget, count: int) -> Sequ
     return meshes.requests_for(engine, model, meshes.held_out_solids(count), budget)
 
 
-def samples_of(engine: Engine, requests: Sequence[GenerationRequest]) -> list[NDArray[Any]]:
+def states_of(engine: Engine, requests: Sequence[GenerationRequest]) -> list[DenoiseState]:
     states = [engine.start(request) for request in requests]
+    for state in states:
+        state.exact_tolerance = None  # so that they share their calls
     for first in tqdm(range(0, len(states), _BATCH_SIZE)):
         batch = states[first : first + _BATCH_SIZE]
         while running := [state for state in batch if not state.is_done]:
             engine.step(running)
-    return [engine.quality_sample(state) for state in states]
+    return states
 
 
 def measure(directory: Path, router_weights: Path, count: int) -> list[TableRow]:
     model, rows = directory.name, []
-    exact: dict[str, list[NDArray[Any]]] = {}
+    full: dict[str, tuple[list[DenoiseState], list[NDArray[Any]]]] = {}
     for storage in STORAGES:
         options = LoadOptions(weights=storage.weights)
         engine = load_engine([directory], device=storage.device, router_weights=router_weights, options=options)
         size = sum(parameter.nbytes for parameter in engine._families[model].transformer.parameters())
         for name, budget in BUDGETS.items():
-            samples = samples_of(engine, requests_for(engine, model, budget, count))
-            pairs = list(zip(samples, exact.setdefault(name, samples), strict=True))
-            alike = [engine.similarity(model, ours, full) for ours, full in pairs]
+            states = states_of(engine, requests_for(engine, model, budget, count))
+            samples = [engine.quality_sample(state) for state in states]
+            full_states, full_samples = full.setdefault(name, (states, samples))
+            pairs = list(zip(samples, full_samples, strict=True))
+            alike = [engine.similarity(model, *pair) for pair in pairs]
             row: TableRow = {"model": model, "weights": storage.weights, "computes in": storage.computes_in}
             row |= {"MiB": size / 2**20, "budget": name, "mean": statistics.mean(alike), "lowest": min(alike)}
+            row["latents"] = max(
+                float((ours.latents.float() - theirs.latents.float()).abs().max())
+                for ours, theirs in zip(states, full_states, strict=True)
+            )
             is_image = isinstance(engine.cards[model], ImageCard) and storage.weights is not Weights.FLOAT32
             row["PSNR"] = (
-                statistics.mean(float(peak_signal_noise_ratio(full, ours)) for ours, full in pairs)
+                statistics.mean(float(peak_signal_noise_ratio(theirs, ours)) for ours, theirs in pairs)
                 if is_image
                 else None
             )
