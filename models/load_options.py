@@ -8,11 +8,21 @@ from pathlib import Path
 from models.errors import WeightsError
 
 
+class Weights(StrEnum):
+    """How weights are stored. With `AUTO` and `FLOAT8` models compute in float32 on a CPU, else in bfloat16."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT8 = "float8"
+
+
 class Offload(StrEnum):
-    """What stays on the CPU, so that a device with less memory is enough."""
+    """What stays on the CPU, so that a device with less memory is enough. With `LAYERS`, text encoders stay as well."""
 
     NONE = "none"
     TEXT_ENCODERS = "text_encoders"
+    LAYERS = "layers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +42,21 @@ class LoadOptions:
     """
 
     offload: Offload = Offload.NONE
+    weights: Weights = Weights.AUTO
     loras: Mapping[str, Lora] = field(default_factory=dict)
     prompt_cache_bytes: int = 256_000_000
 
     @property
     def offloads_text_encoders(self) -> bool:
         return self.offload is not Offload.NONE
+
+    @property
+    def offloads_layers(self) -> bool:
+        return self.offload is Offload.LAYERS
+
+    @property
+    def has_float8(self) -> bool:
+        return self.weights is Weights.FLOAT8
 
     def source(self, model: Path) -> tuple[Path, Mapping[str, Lora]]:
         """The directory of a model, and the adapters to add to its weights, by name.

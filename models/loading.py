@@ -21,6 +21,7 @@ from models.device import encoder_dtype
 from models.diffusers_directory import networks, some, variant_of, weight_files
 from models.errors import WeightsError
 from models.families.entry import NamedClass
+from models.float8 import Float8Linear, store_in_float8
 from models.load_options import LoadOptions
 from models.lora import fuse_loras
 from models.weights import read_json
@@ -56,8 +57,16 @@ def stream_pipeline(
     """
     directory, loras = options.source(directory)
     classes = networks(pipeline_class, directory)
+    casts_later = options.has_float8 and bool(loras)  # adapters are added to full weights
     modules: dict[str, Any] = {
-        name: stream_module(classes[name], directory / name, device, dtype) for name in ("transformer", "vae")
+        "transformer": stream_module(
+            classes["transformer"],
+            directory / "transformer",
+            "cpu" if options.offloads_layers or casts_later else device,
+            dtype,
+            in_float8=options.has_float8 and not casts_later,
+        ),
+        "vae": stream_module(classes["vae"], directory / "vae", device, dtype),
     }
     encoders = [directory / name for name in classes if name.startswith("text_encoder")]
     try:
@@ -72,15 +81,17 @@ def stream_pipeline(
         )
     except _MALFORMED as error:
         raise WeightsError(f"{directory} can't be loaded: {error}") from error
-    if not options.offloads_text_encoders:
-        pipeline.to(device)
-    else:
-        for name, part in pipeline.components.items():
-            if isinstance(part, nn.Module) and name not in modules:
-                part.to(encoder_dtype(dtype))
+    if options.offloads_text_encoders:
+        for encoder in encoders:
+            pipeline.components[encoder.name].to(encoder_dtype(dtype))
     if loras:
         fuse_loras(pipeline, loras)
-    return pipeline
+    if options.has_float8:
+        for part in (modules["transformer"], *(pipeline.components[encoder.name] for encoder in encoders)):
+            store_in_float8(part)
+    if not options.offloads_layers:  # else `Family.keep_blocks_on_host` moves what is not of blocks
+        modules["transformer"].to(device)
+    return pipeline if options.offloads_text_encoders else pipeline.to(device)
 
 
 class TensorHead(NamedTuple):
@@ -91,9 +102,17 @@ class TensorHead(NamedTuple):
     dtype: str
 
 
-def stream_module(cls: type[ModelMixin], directory: Path, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
+def stream_module(
+    cls: type[ModelMixin],
+    directory: Path,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    *,
+    in_float8: bool = False,
+) -> nn.Module:
     """The result of `cls.from_pretrained(directory, dtype=dtype)`, on `device`.
 
+    With `in_float8` it stores the weights of its blocks so (`store_in_float8`).
     Shows a progress bar on terminals. Raises WeightsError if the tensors are not exactly those of the configuration.
     """
     files = weight_files(directory)
@@ -101,6 +120,8 @@ def stream_module(cls: type[ModelMixin], directory: Path, device: str | torch.de
         module = _build_empty(cls, directory, dtype)
         if fault := misfit(shapes_of(module), read_heads(files)):
             raise WeightsError(f"{directory} does not fit its config.json: {fault}")
+        if in_float8:
+            store_in_float8(module)
         kept = cls._keep_in_fp32_modules or []
 
         def place(name: str) -> tuple[str | torch.device, torch.dtype]:
@@ -123,9 +144,9 @@ def stream_tensors(
 ) -> None:
     """Read the tensors of `files` one by one into `module`. `place` gives the device and type for each name.
 
-    Integers keep their type. On a CPU, tensors that keep their type stay mapped from their file, unless `copies` is
-    true. In files tensors are aligned to 8 bytes only, and kernels then sum in another order than with the memory of
-    `load_state_dict`. Shows a progress bar on terminals.
+    Integers keep their type, and the weights that are stored in float8 are cast on the host. On a CPU, tensors that
+    keep their type stay mapped from their file, unless `copies` is true. In files tensors are aligned to 8 bytes only,
+    and kernels then sum in another order than with the memory of `load_state_dict`. Shows a progress bar on terminals.
     """
     size_bytes = sum(file.stat().st_size for file in files)
     with tqdm(total=size_bytes, desc=description, unit="B", unit_scale=True, disable=None) as bar:
@@ -136,7 +157,12 @@ def stream_tensors(
                     if copies:
                         tensor = tensor.clone()
                     device, dtype = place(name)
-                    set_module_tensor_to_device(module, name, device, tensor, dtype, clear_cache=False)
+                    owner, _, kind = name.rpartition(".")
+                    layer = module.get_submodule(owner)
+                    if isinstance(layer, Float8Linear) and kind == "weight":
+                        layer.store(tensor, device)
+                    else:
+                        set_module_tensor_to_device(module, name, device, tensor, dtype, clear_cache=False)
                     bar.update(tensor.nbytes)
 
 

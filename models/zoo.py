@@ -22,7 +22,7 @@ from models.families.entry import DIFFUSERS, FamilyEntry, NamedClass
 from models.families.family import Family
 from models.families.image import ImageFamily
 from models.file_formats import OutputFormat, encode_image
-from models.load_options import DEFAULTS, LoadOptions
+from models.load_options import DEFAULTS, LoadOptions, Weights
 from models.mesh.cleanup import CleanMesh
 from models.prompt_cache import PromptCache
 from models.published_terms import published_terms
@@ -46,10 +46,9 @@ def load_engine(
     """Load model directories. A model's id is its directory's name, with those of its adapters (`LoadOptions.source`).
 
     Routers, terms of use and the curve are read from `router_weights/<id>`. `background_remover` is the folder of the
-    network that removes backgrounds; without it, only plain ones can be removed from input images. On a CPU
-    models run in float32, else in bfloat16. Raises DeviceError if there is no such device, and WeightsError if a
-    directory, its router folder or the remover is missing parts or malformed. A GPU becomes the current device of the
-    calling thread, which is to use the engine.
+    network that removes backgrounds; without it, only plain ones can be removed from input images. Raises DeviceError
+    if there is no such device, and WeightsError if a directory, its router folder or the remover is missing parts or
+    malformed. A GPU becomes the current device of the calling thread, which is to use the engine.
     """
     if background_remover is not None:
         load_remover(background_remover)
@@ -69,19 +68,27 @@ def load_engine(
         entry, index = family_of(base)
         if loras and entry.layout != DIFFUSERS:
             raise WeightsError(f"{base} takes no adapters ({', '.join(loras)}): only diffusers pipelines do")
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        dtype = _compute_dtype(options.weights, device)
         manifest = read_manifest(folder)
         family: Family = entry.family.load().load(
             directory, str(torch_device), dtype, load_router_weights(folder, base), manifest.traits, options
         )
+        if options.offloads_layers:
+            family.keep_blocks_on_host(torch.device(device))
         family.forecast_table = read_forecast_table(folder)
         family.background_remover = background_remover
         families[directory.name] = family
         cards[directory.name] = _card(family, entry.name, base, index, folder, manifest)
         if isinstance(family, ImageFamily):
             family.prompt_cache = cache  # after the card: encoding was measured without it
-        logger.info("loaded %s on %s in %s", directory.name, device, dtype)
+        logger.info("loaded %s on %s in %s, weights: %s", directory.name, device, dtype, options.weights)
     return Engine(families, cards)
+
+
+def _compute_dtype(weights: Weights, device: str) -> torch.dtype:
+    if weights in (Weights.FLOAT32, Weights.BFLOAT16):
+        return torch.float32 if weights is Weights.FLOAT32 else torch.bfloat16
+    return torch.float32 if device == "cpu" else torch.bfloat16
 
 
 def family_of(directory: Path) -> tuple[FamilyEntry, Path]:

@@ -23,7 +23,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from models.load_options import LoadOptions, Lora, Offload
+from models.load_options import LoadOptions, Lora, Offload, Weights
 from service.budget import BudgetBody
 from service.errors import BadConfiguration
 from service.installation import INSTALLATION, find_model, shipped_remover
@@ -85,10 +85,15 @@ class Settings(BaseSettings):
         default="cpu",
         description="Where the models run: cpu, cuda, cuda:1. One that is not there is refused at the start.",
     )
+    weights: Weights = Field(
+        default=Weights.AUTO,
+        description="How weights are stored: auto (float32 with the device cpu, else bfloat16), float32, bfloat16, or "
+        "float8, which halves bfloat16's memory of transformers and text encoders and still computes as with auto.",
+    )
     offload: Offload = Field(
         default=Offload.NONE,
-        description="What stays on the CPU, for devices with less memory: none, or text_encoders, which makes encoding "
-        "prompts take longer.",
+        description="What stays on the CPU, for devices with less memory: none; text_encoders, which makes encoding "
+        "prompts take longer; or layers, with which also each block of a transformer comes to the device only to run.",
     )
     offload_text_encoders: bool = Field(default=False, description="The older form of offload: text_encoders.")
     prompt_cache_bytes: int = Field(
@@ -317,7 +322,18 @@ class Settings(BaseSettings):
         if offload is Offload.NONE and self.offload_text_encoders:
             offload = Offload.TEXT_ENCODERS
         loras = {name: _lora(place) for name, place in self.loras.items()}
-        return LoadOptions(offload=offload, loras=loras, prompt_cache_bytes=self.prompt_cache_bytes)
+        return LoadOptions(
+            offload=offload, weights=self.weights, loras=loras, prompt_cache_bytes=self.prompt_cache_bytes
+        )
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> Self:
+        if self.offload is Offload.LAYERS and self.device.startswith("cpu"):
+            raise ValueError(
+                f"offload 'layers' keeps weights out of a GPU's memory, but device is '{self.device}'; leave offload "
+                "out, or set device to cuda"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_webhooks(self) -> Self:

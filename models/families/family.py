@@ -16,6 +16,7 @@ from models.card import Guidance, ModelCard
 from models.curve import CurvePoint
 from models.elastic.compute import BlockCost
 from models.elastic.host import to_device
+from models.elastic.offloading import offloaded
 from models.elastic.row import Row
 from models.elastic.streams import Streams
 from models.errors import InvalidRequest
@@ -98,6 +99,11 @@ class Family(ABC):
         options: LoadOptions,
     ) -> Self:
         """Load a model directory. Raises WeightsError if parts are missing or do not fit together."""
+
+    def keep_blocks_on_host(self, device: torch.device) -> None:
+        """Leave the weights of blocks where they are, on the host, and move the rest of the transformer to `device`."""
+        self.blocks = offloaded(self.blocks, device)
+        self.transformer.to(device)
 
     @property
     def device(self) -> torch.device:

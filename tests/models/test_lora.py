@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from models.engine import Engine
 from models.errors import WeightsError
-from models.load_options import LoadOptions, Lora
+from models.float8 import Float8Linear
+from models.load_options import LoadOptions, Lora, Weights
+from models.loading import stream_pipeline
 from models.zoo import load_engine
 from tests.fixtures.engines import write_manifest
 from tests.fixtures.kinds import Kind
@@ -85,6 +87,22 @@ def test_exact_equals_the_stock_pipeline_with_fused_adapters(
     stock.fuse_lora([part for part in ("transformer", "text_encoder") if hasattr(getattr(stock, part), "peft_config")])
     assert torch.equal(latents, stock_result(stock, request, engine))
     assert not torch.allclose(latents, plain, atol=1e-2)
+
+
+def test_adapters_are_added_before_weights_are_stored_in_float8(
+    kind: Kind, directory: Path, loras: Mapping[str, Lora]
+) -> None:
+    assert kind.pipeline is not None
+    model = directory.with_name(f"{directory.name}+style")
+    full, stored = (
+        stream_pipeline(kind.pipeline, model, "cpu", torch.float32, options=LoadOptions(weights=weights, loras=loras))
+        for weights in (Weights.AUTO, Weights.FLOAT8)
+    )
+    layers = {name: m for name, m in stored.transformer.named_modules() if isinstance(m, Float8Linear)}
+    assert any(TARGETS[0] in name for name in layers)
+    for name, layer in layers.items():
+        weight = full.transformer.get_submodule(name).weight
+        assert (layer.weight.view(torch.float8_e4m3fn).float() * layer.scale - weight).norm() < 0.03 * weight.norm()
 
 
 def spoil_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

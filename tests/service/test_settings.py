@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from models.load_options import Lora
+from models.load_options import LoadOptions, Lora, Offload, Weights
 from service.budget import BudgetBody
 from service.cli import main
 from service.errors import BadConfiguration
@@ -157,3 +157,19 @@ def test_unknown_adapter_of_a_model_is_named() -> None:
 
 def test_every_setting_is_documented() -> None:
     assert all(field.description for field in Settings.model_fields.values())
+
+
+def test_layers_are_offloaded_from_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ELASTIC_OFFLOAD", "layers")
+    monkeypatch.setenv("ELASTIC_WEIGHTS", "float8")
+    assert load_settings(device="cuda:1").load_options == LoadOptions(Offload.LAYERS, Weights.FLOAT8)
+    with pytest.raises(ValidationError, match=r"offload 'layers' .* but device is 'cpu'; leave offload out"):
+        load_settings()
+
+
+@pytest.mark.parametrize("name", ["offload", "weights"])
+def test_unknown_options_of_loading_are_refused_with_those_known(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ELASTIC_{name.upper()}", "int4")
+    known = {"offload": "'none', 'text_encoders' or 'layers'", "weights": "'auto', 'float32', 'bfloat16' or 'float8'"}
+    with pytest.raises(ValidationError, match=f"Input should be {known[name]}"):
+        load_settings()

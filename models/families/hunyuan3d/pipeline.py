@@ -72,9 +72,7 @@ class Hunyuan3DFamily(Family):
             )
         if router_weights:
             router_weights.stack.to(device, dtype)
-        checkpoint = load_checkpoint(
-            directory, device, dtype, conditioner_device="cpu" if options.offloads_text_encoders else None
-        )
+        checkpoint = load_checkpoint(directory, device, dtype, options=options)
         return cls(directory.name, checkpoint, router_weights)
 
     @property

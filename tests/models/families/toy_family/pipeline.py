@@ -51,7 +51,9 @@ class ToyFamily(Family):
         traits: CheckpointTraits,
         options: LoadOptions,
     ) -> Self:
-        transformer = stream_module(ToyTransformer, directory / "transformer", device, dtype)
+        transformer = stream_module(
+            ToyTransformer, directory / "transformer", device, dtype, in_float8=options.has_float8
+        )
         return cls(directory.name, transformer.requires_grad_(False), router_weights)
 
     @property
