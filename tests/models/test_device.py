@@ -124,7 +124,9 @@ def test_encoders_on_a_cpu_run_in_a_type_that_it_has(
     options = LoadOptions(Offload.TEXT_ENCODERS)
     # The meta device stands for a GPU.
     pipeline: Any = stream_pipeline(FluxPipeline, tiny_flux, "meta", torch.bfloat16, options=options)
-    checkpoint = load_checkpoint(tiny_plain_hunyuan3d, "meta", torch.bfloat16, options=LoadOptions(Offload.TEXT_ENCODERS))
+    checkpoint = load_checkpoint(
+        tiny_plain_hunyuan3d, "meta", torch.bfloat16, options=LoadOptions(Offload.TEXT_ENCODERS)
+    )
     expected = torch.bfloat16 if has_bfloat16 else torch.float32
 
     def types(module: nn.Module) -> set[torch.dtype]:
