@@ -74,6 +74,16 @@ def test_narrowing_leaves_the_original_as_it_was(mlp: Mlp, inputs: Tensor) -> No
     assert torch.equal(mlp(inputs), expected)
 
 
+def test_hook_of_the_original_is_not_called_by_the_twin(mlp: Mlp, inputs: Tensor) -> None:
+    twin, called = narrow(mlp, 4), []
+    for module in (mlp, mlp.first):
+        module.register_forward_hook(lambda *_: called.append(1))
+    twin(inputs)
+    assert not called
+    mlp(inputs)
+    assert len(called) == 2
+
+
 def test_permuted_neurons_change_only_the_order_of_a_sum(mlp: Mlp, inputs: Tensor) -> None:
     before = mlp(inputs)
     permute_hidden_neurons(mlp.first, mlp.last, torch.randperm(16, generator=torch.Generator().manual_seed(2)))
