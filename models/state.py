@@ -233,8 +233,18 @@ class DenoiseState:
             unavoidable = sum(cost.always for row in self.rows for cost in row.costs.values())
             # Rounding must not turn the last block that the cap pays for into a skip.
             allowance.flops = max(even_share, left - (steps_left - 1) * cheapest) * (1 + 1e-9) - unavoidable
+        next_step = self._next_step()
         for row in self.rows:
-            row.begin_step(self.step_index, policy, allowance)
+            row.begin_step(self.step_index, next_step, policy, allowance)
+
+    def _next_step(self) -> int:
+        """The step to compute after this one, the number of steps if there is none."""
+        if self.point.steps is None:
+            return self.step_index + 1
+        assert self.forecaster is not None
+        num_left = self._num_to_compute - 1
+        computed = [*self.computed, self.step_index]
+        return self.forecaster.next_step(computed, num_left) if num_left else self.num_steps
 
     def complete_step(self, velocity: Velocity) -> int:
         """Apply the changes of a computed step, and go on through the steps that are forecast; returns how many.
@@ -244,8 +254,8 @@ class DenoiseState:
         next_step = self._apply(velocity)
         self.thresholds.append(self.rows[0].policy.skip_threshold)
         self.points.append(self.point)
-        of_blocks = zip(*(row.journal.trace for row in self.rows), strict=True)
-        runs = [sum(entry.decision is Decision.RUN for entry in entries) for entries in of_blocks]
+        of_blocks = zip(*(row.journal.plans for row in self.rows), strict=True)
+        runs = [sum(plan.decision is Decision.RUN for plan in plans) for plans in of_blocks]
         expected = self.expected_runs
         self.run_rates = [rate + (ran - rate) / 3 for rate, ran in zip(expected, runs, strict=True)]
         for row in self.rows:
@@ -258,15 +268,14 @@ class DenoiseState:
         """Take the latents on to the next computed step, and return it."""
         step, latents = self.step_index, self.latents
         velocities = [velocity.copy(), *self.velocities[: MAX_VELOCITIES - 1]] if self.forecaster else []
+        following = self._next_step()
         if self.point.steps is None:
-            following = step + 1
             moved = euler_step(latents, velocity.guided, self.sigmas[step], self.sigmas[following])
             # The last noise level has no noise: it is 0, or 1 where levels rise, as in Hunyuan3D.
             prediction = euler_step(latents, velocity.guided, self.sigmas[step], self.sigmas[-1])
         else:
             assert self.forecaster is not None
-            computed, num_left = [*self.computed, step], self._num_to_compute - 1
-            following = self.forecaster.next_step(computed, num_left) if num_left else self.num_steps
+            computed = [*self.computed, step]
             moved, prediction = (
                 _forecast(latents, velocities, self.forecaster.weights(computed, end))
                 for end in (following, self.num_steps)
@@ -280,9 +289,9 @@ class DenoiseState:
 
     def summary(self) -> GenerationSummary:
         """The account of the steps taken so far."""
-        trace = [entry for row in self.rows for entry in row.trace]
-        counts = Counter(entry.decision for entry in trace)
-        widths = [entry.mlp_width for entry in trace if entry.decision is Decision.RUN]
+        plans = [plan for row in self.rows for step in row.history for plan in step.plans]
+        counts = Counter(plan.decision for plan in plans)
+        widths = [plan.mlp_width for plan in plans if plan.decision is Decision.RUN]
         return GenerationSummary(
             rule=self.point.rule,
             skip_threshold_first=self.thresholds[0] if self.thresholds else self.point.policy.skip_threshold,
@@ -300,7 +309,7 @@ class DenoiseState:
             num_steps_forecast=self.num_forecast_steps,
             exact_tolerance=self.exact_tolerance if self.is_exact else None,
             is_calibrated=all(point.is_calibrated for point in self.points or [self.point]),
-            decisions=self._decisions(trace) if self.request.wants_trace else None,
+            decisions=self._decisions() if self.request.wants_trace else None,
             tokens=TokenCounts(
                 prompts=sum(branch.num_prompt_tokens for branch in self.inputs),
                 pictures=self.num_picture_tokens,
@@ -313,15 +322,16 @@ class DenoiseState:
         """How many steps were forecast so far."""
         return self.step_index - len(self.computed)
 
-    def _decisions(self, trace: Sequence[StepDecision]) -> tuple[StepDecision, ...]:
-        """The decisions in computed steps, `trace`, and those that forecast steps stand for, in order."""
+    def _decisions(self) -> tuple[StepDecision, ...]:
+        """The decisions in computed steps, and those that forecast steps stand for, in order."""
+        computed = [entry for row in self.rows for entry in row.trace]
         forecast = [
             StepDecision(step, row.branch, block, Decision.FORECAST, 0.0)
             for step in sorted({*range(self.step_index)} - {*self.computed})
             for row in self.rows
             for block in row.costs
         ]
-        return tuple(sorted((*trace, *forecast), key=lambda entry: (entry.step, entry.branch)))
+        return tuple(sorted((*computed, *forecast), key=lambda entry: (entry.step, entry.branch)))
 
 
 def _forecast(latents: Tensor, velocities: Sequence[Velocity], weights: Weights) -> Tensor:

@@ -381,14 +381,11 @@ def test_no_residual_is_kept_that_the_policy_cannot_use(engine: Engine, ask: Ask
 
 
 @pytest.mark.parametrize("point", [ROUTED, REUSED], ids=["router", "re-use"])
-def test_last_step_leaves_no_residual_newly_stored(engine: Engine, ask: Ask, point: CurvePoint) -> None:
+def test_last_step_leaves_no_residual(engine: Engine, ask: Ask, point: CurvePoint) -> None:
     state = engine.start(ask(num_inference_steps=5), point)
     while not state.is_done:
-        stored = {name: r.hidden_states.data_ptr() for row in state.rows for name, r in row.residuals.items()}
         engine.step([state])
-    assert {n: r.hidden_states.data_ptr() for row in state.rows for n, r in row.residuals.items()}.items() <= (
-        stored.items()
-    )
+    assert [row.residuals for row in state.rows] == [{}]
 
 
 class HostReads(TorchFunctionMode):

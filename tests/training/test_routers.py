@@ -75,11 +75,11 @@ def test_training_forward_equals_serving(
 
     # Then velocities and decisions are equal
     torch.testing.assert_close(velocity, expected, atol=1e-5, rtol=1e-4)
-    ran = torch.tensor([[entry.decision is Decision.RUN for entry in row.journal.trace] for row in rows]).T
+    ran = torch.tensor([[entry.decision is Decision.RUN for entry in row.journal.plans] for row in rows]).T
     assert torch.equal(decided.gates > 0.5, ran)
     assert ran.any()
     assert not ran.all()
-    served_widths = torch.tensor([[entry.mlp_width for entry in row.journal.trace] for row in rows]).T
+    served_widths = torch.tensor([[entry.mlp_width for entry in row.journal.plans] for row in rows]).T
     torch.testing.assert_close(decided.widths[ran], served_widths[ran])
 
 

@@ -72,3 +72,13 @@ def test_narrowing_leaves_the_original_as_it_was(mlp: Mlp, inputs: Tensor) -> No
     assert {name: id(p) for name, p in mlp.named_parameters()} == before
     assert (mlp.first.out_features, mlp.last.in_features) == (16, 16)
     assert torch.equal(mlp(inputs), expected)
+
+
+def test_hook_of_the_original_is_not_called_by_the_twin(mlp: Mlp, inputs: Tensor) -> None:
+    twin, called = narrow(mlp, 4), []
+    for module in (mlp, mlp.first):
+        module.register_forward_hook(lambda *_: called.append(1))
+    twin(inputs)
+    assert not called
+    mlp(inputs)
+    assert len(called) == 2
