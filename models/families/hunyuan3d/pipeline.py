@@ -161,18 +161,19 @@ class Hunyuan3DFamily(Family):
             latents=noise.to(self._parameter.device),
             sigmas=sigmas,
             timesteps=sigmas[:-1],
-            branches=self._branches(request, context),
+            branches=self._branches(request, context, is_exact=request.wants_exact and point.is_exact),
         )
 
-    def _branches(self, request: MeshRequest, context: Tensor) -> list[BranchStart]:
+    def _branches(self, request: MeshRequest, context: Tensor, *, is_exact: bool) -> list[BranchStart]:
         num_tokens = context.shape[1]
         if self.guidance is Guidance.DISTILLED:
             guidance = torch.full((1,), request.guidance_scale, device=context.device)
             return [BranchStart("cond", BranchInputs(context, guidance=guidance), self.block_costs(num_tokens))]
         branches = [BranchStart("cond", BranchInputs(context), self.block_costs(num_tokens))]
         if request.is_guided:
-            # In 2.1 attention to zeros is a constant, so the context can be empty.
-            has_context = not self._is_plain
+            # In 2.1 attention to zeros is a constant, so the context can be empty. But with fewer rows the attention of
+            # the other branch might round otherwise.
+            has_context = is_exact or not self._is_plain
             costs = self.block_costs(num_tokens, has_context)
             no_image = context.new_zeros(1, num_tokens if has_context else 0, context.shape[2])
             branches.append(BranchStart("uncond", BranchInputs(no_image), costs))
