@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -169,7 +170,7 @@ class Family(ABC):
         Raises InvalidRequest if the input can't be used, or if the compute that no plan can leave out exceeds the cap.
         """
         if encoded is None:
-            branches = self.encode(request)
+            branches = self.encode(replace(request, point=point))
             encoded = Encoded(branches, self.begin(request, branches))
         state = self._new_state(request, curve, point, compute_cap, encoded.beginning, encoded.branches)
         state.num_picture_tokens = encoded.beginning.num_picture_tokens

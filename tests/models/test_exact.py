@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.curve import ComputedSteps, CurvePoint, Preset
+from models.curve import CurvePoint, Preset
 from models.engine import Engine
 from models.request import GenerationRequest, LatencyBudget, PresetBudget
-from models.rules.dense import DensePolicy
 from models.rules.router import RouterPolicy
 from models.state import DenoiseState
 
@@ -21,7 +20,6 @@ Denoise = Callable[..., DenoiseState]
 StockResult = Callable[..., Any]
 
 ROUTED = CurvePoint(RouterPolicy(0.3, 0.3, 2, width_bias=0.5), 0.5, 0.5, 0.5, 0.5)
-FORECAST = CurvePoint(DensePolicy(), 0.5, 0.5, 0.5, 0.5, steps=ComputedSteps(2, 4))
 
 
 class Pair(NamedTuple):
@@ -190,11 +188,3 @@ def test_images_of_a_series_and_a_request_begun_anew_equal_single_ones(
     for request, state in zip(series, states, strict=True):
         assert torch.equal(state.latents, denoise(bfloat16_engine, request).latents)
     assert torch.equal(recovered.latents, states[0].latents)
-
-
-def test_device_that_computes_otherwise_says_within_what(engine: Engine, ask: Ask, monkeypatch: Any) -> None:
-    family = next(iter(engine._families.values()))
-    monkeypatch.setattr(family, "exact_tolerance", 0.01)
-    state = engine.start(ask())
-    assert state.summary().exact_tolerance == 0.01
-    assert engine.start(ask(), FORECAST).summary().exact_tolerance is None

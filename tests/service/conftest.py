@@ -200,6 +200,7 @@ class DrawnState:
             is_calibrated=point.is_calibrated,
             decisions=decisions if self.request.wants_trace else None,
             tokens=_tokens(self.request),
+            exact_tolerance=0.0 if self.request.wants_exact else None,
         )
 
 

@@ -159,8 +159,9 @@ class Hunyuan3DFamily(Family):
             return [BranchStart("cond", BranchInputs(context, guidance=guidance), self.block_costs(num_tokens))]
         branches = [BranchStart("cond", BranchInputs(context), self.block_costs(num_tokens))]
         if request.is_guided:
-            # In 2.1 attention to zeros is a constant, so the context can be empty.
-            has_context = not self._is_plain
+            # In 2.1 attention to zeros is a constant, so the context can be empty. But with fewer rows the attention of
+            # the other branch might round otherwise.
+            has_context = request.wants_exact or not self._is_plain
             costs = self.block_costs(num_tokens, has_context)
             no_image = context.new_zeros(1, num_tokens if has_context else 0, context.shape[2])
             branches.append(BranchStart("uncond", BranchInputs(no_image), costs))
