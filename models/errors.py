@@ -4,7 +4,8 @@ GenerationError
 ├── InvalidRequest      the request cannot be served as it was asked
 ├── UnknownModel        no model of that name is loaded
 ├── EmptySurface        a decoded field has no surface to make a mesh of
-└── WeightsError        a model directory or a router file is not what it should be
+├── WeightsError        a model directory or a router file is not what it should be
+└── CompilerError       blocks were to be compiled, and this machine lacks what that needs
 """
 
 from typing import Self
@@ -35,4 +36,8 @@ class EmptySurface(GenerationError):
 
 
 class WeightsError(GenerationError):
+    pass
+
+
+class CompilerError(GenerationError):
     pass

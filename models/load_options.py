@@ -13,9 +13,10 @@ class Offload(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """Options that hold for all models of a process."""
+    """Options that hold for all models of a process. `compiles` says whether blocks are compiled."""
 
     offload: Offload = Offload.NONE
+    compiles: bool = False
 
     @property
     def offloads_text_encoders(self) -> bool:

@@ -14,6 +14,7 @@ import transformers.utils.logging
 from models.background.remover import load_remover
 from models.card import Edits, ImageCard, ModelCard
 from models.curve import EXACT, FORECAST
+from models.elastic.compiled import check_compiler
 from models.engine import Engine
 from models.errors import WeightsError
 from models.families import FAMILIES
@@ -44,8 +45,10 @@ def load_engine(
     Routers, terms of use and the curve are read from `router_weights/<id>`. `background_remover` is the folder of the
     network that removes backgrounds; without it, only plain ones can be removed from input images. On a CPU
     models run in float32, else in bfloat16. Raises WeightsError if a directory, its router folder or the remover is
-    missing parts or malformed.
+    missing parts or malformed, and CompilerError if blocks are to be compiled and can't be.
     """
+    if options.compiles:
+        check_compiler(device)
     if background_remover is not None:
         load_remover(background_remover)
     for library in (diffusers, transformers):
@@ -65,7 +68,7 @@ def load_engine(
         family.forecast_table = read_forecast_table(folder)
         family.background_remover = background_remover
         families[directory.name] = family
-        cards[directory.name] = _card(family, entry.name, index, folder, manifest)
+        cards[directory.name] = _card(family, entry.name, index, folder, manifest, options)
         logger.info("loaded %s on %s in %s", directory.name, device, dtype)
     return Engine(families, cards)
 
@@ -87,7 +90,9 @@ def _family_of(directory: Path) -> tuple[FamilyEntry, Path]:
     raise WeightsError(f"{directory} is no model directory: it has neither {marks}")
 
 
-def _card(family: Family, family_name: str, index: Path, folder: Path, manifest: Manifest) -> ModelCard:
+def _card(
+    family: Family, family_name: str, index: Path, folder: Path, manifest: Manifest, options: LoadOptions
+) -> ModelCard:
     """The card, with the measured time of a step. `index` is the file that names the model's class."""
     curve = read_curve(folder, family.quality_metric)
     rules = tuple(name for name, rule in RULES.items() if family.routers or not rule.needs_scores)
@@ -122,6 +127,8 @@ def _card(family: Family, family_name: str, index: Path, folder: Path, manifest:
         max_batch_size=8,
     )
     card = family.card(basics, manifest)
+    if options.compiles:
+        family.compile_blocks(_requests_to_compile_for(family, card))
     alone_s, pair_s = (_dense_step_seconds(family, card, batch_size) for batch_size in (1, 2))
     encode_s, picture_s, decode_s = _encode_and_decode_seconds(family, card)
     card = replace(card, dense_step_seconds=alone_s, fixed_share=fixed_share(alone_s, pair_s), encode_seconds=encode_s)
@@ -135,6 +142,14 @@ def _card(family: Family, family_name: str, index: Path, folder: Path, manifest:
         edit_steps=edit_steps,
         can_be_transparent=family.background_remover is not None,
     )
+
+
+def _requests_to_compile_for(family: Family, card: ModelCard) -> list[GenerationRequest]:
+    """Requests that lead to all inputs that blocks can get: prompts of one length and of two, one row and several."""
+    request = family.example_request(card)
+    if not isinstance(request, ImageRequest):
+        return [request, request]
+    return [request, replace(request, prompt="a picture of some words more than none")]
 
 
 def _edit_steps(table: ForecastTable) -> tuple[tuple[int, ...], ...]:

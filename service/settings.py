@@ -103,6 +103,12 @@ class Settings(BaseSettings):
         "prompts take longer.",
     )
     offload_text_encoders: bool = Field(default=False, description="The older form of offload: text_encoders.")
+    compile: bool = Field(
+        default=False,
+        description="Compile the blocks of all models before the server is ready, which takes some minutes at the "
+        "first start. Steps are faster then, and results differ from those of the publishers' pipelines by rounding. "
+        "Needs a C++ compiler, and Triton on GPUs.",
+    )
     default_budget: BudgetBody = Field(
         default=BudgetBody(quality=0.9),
         description="The budget of requests without one, as JSON in the environment.",
@@ -310,7 +316,7 @@ class Settings(BaseSettings):
         offload = self.offload
         if offload is Offload.NONE and self.offload_text_encoders:
             offload = Offload.TEXT_ENCODERS
-        return LoadOptions(offload=offload)
+        return LoadOptions(offload=offload, compiles=self.compile)
 
     @model_validator(mode="after")
     def _check_webhooks(self) -> Self:
