@@ -283,7 +283,9 @@ COMPUTE = Row(
             "Those that steps compiled, with ELASTIC_COMPILE: requests waited for them. There should be none.",
             "none",
             Query(
-                or_none("sum by (model, kind) (increase(elastic_compiled_graphs_total[$__rate_interval]))"),
+                or_none(
+                    f"sum by (model, kind) (increase(elastic_compiled_graphs_total{{{OF_MODEL}}}[$__rate_interval]))"
+                ),
                 "{{model}} {{kind}}",
             ),
         ),

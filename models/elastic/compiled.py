@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import lookup_backend
 from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
+from torch._inductor import config as inductor_config
 from torch.fx.experimental import _config as symbolic_shapes
 from tqdm import tqdm
 
@@ -29,11 +30,21 @@ CallBlock = Callable[[nn.Module, Streams], tuple[Tensor, Tensor]]
 _NUM_WARM_ROWS = 4
 """How many rows of a batch are combined to warm up: two requests of two guidance branches."""
 
+# Functions that are compiled apart look only through their own graphs at a call, and have a limit of their own. (Stubs
+# of torch lack the argument.)
+_compile_apart: Callable[..., Any] = partial(torch.compile, isolate_recompiles=True)
+
 
 def check_compiler(device: str) -> None:
     """Compile a trivial function. Raises CompilerError, with what is missing, if that is not possible on `device`."""
+
+    def negated(tensor: Tensor) -> Tensor:
+        return -tensor
+
     try:
-        torch.compile(torch.neg)(torch.zeros(2, device=device))
+        # A graph from the cache on disk would need no compiler.
+        with inductor_config.patch(fx_graph_cache=False):
+            _compile_apart(negated)(torch.zeros(2, device=device))
     except Exception as error:  # torch raises what it likes: missing compilers, headers, Triton
         raise CompilerError(
             f"blocks can't be compiled here: {' '.join(str(error).split())[:300]}; install what is missing, or set "
@@ -114,9 +125,7 @@ class BlockCompiler:
             text, image = self._call(module, streams)
             return text.contiguous(), image.contiguous()
 
-        # Apart from one another, each looks only through its own graphs at a call, and has a limit of its own.
-        compile_apart = partial(torch.compile, isolate_recompiles=True)  # an argument that torch's stubs lack
-        compiled: CallBlock = compile_apart(run, backend=counting, fullgraph=True, dynamic=True)
+        compiled: CallBlock = _compile_apart(run, backend=counting, fullgraph=True, dynamic=True)
         return compiled
 
 
