@@ -99,6 +99,7 @@ class Engine:
             blocks,
             num_forecast=sum(forecast),
             num_forecast_rows=sum(steps * len(state.rows) for steps, state in zip(forecast, states, strict=True)),
+            compiled=self._family(states[0].request.model).take_compiled(),
         )
 
     @torch.inference_mode()

@@ -5,7 +5,8 @@ GenerationError
 ├── UnknownModel        no model of that name is loaded
 ├── EmptySurface        a decoded field has no surface to make a mesh of
 ├── DeviceError         there is no such device
-└── WeightsError        a model directory or a router file is not what it should be
+├── WeightsError        a model directory or a router file is not what it should be
+└── CompilerError       blocks were to be compiled, and this machine lacks what that needs
 """
 
 from typing import Self
@@ -40,4 +41,8 @@ class DeviceError(GenerationError):
 
 
 class WeightsError(GenerationError):
+    pass
+
+
+class CompilerError(GenerationError):
     pass

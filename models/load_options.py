@@ -39,12 +39,14 @@ class LoadOptions:
 
     `loras` has adapters by name. The model `flux-dev+style` is that in the directory `flux-dev` with the adapter
     `style` in its weights. `prompt_cache_bytes` is how much of the host's memory embedded prompts may take together.
+    `compiles` says whether blocks are compiled.
     """
 
     offload: Offload = Offload.NONE
     weights: Weights = Weights.AUTO
     loras: Mapping[str, Lora] = field(default_factory=dict)
     prompt_cache_bytes: int = 256_000_000
+    compiles: bool = False
 
     @property
     def offloads_text_encoders(self) -> bool:

@@ -43,7 +43,7 @@ class StepReport:
     """One computed denoise step of a batch of requests, and the steps that each of them forecast after it.
 
     `router_seconds` is part of `seconds`. `num_forecast` is the number of steps that were forecast, of all requests,
-    and `num_forecast_rows` that of their rows.
+    and `num_forecast_rows` that of their rows. `compiled` has the kind of block of every graph that was compiled.
     """
 
     seconds: float
@@ -52,6 +52,7 @@ class StepReport:
     blocks: tuple[BlockReport, ...]
     num_forecast: int
     num_forecast_rows: int
+    compiled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from models.background.remover import load_remover
 from models.card import Edits, ImageCard, ModelCard
 from models.curve import EXACT, FORECAST
 from models.device import find_device
+from models.elastic.compiled import check_compiler
 from models.engine import Engine
 from models.errors import WeightsError
 from models.families import FAMILIES
@@ -47,9 +48,12 @@ def load_engine(
 
     Routers, terms of use and the curve are read from `router_weights/<id>`. `background_remover` is the folder of the
     network that removes backgrounds; without it, only plain ones can be removed from input images. Raises DeviceError
-    if there is no such device, and WeightsError if a directory, its router folder or the remover is missing parts or
-    malformed. A GPU becomes the current device of the calling thread, which is to use the engine.
+    if there is no such device, CompilerError if blocks are to be compiled and can't be, and WeightsError if a
+    directory, its router folder or the remover is missing parts or malformed. A GPU becomes the current device of the
+    calling thread, which is to use the engine.
     """
+    if options.compiles:
+        check_compiler(device)
     if background_remover is not None:
         load_remover(background_remover)
     for library in (diffusers, transformers):
@@ -78,7 +82,7 @@ def load_engine(
         family.forecast_table = read_forecast_table(folder)
         family.background_remover = background_remover
         families[directory.name] = family
-        cards[directory.name] = _card(family, entry.name, base, index, folder, manifest)
+        cards[directory.name] = _card(family, entry.name, base, index, folder, manifest, options)
         if isinstance(family, ImageFamily):
             family.prompt_cache = cache  # after the card: encoding was measured without it
         logger.info("loaded %s on %s in %s, weights: %s", directory.name, device, dtype, options.weights)
@@ -109,7 +113,13 @@ def family_of(directory: Path) -> tuple[FamilyEntry, Path]:
 
 
 def _card(
-    family: Family, family_name: str, directory: Path, index: Path, folder: Path, manifest: Manifest
+    family: Family,
+    family_name: str,
+    directory: Path,
+    index: Path,
+    folder: Path,
+    manifest: Manifest,
+    options: LoadOptions,
 ) -> ModelCard:
     """The card, with the measured time of a step. `index` is the file that names the model's class."""
     curve = read_curve(folder, family.quality_metric)
@@ -146,6 +156,8 @@ def _card(
         joins_branches=family.joins_branches,
     )
     card = family.card(basics, manifest)
+    if options.compiles:
+        family.compile_blocks(_requests_to_compile_for(family, card))
     alone_s, pair_s = (_dense_step_seconds(family, card, batch_size) for batch_size in (1, 2))
     encode_s, picture_s, decode_s = _encode_and_decode_seconds(family, card)
     card = replace(card, dense_step_seconds=alone_s, fixed_share=fixed_share(alone_s, pair_s), encode_seconds=encode_s)
@@ -159,6 +171,14 @@ def _card(
         edit_steps=edit_steps,
         can_be_transparent=family.background_remover is not None,
     )
+
+
+def _requests_to_compile_for(family: Family, card: ModelCard) -> list[GenerationRequest]:
+    """Requests that lead to all inputs that blocks can get: prompts of one length and of two, one row and several."""
+    request = family.example_request(card)
+    if not isinstance(request, ImageRequest):
+        return [request, request]
+    return [request, replace(request, prompt="a picture of some words more than none")]
 
 
 def _edit_steps(table: ForecastTable) -> tuple[tuple[int, ...], ...]:

@@ -73,6 +73,12 @@ ROUTER_LATENCY = Series(
 STEP_LATENCY = Series(
     Histogram, "elastic_step_latency_seconds", "Time of one computed step of a batch.", buckets=_STEP_SECONDS
 )
+COMPILED = Series(
+    Counter,
+    "elastic_compiled_graphs_total",
+    "Graphs that steps have compiled, by kind of block; those compiled before the server was ready do not count.",
+    ("model", "kind"),
+)
 STAGE_LATENCY = Series(
     Histogram,
     "elastic_stage_latency_seconds",
@@ -139,7 +145,7 @@ REJECTED = Series(
 ALL_SERIES: tuple[Series[Any], ...] = (
     *(BLOCK_DECISIONS, STEPS, BLOCK_LATENCY, MLP_WIDTH, ROUTER_LATENCY, STEP_LATENCY, STAGE_LATENCY, BATCH_SIZE),
     *(COMPUTE_RATIO, COMPUTE_RATIO_ERROR, RUNNING, WAITING, QUEUE_TIME, E2E_LATENCY, REQUESTS, BATCH_GROUPS),
-    *(RECOVERED, STORE_ERRORS, GPU_MEMORY, DEADLINES, DEGRADED, REJECTED, PROMPTS),
+    *(RECOVERED, STORE_ERRORS, GPU_MEMORY, DEADLINES, DEGRADED, REJECTED, PROMPTS, COMPILED),
 )
 
 
@@ -173,6 +179,8 @@ class Metrics:
         self._of(BATCH_SIZE, model).observe(report.batch_size)
         self._of(STEPS, model, _COMPUTED).inc(report.batch_size)
         self._of(STEPS, model, _FORECAST).inc(report.num_forecast)
+        for kind in report.compiled:
+            self._of(COMPILED, model, kind).inc()
         for block in report.blocks:
             self._of(BLOCK_DECISIONS, model, block.block, Decision.RUN).inc(block.num_run)
             self._of(BLOCK_DECISIONS, model, block.block, Decision.SKIP).inc(block.num_skipped)

@@ -102,6 +102,12 @@ class Settings(BaseSettings):
         description="The most bytes of embedded prompts to keep in the host's memory, so that a prompt that comes "
         "again is not encoded again; those used last are kept. 0 keeps none but each model's empty prompt.",
     )
+    compile: bool = Field(
+        default=False,
+        description="Compile the blocks of all models before the server is ready, which takes some minutes at the "
+        "first start. Steps are faster then, and results differ from those of the publishers' pipelines by rounding. "
+        "Needs a C++ compiler, and Triton on GPUs. Does not go with offload layers.",
+    )
     default_budget: BudgetBody = Field(
         default=BudgetBody(quality=0.9),
         description="The budget of requests without one, as JSON in the environment.",
@@ -322,9 +328,7 @@ class Settings(BaseSettings):
         if offload is Offload.NONE and self.offload_text_encoders:
             offload = Offload.TEXT_ENCODERS
         loras = {name: _lora(place) for name, place in self.loras.items()}
-        return LoadOptions(
-            offload=offload, weights=self.weights, loras=loras, prompt_cache_bytes=self.prompt_cache_bytes
-        )
+        return LoadOptions(offload, self.weights, loras, self.prompt_cache_bytes, self.compile)
 
     @model_validator(mode="after")
     def _check_offload(self) -> Self:
@@ -333,6 +337,8 @@ class Settings(BaseSettings):
                 f"offload 'layers' keeps weights out of a GPU's memory, but device is '{self.device}'; leave offload "
                 "out, or set device to cuda"
             )
+        if self.offload is Offload.LAYERS and self.compile:
+            raise ValueError("compile does not go with offload 'layers'; leave one of them out")
         return self
 
     @model_validator(mode="after")

@@ -279,6 +279,17 @@ COMPUTE = Row(
             ),
         ),
         lines(
+            "Compiled graphs",
+            "Those that steps compiled, with ELASTIC_COMPILE: requests waited for them. There should be none.",
+            "none",
+            Query(
+                or_none(
+                    f"sum by (model, kind) (increase(elastic_compiled_graphs_total{{{OF_MODEL}}}[$__rate_interval]))"
+                ),
+                "{{model}} {{kind}}",
+            ),
+        ),
+        lines(
             "GPU memory",
             "Empty on a CPU.",
             "bytes",

@@ -1,6 +1,8 @@
 """What all families share: elastic blocks around a loaded transformer, and requests as rows of a batch."""
 
+import logging
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import replace
@@ -14,10 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.card import Guidance, ModelCard
-from models.curve import CurvePoint
+from models.curve import EXACT, CurvePoint
+from models.elastic.compiled import BlockCompiler
 from models.elastic.compute import BlockCost
 from models.elastic.host import to_device
 from models.elastic.offloading import offloaded
+from models.elastic.plan import MLP_WIDTHS
 from models.elastic.row import Row
 from models.elastic.streams import Streams
 from models.errors import InvalidRequest
@@ -30,6 +34,8 @@ from models.rules import RULES
 from models.rules.forecast import Forecaster, ForecastTable
 from models.state import BranchInputs, DenoiseState, KeptRegion, Velocity
 from models.weights import CheckpointTraits, Manifest, RouterWeights
+
+logger = logging.getLogger(__name__)
 
 
 class BranchStart(NamedTuple):
@@ -84,6 +90,7 @@ class Family(ABC):
         self.routers = router_weights.stack if router_weights else None
         self.forecast_table: ForecastTable | None = None
         self.background_remover: Path | None = None
+        self._compiler: BlockCompiler | None = None
         self._forecasters: dict[tuple[bytes, bool], Forecaster] = {}
         self.blocks = elastic_blocks(transformer, self.adapter, router_weights)
         self._router_modulation: nn.Linear | None = router_weights.stack.fused_modulation() if router_weights else None
@@ -203,6 +210,30 @@ class Family(ABC):
     @abstractmethod
     def similarity(self, a: NDArray[Any], b: NDArray[Any]) -> float:
         """The similarity of two quality samples by `quality_metric`; 1 means equal."""
+
+    @torch.inference_mode()
+    def compile_blocks(self, requests: Sequence[GenerationRequest]) -> None:
+        """Compile the blocks, for all sizes and numbers of rows, which takes minutes.
+
+        `requests` must be able to share a step. Their prompts should differ in length, so that some are padded. Narrow
+        MLPs are compiled now if there are routers, which alone ask for them.
+        """
+        states = [self.start(request, (EXACT,), EXACT) for request in requests]
+        for state in states:
+            state.prepare_step()
+        began = time.perf_counter()
+        self._compiler = BlockCompiler(self.blocks, self.adapter.call_block)
+        self.blocks = self._compiler.blocks
+        self._compiler.warm_up(self.prologue(states), MLP_WIDTHS if self.routers else MLP_WIDTHS[-1:])
+        num_graphs, seconds = len(self._compiler.take_new()), time.perf_counter() - began
+        logger.info("compiled %d graphs for the blocks of %s in %.0f s", num_graphs, self.model_id, seconds)
+
+    def take_compiled(self) -> tuple[str, ...]:
+        """The kind of block of every graph that a step has compiled since the last call; a warning if there are any."""
+        new = self._compiler.take_new() if self._compiler else ()
+        if new:
+            logger.warning("a step of %s has compiled blocks of kind %s", self.model_id, ", ".join(new))
+        return new
 
     def router_modulations(self, streams: Streams) -> tuple[Tensor, ...] | None:
         """Each block's router modulation, from the time embedding of this step. None without routers."""
