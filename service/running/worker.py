@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING
 
 from models.card import ModelCard
 from models.mesh.surface import FieldSamples
-from models.report import StepReport
 from service.jobs.job import Job, JobStatus
 from service.jobs.store import Claim, Ending
 from service.metrics import Metrics
-from service.running.held import DECODE_TURN_S, HeldJob, Running, preview_steps
+from service.running.held import DECODE_TURN_S, HeldJob, Running
 from service.running.preparer import Preparer
-from service.running.publisher import Decoded, Denoised, PendingPreview, Publisher, Report
-from service.scheduling.batching import Candidate, FairShare, shape_of
-from service.scheduling.cost import block_seconds, dense_step_seconds, grid_bytes
-from service.scheduling.deadline import point_for
+from service.running.publisher import Decoded, Denoised, Publisher, Report
+from service.running.stepping import Stepper
+from service.scheduling.batching import FairShare, shape_of
+from service.scheduling.cost import block_seconds, grid_bytes
 from service.scheduling.pace import Pace
 from service.scheduling.precedence import Precedence
 
@@ -83,6 +82,15 @@ class Worker:
         self._running: list[Running] = []
         self._fair_share = FairShare()
         self._precedence = Precedence()
+        self._stepper = Stepper(
+            metrics,
+            self._publisher,
+            self._fair_share,
+            self._precedence,
+            report=self._tell,
+            let_go=self._let_go,
+            clock=clock,
+        )
 
     def start(self) -> None:
         """Load the engine and start the thread. Raises the errors of loading."""
@@ -173,7 +181,7 @@ class Worker:
         if self._running:
             batch = self._next_batch()
             if batch[0].decoding is None:
-                self._step(engine, batch)
+                self._stepper.step(engine, batch, self._running)
             else:
                 self._decode(batch[0], batch[0].decoding)
         else:
@@ -269,73 +277,6 @@ class Worker:
         self._metrics.observe_groups(self.cards, [ready[group[0]].job.model for group in groups])
         batch = [ready[index] for index in groups[0]]
         return batch[: self._max_batch_size(batch[0].job.model)]
-
-    def _step(self, engine: "Engine", batch: Sequence[Running]) -> None:
-        """Run one computed step of `batch`. If it fails, repeat it for each request alone: only the culprits fail."""
-        for running in batch:
-            self._keep_deadline(running)
-        expected = [running.as_candidate() for running in batch]
-        try:
-            report = engine.step([running.state for running in batch])
-        except Exception as error:
-            if len(batch) == 1:
-                self._let_go(batch[0])
-                self._publisher.fail(batch[0].claim, error)
-                return
-            logger.warning("a step of %d requests failed; each steps alone now", len(batch), exc_info=error)
-            for running in batch:
-                self._step(engine, [running])
-            return
-        self._metrics.observe_step(batch[0].job.model, report)
-        self._metrics.observe_memory(engine.memory_bytes())
-        self._account(batch, expected, report)
-        for held in dict.fromkeys(running.held for running in batch):
-            states = [running.state for running in self._running if running.held is held]
-            self._tell(held.progress(states, time.perf_counter()))
-        for running in batch:
-            self._preview_if_due(engine, running)
-
-    def _account(self, batch: Sequence[Running], expected: Sequence[Candidate], report: StepReport) -> None:
-        """Charge a step to its requests."""
-        now = time.perf_counter()
-        self._precedence.spend(expected[0].is_high, report.seconds)
-        virtual_times = self._fair_share.after_step(expected, report.seconds)
-        for running, virtual_time in zip(batch, virtual_times, strict=True):
-            self._measure_pace(running, now)
-            running.virtual_time = virtual_time
-            running.batch_size_sum += report.batch_size
-            running.held.steps_done += 1
-            running.held.num_steps[running.index] = running.state.num_computed_steps
-
-    def _keep_deadline(self, running: Running) -> None:
-        """For a job with a deadline, choose the curve point of the coming steps from the time that is left."""
-        job, state = running.job, running.state
-        if job.deadline_at is None:
-            return
-        point = point_for(
-            running.request,
-            self.cards[job.model],
-            time_left_s=job.deadline_at - self._clock() - self.finish_seconds(job.model) - job.decode_seconds,
-            steps_left=state.num_steps - state.step_index,
-            num_computed=len(state.computed),
-            pace=running.pace,
-        )
-        state.move_to(point)
-
-    def _measure_pace(self, running: Running, now: float) -> None:
-        card = self.cards[running.job.model]
-        predicted_s = dense_step_seconds(running.request, card) * running.state.point.relative_step_seconds
-        running.pace = (now - (running.last_step_ended or running.denoise_began)) / predicted_s
-        running.last_step_ended = now
-
-    def _preview_if_due(self, engine: "Engine", running: Running) -> None:
-        state = running.state
-        due = preview_steps(running.job.num_previews, state.num_computed_steps)[running.num_previews :]
-        for step in due:
-            if step <= len(state.computed) and not state.is_done:
-                preview = PendingPreview(running.claim, running.index, running.num_previews, engine.preview(state))
-                self._publisher.preview(preview)
-                running.num_previews += 1
 
     def _decode_done(self, engine: "Engine") -> None:
         """Begin the decoding of requests that took their last step. The publisher does what takes no turns."""
