@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from models.background.cut_out import NotCutOut, object_alpha
 from models.card import ModelCard
 from models.curve import CurvePoint
+from models.device_errors import DeviceErrors
 from models.elastic.runner import run_block
 from models.errors import InvalidRequest, UnknownModel
 from models.families.family import Family
@@ -27,7 +27,8 @@ from models.state import DenoiseState, Velocity
 class Engine:
     """Holds loaded models. Used by one thread, which owns the device.
 
-    Modules hold weights only. All state of a request is in its `DenoiseState`.
+    Modules hold weights only. All state of a request is in its `DenoiseState`. Whatever uses the device can raise
+    OutOfDeviceMemory, and may succeed later, and DeviceLost, after which nothing does in this process.
     """
 
     def __init__(self, families: Mapping[str, Family], cards: Mapping[str, ModelCard]) -> None:
@@ -47,19 +48,26 @@ class Engine:
         """
         family = self._family(request.model)
         curve = self.cards[request.model].curve_for(request)
-        if point:
-            return family.start(request, curve, point)
-        return family.start(request, curve, request.point, request.compute_cap)
+        with DeviceErrors("starting", request):
+            if point:
+                return family.start(request, curve, point)
+            return family.start(request, curve, request.point, request.compute_cap)
 
-    @torch.inference_mode()
     def step(self, states: Sequence[DenoiseState]) -> StepReport:
         """Run the next denoise step of every state, and go on through the steps that it forecasts after that one.
 
         All must have one `batch_key`, and none may be done. Steps, prompts, guidance, budgets and rules may differ.
+        A step that raises has changed no state, and holds no memory any more: it can be repeated, in parts too.
         """
+        with DeviceErrors("a denoise step of", states[0].request, states):
+            return self._step(states)
+
+    @torch.inference_mode()
+    def _step(self, states: Sequence[DenoiseState]) -> StepReport:
         started = time.perf_counter()
         velocities, router_seconds, blocks = self._compute(states)
-        forecast = [state.complete_step(velocity) for state, velocity in zip(states, velocities, strict=True)]
+        moves = [state.moved(velocity) for state, velocity in zip(states, velocities, strict=True)]
+        forecast = [state.complete_step(move) for state, move in zip(states, moves, strict=True)]
         if states[0].latents.is_cuda:
             torch.cuda.synchronize()  # costs are predicted from these seconds, which must include the kernels' run time
         return StepReport(
@@ -73,7 +81,7 @@ class Engine:
 
     @torch.inference_mode()
     def velocities(self, states: Sequence[DenoiseState]) -> list[Velocity]:
-        """The velocities of the states' next step, for `DenoiseState.complete_step`. Calibration learns from them."""
+        """The velocities of the states' next step, for `DenoiseState.moved`. Calibration learns from them."""
         return self._compute(states)[0]
 
     def _compute(self, states: Sequence[DenoiseState]) -> tuple[list[Velocity], float, tuple[BlockReport, ...]]:
@@ -102,7 +110,8 @@ class Engine:
         """
         assert state.is_done
         family, request = self._family(state.request.model), state.request
-        result = family.decode(state)
+        with DeviceErrors("decoding", request):
+            result = family.decode(state)
         if isinstance(request, ImageRequest) and request.is_transparent:
             assert not isinstance(result, CleanMesh)
             return _cut_out(result, family.background_remover)
@@ -115,7 +124,8 @@ class Engine:
         field is not finite. None for models without a field, which only `finish` decodes. Used by the device's thread.
         """
         assert state.is_done
-        return self._family(state.request.model).decode_in_turns(state)
+        decoding = self._family(state.request.model).decode_in_turns(state)
+        return None if decoding is None else _in_turns(decoding, state.request)
 
     def preview(self, state: DenoiseState) -> Callable[[], NDArray[np.uint8] | CleanMesh]:
         """A function that decodes the current estimate of the result cheaply. The state needs at least one step.
@@ -125,7 +135,13 @@ class Engine:
         one thread at a time may be in it or in `finish`; another may be in `decode_in_turns`.
         """
         assert state.prediction is not None
-        return partial(self._family(state.request.model).preview, state.request, state.prediction)
+        family, request, prediction = self._family(state.request.model), state.request, state.prediction
+
+        def preview() -> NDArray[np.uint8] | CleanMesh:
+            with DeviceErrors("a preview of", request):
+                return family.preview(request, prediction)
+
+        return preview
 
     def memory_bytes(self) -> dict[str, int]:
         """The GPU's memory in bytes by kind, as PyTorch counts it; empty if no GPU is in use."""
@@ -159,6 +175,13 @@ class Engine:
         if model not in self._families:
             raise UnknownModel(f"model '{model}' is not loaded; loaded: {', '.join(self._families)}")
         return self._families[model]
+
+
+def _in_turns(
+    decoding: Generator[None, None, FieldSamples], request: GenerationRequest
+) -> Generator[None, None, FieldSamples]:
+    with DeviceErrors("decoding", request):
+        return (yield from decoding)
 
 
 def _cut_out(pixels: NDArray[np.uint8], remover: Path | None) -> NDArray[np.uint8]:

@@ -208,6 +208,7 @@ class Family(ABC):
             compute_cap=compute_cap,
             forecaster=forecaster,
             kept=kept,
+            num_prompt_tokens=sum(branch.inputs.num_prompt_tokens for branch in branches),
         )
 
     def _forecaster(self, sigmas: Tensor, is_guided: bool) -> Forecaster:

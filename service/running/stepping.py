@@ -2,12 +2,14 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING
 
 from models.card import ModelCard
+from models.errors import DeviceLost, OutOfDeviceMemory
 from models.report import StepReport
 from service.metrics import Metrics
+from service.running.device_use import DeviceUse
 from service.running.held import Running, preview_steps
 from service.running.publisher import PendingPreview, Publisher, Report
 from service.scheduling.batching import Candidate, FairShare
@@ -30,6 +32,7 @@ class Stepper:
         publisher: Publisher,
         fair_share: FairShare,
         precedence: Precedence,
+        device: DeviceUse,
         *,
         report: Callable[[Report], None],
         let_go: Callable[[Running], None],
@@ -39,29 +42,60 @@ class Stepper:
         self._publisher = publisher
         self._fair_share = fair_share
         self._precedence = precedence
+        self._device = device
         self._report = report
         self._let_go = let_go
         self._clock = clock
+        self._most_together: dict[Hashable, int] = {}  # by batch key
 
     def step(self, engine: "Engine", batch: Sequence[Running], running_now: Sequence[Running]) -> None:
-        """Run one computed step of `batch`. If it fails, repeat it for each request alone: only the culprits fail.
+        """Run one computed step of `batch`. If it fails, repeat it for each half, so that only the culprits fail.
 
-        `running_now` are all running requests, from which the progress of their jobs follows.
+        `running_now` are all running requests, from which the progress of their jobs follows. Raises DeviceLost.
         """
         for running in batch:
             self._keep_deadline(engine, running)
-        expected = [running.as_candidate() for running in batch]
+        expected, states = [running.as_candidate() for running in batch], [running.state for running in batch]
         try:
-            report = engine.step([running.state for running in batch])
+            if len(batch) == 1:
+                report = self._device.call(lambda: engine.step(states))
+            else:
+                with self._device.shared():
+                    report = engine.step(states)
+        except DeviceLost:
+            raise
         except Exception as error:
             if len(batch) == 1:
                 self._let_go(batch[0])
                 self._publisher.fail(batch[0].claim, error)
                 return
-            logger.warning("a step of %d requests failed; each steps alone now", len(batch), exc_info=error)
-            for running in batch:
-                self.step(engine, [running], running_now)
+            logger.warning("a step of %d requests failed; its halves step alone now", len(batch), exc_info=error)
+            if isinstance(error, OutOfDeviceMemory):
+                self._most_together[states[0].batch_key] = len(batch) // 2
+        else:
+            self._conclude(engine, batch, expected, report, running_now)
             return
+        middle = (len(batch) + 1) // 2
+        for half in (batch[:middle], batch[middle:]):
+            self.step(engine, half, running_now)
+
+    def most_together(self, batch_key: Hashable) -> int | None:
+        """How many requests may share a step, if more ran out of memory lately."""
+        return self._most_together.get(batch_key)
+
+    def forget_failures(self) -> None:
+        """Let steps be shared as before: memory has become free."""
+        self._most_together.clear()
+
+    def _conclude(
+        self,
+        engine: "Engine",
+        batch: Sequence[Running],
+        expected: Sequence[Candidate],
+        report: StepReport,
+        running_now: Sequence[Running],
+    ) -> None:
+        """Tell what a step has done, and make the previews that are due after it."""
         self._metrics.observe_step(batch[0].job.model, report)
         self._metrics.observe_memory(engine.memory_bytes())
         self._account(engine, batch, expected, report)

@@ -10,10 +10,12 @@ from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING
 
 from models.card import ModelCard
+from models.errors import DeviceLost, OutOfDeviceMemory
 from models.mesh.surface import FieldSamples
 from service.jobs.job import Job, JobStatus
 from service.jobs.store import Claim, Ending
 from service.metrics import Metrics
+from service.running.device_use import DeviceUse
 from service.running.held import DECODE_TURN_S, HeldJob, Running
 from service.running.preparer import Preparer
 from service.running.publisher import Decoded, Denoised, Publisher, Report
@@ -25,6 +27,7 @@ from service.scheduling.precedence import Precedence
 
 if TYPE_CHECKING:  # models.engine brings torch, which the API side never loads
     from models.engine import Engine
+    from models.state import DenoiseState
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +75,16 @@ class Worker:
         self._load_engine = load_engine
         self._clock = clock
         self._wake = Event()
-        self._publisher = Publisher(metrics, self._tell, self.is_held, clock=clock)
+        self._device = DeviceUse()
+        self._device_lost: DeviceLost | None = None
+        self._publisher = Publisher(
+            metrics,
+            self._tell,
+            self.is_held,
+            device=self._device,
+            on_device_lost=self._stop_without_device,
+            clock=clock,
+        )
         self._preparer = Preparer(on_prepared=self._wake.set)
         self._loaded: Future[None] = Future()
         self._thread = Thread(target=self._run, name="worker", daemon=True)
@@ -87,6 +99,7 @@ class Worker:
             self._publisher,
             self._fair_share,
             self._precedence,
+            self._device,
             report=self._tell,
             let_go=self._let_go,
             clock=clock,
@@ -144,6 +157,14 @@ class Worker:
         with self._lock:
             return [held.claim for held in self._held.values()]
 
+    def suspects(self) -> set[str]:
+        """Leases of the jobs that were running when the thread ended because of an error: one may be the cause."""
+        if not self.is_broken:
+            return set()
+        with self._lock:
+            begun = [held for held in self._held.values() if len(held.unstarted) < len(held.job.requests)]
+            return {held.claim.lease for held in begun}
+
     def finish_seconds(self, model: str) -> float:
         """How long decoding and encoding the model's last result took; 0 before the first."""
         return self._publisher.finish_seconds(model)
@@ -165,6 +186,9 @@ class Worker:
         try:
             while not self._is_stopping:
                 self._take_turn(engine)
+        except DeviceLost as error:
+            logger.critical("%s; the process ends, and a new one can use the device again", error, exc_info=error)
+            self.is_broken = True
         except Exception:
             logger.exception("the worker stopped")
             self.is_broken = True
@@ -174,6 +198,8 @@ class Worker:
             self._on_room()
 
     def _take_turn(self, engine: "Engine") -> None:
+        if self._device_lost is not None:
+            raise self._device_lost
         self._wake.clear()  # first, so that anything that arrives from here on wakes the loop again
         self._drop_unwanted()
         self._decode_done(engine)
@@ -183,7 +209,7 @@ class Worker:
             if batch[0].decoding is None:
                 self._stepper.step(engine, batch, self._running)
             else:
-                self._decode(batch[0], batch[0].decoding)
+                self._decode(engine, batch[0], batch[0].decoding)
         else:
             self._metrics.observe_groups(self.cards, [])
             self._wake.wait()
@@ -246,7 +272,10 @@ class Worker:
         queue_s = max(0.0, self._clock() - job.created_at)  # clocks agree only roughly
         began = time.perf_counter()
         try:
-            state = engine.start(held.prepared[index].result() if index in held.prepared else request)
+            prepared = held.prepared[index].result() if index in held.prepared else request
+            state = self._device.call(lambda: engine.start(prepared))
+        except DeviceLost:
+            raise
         except Exception as error:
             self._publisher.fail(held.claim, error)
             return
@@ -276,7 +305,8 @@ class Worker:
         groups = self._precedence.groups([running.as_candidate() for running in ready], time.perf_counter())
         self._metrics.observe_groups(self.cards, [ready[group[0]].job.model for group in groups])
         batch = [ready[index] for index in groups[0]]
-        return batch[: self._max_batch_size(batch[0].job.model)]
+        batch = batch[: self._max_batch_size(batch[0].job.model)]
+        return batch[: self._stepper.most_together(batch[0].state.batch_key)]
 
     def _decode_done(self, engine: "Engine") -> None:
         """Begin the decoding of requests that took their last step. The publisher does what takes no turns."""
@@ -292,15 +322,21 @@ class Worker:
         others = sum(other.grid_bytes for other in self._running)
         return not others or others + grid_bytes(running.request) <= self.limits.max_decode_bytes
 
-    def _decode(self, running: Running, decoding: Generator[None, None, FieldSamples]) -> None:
+    def _decode(self, engine: "Engine", running: Running, decoding: Generator[None, None, FieldSamples]) -> None:
         """Give a mesh its turn."""
         candidate, began = running.as_candidate(), time.perf_counter()
         try:
-            while time.perf_counter() - began < DECODE_TURN_S:
-                next(decoding)
+            with self._device.shared():
+                while time.perf_counter() - began < DECODE_TURN_S:
+                    next(decoding)
         except StopIteration as end:
             samples: FieldSamples = end.value
             self._publish(running, lambda: samples)
+        except DeviceLost:
+            raise
+        except OutOfDeviceMemory as error:
+            logger.warning("%s; it is decoded at once", error)
+            self._publish(running, partial(_whole_field, engine, running.state))
         except Exception as error:
             self._let_go(running)
             self._publisher.fail(running.claim, error)
@@ -328,7 +364,12 @@ class Worker:
     def _let_go(self, running: Running) -> None:
         with self._lock:
             self._running.remove(running)
+        self._stepper.forget_failures()
         self._on_room()
+
+    def _stop_without_device(self, error: DeviceLost) -> None:
+        self._device_lost = error
+        self._wake.set()
 
     def _look_for_room(self) -> None:
         self._wake.set()
@@ -339,3 +380,15 @@ class Worker:
         self._report(report)
         if isinstance(report, Ending):
             self.drop(report.claim.job.id, is_finished=report.status is JobStatus.SUCCEEDED)
+
+
+def _whole_field(engine: "Engine", state: "DenoiseState") -> FieldSamples:
+    """The decoding of a mesh from its beginning, in one turn."""
+    decoding = engine.decode_in_turns(state)
+    assert decoding is not None
+    while True:
+        try:
+            next(decoding)
+        except StopIteration as end:
+            field: FieldSamples = end.value
+            return field

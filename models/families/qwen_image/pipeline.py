@@ -1,6 +1,7 @@
 """Qwen-Image: loading, prompts, batches of rows, decoding. It calls diffusers' own code, piece by piece."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from models.card import Guidance
+from models.curve import CurvePoint
 from models.diffusion.sampling import classifier_free_guidance, rescale_to_norm
 from models.elastic.compute import BlockCost, attention_flops
 from models.errors import InvalidRequest
@@ -94,6 +96,16 @@ class QwenImageFamily(ImageFamily):
     def default_guidance_scale(self) -> float:
         return 4.0
 
+    def start(
+        self,
+        request: GenerationRequest,
+        curve: Sequence[CurvePoint],
+        point: CurvePoint,
+        compute_cap: float | None = None,
+    ) -> DenoiseState:
+        with self._no_features_left():
+            return super().start(request, curve, point, compute_cap)
+
     @property
     def max_sequence_length(self) -> int:
         """Tokens of a prompt and of the template's end. The transformer does not read the template's beginning."""
@@ -173,6 +185,15 @@ class QwenImageFamily(ImageFamily):
         latents = self.pipeline.vae.encode(images[:, :, None]).latent_dist.mode()
         return ((latents - mean) * inverse)[:, :, 0]
 
+    @contextmanager
+    def _no_features_left(self) -> Iterator[None]:
+        """The VAE keeps features for the next frame of a video. If it fails, it would keep them until its next call."""
+        try:
+            yield
+        except BaseException:
+            self.pipeline.vae.clear_cache()
+            raise
+
     @property
     def _latents_mean_and_inverse_std(self) -> tuple[Tensor, Tensor]:
         """Mean and inverse standard deviation of the VAE's latents, by channel, `(1, channels, 1, 1, 1)` each."""
@@ -189,7 +210,8 @@ class QwenImageFamily(ImageFamily):
         latents = self._unpacked(state.latents, state.request).to(vae.dtype)
         mean, inverse = self._latents_mean_and_inverse_std
         # Divided by the inverse, as in the stock pipeline, so that results are bitwise equal.
-        image = vae.decode(latents / inverse + mean, return_dict=False)[0][:, :, 0]
+        with self._no_features_left():
+            image = vae.decode(latents / inverse + mean, return_dict=False)[0][:, :, 0]
         return self._pixels(image, state.request)
 
 
