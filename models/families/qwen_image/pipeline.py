@@ -206,7 +206,7 @@ class QwenImageFamily(ImageFamily):
 
     @torch.inference_mode()
     def decode(self, state: DenoiseState) -> NDArray[np.uint8]:
-        vae = self.pipeline.vae
+        vae = self._vae_for(state.request)
         latents = self._unpacked(state.latents, state.request).to(vae.dtype)
         mean, inverse = self._latents_mean_and_inverse_std
         # Divided by the inverse, as in the stock pipeline, so that results are bitwise equal.
