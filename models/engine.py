@@ -15,6 +15,7 @@ from models.background.cut_out import NotCutOut, object_alpha
 from models.card import ModelCard
 from models.curve import CurvePoint
 from models.device import SideStream, hand_to_steps
+from models.device_errors import DeviceErrors
 from models.elastic.host import wait_for_work
 from models.elastic.runner import run_block
 from models.errors import InvalidRequest, UnknownModel
@@ -31,6 +32,8 @@ class Engine:
     """Holds loaded models. Used by one thread, which owns the device: the one that loaded them.
 
     What other threads may call says so. Modules hold weights only. All state of a request is in its `DenoiseState`.
+    Whatever uses the device can raise OutOfDeviceMemory, and may succeed later, and DeviceLost, after which nothing
+    does in this process.
     """
 
     def __init__(self, families: Mapping[str, Family], cards: Mapping[str, ModelCard]) -> None:
@@ -54,7 +57,7 @@ class Engine:
         model can't serve.
         """
         family = self._family(request.model)
-        with self._encoding[request.model].used():
+        with DeviceErrors("encoding", request), self._encoding[request.model].used():
             branches = branches or family.encode(request)
             encoded = Encoded(branches, family.begin(request, branches))
         hand_to_steps(encoded, family.device)
@@ -70,24 +73,31 @@ class Engine:
         """
         family = self._family(request.model)
         curve = self.cards[request.model].curve_for(request)
-        if point:
-            return family.start(request, curve, point, encoded=encoded)
-        return family.start(request, curve, request.point, request.compute_cap, encoded)
+        with DeviceErrors("starting", request):
+            if point:
+                return family.start(request, curve, point, encoded=encoded)
+            return family.start(request, curve, request.point, request.compute_cap, encoded)
 
     def encodes_on_device(self, model: str) -> bool:
         """Whether encoding takes time of the device that steps run on."""
         return self._family(model).encodes_on_device
 
-    @torch.inference_mode()
     def step(self, states: Sequence[DenoiseState]) -> StepReport:
         """Run the next denoise step of every state, and go on through the steps that it forecasts after that one.
 
         All must have one `shape`, and none may be done. Steps, prompts, guidance, budgets and rules may differ. Only
-        those of one `batch_key` share calls.
+        those of one `batch_key` share calls. A step that raises has changed no state, and holds no memory any more: it
+        can be repeated, in parts too.
         """
+        with DeviceErrors("a denoise step of", states[0].request, states):
+            return self._step(states)
+
+    @torch.inference_mode()
+    def _step(self, states: Sequence[DenoiseState]) -> StepReport:
         started = time.perf_counter()
         velocities, router_seconds, blocks = self._compute(states)
-        forecast = [state.complete_step(velocity) for state, velocity in zip(states, velocities, strict=True)]
+        moves = [state.moved(velocity) for state, velocity in zip(states, velocities, strict=True)]
+        forecast = [state.complete_step(move) for state, move in zip(states, moves, strict=True)]
         if states[0].latents.is_cuda:
             # Costs are predicted from these seconds, which must include the kernels' run time. Nothing else of the
             # device is waited for, and whoever decodes the latents has them.
@@ -104,7 +114,7 @@ class Engine:
 
     @torch.inference_mode()
     def velocities(self, states: Sequence[DenoiseState]) -> list[Velocity]:
-        """The velocities of the states' next step, for `DenoiseState.complete_step`. Calibration learns from them."""
+        """The velocities of the states' next step, for `DenoiseState.moved`. Calibration learns from them."""
         return self._compute(states)[0]
 
     def _compute(self, states: Sequence[DenoiseState]) -> tuple[list[Velocity], float, tuple[BlockReport, ...]]:
@@ -150,7 +160,7 @@ class Engine:
         """
         assert state.is_done
         family, request = self._family(state.request.model), state.request
-        with self._decoding[request.model].used():
+        with DeviceErrors("decoding", request), self._decoding[request.model].used():
             result = family.decode(state)
         if isinstance(request, ImageRequest) and request.is_transparent:
             assert not isinstance(result, CleanMesh)
@@ -164,7 +174,8 @@ class Engine:
         field is not finite. None for models without a field, which only `finish` decodes. Used by the device's thread.
         """
         assert state.is_done
-        return self._family(state.request.model).decode_in_turns(state)
+        decoding = self._family(state.request.model).decode_in_turns(state)
+        return None if decoding is None else _in_turns(decoding, state.request)
 
     def preview(self, state: DenoiseState) -> Callable[[], NDArray[np.uint8] | CleanMesh]:
         """A function that decodes the current estimate of the result cheaply. The state needs at least one step.
@@ -177,7 +188,7 @@ class Engine:
         return partial(self._preview, state.request, state.prediction)
 
     def _preview(self, request: GenerationRequest, prediction: Tensor) -> NDArray[np.uint8] | CleanMesh:
-        with self._decoding[request.model].used():
+        with DeviceErrors("a preview of", request), self._decoding[request.model].used():
             return self._family(request.model).preview(request, prediction)
 
     def memory_bytes(self) -> dict[str, int]:
@@ -221,6 +232,13 @@ class _Call(NamedTuple):
     velocities: Mapping[int, Tensor]
     router_seconds: float
     reports: Sequence[BlockReport]
+
+
+def _in_turns(
+    decoding: Generator[None, None, FieldSamples], request: GenerationRequest
+) -> Generator[None, None, FieldSamples]:
+    with DeviceErrors("decoding", request):
+        return (yield from decoding)
 
 
 def _cut_out(pixels: NDArray[np.uint8], remover: Path | None) -> NDArray[np.uint8]:

@@ -62,6 +62,11 @@ class GenerationRequest:
     wants_trace: bool = False
 
     @property
+    def size(self) -> str:
+        """What its memory depends on, for messages."""
+        raise NotImplementedError
+
+    @property
     def num_branches(self) -> int:
         """Rows of every step: guidance runs it with and without the prompt or the image."""
         return 2 if self.is_guided else 1
@@ -152,6 +157,10 @@ class ImageRequest(GenerationRequest):
     is_transparent: bool = False
 
     @property
+    def size(self) -> str:
+        return f"{self.width}x{self.height}"
+
+    @property
     def num_steps(self) -> int:
         """As in `GenerationRequest`. Raises what `steps_of_strength` raises."""
         if self.edit is None or self.edit.strength is None:
@@ -182,3 +191,7 @@ class MeshRequest(GenerationRequest):
     target_faces: int | None = None
     remove_background: BackgroundRemoval = BackgroundRemoval.AUTO
     is_prepared: bool = False
+
+    @property
+    def size(self) -> str:
+        return f"octree_resolution {self.octree_resolution}"

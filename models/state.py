@@ -13,7 +13,7 @@ from models.budget import point_of_compute
 from models.curve import CurvePoint
 from models.diffusion.sampling import add_noise, euler_step, linear_step
 from models.elastic.plan import Policy
-from models.elastic.row import Allowance, Row
+from models.elastic.row import Allowance, Row, StepJournal
 from models.report import Decision, GenerationSummary, StepDecision, TokenCounts
 from models.request import GenerationRequest
 from models.rules import RULES
@@ -77,6 +77,15 @@ class Velocity(NamedTuple):
         return Velocity(self.guided.clone(), None if self.conditional is None else self.conditional.clone())
 
 
+class Move(NamedTuple):
+    """What a computed step leads to: the state at its next computed step, `following`, before it is there."""
+
+    following: int
+    latents: Tensor
+    prediction: Tensor
+    velocities: list[Velocity]
+
+
 @dataclass(frozen=True, slots=True)
 class KeptRegion:
     """The part of a picture that an edit keeps. Its latents follow the picture, whatever the model predicts.
@@ -109,9 +118,13 @@ class DenoiseState:
     `thresholds` and `points` have an entry for each of them; `velocities` are those of the last ones, the newest first.
     `run_rates` has one entry per block: a running mean of the rows that ran there, in which the last step weighs a
     third. `prediction` is the clean-sample estimate from the last velocities. `kept` is what an edit with a mask keeps.
-    `num_picture_tokens` counts the tokens of the pictures that the request edits. States of one `shape` fit into one
-    batch. `exact_tolerance` is how far the latents may be from those of the publisher's pipeline if every step is
-    exact, 0 for not at all; None if calls are shared all the same, so that nothing is promised.
+    `num_picture_tokens` counts the tokens of the pictures that the request edits, `num_prompt_tokens` those of its
+    prompts. States of one `shape` fit into one batch. `exact_tolerance` is how far the latents may be from those of the
+    publisher's pipeline if every step is exact, 0 for not at all; None if calls are shared all the same, so that
+    nothing is promised.
+
+    Of a done state, only what its result and its account need is left: `inputs`, `velocities`, `kept` and the rows'
+    residuals are gone. It may wait for its decoding while others need the memory.
     """
 
     request: GenerationRequest
@@ -135,6 +148,7 @@ class DenoiseState:
     step_index: int = 0
     prediction: Tensor | None = None
     num_picture_tokens: int = 0
+    num_prompt_tokens: int = 0
     exact_tolerance: float | None = None
 
     @property
@@ -246,12 +260,12 @@ class DenoiseState:
         computed = [*self.computed, self.step_index]
         return self.forecaster.next_step(computed, num_left) if num_left else self.num_steps
 
-    def complete_step(self, velocity: Velocity) -> int:
+    def complete_step(self, move: Move) -> int:
         """Apply the changes of a computed step, and go on through the steps that are forecast; returns how many.
 
-        A step that failed before this call has changed nothing and can be repeated.
+        A step that failed before this call has changed nothing and can be repeated. This call needs no memory of the
+        device, so that it cannot fail for some states of a batch alone.
         """
-        next_step = self._apply(velocity)
         self.thresholds.append(self.rows[0].policy.skip_threshold)
         self.points.append(self.point)
         of_blocks = zip(*(row.journal.plans for row in self.rows), strict=True)
@@ -260,12 +274,27 @@ class DenoiseState:
         self.run_rates = [rate + (ran - rate) / 3 for rate, ran in zip(expected, runs, strict=True)]
         for row in self.rows:
             row.end_step()
-        num_forecast = next_step - self.step_index - 1
-        self.step_index = next_step
+        self.latents, self.prediction, self.velocities = move.latents, move.prediction, move.velocities
+        self.computed.append(self.step_index)
+        num_forecast = move.following - self.step_index - 1
+        self.step_index = move.following
+        if self.is_done:
+            self._let_go()
         return num_forecast
 
-    def _apply(self, velocity: Velocity) -> int:
-        """Take the latents on to the next computed step, and return it."""
+    def abandon_step(self) -> None:
+        """Let go of what a failed step has left. It can be repeated."""
+        for row in self.rows:
+            row.journal = StepJournal()
+
+    def _let_go(self) -> None:
+        """Let go of what only further steps need."""
+        self.inputs, self.velocities, self.kept = [], [], None
+        for row in self.rows:
+            row.residuals = {}
+
+    def moved(self, velocity: Velocity) -> Move:
+        """What `complete_step` makes of a velocity of the next step. Nothing changes yet."""
         step, latents = self.step_index, self.latents
         velocities = [velocity.copy(), *self.velocities[: MAX_VELOCITIES - 1]] if self.forecaster else []
         following = self._next_step()
@@ -283,9 +312,7 @@ class DenoiseState:
         if self.kept:
             moved = self.kept.restore(moved, self.sigmas[following])
             prediction = self.kept.restore(prediction, self.sigmas[-1])
-        self.latents, self.prediction, self.velocities = moved, prediction, velocities
-        self.computed.append(step)
-        return following
+        return Move(following, moved, prediction, velocities)
 
     def summary(self) -> GenerationSummary:
         """The account of the steps taken so far."""
@@ -311,7 +338,7 @@ class DenoiseState:
             is_calibrated=all(point.is_calibrated for point in self.points or [self.point]),
             decisions=self._decisions() if self.request.wants_trace else None,
             tokens=TokenCounts(
-                prompts=sum(branch.num_prompt_tokens for branch in self.inputs),
+                prompts=self.num_prompt_tokens,
                 pictures=self.num_picture_tokens,
                 latents=self.latents.shape[1],
             ),

@@ -304,6 +304,7 @@ class Family(ABC):
             forecaster=forecaster,
             kept=kept,
             exact_tolerance=self.exact_tolerance if request.wants_exact else None,
+            num_prompt_tokens=sum(branch.inputs.num_prompt_tokens for branch in branches),
         )
 
     def _forecaster(self, sigmas: Tensor, is_guided: bool) -> Forecaster:

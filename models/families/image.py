@@ -19,6 +19,7 @@ from models.card import ImageCard, ModelCard, SizeLimits, basics_of
 from models.curve import EXACT, Preset
 from models.diffusion.sampling import flow_schedule
 from models.elastic.compute import BlockCost
+from models.families import tiling
 from models.families.editing import NoisedPicture, noised_picture, with_kept_pixels
 from models.families.family import Beginning, BranchStart, Family
 from models.families.preview import apply_colour_map, fit_colour_map, fitting_images
@@ -196,7 +197,8 @@ class ImageFamily(Family):
         if request.edit is None or request.edit.strength is None:
             return NoisedPicture(self._draw_latents(request), sigmas, timesteps, None)
         with self._encoding:
-            return noised_picture(self._inpaint, request, self.transformer.dtype, self.transformer.device)
+            inpaint = self.inpaint_pipeline(**{**self.pipeline.components, "vae": self._vae_for(request)})
+            return noised_picture(inpaint, request, self.transformer.dtype, self.transformer.device)
 
     @torch.inference_mode()
     def preview(self, request: GenerationRequest, prediction: Tensor) -> NDArray[np.uint8]:
@@ -238,6 +240,11 @@ class ImageFamily(Family):
         # FLUX's pipeline also returns the positions of its tokens.
         latents: Tensor = drawn[0] if isinstance(drawn, tuple) else drawn
         return latents
+
+    def _vae_for(self, request: GenerationRequest) -> Any:
+        """The autoencoder, for a picture of this size."""
+        assert isinstance(request, ImageRequest)
+        return tiling.for_size(self.pipeline.vae, request.height, request.width, self.pipeline.vae_scale_factor)
 
     def _unpacked(self, latents: Tensor, request: GenerationRequest) -> Tensor:
         """Latents in the VAE's order, still scaled for the transformer: `(1, channels, [1 frame,] rows, columns)`."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from models.request import GenerationRequest
 from service.jobs.store import Claim
 from service.metrics import Metrics
+from service.running.device_use import DeviceUse
 from service.running.held import EncodedRequest, HeldJob
 from service.running.priority_thread import PriorityThread
 from service.running.sandbox import NotWanted
@@ -25,8 +26,9 @@ class Encoder:
     result. So they are not batched.
     """
 
-    def __init__(self, metrics: Metrics, is_wanted: Callable[[Claim], bool]) -> None:
+    def __init__(self, metrics: Metrics, device: DeviceUse, is_wanted: Callable[[Claim], bool]) -> None:
         self._metrics = metrics
+        self._device = device
         self._is_wanted = is_wanted
         self._threads: defaultdict[str, PriorityThread] = defaultdict(partial(PriorityThread, "encoder"))
         self._is_closed = False
@@ -40,7 +42,7 @@ class Encoder:
         if self._is_closed or not self._is_wanted(held.claim):
             raise NotWanted
         began = time.perf_counter()
-        encoded = engine.encode(request, held.branches)
+        encoded = self._device.call(lambda: engine.encode(request, held.branches))
         if held.branches is None:
             lookups = [branch.was_cached for branch in encoded.branches if branch.was_cached is not None]
             self._metrics.observe_prompts(held.job.model, lookups)

@@ -6,9 +6,11 @@ from functools import partial
 from threading import RLock
 from typing import TYPE_CHECKING
 
+from models.errors import DeviceLost
 from models.request import GenerationRequest
 from service.jobs.store import Claim
 from service.metrics import Metrics
+from service.running.device_use import DeviceUse
 from service.running.encoder import Encoder
 from service.running.held import EncodedRequest, HeldJob, Running
 from service.running.preparer import Preparer
@@ -35,6 +37,7 @@ class Starter:
         publisher: Publisher,
         fair_share: FairShare,
         precedence: Precedence,
+        device: DeviceUse,
         *,
         classes: Callable[[], set[bool]],
         claim_place: Callable[[HeldJob, int], bool],
@@ -47,6 +50,7 @@ class Starter:
         self._publisher = publisher
         self._fair_share = fair_share
         self._precedence = precedence
+        self._device = device
         self._classes = classes
         self._claim_place = claim_place
         self._add = add
@@ -54,7 +58,7 @@ class Starter:
         self._on_ready = on_ready
         self._clock = clock
         self._preparer = Preparer(on_ready)
-        self._encoder = Encoder(metrics, is_held)
+        self._encoder = Encoder(metrics, device, is_held)
         self._lock = RLock()  # one thread at a time begins; a preparation that ends at once goes on in the same call
         self._is_closed = False
 
@@ -69,7 +73,10 @@ class Starter:
                     self._begin(engine, held, index)
 
     def start_what_fits(self, engine: "Engine", jobs: Iterable[HeldJob]) -> None:
-        """Start what is encoded, where there is room. Jobs whose input can't be used fail, whether there is or not."""
+        """Start what is encoded, where there is room. Jobs whose input can't be used fail, whether there is or not.
+
+        Raises DeviceLost.
+        """
         for held in jobs:
             self.begin(engine, held)
             for index in [*held.unstarted]:
@@ -77,7 +84,7 @@ class Starter:
                     break
                 for stage in (held.prepared.get(index), held.encoding.get(index)):
                     if stage is not None and stage.done() and isinstance(error := stage.exception(), Exception):
-                        self._publisher.fail(held.claim, error)
+                        self._fail(held.claim, error)
                         break
                 else:
                     encoding = held.encoding.get(index)
@@ -119,9 +126,9 @@ class Starter:
         job, request = held.job, held.job.requests[index]
         began = time.perf_counter()
         try:
-            state = engine.start(request, encoded=encoding.encoded)
+            state = self._device.call(lambda: engine.start(request, encoded=encoding.encoded))
         except Exception as error:
-            self._publisher.fail(held.claim, error)
+            self._fail(held.claim, error)
             return
         now = time.perf_counter()
         encode_s = encoding.seconds + now - began
@@ -142,3 +149,9 @@ class Starter:
         held.prepared.pop(index, None)
         if not held.unstarted:
             held.branches = None
+
+    def _fail(self, claim: Claim, error: Exception) -> None:
+        """End a job because of `error`. Nobody's job fails because the device is lost."""
+        if isinstance(error, DeviceLost):
+            raise error
+        self._publisher.fail(claim, error)

@@ -10,22 +10,24 @@ from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING
 
 from models.card import ModelCard
+from models.errors import DeviceLost, OutOfDeviceMemory
 from models.mesh.surface import FieldSamples
-from models.report import StepReport
 from service.jobs.job import JobStatus
 from service.jobs.store import Claim, Ending
 from service.metrics import Metrics
-from service.running.held import DECODE_TURN_S, HeldJob, Running, preview_steps
-from service.running.publisher import Decoded, Denoised, PendingPreview, Publisher, Report
+from service.running.device_use import DeviceUse
+from service.running.held import DECODE_TURN_S, HeldJob, Running
+from service.running.publisher import Decoded, Denoised, Publisher, Report
 from service.running.starting import Starter
-from service.scheduling.batching import Candidate, FairShare, shape_of
-from service.scheduling.cost import dense_step_seconds, grid_bytes
-from service.scheduling.deadline import point_for
+from service.running.stepping import Stepper
+from service.scheduling.batching import FairShare, shape_of
+from service.scheduling.cost import grid_bytes
 from service.scheduling.pace import Pace
 from service.scheduling.precedence import Precedence
 
 if TYPE_CHECKING:  # models.engine brings torch, which the API side never loads
     from models.engine import Engine
+    from models.state import DenoiseState
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +76,16 @@ class Worker:
         self._engine: Engine | None = None
         self._clock = clock
         self._wake = Event()
-        self._publisher = Publisher(metrics, self._tell, self.is_held, clock=clock)
+        self._device = DeviceUse()
+        self._device_lost: DeviceLost | None = None
+        self._publisher = Publisher(
+            metrics,
+            self._tell,
+            self.is_held,
+            device=self._device,
+            on_device_lost=self._stop_without_device,
+            clock=clock,
+        )
         self._loaded: Future[None] = Future()
         self._thread = Thread(target=self._run, name="worker", daemon=True)
         self._is_stopping = False
@@ -88,11 +99,22 @@ class Worker:
             self._publisher,
             self._fair_share,
             self._precedence,
+            self._device,
             classes=self._classes,
             claim_place=self._claim_place,
             add=self._add,
             is_held=self.is_held,
             on_ready=self._wake.set,
+            clock=clock,
+        )
+        self._stepper = Stepper(
+            metrics,
+            self._publisher,
+            self._fair_share,
+            self._precedence,
+            self._device,
+            report=self._tell,
+            let_go=self._let_go,
             clock=clock,
         )
 
@@ -150,6 +172,14 @@ class Worker:
         with self._lock:
             return [held.claim for held in self._held.values()]
 
+    def suspects(self) -> set[str]:
+        """Leases of the jobs that were running when the thread ended because of an error: one may be the cause."""
+        if not self.is_broken:
+            return set()
+        with self._lock:
+            begun = [held for held in self._held.values() if len(held.unstarted) < len(held.job.requests)]
+            return {held.claim.lease for held in begun}
+
     def finish_seconds(self, model: str) -> float:
         """How long decoding and encoding the model's last result took; 0 before the first."""
         return self._publisher.finish_seconds(model)
@@ -172,6 +202,9 @@ class Worker:
         try:
             while not self._is_stopping:
                 self._take_turn(engine)
+        except DeviceLost as error:
+            logger.critical("%s; the process ends, and a new one can use the device again", error, exc_info=error)
+            self.is_broken = True
         except Exception:
             logger.exception("the worker stopped")
             self.is_broken = True
@@ -181,6 +214,8 @@ class Worker:
             self._on_room()
 
     def _take_turn(self, engine: "Engine") -> None:
+        if self._device_lost is not None:
+            raise self._device_lost
         self._wake.clear()  # first, so that anything that arrives from here on wakes the loop again
         self._drop_unwanted()
         self._decode_done(engine)
@@ -190,9 +225,9 @@ class Worker:
         if self._running:
             batch = self._next_batch()
             if batch[0].decoding is None:
-                self._step(engine, batch)
+                self._stepper.step(engine, batch, self._running)
             else:
-                self._decode(batch[0], batch[0].decoding)
+                self._decode(engine, batch[0], batch[0].decoding)
         else:
             self._metrics.observe_groups(self.cards, [])
             self._wake.wait()
@@ -249,74 +284,8 @@ class Worker:
         groups = self._precedence.groups([running.as_candidate() for running in ready], time.perf_counter())
         self._metrics.observe_groups(self.cards, [ready[group[0]].job.model for group in groups])
         batch = [ready[index] for index in groups[0]]
-        return batch[: self._max_batch_size(batch[0].job.model)]
-
-    def _step(self, engine: "Engine", batch: Sequence[Running]) -> None:
-        """Run one computed step of `batch`. If it fails, repeat it for each request alone: only the culprits fail."""
-        for running in batch:
-            self._keep_deadline(running)
-        expected = [running.as_candidate() for running in batch]
-        try:
-            report = engine.step([running.state for running in batch])
-        except Exception as error:
-            if len(batch) == 1:
-                self._let_go(batch[0])
-                self._publisher.fail(batch[0].claim, error)
-                return
-            logger.warning("a step of %d requests failed; each steps alone now", len(batch), exc_info=error)
-            for running in batch:
-                self._step(engine, [running])
-            return
-        self._metrics.observe_step(batch[0].job.model, report)
-        self._metrics.observe_memory(engine.memory_bytes())
-        self._account(batch, expected, report)
-        for held in dict.fromkeys(running.held for running in batch):
-            states = [running.state for running in self._running if running.held is held]
-            self._tell(held.progress(states, time.perf_counter()))
-        for running in batch:
-            self._preview_if_due(engine, running)
-
-    def _account(self, batch: Sequence[Running], expected: Sequence[Candidate], report: StepReport) -> None:
-        """Charge a step to its requests."""
-        now = time.perf_counter()
-        self._precedence.spend(expected[0].is_high, report.seconds)
-        virtual_times = self._fair_share.after_step(expected, report.seconds)
-        for running, virtual_time in zip(batch, virtual_times, strict=True):
-            self._measure_pace(running, now)
-            running.virtual_time = virtual_time
-            running.batch_size_sum += report.batch_size
-            running.held.steps_done += 1
-            running.held.num_steps[running.index] = running.state.num_computed_steps
-
-    def _keep_deadline(self, running: Running) -> None:
-        """For a job with a deadline, choose the curve point of the coming steps from the time that is left."""
-        job, state = running.job, running.state
-        if job.deadline_at is None:
-            return
-        point = point_for(
-            running.request,
-            self.cards[job.model],
-            time_left_s=job.deadline_at - self._clock() - self.finish_seconds(job.model) - job.decode_seconds,
-            steps_left=state.num_steps - state.step_index,
-            num_computed=len(state.computed),
-            pace=running.pace,
-        )
-        state.move_to(point)
-
-    def _measure_pace(self, running: Running, now: float) -> None:
-        card = self.cards[running.job.model]
-        predicted_s = dense_step_seconds(running.request, card) * running.state.point.relative_step_seconds
-        running.pace = (now - (running.last_step_ended or running.denoise_began)) / predicted_s
-        running.last_step_ended = now
-
-    def _preview_if_due(self, engine: "Engine", running: Running) -> None:
-        state = running.state
-        due = preview_steps(running.job.num_previews, state.num_computed_steps)[running.num_previews :]
-        for step in due:
-            if step <= len(state.computed) and not state.is_done:
-                preview = PendingPreview(running.claim, running.index, running.num_previews, engine.preview(state))
-                self._publisher.preview(preview)
-                running.num_previews += 1
+        batch = batch[: self._max_batch_size(batch[0].job.model)]
+        return batch[: self._stepper.most_together(batch[0].state.batch_key)]
 
     def _decode_done(self, engine: "Engine") -> None:
         """Begin the decoding of requests that took their last step. The publisher does what takes no turns."""
@@ -332,15 +301,21 @@ class Worker:
         others = sum(other.grid_bytes for other in self._running)
         return not others or others + grid_bytes(running.request) <= self.limits.max_decode_bytes
 
-    def _decode(self, running: Running, decoding: Generator[None, None, FieldSamples]) -> None:
+    def _decode(self, engine: "Engine", running: Running, decoding: Generator[None, None, FieldSamples]) -> None:
         """Give a mesh its turn."""
         candidate, began = running.as_candidate(), time.perf_counter()
         try:
-            while time.perf_counter() - began < DECODE_TURN_S:
-                next(decoding)
+            with self._device.shared():
+                while time.perf_counter() - began < DECODE_TURN_S:
+                    next(decoding)
         except StopIteration as end:
             samples: FieldSamples = end.value
             self._publish(running, lambda: samples)
+        except DeviceLost:
+            raise
+        except OutOfDeviceMemory as error:
+            logger.warning("%s; it is decoded at once", error)
+            self._publish(running, partial(_whole_field, engine, running.state))
         except Exception as error:
             self._let_go(running)
             self._publisher.fail(running.claim, error)
@@ -368,7 +343,12 @@ class Worker:
     def _let_go(self, running: Running) -> None:
         with self._lock:
             self._running.remove(running)
+        self._stepper.forget_failures()
         self._on_room()
+
+    def _stop_without_device(self, error: DeviceLost) -> None:
+        self._device_lost = error
+        self._wake.set()
 
     def _look_for_room(self) -> None:
         self._wake.set()
@@ -379,3 +359,15 @@ class Worker:
         self._report(report)
         if isinstance(report, Ending):
             self.drop(report.claim.job.id, is_finished=report.status is JobStatus.SUCCEEDED)
+
+
+def _whole_field(engine: "Engine", state: "DenoiseState") -> FieldSamples:
+    """The decoding of a mesh from its beginning, in one turn."""
+    decoding = engine.decode_in_turns(state)
+    assert decoding is not None
+    while True:
+        try:
+            next(decoding)
+        except StopIteration as end:
+            field: FieldSamples = end.value
+            return field

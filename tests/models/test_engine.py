@@ -22,7 +22,7 @@ import models.zoo
 from models.card import Edits, ImageCard
 from models.curve import EXACT, ComputedSteps, CurvePoint, Preset
 from models.engine import Engine
-from models.errors import UnknownModel, WeightsError
+from models.errors import OutOfDeviceMemory, UnknownModel, WeightsError
 from models.families.family import Family
 from models.report import Decision
 from models.request import Budget, ComputeBudget, GenerationRequest, PresetBudget, QualityBudget
@@ -434,7 +434,7 @@ def test_step_that_failed_can_be_repeated(
     states = [open_engine.start(request, point) for request, point in visitors]
     open_engine.step(states)
     handles = [module.register_forward_hook(run_out_of_memory) for module in family.blocks[4].variants.values()]
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(OutOfDeviceMemory):
         open_engine.step(states)
     for handle in handles:
         handle.remove()

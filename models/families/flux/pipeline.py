@@ -148,7 +148,7 @@ class FluxFamily(ImageFamily):
 
     @torch.inference_mode()
     def decode(self, state: DenoiseState) -> NDArray[np.uint8]:
-        vae = self.pipeline.vae
+        vae = self._vae_for(state.request)
         latents = self._unpacked(state.latents, state.request)
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
         image = vae.decode(latents, return_dict=False)[0]
