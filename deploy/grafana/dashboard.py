@@ -295,6 +295,15 @@ COMPUTE = Row(
             "bytes",
             Query(or_none("sum by (instance, kind) (elastic_gpu_memory_bytes)"), "{{instance}} {{kind}}"),
         ),
+        lines(
+            "Prompts",
+            "Found in the cache (hit), or encoded (miss).",
+            "cps",
+            Query(
+                f"sum by (model, outcome) (rate(elastic_prompts_total{{{OF_MODEL}}}[$__rate_interval]))",
+                "{{model}} {{outcome}}",
+            ),
+        ),
     ),
 )
 

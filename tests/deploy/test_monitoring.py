@@ -47,6 +47,7 @@ CONTRACT = {
     "elastic_store_errors_total": {"operation"},
     "elastic_gpu_memory_bytes": {"kind"},
     "elastic_compiled_graphs_total": {"model", "kind"},
+    "elastic_prompts_total": {"model", "outcome"},
 }
 LABELS_OF_PROMETHEUS = {"job", "instance", "le"}
 
