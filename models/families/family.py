@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from models.card import Guidance, ModelCard
@@ -20,6 +21,7 @@ from models.elastic.streams import Streams
 from models.errors import InvalidRequest
 from models.families.wrapping import Adapter, elastic_blocks
 from models.load_options import LoadOptions
+from models.memory import ModelMemory
 from models.mesh.cleanup import CleanMesh
 from models.mesh.surface import FieldSamples
 from models.request import GenerationRequest, LatencyBudget
@@ -88,6 +90,15 @@ class Family(ABC):
     def card(self, basics: ModelCard, manifest: Manifest) -> ModelCard:
         """The model's card, from the fields that all cards have and the manifest's defaults."""
 
+    @property
+    @abstractmethod
+    def modules(self) -> Sequence[nn.Module]:
+        """All parts that have weights, but for the routers."""
+
+    @abstractmethod
+    def memory(self) -> ModelMemory:
+        """What the model and its requests take of the device, by formula."""
+
     @abstractmethod
     def example_request(self, card: ModelCard) -> GenerationRequest:
         """A request with the card's defaults at the exact budget. It costs as much as a client's."""
@@ -137,6 +148,24 @@ class Family(ABC):
     @abstractmethod
     def similarity(self, a: NDArray[Any], b: NDArray[Any]) -> float:
         """The similarity of two quality samples by `quality_metric`; 1 means equal."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        parameter: Tensor = next(self.transformer.parameters())
+        return parameter.device
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights on the transformer's device. Parts that are elsewhere do not count."""
+        modules = [*self.modules, *([self.routers] if self.routers is not None else [])]
+        storages = {
+            StorageWeakRef(storage): storage.nbytes()
+            for module in modules
+            for tensor in (*module.parameters(), *module.buffers())
+            if tensor.device == self.device
+            for storage in [tensor.untyped_storage()]
+        }
+        return sum(storages.values())
 
     def router_modulations(self, streams: Streams) -> tuple[Tensor, ...] | None:
         """Each block's router modulation, from the time embedding of this step. None without routers."""
