@@ -16,6 +16,8 @@ class LoadOptions:
     """Options that hold for all models of a process."""
 
     offload: Offload = Offload.NONE
+    device_memory: int | None = None
+    """The most bytes of the device to use; None for all that it has, and for no limit on a CPU."""
 
     @property
     def offloads_text_encoders(self) -> bool:

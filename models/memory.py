@@ -1,8 +1,8 @@
 """How much memory of the device a model and its requests take, in bytes. No torch: the API side reads it too.
 
-The formulas follow from a model's configuration. Their factors were counted with fake tensors at published sizes; kernels'
-workspaces and fragmentation are not in them, so a reserve is kept. On a GPU the peaks of steps and decodings are
-measured when a model is loaded, and the formulas are scaled by them.
+The formulas follow from a model's configuration. Their factors were counted with fake tensors at published sizes.
+Workspaces of kernels and fragmentation are not in them, so a reserve is kept. On a GPU the peaks of steps and decodings
+are measured when a model is loaded, and the formulas are scaled by them.
 """
 
 import math
@@ -33,6 +33,11 @@ def reserve_bytes(limit: float) -> float:
     return max(RESERVE_SHARE * limit, min(MIN_RESERVE, limit / 8))
 
 
+def in_gib(num_bytes: float) -> str:
+    """A number of bytes for people."""
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
 @dataclass(frozen=True, slots=True)
 class RequestMemory:
     """Bytes of the device that one request takes.
@@ -58,6 +63,10 @@ class RequestMemory:
         return self.running + self.grid + max(self.start, self.call + self.step, self.decode)
 
 
+NO_MEMORY = RequestMemory()
+"""Of requests of which nothing is known."""
+
+
 @dataclass(frozen=True, slots=True)
 class Values:
     """How many numbers of the blocks' width a step holds at its peak, for each token of the two streams."""
@@ -79,11 +88,11 @@ class _Rows:
 class ModelMemory(ABC):
     """What a model takes of its device, and what its requests take.
 
-    `weights` are the model's bytes there. `room` is what the device has for requests, of all its models: its memory
-    less all weights and the reserve; infinite where nothing limits it. A token of the blocks' streams takes
-    `token_bytes`, one of the latents `latent_bytes`. A step holds the largest of `step_values` at its peak. Measured
-    peaks are `scale` times those of the formula, and `call_bytes` more for a whole batch; that of a decoding is
-    `decode_scale` times the formula's.
+    `weights` are the model's bytes there, `all_weights` those of all models on the device. `limit` is how much of it
+    may be used, infinite where nothing limits it. A token of the blocks' streams takes `token_bytes`, one of the
+    latents `latent_bytes`, its position factors `position_bytes`. A step holds the largest of `step_values` at its
+    peak. Measured peaks of steps are `step_scale` times those of the formula, and `call_bytes` more for a whole batch;
+    those of decodings are `decode_scale` times the formula's.
     """
 
     weights: int
@@ -92,10 +101,21 @@ class ModelMemory(ABC):
     latent_bytes: int
     step_values: tuple[Values, ...]
     position_bytes: int = 0
-    room: float = math.inf
+    limit: float = math.inf
+    all_weights: int = 0
     call_bytes: int = 0
     step_scale: float = 1.0
     decode_scale: float = 1.0
+
+    @property
+    def reserve(self) -> float:
+        """Bytes that are kept free."""
+        return 0.0 if math.isinf(self.limit) else reserve_bytes(self.limit)
+
+    @property
+    def room(self) -> float:
+        """Bytes that the device has for requests, of all its models."""
+        return self.limit - self.reserve - self.all_weights
 
     def of(self, request: GenerationRequest, *, reuses_blocks: bool, forecasts_steps: bool) -> RequestMemory:
         """What `request` takes. `reuses_blocks` says whether residuals of blocks may be kept for later steps."""
@@ -209,9 +229,9 @@ class ImageMemory(ModelMemory):
 class MeshMemory(ModelMemory):
     """Of a model of meshes, whose latents have one size.
 
-    What stands in the place of text has `num_text_tokens`. Encoding an image takes `encode_bytes`, and its tokens `context_bytes` for each row. Decoding reads the field at
-    `points_per_call` points at once, which take `point_bytes` each, and holds `field_bytes` of the shape; to compute
-    these takes `field_peak_bytes`.
+    What stands in the place of text has `num_text_tokens`. Encoding an image takes `encode_bytes`, and its tokens
+    `context_bytes` for each row. Decoding reads the field at `points_per_call` points at once, which take `point_bytes`
+    each, and holds `field_bytes` of the shape; to compute these takes `field_peak_bytes`.
     """
 
     num_latents: int

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic import ByteSize, Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
@@ -103,6 +103,13 @@ class Settings(BaseSettings):
         "prompts take longer.",
     )
     offload_text_encoders: bool = Field(default=False, description="The older form of offload: text_encoders.")
+    device_memory: ByteSize | None = Field(
+        default=None,
+        gt=0,
+        description="The most memory of the device to use, for weights and requests together, such as 24GiB; all that "
+        "a GPU has by default, and no limit on a CPU. Requests wait for room in it, and what could never fit is "
+        "refused.",
+    )
     default_budget: BudgetBody = Field(
         default=BudgetBody(quality=0.9),
         description="The budget of requests without one, as JSON in the environment.",
@@ -310,7 +317,7 @@ class Settings(BaseSettings):
         offload = self.offload
         if offload is Offload.NONE and self.offload_text_encoders:
             offload = Offload.TEXT_ENCODERS
-        return LoadOptions(offload=offload)
+        return LoadOptions(offload=offload, device_memory=self.device_memory)
 
     @model_validator(mode="after")
     def _check_webhooks(self) -> Self:

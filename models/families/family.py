@@ -44,7 +44,8 @@ class Family(ABC):
 
     `adapter` takes the transformer apart. `blocks` are the elastic blocks in order. `routers`, if there are any, stand
     beside the model, so its state dict is unchanged. With a `forecast_table` steps can be forecast.
-    `background_remover` is the folder of the network that removes backgrounds. `quality_metric` names the metric of
+    `background_remover` is the folder of the network that removes backgrounds. `room` are the bytes of the device that
+    are left for requests. `quality_metric` names the metric of
     `similarity`.
     """
 
@@ -57,6 +58,7 @@ class Family(ABC):
         self.routers = router_weights.stack if router_weights else None
         self.forecast_table: ForecastTable | None = None
         self.background_remover: Path | None = None
+        self.room = math.inf
         self._forecasters: dict[tuple[bytes, bool], Forecaster] = {}
         self.blocks = elastic_blocks(transformer, self.adapter, router_weights)
         self._router_modulation: nn.Linear | None = router_weights.stack.fused_modulation() if router_weights else None

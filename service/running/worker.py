@@ -4,22 +4,24 @@ import logging
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING
 
 from models.card import ModelCard
+from models.memory import RequestMemory
 from models.mesh.surface import FieldSamples
 from models.report import StepReport
 from service.jobs.job import Job, JobStatus
-from service.jobs.store import Claim, Ending
+from service.jobs.store import Claim, Ending, Fits
 from service.metrics import Metrics
 from service.running.held import DECODE_TURN_S, HeldJob, Running, preview_steps
 from service.running.preparer import Preparer
 from service.running.publisher import Decoded, Denoised, PendingPreview, Publisher, Report
+from service.running.room import Newcomer, Room, WorkerLimits
 from service.scheduling.batching import Candidate, FairShare, shape_of
-from service.scheduling.cost import block_seconds, dense_step_seconds, grid_bytes
+from service.scheduling.cost import block_seconds, dense_step_seconds
 from service.scheduling.deadline import point_for
 from service.scheduling.pace import Pace
 from service.scheduling.precedence import Precedence
@@ -28,21 +30,6 @@ if TYPE_CHECKING:  # models.engine brings torch, which the API side never loads
     from models.engine import Engine
 
 logger = logging.getLogger(__name__)
-
-_SHARE_FOR_HIGH = 8
-"""One in so many of the places for running requests is kept for those of high priority."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerLimits:
-    """At most `max_batch_size` requests share a step, and at most `max_running` are in memory.
-
-    The grids of meshes that are decoded at once take at most `max_decode_bytes`, as predicted. A larger one goes alone.
-    """
-
-    max_batch_size: int
-    max_running: int
-    max_decode_bytes: int
 
 
 class Worker:
@@ -74,6 +61,7 @@ class Worker:
         self._clock = clock
         self._wake = Event()
         self._publisher = Publisher(metrics, self._tell, self.is_held, clock=clock)
+        self._room = Room(limits, self._publisher)
         self._preparer = Preparer(on_prepared=self._wake.set)
         self._loaded: Future[None] = Future()
         self._thread = Thread(target=self._run, name="worker", daemon=True)
@@ -101,18 +89,35 @@ class Worker:
             self._thread.join(timeout_s)
         return not self.is_alive
 
-    def can_take(self, model: str, shape: str, is_high: bool) -> bool:
-        """Whether a request of this shape, perhaps of high priority, could start before any that waits here."""
-        with self._lock:
-            waiting = [held for held in self._held.values() for _ in held.unstarted]
-            return model in self.cards and self._has_room(model, shape, is_high, waiting)
+    def fits(self) -> Fits:
+        """What to claim in one look at the queue: requests that could start before any that waits here.
+
+        One that the device could run, but has no memory for now, holds up those behind it, so that it is not overtaken
+        for ever. One that the device could never run is left to other workers.
+        """
+        has_to_wait = False
+
+        def fits(model: str, shape: str, is_high: bool, memory: RequestMemory) -> bool:
+            nonlocal has_to_wait
+            if has_to_wait or model not in self.cards or not self._room.is_large_enough(memory):
+                return False
+            new = Newcomer(model, shape, is_high, memory)
+            with self._lock:
+                waiting = [held for held in self._held.values() for _ in held.unstarted]
+                if not self._room.has_place(new, waiting, self._running):
+                    return False
+                has_to_wait = not self._room.has_memory(new, waiting, self._running)
+            return not has_to_wait
+
+        return fits
 
     def take(self, claim: Claim) -> None:
-        """Run this job, which was claimed because `can_take` allowed it."""
+        """Run this job, which was claimed because it `fits`."""
         job = claim.job
         held = HeldJob(
             claim,
             shape_of(job.requests[0]),
+            self.cards[job.model].memory_of(job.requests[0]),
             unstarted=list(range(len(job.requests))),
             num_steps=[request.num_computed_steps for request in job.requests],
         )
@@ -152,7 +157,7 @@ class Worker:
         except BaseException as error:
             self._loaded.set_exception(error)
             return
-        self.cards = engine.cards
+        self.cards = self._room.cards = engine.cards
         self._loaded.set_result(None)
         try:
             while not self._is_stopping:
@@ -170,9 +175,11 @@ class Worker:
         self._drop_unwanted()
         self._decode_done(engine)
         self._start_what_fits(engine)
-        if self._running:
+        if self._ready():
             batch = self._next_batch()
-            if batch[0].decoding is None:
+            if not batch:
+                self._wake.wait()  # until a decoding has ended
+            elif batch[0].decoding is None:
                 self._step(engine, batch)
             else:
                 self._decode(batch[0], batch[0].decoding)
@@ -195,8 +202,10 @@ class Worker:
         for held, index in waiting:
             if not self._is_prepared(engine, held, index) or self._keeps_out(held.job):
                 continue
+            new = Newcomer(held.job.model, held.shape, held.job.is_high, held.memory)
             with self._lock:
-                has_room = self._has_room(held.job.model, held.shape, held.job.is_high, [])
+                has_place = self._room.has_place(new, [], self._running)
+                has_room = has_place and self._room.has_memory(new, [], self._running)
                 if has_room and index in held.unstarted:
                     held.unstarted.remove(index)
             if has_room:
@@ -215,21 +224,6 @@ class Worker:
                 return True
             held.prepared[index] = self._preparer.prepare(preparation, partial(self.is_held, held.claim))
         return held.prepared[index].done()
-
-    def _has_room(self, model: str, shape: str, is_high: bool, waiting: Sequence[HeldJob]) -> bool:
-        """Whether one more request could start if one of each of `waiting` had started. Needs the lock.
-
-        One of high priority does not wait for others to end: they leave room for it, and it does not count them among
-        those of its shape.
-        """
-        most = self.limits.max_running
-        held = [*waiting, *(running.held for running in self._running)]
-        is_full = len(held) + self._publisher.num_unfinished >= (most if is_high else most - most // _SHARE_FOR_HIGH)
-        rivals = sum(other.shape == shape and (other.job.is_high or not is_high) for other in held)
-        return not is_full and rivals < self._max_batch_size(model)
-
-    def _max_batch_size(self, model: str) -> int:
-        return min(self.limits.max_batch_size, self.cards[model].max_batch_size)
 
     def _start(self, engine: "Engine", held: HeldJob, index: int) -> None:
         if not self.is_held(held.claim):  # an earlier request of the job has failed
@@ -262,13 +256,12 @@ class Worker:
         """Those that can have a turn: all but those that wait until there is room for their grid."""
         return [running for running in self._running if running.decoding is not None or not running.state.is_done]
 
-    def _next_batch(self) -> list[Running]:
-        """The requests that share the next step, or the one whose decoding has a turn."""
+    def _next_batch(self) -> Sequence[Running]:
+        """The requests that share the next step, or the one whose decoding has a turn. None while they lack memory."""
         ready = self._ready()
         groups = self._precedence.groups([running.as_candidate() for running in ready], time.perf_counter())
         self._metrics.observe_groups(self.cards, [ready[group[0]].job.model for group in groups])
-        batch = [ready[index] for index in groups[0]]
-        return batch[: self._max_batch_size(batch[0].job.model)]
+        return self._room.cut([ready[index] for index in groups[0]], self._running)
 
     def _step(self, engine: "Engine", batch: Sequence[Running]) -> None:
         """Run one computed step of `batch`. If it fails, repeat it for each request alone: only the culprits fail."""
@@ -287,7 +280,7 @@ class Worker:
                 self._step(engine, [running])
             return
         self._metrics.observe_step(batch[0].job.model, report)
-        self._metrics.observe_memory(engine.memory_bytes())
+        self._metrics.observe_memory({**engine.memory_bytes(), **self._room.kinds(self._running)})
         self._account(batch, expected, report)
         for held in dict.fromkeys(running.held for running in batch):
             states = [running.state for running in self._running if running.held is held]
@@ -333,8 +326,11 @@ class Worker:
         due = preview_steps(running.job.num_previews, state.num_computed_steps)[running.num_previews :]
         for step in due:
             if step <= len(state.computed) and not state.is_done:
-                preview = PendingPreview(running.claim, running.index, running.num_previews, engine.preview(state))
-                self._publisher.preview(preview)
+                if not self._room.for_preview(running, self._running):
+                    return  # it is made after a later step, or never
+                decode, number = engine.preview(state), running.num_previews
+                preview = PendingPreview(running.claim, running.index, number, decode, running.memory.preview)
+                self._publisher.preview(preview, on_preview=self._look_for_room)
                 running.num_previews += 1
 
     def _decode_done(self, engine: "Engine") -> None:
@@ -342,14 +338,13 @@ class Worker:
         for running in [running for running in self._running if running.state.is_done and running.decoding is None]:
             running.denoise_ended = running.denoise_ended or time.perf_counter()
             decoding = engine.decode_in_turns(running.state)
-            if decoding is None:
+            if decoding is not None:
+                if self._room.for_grid(running, self._running):
+                    running.decoding = decoding
+            elif self._room.for_decoding(running, self._running):
                 self._publish(running, partial(engine.finish, running.state))
-            elif self._has_room_for_grid(running):
-                running.decoding = decoding
-
-    def _has_room_for_grid(self, running: Running) -> bool:
-        others = sum(other.grid_bytes for other in self._running)
-        return not others or others + grid_bytes(running.request) <= self.limits.max_decode_bytes
+            else:
+                return  # those behind it wait as well, so that it gets its turn
 
     def _decode(self, running: Running, decoding: Generator[None, None, FieldSamples]) -> None:
         """Give a mesh its turn."""
@@ -380,6 +375,7 @@ class Worker:
             denoise_s=running.denoise_ended - running.denoise_began,
             field_s=time.perf_counter() - running.denoise_ended,
             batch_size_mean=running.batch_size_sum / len(running.state.computed),
+            memory=replace(running.memory, decode=0) if running.decoding else running.memory,
         )
         self._publisher.publish(denoised, on_artifact=self._look_for_room)
         self._let_go(running)

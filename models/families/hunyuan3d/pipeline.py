@@ -1,6 +1,5 @@
 """Hunyuan3D makes meshes from images: loading, image tokens, batches of rows, decoding."""
 
-import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import cached_property, partial
 from io import BytesIO
@@ -290,5 +289,6 @@ class Hunyuan3DFamily(Family):
 
     @property
     def _points_per_call(self) -> int:
-        device = self._parameter.device
-        return self.memory().num_points(math.inf if device.type == "cpu" else torch.cuda.mem_get_info(device)[0])
+        device, room = self.device, self.room
+        free = room if device.type == "cpu" else min(room, torch.cuda.mem_get_info(device)[0])
+        return self.memory().num_points(free)
