@@ -71,7 +71,7 @@ class DeviceMemory:
 
         Alone, it may always start.
         """
-        if not self.requests and not self.decoding.held:
+        if not self.requests and not self.decoding.held and not self.decoding.peak:
             return True
         after = replace(self, requests=[*self.requests, new])
         shapes = defaultdict(list)

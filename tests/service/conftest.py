@@ -25,9 +25,9 @@ from models.card import DecodeSpeed, Guidance, ImageCard, MeshCard, ModelCard, S
 from models.curve import EXACT, ComputedSteps, CurvePoint, Preset
 from models.errors import EmptySurface, InvalidRequest
 from models.file_formats import MeshFormat
+from models.memory import ImageMemory, MeshMemory, Values
 from models.mesh.cleanup import CleanMesh, clean
 from models.mesh.surface import FieldSamples, Mesh
-from models.memory import ImageMemory, MeshMemory, Values
 from models.report import BlockReport, Decision, GenerationSummary, StepDecision, StepReport, TokenCounts
 from models.request import ImageRequest, LatencyBudget, MeshRequest, QualityBudget
 from models.rules.dense import DensePolicy
