@@ -2,20 +2,25 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from fastapi.testclient import TestClient
 
+from models.card import ImageCard
 from models.curve import Preset
 from models.engine import Engine
+from models.memory import RequestMemory
 from models.request import PresetBudget
 from models.state import DenoiseState
 from models.zoo import load_engine
 from service.app import build_dispatcher, create_app
+from service.jobs.job import Job
+from service.jobs.store import Claim
 from service.scheduling.memory import usual_request
 from service.settings import Settings
 
@@ -102,3 +107,28 @@ def test_memory_is_shown(small_device: tuple[TestClient, Watched]) -> None:
     assert (shown["limit"], shown["weights"]) == (memory["limit"], memory["weights"])
     planned = shown["limit"] - shown["reserve"] - shown["weights"]
     assert 0 < shown["running"] <= memory["room"] == pytest.approx(planned, abs=1)
+
+
+def test_worker_leaves_jobs_that_are_too_large_and_lets_none_overtake_one_that_waits(
+    engine: Any, make_job: Callable[..., Job], drawn_card: ImageCard, settings: Settings
+) -> None:
+    # Given a device with room for a job, and little more
+    job = make_job("a")
+    room = drawn_card.memory_of(job.requests[0]).alone + 1000
+    memory = replace(drawn_card.memory, limit=math.ceil(room * 8 / 7), all_weights=0)
+    engine.cards = {"drawn": replace(drawn_card, memory=memory)}
+    worker = build_dispatcher(settings, lambda: cast(Engine, engine)).worker
+    worker.start()
+    fits = worker.fits()
+    # Then what never fits is passed over
+    assert not fits("drawn", "drawn 64x64", False, RequestMemory(running=room + 2))
+    assert fits("drawn", "drawn 64x64", False, job.memory)
+    # And once a request has to wait for room, none behind it is claimed in this look at the queue
+    engine.gate.clear()
+    worker.take(Claim(job, "lease"))
+    assert not fits("drawn", "drawn 128x64", False, RequestMemory(running=room))
+    assert not fits("drawn", "drawn 64x64", False, RequestMemory(running=10))
+    assert worker.fits()("drawn", "drawn 64x64", False, RequestMemory(running=10))
+    worker.drop("a")
+    engine.gate.set()
+    assert worker.stop(20)

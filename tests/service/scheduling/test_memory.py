@@ -9,7 +9,7 @@ from models.card import ImageCard, MeshCard
 from models.curve import EXACT, CurvePoint, Preset
 from models.errors import InvalidRequest
 from models.memory import RequestMemory
-from models.request import ImageRequest, LatencyBudget, PresetBudget
+from models.request import ImageRequest, LatencyBudget, MeshRequest, PresetBudget
 from models.rules.router import RouterPolicy
 from service.scheduling.memory import (
     Decoding,
@@ -165,7 +165,7 @@ def test_what_never_fits_is_refused_with_the_size_that_would(limited_card: Image
 
 def test_what_fits_at_no_size_is_refused_as_well(limited_card: ImageCard) -> None:
     request = usual_request(limited_card, PresetBudget(Preset.EXACT))
-    full = replace(limited_card, memory=replace(limited_card.memory, all_weights=limited_card.memory.limit))
+    full = replace(limited_card, memory=replace(limited_card.memory, all_weights=int(limited_card.memory.limit)))
     with pytest.raises(InvalidRequest, match="no smaller one fits"):
         check_fits(request, full)
     assert num_at_once(request, full) == 0
@@ -173,6 +173,7 @@ def test_what_fits_at_no_size_is_refused_as_well(limited_card: ImageCard) -> Non
 
 def test_the_grid_of_a_mesh_decides_its_resolution(mesh_card: MeshCard) -> None:
     usual = usual_request(mesh_card, PresetBudget(Preset.EXACT))
+    assert isinstance(usual, MeshRequest)
     limit = math.ceil((mesh_card.memory_of(usual).alone + 1000) * 8 / 7)
     card = replace(mesh_card, memory=replace(mesh_card.memory, limit=limit, all_weights=0))
     with pytest.raises(InvalidRequest, match=r"octree_resolution 64 needs .* the largest that fits is 32") as caught:
