@@ -7,8 +7,9 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 from models.curve import CurvePoint
+from models.memory import ModelMemory, RequestMemory
 from models.mesh import size
-from models.request import GenerationRequest, ImageRequest
+from models.request import GenerationRequest, ImageRequest, LatencyBudget
 
 
 class Guidance(StrEnum):
@@ -72,8 +73,9 @@ class ModelCard:
     `curve` begins with EXACT and descends in both compute and quality. `dense_step_seconds` is the time of one dense
     denoise step at the defaults on this device. `fixed_share`, from 0 to 1, is the part of it that does not grow with
     the rows of a batch. `encode_seconds` is the time to encode a prompt or an image. They are measured when the model
-    is loaded. `blocks` are the block names. `joins_branches` says whether an exact step is one call for all guidance
-    branches, else one for each; all other steps are one call.
+    is loaded. `blocks` are the block names. `memory` says what the model and its requests take of the device.
+    `joins_branches` says whether an exact step is one call for all guidance branches, else one for each; all other
+    steps are one call.
     """
 
     modality: ClassVar[str]
@@ -94,6 +96,7 @@ class ModelCard:
     fixed_share: float
     encode_seconds: float
     max_batch_size: int
+    memory: ModelMemory
     joins_branches: bool = True
 
     def is_guided(self, guidance_scale: float, true_cfg_scale: float = 1.0) -> bool:
@@ -113,6 +116,19 @@ class ModelCard:
             for point in self.curve
         ]
         return tuple(sorted(points, key=lambda point: -point.compute_ratio))  # some may have become exact
+
+    def memory_of(self, request: GenerationRequest) -> RequestMemory:
+        """What `request` takes of the device, at most, at all points of the curve that it may reach."""
+        points = [request.point]
+        if isinstance(request.budget, LatencyBudget):
+            points += self.curve
+        elif request.compute_cap is not None and not request.point.steps:
+            points += [point for point in self.curve if point.rule == request.point.rule]
+        return self.memory.of(
+            request,
+            reuses_blocks=any(point.policy.may_reuse for point in points),
+            forecasts_steps=any(point.steps for point in points),
+        )
 
     def _num_needed(self, point: CurvePoint, request: GenerationRequest) -> int:
         """How many steps of `request` are computed for the quality of `point`.

@@ -39,7 +39,8 @@ class LoadOptions:
 
     `loras` has adapters by name. The model `flux-dev+style` is that in the directory `flux-dev` with the adapter
     `style` in its weights. `prompt_cache_bytes` is how much of the host's memory embedded prompts may take together.
-    `compiles` says whether blocks are compiled.
+    `compiles` says whether blocks are compiled. `device_memory` is the most bytes of the device to use, None for all
+    that it has, and for no limit on a CPU.
     """
 
     offload: Offload = Offload.NONE
@@ -47,6 +48,7 @@ class LoadOptions:
     loras: Mapping[str, Lora] = field(default_factory=dict)
     prompt_cache_bytes: int = 256_000_000
     compiles: bool = False
+    device_memory: int | None = None
 
     @property
     def offloads_text_encoders(self) -> bool:

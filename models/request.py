@@ -118,6 +118,11 @@ def size_of_png(file: bytes) -> tuple[int, int]:
     return width, height
 
 
+def head_of_png(width: int, height: int) -> bytes:
+    """The head of a PNG file of this size, for predictions that need no pixels."""
+    return bytes(_PNG_SIZE_OFFSET) + struct.pack(">II", width, height)
+
+
 @dataclass(frozen=True, slots=True)
 class ImageEdit:
     """What an image is made from, besides its prompt.

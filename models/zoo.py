@@ -3,7 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from models.families.family import Family
 from models.families.image import ImageFamily
 from models.file_formats import OutputFormat, encode_image
 from models.load_options import DEFAULTS, LoadOptions, Weights
+from models.memory import ModelMemory, in_gib
 from models.mesh.cleanup import CleanMesh
 from models.prompt_cache import PromptCache
 from models.published_terms import published_terms
@@ -49,8 +51,8 @@ def load_engine(
     Routers, terms of use and the curve are read from `router_weights/<id>`. `background_remover` is the folder of the
     network that removes backgrounds; without it, only plain ones can be removed from input images. Raises DeviceError
     if there is no such device, CompilerError if blocks are to be compiled and can't be, and WeightsError if a
-    directory, its router folder or the remover is missing parts or malformed. A GPU becomes the current device of the
-    calling thread, which is to use the engine.
+    directory, its router folder or the remover is missing parts or malformed, and if the weights take more memory than
+    there is. A GPU becomes the current device of the calling thread, which is to use the engine.
     """
     if options.compiles:
         check_compiler(device)
@@ -86,6 +88,9 @@ def load_engine(
         if isinstance(family, ImageFamily):
             family.prompt_cache = cache  # after the card: encoding was measured without it
         logger.info("loaded %s on %s in %s, weights: %s", directory.name, device, dtype, options.weights)
+    cards = {model: replace(card, memory=memory) for model, card, memory in _limited(cards, torch_device, options)}
+    for model, card in cards.items():
+        families[model].room = card.memory.room
     return Engine(families, cards)
 
 
@@ -93,6 +98,25 @@ def _compute_dtype(weights: Weights, device: str) -> torch.dtype:
     if weights in (Weights.FLOAT32, Weights.BFLOAT16):
         return torch.float32 if weights is Weights.FLOAT32 else torch.bfloat16
     return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def _limited(
+    cards: Mapping[str, ModelCard], device: torch.device, options: LoadOptions
+) -> Iterator[tuple[str, ModelCard, ModelMemory]]:
+    """Each model with its memory on a device that all models share. Raises WeightsError if they leave no room."""
+    limit = math.inf if options.device_memory is None else float(options.device_memory)
+    if device.type == "cuda":
+        limit = min(limit, torch.cuda.get_device_properties(device).total_memory)
+    weights = sum(card.memory.weights for card in cards.values())
+    for model, card in cards.items():
+        memory = replace(card.memory, limit=limit, all_weights=weights)
+        if memory.room <= 0:
+            raise WeightsError(
+                f"the weights of {', '.join(cards)} take {in_gib(weights)}; {device} has {in_gib(limit)} for them and "
+                f"for requests, of which {in_gib(memory.reserve)} are kept free; serve fewer models, keep parts on the "
+                "CPU (offload) or allow more (device_memory)"
+            )
+        yield model, card, memory
 
 
 def family_of(directory: Path) -> tuple[FamilyEntry, Path]:
@@ -153,14 +177,22 @@ def _card(
         fixed_share=0.0,
         encode_seconds=math.inf,
         max_batch_size=8,
+        memory=family.memory(),
         joins_branches=family.joins_branches,
     )
     card = family.card(basics, manifest)
     if options.compiles:
         family.compile_blocks(_requests_to_compile_for(family, card))
-    alone_s, pair_s = (_dense_step_seconds(family, card, batch_size) for batch_size in (1, 2))
-    encode_s, picture_s, decode_s = _encode_and_decode_seconds(family, card)
-    card = replace(card, dense_step_seconds=alone_s, fixed_share=fixed_share(alone_s, pair_s), encode_seconds=encode_s)
+    peaks = PeakMeter(family.device)
+    alone_s, pair_s = (_dense_step_seconds(family, card, batch_size, peaks) for batch_size in (1, 2))
+    encode_s, picture_s, decode_s = _encode_and_decode_seconds(family, card, peaks)
+    card = replace(
+        card,
+        dense_step_seconds=alone_s,
+        fixed_share=fixed_share(alone_s, pair_s),
+        encode_seconds=encode_s,
+        memory=_measured(card, family, peaks),
+    )
     if not isinstance(card, ImageCard):
         return card
     edit_steps = _edit_steps(family.forecast_table) if family.forecast_table else ()
@@ -181,6 +213,33 @@ def _requests_to_compile_for(family: Family, card: ModelCard) -> list[Generation
     return [request, replace(request, prompt="a picture of some words more than none")]
 
 
+def _measured(card: ModelCard, family: Family, peaks: "PeakMeter") -> ModelMemory:
+    """The model's memory with the peaks that were measured. On a CPU there are none."""
+    if not peaks.measured:
+        return card.memory
+    alone, pair, *decode = peaks.measured
+    request = family.example_request(card)
+    return card.memory.measured(request, alone=alone, pair=pair, decode=max(decode, default=0))
+
+
+class PeakMeter:
+    """Measures how many bytes of a GPU something takes at its peak, on top of what was there. On a CPU, nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.measured: list[int] = []
+        self._device = device
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        if self._device.type != "cuda":
+            yield
+            return
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        yield
+        self.measured.append(torch.cuda.max_memory_allocated(self._device) - before)
+
+
 def _edit_steps(table: ForecastTable) -> tuple[tuple[int, ...], ...]:
     """`ImageCard.edit_steps`."""
     forecaster, steps = table.forecaster(table.sigmas, has_conditionals=table.has_conditionals), table.num_steps
@@ -196,17 +255,18 @@ def fixed_share(alone_s: float, pair_s: float) -> float:
     return min(max(2 - pair_s / alone_s, 0.0), 1.0)
 
 
-def _dense_step_seconds(family: Family, card: ModelCard, batch_size: int) -> float:
+def _dense_step_seconds(family: Family, card: ModelCard, batch_size: int, peaks: PeakMeter) -> float:
     """Seconds of one dense step at the card's defaults: the fastest of at most four, the first of which warms up."""
     request = replace(family.example_request(card), num_inference_steps=4)
     engine = Engine({card.id: family}, {})
     states = [family.start(request, (EXACT,), EXACT) for _ in range(batch_size)]
     for state in states:
         state.exact_tolerance = None  # so that they share their calls
-    return min(engine.step(states).seconds for _ in range(states[0].num_steps))
+    with peaks.measuring():
+        return min(engine.step(states).seconds for _ in range(states[0].num_steps))
 
 
-def _encode_and_decode_seconds(family: Family, card: ModelCard) -> tuple[float, float, float]:
+def _encode_and_decode_seconds(family: Family, card: ModelCard, peaks: PeakMeter) -> tuple[float, float, float]:
     """Seconds to encode a request at the card's defaults, to encode a picture to edit, and to decode to a PNG file.
 
     Each is the faster of two, the first of which warms up. A mesh is not decoded here, since that may take a minute.
@@ -219,7 +279,8 @@ def _encode_and_decode_seconds(family: Family, card: ModelCard) -> tuple[float, 
         if isinstance(card, ImageCard):
             engine.step([state])
             began = time.perf_counter()
-            pixels = engine.finish(state)
+            with peaks.measuring():
+                pixels = engine.finish(state)
             assert not isinstance(pixels, CleanMesh)
             file = encode_image(pixels, OutputFormat.PNG)
             decode_s = min(decode_s, time.perf_counter() - began)

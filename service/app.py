@@ -28,7 +28,8 @@ from service.jobs.store import EVENTS_TTL_S, JobStore
 from service.metrics import Metrics
 from service.running.dispatcher import Dispatcher, Timing
 from service.running.inbox import Inbox
-from service.running.worker import Worker, WorkerLimits
+from service.running.room import WorkerLimits
+from service.running.worker import Worker
 from service.settings import Settings
 from service.webhooks import Webhooks
 

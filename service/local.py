@@ -24,6 +24,7 @@ from service.order import Order
 from service.running.output import encode_output
 from service.scheduling.cost import mesh_decode_seconds
 from service.scheduling.deadline import point_for
+from service.scheduling.memory import check_fits
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def _generate(directory: Path, settings: Settings, parse: Callable[[ModelCard], 
     (card,) = engine.cards.values()
     order = parse(card)
     (request,) = order.requests
+    check_fits(request, card)
     arrived = time.perf_counter()
     state = engine.start(request)
     started = time.perf_counter()

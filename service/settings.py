@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic import ByteSize, Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
@@ -107,6 +107,13 @@ class Settings(BaseSettings):
         description="Compile the blocks of all models before the server is ready, which takes some minutes at the "
         "first start. Steps are faster then, and results differ from those of the publishers' pipelines by rounding. "
         "Needs a C++ compiler, and Triton on GPUs. Does not go with offload layers.",
+    )
+    device_memory: ByteSize | None = Field(
+        default=None,
+        gt=0,
+        description="The most memory of the device to use, for weights and requests together, such as 24GiB; all that "
+        "a GPU has by default, and no limit on a CPU. Requests wait for room in it, and what could never fit is "
+        "refused.",
     )
     default_budget: BudgetBody = Field(
         default=BudgetBody(quality=0.9),
@@ -328,7 +335,9 @@ class Settings(BaseSettings):
         if offload is Offload.NONE and self.offload_text_encoders:
             offload = Offload.TEXT_ENCODERS
         loras = {name: _lora(place) for name, place in self.loras.items()}
-        return LoadOptions(offload, self.weights, loras, self.prompt_cache_bytes, self.compile)
+        return LoadOptions(
+            offload, self.weights, loras, self.prompt_cache_bytes, self.compile, device_memory=self.device_memory
+        )
 
     @model_validator(mode="after")
     def _check_offload(self) -> Self:

@@ -291,7 +291,8 @@ COMPUTE = Row(
         ),
         lines(
             "GPU memory",
-            "Empty on a CPU.",
+            "As PyTorch counts it, and what is planned: limit, reserve, weights, and what requests hold. Empty "
+            "on a CPU without a limit.",
             "bytes",
             Query(or_none("sum by (instance, kind) (elastic_gpu_memory_bytes)"), "{{instance}} {{kind}}"),
         ),

@@ -25,6 +25,11 @@ class Policy:
         """Blocks with a depth probability under it are skipped: 0 for rules that have no such setting."""
         return 0.0
 
+    @property
+    def may_reuse(self) -> bool:
+        """Whether plans may re-use blocks, so that residuals are kept, which take most of a request's memory."""
+        return True
+
 
 @dataclass(frozen=True, slots=True)
 class RowView:

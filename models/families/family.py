@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from models.card import Guidance, ModelCard
@@ -27,6 +28,7 @@ from models.elastic.streams import Streams
 from models.errors import InvalidRequest
 from models.families.wrapping import Adapter, elastic_blocks
 from models.load_options import LoadOptions
+from models.memory import ModelMemory
 from models.mesh.cleanup import CleanMesh
 from models.mesh.surface import FieldSamples
 from models.request import GenerationRequest, LatencyBudget
@@ -73,10 +75,11 @@ class Family(ABC):
 
     `adapter` takes the transformer apart. `blocks` are the elastic blocks in order. `routers`, if there are any, stand
     beside the model, so its state dict is unchanged. With a `forecast_table` steps can be forecast.
-    `background_remover` is the folder of the network that removes backgrounds. `quality_metric` names the metric of
-    `similarity`. `joins_branches` says whether the publisher's pipeline runs all guidance branches in one call, else in
-    a call for each. `exact_tolerance` is how far the latents of exact results may be from that pipeline's: 0 means bit
-    for bit. What computes otherwise, such as compiled blocks, raises it.
+    `background_remover` is the folder of the network that removes backgrounds. `room` are the bytes of the device that
+    are left for requests. `quality_metric` names the metric of `similarity`. `joins_branches` says whether the
+    publisher's pipeline runs all guidance branches in one call, else in a call for each. `exact_tolerance` is how far
+    the latents of exact results may be from that pipeline's: 0 means bit for bit. What computes otherwise, such as
+    compiled blocks, raises it.
     """
 
     adapter: Adapter
@@ -91,6 +94,7 @@ class Family(ABC):
         self.forecast_table: ForecastTable | None = None
         self.background_remover: Path | None = None
         self._compiler: BlockCompiler | None = None
+        self.room = math.inf
         self._forecasters: dict[tuple[bytes, bool], Forecaster] = {}
         self.blocks = elastic_blocks(transformer, self.adapter, router_weights)
         self._router_modulation: nn.Linear | None = router_weights.stack.fused_modulation() if router_weights else None
@@ -139,6 +143,15 @@ class Family(ABC):
     @abstractmethod
     def card(self, basics: ModelCard, manifest: Manifest) -> ModelCard:
         """The model's card, from the fields that all cards have and the manifest's defaults."""
+
+    @property
+    @abstractmethod
+    def modules(self) -> Sequence[nn.Module]:
+        """All parts that have weights, but for the routers."""
+
+    @abstractmethod
+    def memory(self) -> ModelMemory:
+        """What the model and its requests take of the device, by formula."""
 
     @abstractmethod
     def example_request(self, card: ModelCard) -> GenerationRequest:
@@ -234,6 +247,18 @@ class Family(ABC):
         if new:
             logger.warning("a step of %s has compiled blocks of kind %s", self.model_id, ", ".join(new))
         return new
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights on the transformer's device. Parts that are elsewhere do not count."""
+        modules = [*self.modules, *([self.routers] if self.routers is not None else [])]
+        storages = {
+            StorageWeakRef(storage): storage.nbytes()
+            for module in modules
+            for tensor in (*module.parameters(), *module.buffers())
+            if tensor.device == self.device
+            for storage in [tensor.untyped_storage()]
+        }
+        return sum(storages.values())
 
     def router_modulations(self, streams: Streams) -> tuple[Tensor, ...] | None:
         """Each block's router modulation, from the time embedding of this step. None without routers."""

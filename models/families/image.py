@@ -1,7 +1,7 @@
 """What the text-to-image families share: prompts, noise, position factors and pixels."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from threading import Lock
@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 from PIL import Image
 from skimage.metrics import structural_similarity
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.card import ImageCard, ModelCard, SizeLimits, basics_of
 from models.curve import EXACT, Preset
@@ -23,6 +23,7 @@ from models.families import tiling
 from models.families.editing import NoisedPicture, noised_picture, with_kept_pixels
 from models.families.family import Beginning, BranchStart, Family
 from models.families.preview import apply_colour_map, fit_colour_map, fitting_images
+from models.memory import ImageMemory, Values
 from models.prompt_cache import PromptCache
 from models.request import GenerationRequest, ImageRequest, PresetBudget
 from models.state import BranchInputs, DenoiseState, References
@@ -41,13 +42,15 @@ class ImageFamily(Family):
     """One loaded text-to-image model. Subclasses call the code of their diffusers pipeline, piece by piece.
 
     `inpaint_pipeline` is that pipeline's sibling for edits. `encoder_sees_pictures` says whether an embedded prompt
-    depends on the pictures too. With a `prompt_cache` prompts are encoded once.
+    depends on the pictures too. With a `prompt_cache` prompts are encoded once. `step_values` says how much a step
+    holds at its peak.
     """
 
     quality_metric: ClassVar[str] = "ssim"
     joins_branches: ClassVar[bool] = False
     inpaint_pipeline: ClassVar[type[DiffusionPipeline]]
     encoder_sees_pictures: ClassVar[bool] = False
+    step_values: ClassVar[tuple[Values, ...]]
 
     def __init__(self, model_id: str, pipeline: DiffusionPipeline, router_weights: RouterWeights | None) -> None:
         self.pipeline: Any = pipeline
@@ -83,6 +86,11 @@ class ImageFamily(Family):
 
         `num_reference_tokens` counts those of pictures that the transformer reads beside the noise.
         """
+
+    @property
+    @abstractmethod
+    def _values_per_pixel(self) -> tuple[int, int]:
+        """How many numbers the VAE holds at its peak for each pixel, to encode and to decode an image."""
 
     @abstractmethod
     def _branches(self, request: ImageRequest) -> Sequence[Branch]:
@@ -128,6 +136,39 @@ class ImageFamily(Family):
             sizes=SizeLimits(self.pixels_per_token, 4 * self.pixels_per_token, 2 * max(height, width)),
             max_prompt_characters=16 * self.max_sequence_length,  # a quick check before tokens are counted
         )
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [part for part in self.pipeline.components.values() if isinstance(part, nn.Module)]
+
+    def memory(self) -> ImageMemory:
+        transformer, vae = self.transformer, self.pipeline.vae
+        element_bytes = transformer.dtype.itemsize
+        encode, decode = self._values_per_pixel
+        return ImageMemory(
+            weights=self.weight_bytes(),
+            num_blocks=len(self.blocks),
+            token_bytes=self.adapter.channels(transformer) * element_bytes,
+            latent_bytes=transformer.config.in_channels * element_bytes,
+            step_values=self.step_values,
+            position_bytes=8 * transformer.config.attention_head_dim,  # a cosine and a sine in float32
+            pixels_per_token=self.pixels_per_token,
+            max_text_tokens=self.max_sequence_length,
+            pads_prompts=True,
+            encode_token_bytes=max(self._text_encoder_bytes(), default=0),
+            encode_pixel_bytes=encode * vae.dtype.itemsize,
+            decode_pixel_bytes=decode * vae.dtype.itemsize,
+        )
+
+    def _text_encoder_bytes(self) -> Iterator[int]:
+        """Bytes that each text encoder on the transformer's device takes for a token: all layers' outputs, and more."""
+        for name, encoder in self.pipeline.components.items():
+            if name.startswith("text_encoder") and encoder.device == self.device:
+                config = encoder.config.get_text_config()
+                hidden = config.d_ff if hasattr(config, "d_ff") else config.intermediate_size
+                logits = 0 if encoder.get_output_embeddings() is None else config.vocab_size
+                values = config.hidden_size * (config.num_hidden_layers + 1) + 4 * hidden + logits
+                yield values * encoder.dtype.itemsize
 
     def example_request(self, card: ModelCard) -> ImageRequest:
         assert isinstance(card, ImageCard)

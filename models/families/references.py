@@ -22,6 +22,7 @@ from models.elastic.streams import Streams
 from models.errors import InvalidRequest
 from models.families.editing import opened_picture
 from models.families.image import ImageFamily
+from models.memory import ImageMemory
 from models.request import ImageEdit, ImageRequest
 from models.state import DenoiseState, References
 from models.weights import Manifest
@@ -49,6 +50,9 @@ class EditingFamily(ImageFamily):
             needs_input_image=self.needs_input_image,
             picture_sizes=self.picture_sizes,
         )
+
+    def memory(self) -> ImageMemory:
+        return replace(super().memory(), picture_sizes=self.picture_sizes)
 
     def example_request(self, card: ModelCard) -> ImageRequest:
         """An edit of a single picture."""

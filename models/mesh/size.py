@@ -6,6 +6,9 @@ The figures are of solids that fill most of the cube: `benchmarks.field` prints 
 MIN_COARSE_CELLS = 64
 """Least number of cells a side of the coarsest level. Its points are 1.6 % of a grid of 256."""
 
+MIN_POINTS_PER_CALL = 2048
+"""Points at which the field is read at once on a CPU, whose caches hold no more, and at least on any device."""
+
 _POINTS_NEAR_SURFACE = 6
 """Points that are evaluated near the surface, per square of a level's cells a side: 5.9 were counted at 256 and 512."""
 

@@ -13,6 +13,10 @@ class DensePolicy(Policy):
 
     rule: ClassVar[str] = "dense"
 
+    @property
+    def may_reuse(self) -> bool:
+        return False
+
 
 class DenseRule:
     policy_type = DensePolicy

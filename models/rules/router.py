@@ -37,6 +37,10 @@ class RouterPolicy(Policy):
     protected_first: int = 0
     protected_last: int = 0
 
+    @property
+    def may_reuse(self) -> bool:
+        return self.reuse_band > 0 and self.max_reuses > 0
+
 
 OFFICIAL = RouterPolicy(skip_threshold=0.5, reuse_band=0.015, max_reuses=10, reuse_from_step=15)
 """What the released program does with its Qwen-Image checkpoint in 30 steps (Elastic-DiT at ce39f1d, literals of
@@ -57,7 +61,7 @@ class RouterRule:
         assert row.width_logits is not None
         if row.depth_prob < policy.skip_threshold:
             return SKIP
-        may_reuse = policy.reuse_band > 0 and policy.max_reuses > 0 and row.step >= policy.reuse_from_step
+        may_reuse = policy.may_reuse and row.step >= policy.reuse_from_step
         if (
             may_reuse
             and row.depth_prob <= policy.skip_threshold + policy.reuse_band

@@ -255,6 +255,25 @@ class LimitsBody(BaseModel):
     batch_size: int
 
 
+class MemoryBody(BaseModel):
+    """Bytes of the device, as planned for requests at the model's defaults."""
+
+    weights: int = Field(description="What the model's weights take.")
+    limit: int | None = Field(description="What the server may use, for the weights of all models and for requests.")
+    room: int | None = Field(description="What is left of it for requests, of all models; null without a limit.")
+    exact_request: int = Field(description="The most that an exact request takes if it runs alone.")
+    default_request: int = Field(description="As exact_request, at the server's default budget.")
+    requests_at_once: int | None = Field(
+        description="How many requests at the default budget are in memory at once, if there are no others; the "
+        "server's max_running may allow fewer. Null without a limit."
+    )
+    largest_size: str | None = Field(
+        default=None,
+        description="The largest image of the default's ratio, at the default budget; only for image models. Null if "
+        "none fits.",
+    )
+
+
 class ComputedStepsBody(BaseModel):
     computed: int
     of: int
@@ -305,6 +324,7 @@ class ModelBody(BaseModel):
     )
     defaults: DefaultsBody
     limits: LimitsBody
+    memory: MemoryBody
     rules: list[str]
     quality_metric: str
     curve: list[CurvePointBody]

@@ -19,8 +19,9 @@ router = APIRouter(
 
 
 @router.get("", summary="List the models, with their calibration curves", response_model_exclude_unset=True)
-async def list_models(dispatcher: DispatcherOfApp) -> ModelList:
-    return ModelList(object="list", data=[model_body(card) for card in dispatcher.cards.values()])
+async def list_models(dispatcher: DispatcherOfApp, settings: SettingsOfApp) -> ModelList:
+    budget = settings.default_budget.to_budget()
+    return ModelList(object="list", data=[model_body(card, budget) for card in dispatcher.cards.values()])
 
 
 # No id has a slash, but the path converter lets us answer such an id with our own error.
@@ -31,4 +32,5 @@ async def list_models(dispatcher: DispatcherOfApp) -> ModelList:
     responses=error_responses(404),
 )
 async def show_model(model_id: str, dispatcher: DispatcherOfApp, settings: SettingsOfApp) -> ModelBody:
-    return model_body(named_card(model_id, dispatcher.cards, settings.model_aliases))
+    card = named_card(model_id, dispatcher.cards, settings.model_aliases)
+    return model_body(card, settings.default_budget.to_budget())

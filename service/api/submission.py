@@ -128,6 +128,7 @@ def _job_of(admission: Admission, body: GenerationBody, caller: Caller, created_
         is_degraded=admission.is_degraded,
         num_previews=body.partial_images or 0,
         webhook_url=body.webhook_url,
+        memory=admission.memory,
     )
 
 

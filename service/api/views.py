@@ -1,13 +1,15 @@
 """From receipts and model cards to response bodies."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from statistics import fmean
 
 from models.card import Edits, ImageCard, MeshCard, ModelCard
-from models.curve import CurvePoint
+from models.curve import CurvePoint, Preset
 from models.report import StepDecision
+from models.request import Budget, ImageRequest, PresetBudget
 from service.api.responses import (
     BlocksBody,
     ComputedStepsBody,
@@ -16,6 +18,7 @@ from service.api.responses import (
     DefaultsBody,
     InputTokensBody,
     LimitsBody,
+    MemoryBody,
     MeshReportBody,
     ModelBody,
     OctreeResolutionsBody,
@@ -27,6 +30,7 @@ from service.api.responses import (
 )
 from service.api.schemas import DEFAULT_MASKED_STRENGTH, DEFAULT_STRENGTH
 from service.jobs.job import Receipt
+from service.scheduling.memory import largest_image, num_at_once, usual_request
 
 
 def job_receipt_body(receipts: Sequence[Receipt]) -> ReceiptBody:
@@ -106,7 +110,7 @@ def usage_body(receipts: Iterable[Receipt]) -> UsageBody:
     )
 
 
-def model_body(card: ModelCard) -> ModelBody:
+def model_body(card: ModelCard, default_budget: Budget) -> ModelBody:
     body = ModelBody(
         id=card.id,
         object="model",
@@ -121,6 +125,7 @@ def model_body(card: ModelCard) -> ModelBody:
             guidance_scale=card.default_guidance_scale,
         ),
         limits=LimitsBody(num_inference_steps=card.max_num_inference_steps, batch_size=card.max_batch_size),
+        memory=_memory_body(card, default_budget),
         rules=list(card.rules),
         quality_metric=card.quality_metric,
         curve=[_curve_point_body(point, card) for point in card.curve],
@@ -143,6 +148,23 @@ def model_body(card: ModelCard) -> ModelBody:
                 maximum=card.max_octree_resolution,
             )
             body.defaults.octree_resolution = card.default_octree_resolution
+    return body
+
+
+def _memory_body(card: ModelCard, default_budget: Budget) -> MemoryBody:
+    usual, exact = usual_request(card, default_budget), usual_request(card, PresetBudget(Preset.EXACT))
+    is_limited = math.isfinite(card.memory.limit)
+    body = MemoryBody(
+        weights=card.memory.weights,
+        limit=int(card.memory.limit) if is_limited else None,
+        room=int(card.memory.room) if is_limited else None,
+        exact_request=card.memory_of(exact).alone,
+        default_request=card.memory_of(usual).alone,
+        requests_at_once=num_at_once(usual, card) if is_limited else None,
+    )
+    if isinstance(usual, ImageRequest) and isinstance(card, ImageCard):
+        size = largest_image(usual, card)
+        body.largest_size = None if size is None else f"{size[0]}x{size[1]}"
     return body
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Self
 
+from models.memory import NO_MEMORY, RequestMemory
 from models.report import GenerationSummary, MeshReport, StepDecision
 from models.request import ImageRequest, MeshRequest
 from service.jobs.traces import pack, unpack
@@ -116,7 +117,7 @@ class Job:
     `predicted_seconds` is the cost that admission counted, `decode_seconds` the part of it after the last step, which
     only meshes have. `request_id` names the API call in logs, `owner` the API key
     that created the job, None without keys. `is_degraded` says that load has lowered the quality. `num_previews` is how
-    many previews of the unfinished result its events get.
+    many previews of the unfinished result its events get. `memory` is what each of its requests takes of the device.
     """
 
     id: str
@@ -134,6 +135,7 @@ class Job:
     is_degraded: bool = False
     num_previews: int = 0
     webhook_url: str | None = None
+    memory: RequestMemory = NO_MEMORY
 
     @property
     def place(self) -> float:

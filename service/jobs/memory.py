@@ -121,7 +121,8 @@ class MemoryStore:
     async def claim(self, fits: Fits) -> Claim | None:
         for entry in self._queue:
             record = self._records[entry[1]]
-            if fits(record.job.model, shape_of(record.job.requests[0]), record.job.is_high):
+            job = record.job
+            if fits(job.model, shape_of(job.requests[0]), job.is_high, job.memory):
                 self._queue.remove(entry)
                 record.state = replace(
                     record.state.moved_to(JobStatus.RUNNING),

@@ -182,7 +182,7 @@ class RedisStore:
             if live is None:
                 await self._fail_unreadable(job_id)
                 continue
-            if live.is_newer or not fits(live.model, live.shape, live.is_high):
+            if live.is_newer or not fits(live.model, live.shape, live.is_high, live.memory):
                 continue
             if (claim := await self._claim_job(job_id, live.model)) is not None:
                 return claim

@@ -15,6 +15,7 @@ from itertools import accumulate
 from pydantic import FiniteFloat, TypeAdapter
 
 from models.curve import point_entry, point_of
+from models.memory import NO_MEMORY, RequestMemory
 from models.request import ImageRequest
 from service.errors import JobNotFound, JobUnreadable, StoreUnavailable
 from service.jobs.job import Failure, Job, JobSnapshot, JobState, JobStatus, Receipt
@@ -35,7 +36,8 @@ _FAILURE = TypeAdapter(Failure)
 class LiveEntry:
     """What the queue and the backlog need to know of a job. `seconds` is the predicted work that is left.
 
-    Entries without `is_high`, whether the job has high priority, are of an earlier version.
+    Entries without `is_high`, whether the job has high priority, or `memory`, what each of its requests takes of the
+    device, are of an earlier version.
     """
 
     model: str
@@ -43,6 +45,7 @@ class LiveEntry:
     seconds: FiniteFloat
     version: int = 1
     is_high: bool = False
+    memory: RequestMemory = NO_MEMORY
 
     @property
     def is_newer(self) -> bool:
@@ -65,7 +68,7 @@ def version_of(job: Job) -> int:
 
 def dump_live(job: Job, seconds_left: float) -> bytes:
     shape, seconds = shape_of(job.requests[0]), round(seconds_left, 6)
-    return _LIVE.dump_json(LiveEntry(job.model, shape, seconds, version_of(job), job.is_high))
+    return _LIVE.dump_json(LiveEntry(job.model, shape, seconds, version_of(job), job.is_high, job.memory))
 
 
 def load_live(data: bytes) -> LiveEntry | None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
+from models.memory import RequestMemory
 from service.errors import StoreUnavailable
 from service.jobs.job import Failure, FinishedJob, Job, JobSnapshot, JobStatus, Receipt
 
@@ -133,8 +134,9 @@ class Recovery:
     failed: tuple[JobSnapshot, ...] = ()
 
 
-Fits = Callable[[str, str, bool], bool]
-"""Whether a worker has room for a job of this model and shape (`scheduling.batching.shape_of`), perhaps `is_high`."""
+Fits = Callable[[str, str, bool, RequestMemory], bool]
+"""Whether a worker has room for a job of this model and shape (`scheduling.batching.shape_of`), perhaps `is_high`, each
+of whose requests takes so much memory. It is asked for one job after the other, in the order of the queue."""
 
 
 class JobStore(Protocol):

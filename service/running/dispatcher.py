@@ -219,7 +219,7 @@ class Dispatcher:
             if not self.worker.is_alive and self._drain is None:
                 self.in_background(self.drain())
             try:
-                while self._may_claim() and (claim := await self.store.claim(self.worker.can_take)) is not None:
+                while self._may_claim() and (claim := await self.store.claim(self.worker.fits())) is not None:
                     self.worker.take(claim)
             except StoreUnavailable as error:
                 logger.warning("nothing can be claimed: %s", error)

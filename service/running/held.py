@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from models.memory import RequestMemory
 from models.mesh.surface import FieldSamples
 from models.request import GenerationRequest
 from service.jobs.job import Job, Priority
@@ -39,10 +40,12 @@ class HeldJob:
     `branches` are what they share, once one of them is encoded.
 
     `num_steps` has the number of computed steps of each request, as things stand; `steps_done` is their sum so far.
+    `memory` is what each request takes of the device.
     """
 
     claim: Claim
     shape: str
+    memory: RequestMemory
     unstarted: list[int]
     num_steps: list[int]
     prepared: dict[int, Future[GenerationRequest]] = field(default_factory=dict)
@@ -107,6 +110,10 @@ class Running:
     @property
     def request(self) -> GenerationRequest:
         return self.job.requests[self.index]
+
+    @property
+    def memory(self) -> RequestMemory:
+        return self.held.memory
 
     @property
     def grid_bytes(self) -> int:

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import DeviceLost, EmptySurface, GenerationError, InvalidRequest, OutOfDeviceMemory
 from models.file_formats import MeshFormat, OutputFormat
+from models.memory import NO_MEMORY, RequestMemory
 from models.mesh.cleanup import CleanMesh
 from models.mesh.file import MeshFile, make_mesh_file
 from models.mesh.size import surface_bytes
@@ -27,6 +29,7 @@ from service.running.device_use import DeviceUse
 from service.running.output import encode_output
 from service.running.priority_thread import PriorityThread
 from service.running.sandbox import NotWanted, Sandbox
+from service.scheduling.memory import Decoding
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +44,8 @@ Report = Progress | Preview | Ending
 class Denoised:
     """The result of request `index` of a job after its last step. `decode` may be called in any thread.
 
-    `field_s` is the time since the last step, in which a mesh's field was decoded.
+    `field_s` is the time since the last step, in which a mesh's field was decoded. `memory` is what the result still
+    takes of the device.
     """
 
     claim: Claim
@@ -53,16 +57,30 @@ class Denoised:
     denoise_s: float
     field_s: float
     batch_size_mean: float
+    memory: RequestMemory = NO_MEMORY
 
 
 @dataclass(frozen=True, slots=True)
 class PendingPreview:
-    """Preview `number` of the unfinished result of request `index`, before it is decoded and encoded."""
+    """Preview `number` of the unfinished result of request `index`, before it is decoded and encoded.
+
+    Decoding it takes `peak_bytes` of the device.
+    """
 
     claim: Claim
     index: int
     number: int
     decode: Callable[[], NDArray[np.uint8] | CleanMesh]
+    peak_bytes: int = 0
+
+
+class _Use(NamedTuple):
+    """What `work` of a model's thread takes of the device until it is done."""
+
+    work: Future[Any]
+    model: str
+    held: int
+    peak: int
 
 
 _Encoded = Future[tuple[bytes, Receipt]]
@@ -102,12 +120,14 @@ class Publisher:
         self._claims: dict[str, Claim] = {}
         self._finish_s: dict[str, float] = {}
         self._unfinished: list[_Encoded] = []
+        self._uses: list[_Use] = []
 
     def publish(self, denoised: Denoised, on_artifact: Callable[[], None]) -> None:
         """Decode and encode a result, then call `on_artifact` in some thread. The last result of a job ends the job."""
         claim, job = denoised.claim, denoised.claim.job
         self._metrics.observe_stage(job.model, "denoise", denoised.denoise_s)
         artifact = self._threads[job.model].submit(job.is_high, self._make_artifact, denoised)
+        self._note_use(_Use(artifact, job.model, denoised.memory.finished, denoised.memory.decode))
         artifact.add_done_callback(lambda _: on_artifact())
         self._unfinished = [*(other for other in self._unfinished if not other.done()), artifact]
         self._claims[claim.lease] = claim
@@ -119,10 +139,24 @@ class Publisher:
             encoded = [artifacts[index] for index in sorted(artifacts)]
             self._threads[job.model].submit(job.is_high, self._succeed, claim, encoded)
 
-    def preview(self, pending: PendingPreview) -> None:
-        """Decode, encode and report a preview, unless the job ends first."""
+    def preview(self, pending: PendingPreview, on_preview: Callable[[], None]) -> None:
+        """Decode, encode and report a preview, unless the job ends first; then call `on_preview` in some thread."""
         job = pending.claim.job
-        self._threads[job.model].submit(job.is_high, self._make_preview, pending)
+        made = self._threads[job.model].submit(job.is_high, self._make_preview, pending)
+        self._note_use(_Use(made, job.model, 0, pending.peak_bytes))
+        made.add_done_callback(lambda _: on_preview())
+
+    def _note_use(self, use: _Use) -> None:
+        self._uses = [*(other for other in self._uses if not other.work.done()), use]
+
+    @property
+    def decoding(self) -> Decoding:
+        """What its threads take of the device, with all that they still have to do. Any thread may ask."""
+        uses = [use for use in self._uses if not use.work.done()]
+        peaks: dict[str, int] = {}
+        for use in uses:
+            peaks[use.model] = max(peaks.get(use.model, 0), use.peak)
+        return Decoding(sum(use.held for use in uses), peaks)
 
     @property
     def num_unfinished(self) -> int:

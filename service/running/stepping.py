@@ -12,6 +12,7 @@ from service.metrics import Metrics
 from service.running.device_use import DeviceUse
 from service.running.held import Running, preview_steps
 from service.running.publisher import PendingPreview, Publisher, Report
+from service.running.room import Room
 from service.scheduling.batching import Candidate, FairShare
 from service.scheduling.cost import dense_step_seconds
 from service.scheduling.deadline import point_for
@@ -24,7 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 class Stepper:
-    """Used by the worker's thread. It tells progress to `report`, and lets go of requests that fail by `let_go`."""
+    """Used by the worker's thread. It tells progress to `report`, and lets go of requests that fail by `let_go`.
+
+    `on_preview` is called in some thread when a preview has been made, and its memory is free.
+    """
 
     def __init__(
         self,
@@ -33,9 +37,11 @@ class Stepper:
         fair_share: FairShare,
         precedence: Precedence,
         device: DeviceUse,
+        room: Room,
         *,
         report: Callable[[Report], None],
         let_go: Callable[[Running], None],
+        on_preview: Callable[[], None],
         clock: Callable[[], float],
     ) -> None:
         self._metrics = metrics
@@ -43,8 +49,10 @@ class Stepper:
         self._fair_share = fair_share
         self._precedence = precedence
         self._device = device
+        self._room = room
         self._report = report
         self._let_go = let_go
+        self._on_preview = on_preview
         self._clock = clock
         self._most_together: dict[Hashable, int] = {}  # by batch key
 
@@ -97,13 +105,13 @@ class Stepper:
     ) -> None:
         """Tell what a step has done, and make the previews that are due after it."""
         self._metrics.observe_step(batch[0].job.model, report)
-        self._metrics.observe_memory(engine.memory_bytes())
+        self._metrics.observe_memory({**engine.memory_bytes(), **self._room.kinds(running_now)})
         self._account(engine, batch, expected, report)
         for held in dict.fromkeys(running.held for running in batch):
             states = [running.state for running in running_now if running.held is held]
             self._report(held.progress(states, time.perf_counter()))
         for running in batch:
-            self._preview_if_due(engine, running)
+            self._preview_if_due(engine, running, running_now)
 
     def _account(
         self, engine: "Engine", batch: Sequence[Running], expected: Sequence[Candidate], report: StepReport
@@ -137,13 +145,16 @@ class Stepper:
         )
         state.move_to(point)
 
-    def _preview_if_due(self, engine: "Engine", running: Running) -> None:
+    def _preview_if_due(self, engine: "Engine", running: Running, running_now: Sequence[Running]) -> None:
         state = running.state
         due = preview_steps(running.job.num_previews, state.num_computed_steps)[running.num_previews :]
         for step in due:
             if step <= len(state.computed) and not state.is_done:
-                preview = PendingPreview(running.claim, running.index, running.num_previews, engine.preview(state))
-                self._publisher.preview(preview)
+                if not self._room.for_preview(running, running_now):
+                    return  # it is made after a later step, or never
+                decode, number = engine.preview(state), running.num_previews
+                preview = PendingPreview(running.claim, running.index, number, decode, running.memory.preview)
+                self._publisher.preview(preview, on_preview=self._on_preview)
                 running.num_previews += 1
 
 

@@ -4,24 +4,25 @@ import logging
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING
 
 from models.card import ModelCard
 from models.errors import DeviceLost, OutOfDeviceMemory
+from models.memory import RequestMemory
 from models.mesh.surface import FieldSamples
 from service.jobs.job import JobStatus
-from service.jobs.store import Claim, Ending
+from service.jobs.store import Claim, Ending, Fits
 from service.metrics import Metrics
 from service.running.device_use import DeviceUse
 from service.running.held import DECODE_TURN_S, HeldJob, Running
 from service.running.publisher import Decoded, Denoised, Publisher, Report
+from service.running.room import Newcomer, Room, WorkerLimits
 from service.running.starting import Starter
 from service.running.stepping import Stepper
 from service.scheduling.batching import FairShare, shape_of
-from service.scheduling.cost import grid_bytes
 from service.scheduling.pace import Pace
 from service.scheduling.precedence import Precedence
 
@@ -30,21 +31,6 @@ if TYPE_CHECKING:  # models.engine brings torch, which the API side never loads
     from models.state import DenoiseState
 
 logger = logging.getLogger(__name__)
-
-_SHARE_FOR_HIGH = 8
-"""One in so many of the places for running requests is kept for those of high priority."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerLimits:
-    """At most `max_batch_size` requests share a step, and at most `max_running` are in memory.
-
-    The grids of meshes that are decoded at once take at most `max_decode_bytes`, as predicted. A larger one goes alone.
-    """
-
-    max_batch_size: int
-    max_running: int
-    max_decode_bytes: int
 
 
 class Worker:
@@ -86,6 +72,7 @@ class Worker:
             on_device_lost=self._stop_without_device,
             clock=clock,
         )
+        self._room = Room(limits, self._publisher)
         self._loaded: Future[None] = Future()
         self._thread = Thread(target=self._run, name="worker", daemon=True)
         self._is_stopping = False
@@ -113,8 +100,10 @@ class Worker:
             self._fair_share,
             self._precedence,
             self._device,
+            self._room,
             report=self._tell,
             let_go=self._let_go,
+            on_preview=self._look_for_room,
             clock=clock,
         )
 
@@ -135,18 +124,35 @@ class Worker:
             self._thread.join(timeout_s)
         return not self.is_alive
 
-    def can_take(self, model: str, shape: str, is_high: bool) -> bool:
-        """Whether a request of this shape, perhaps of high priority, could start before any that waits here."""
-        with self._lock:
-            waiting = [held for held in self._held.values() for _ in held.unstarted]
-            return model in self.cards and self._has_room(model, shape, is_high, waiting)
+    def fits(self) -> Fits:
+        """What to claim in one look at the queue: requests that could start before any that waits here.
+
+        One that the device could run, but has no memory for now, holds up those behind it, so that it is not overtaken
+        for ever. One that the device could never run is left to other workers.
+        """
+        has_to_wait = False
+
+        def fits(model: str, shape: str, is_high: bool, memory: RequestMemory) -> bool:
+            nonlocal has_to_wait
+            if has_to_wait or model not in self.cards or not self._room.is_large_enough(memory):
+                return False
+            new = Newcomer(model, shape, is_high, memory)
+            with self._lock:
+                waiting = [held for held in self._held.values() for _ in held.unstarted]
+                if not self._room.has_place(new, waiting, self._running):
+                    return False
+                has_to_wait = not self._room.has_memory(new, waiting, self._running)
+            return not has_to_wait
+
+        return fits
 
     def take(self, claim: Claim) -> None:
-        """Run this job, which was claimed because `can_take` allowed it."""
+        """Run this job, which was claimed because it `fits`."""
         job = claim.job
         held = HeldJob(
             claim,
             shape_of(job.requests[0]),
+            self.cards[job.model].memory_of(job.requests[0]),
             unstarted=list(range(len(job.requests))),
             num_steps=[request.num_computed_steps for request in job.requests],
         )
@@ -197,7 +203,7 @@ class Worker:
             self._loaded.set_exception(error)
             return
         self._engine = engine
-        self.cards = engine.cards
+        self.cards = self._room.cards = engine.cards
         self._loaded.set_result(None)
         try:
             while not self._is_stopping:
@@ -222,9 +228,11 @@ class Worker:
         with self._lock:
             jobs = list(self._held.values())
         self._starter.start_what_fits(engine, jobs)
-        if self._running:
+        if self._ready():
             batch = self._next_batch()
-            if batch[0].decoding is None:
+            if not batch:
+                self._wake.wait()  # until a decoding has ended
+            elif batch[0].decoding is None:
                 self._stepper.step(engine, batch, self._running)
             else:
                 self._decode(engine, batch[0], batch[0].decoding)
@@ -244,7 +252,9 @@ class Worker:
     def _claim_place(self, held: HeldJob, index: int) -> bool:
         """Whether a request can start now. It then no longer waits."""
         with self._lock:
-            has_room = self._has_room(held.job.model, held.shape, held.job.is_high, [])
+            new = Newcomer(held.job.model, held.shape, held.job.is_high, held.memory)
+            has_place = self._room.has_place(new, [], self._running)
+            has_room = has_place and self._room.has_memory(new, [], self._running)
             if has_room and index in held.unstarted:
                 held.unstarted.remove(index)
             return has_room
@@ -252,21 +262,6 @@ class Worker:
     def _add(self, running: Running) -> None:
         with self._lock:
             self._running.append(running)
-
-    def _has_room(self, model: str, shape: str, is_high: bool, waiting: Sequence[HeldJob]) -> bool:
-        """Whether one more request could start if one of each of `waiting` had started. Needs the lock.
-
-        One of high priority does not wait for others to end: they leave room for it, and it does not count them among
-        those of its shape.
-        """
-        most = self.limits.max_running
-        held = [*waiting, *(running.held for running in self._running)]
-        is_full = len(held) + self._publisher.num_unfinished >= (most if is_high else most - most // _SHARE_FOR_HIGH)
-        rivals = sum(other.shape == shape and (other.job.is_high or not is_high) for other in held)
-        return not is_full and rivals < self._max_batch_size(model)
-
-    def _max_batch_size(self, model: str) -> int:
-        return min(self.limits.max_batch_size, self.cards[model].max_batch_size)
 
     def _classes(self) -> set[bool]:
         """Whether those that can have a turn, and those that start before others, are of high priority."""
@@ -278,28 +273,26 @@ class Worker:
         """Those that can have a turn: all but those that wait until there is room for their grid."""
         return [running for running in self._running if running.decoding is not None or not running.state.is_done]
 
-    def _next_batch(self) -> list[Running]:
-        """The requests that share the next step, or the one whose decoding has a turn."""
+    def _next_batch(self) -> Sequence[Running]:
+        """The requests that share the next step, or the one whose decoding has a turn. None while they lack memory."""
         ready = self._ready()
         groups = self._precedence.groups([running.as_candidate() for running in ready], time.perf_counter())
         self._metrics.observe_groups(self.cards, [ready[group[0]].job.model for group in groups])
-        batch = [ready[index] for index in groups[0]]
-        batch = batch[: self._max_batch_size(batch[0].job.model)]
-        return batch[: self._stepper.most_together(batch[0].state.batch_key)]
+        batch = self._room.cut([ready[index] for index in groups[0]], self._running)
+        return batch[: self._stepper.most_together(batch[0].state.batch_key)] if batch else []
 
     def _decode_done(self, engine: "Engine") -> None:
         """Begin the decoding of requests that took their last step. The publisher does what takes no turns."""
         for running in [running for running in self._running if running.state.is_done and running.decoding is None]:
             running.denoise_ended = running.denoise_ended or time.perf_counter()
             decoding = engine.decode_in_turns(running.state)
-            if decoding is None:
+            if decoding is not None:
+                if self._room.for_grid(running, self._running):
+                    running.decoding = decoding
+            elif self._room.for_decoding(running, self._running):
                 self._publish(running, partial(engine.finish, running.state))
-            elif self._has_room_for_grid(running):
-                running.decoding = decoding
-
-    def _has_room_for_grid(self, running: Running) -> bool:
-        others = sum(other.grid_bytes for other in self._running)
-        return not others or others + grid_bytes(running.request) <= self.limits.max_decode_bytes
+            else:
+                return  # those behind it wait as well, so that it gets its turn
 
     def _decode(self, engine: "Engine", running: Running, decoding: Generator[None, None, FieldSamples]) -> None:
         """Give a mesh its turn."""
@@ -336,6 +329,7 @@ class Worker:
             denoise_s=running.denoise_ended - running.denoise_began,
             field_s=time.perf_counter() - running.denoise_ended,
             batch_size_mean=running.batch_size_sum / len(running.state.computed),
+            memory=replace(running.memory, decode=0) if running.decoding else running.memory,
         )
         self._publisher.publish(denoised, on_artifact=self._look_for_room)
         self._let_go(running)

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 
 from models.budget import point_of_quality
 from models.card import ModelCard
+from models.memory import RequestMemory
 from models.request import LatencyBudget, QualityBudget
 from service.errors import Overloaded
 from service.order import Order, input_image_bytes
 from service.scheduling.cost import mesh_decode_seconds, order_seconds
 from service.scheduling.deadline import check_reachable
 from service.scheduling.load import lowered_quality
+from service.scheduling.memory import check_fits
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class Admission:
 
     `predicted_seconds` is not corrected by measured speed, since that may change until the order's turn.
     `decode_seconds` is the part of it that decoding a mesh takes. `latency_s` is the promised time from arrival to
-    result, None if the order has no deadline.
+    result, None if the order has no deadline. `memory` is what each of its requests takes of the device.
     """
 
     order: Order
@@ -67,13 +69,14 @@ class Admission:
     decode_seconds: float
     is_degraded: bool
     latency_s: float | None
+    memory: RequestMemory
 
 
 def admit(order: Order, card: ModelCard, backlog: Backlog) -> Admission:
     """Accept `order`, with a deadline or a lowered quality where its budget allows one.
 
-    Raises DeadlineUnreachable if even the lowest quality allowed takes too long, Overloaded if the backlog would become
-    too long.
+    Raises InvalidRequest for what the device has too little memory for, DeadlineUnreachable if even the lowest quality
+    allowed takes too long, Overloaded if the backlog would become too long.
     """
     request = order.requests[0]
     latency_s = None
@@ -85,11 +88,12 @@ def admit(order: Order, card: ModelCard, backlog: Backlog) -> Admission:
         )
     else:
         order = _lowered(order, card, backlog)
+    check_fits(order.requests[0], card)
     _check_images(order, backlog)
     seconds = order_seconds(order.requests, card)
     _check_room(seconds * backlog.pace, backlog)
     decode_s = sum(mesh_decode_seconds(request, card) for request in order.requests)
-    return Admission(order, seconds, decode_s, order != wanted, latency_s)
+    return Admission(order, seconds, decode_s, order != wanted, latency_s, card.memory_of(order.requests[0]))
 
 
 def _lowered(order: Order, card: ModelCard, backlog: Backlog) -> Order:

@@ -26,6 +26,7 @@ from models.card import DecodeSpeed, Guidance, ImageCard, MeshCard, ModelCard, S
 from models.curve import EXACT, ComputedSteps, CurvePoint, Preset
 from models.errors import EmptySurface, InvalidRequest
 from models.file_formats import MeshFormat
+from models.memory import ImageMemory, MeshMemory, Values
 from models.mesh.cleanup import CleanMesh, clean
 from models.mesh.surface import FieldSamples, Mesh
 from models.report import BlockReport, Decision, GenerationSummary, StepDecision, StepReport, TokenCounts
@@ -53,6 +54,20 @@ CURVE = (
     CurvePoint(RouterPolicy(skip_threshold=0.7), 0.4, 0.46, 0.6, 0.7, Preset.DRAFT),
 )
 
+DRAWN_MEMORY = ImageMemory(
+    weights=1_000_000,
+    num_blocks=2,
+    token_bytes=128,
+    latent_bytes=64,
+    step_values=(Values(10.0, 10.0),),
+    pixels_per_token=16,
+    max_text_tokens=16,
+    pads_prompts=True,
+    encode_token_bytes=1000,
+    encode_pixel_bytes=10,
+    decode_pixel_bytes=20,
+)
+
 DRAWN_CARD = ImageCard(
     id="drawn",
     family="drawn",
@@ -75,6 +90,7 @@ DRAWN_CARD = ImageCard(
     fixed_share=0.0,
     encode_seconds=0.0,
     max_batch_size=4,
+    memory=DRAWN_MEMORY,
 )
 
 # As DRAWN_CARD, of a family whose guidance is true.
@@ -94,6 +110,22 @@ FORECASTING_CARD = replace(
     edit_steps=tuple(tuple(max(1, taken * computed // 8) for computed in range(1, 9)) for taken in range(1, 9)),
 )
 
+MESH_MEMORY = MeshMemory(
+    weights=1_000_000,
+    num_blocks=1,
+    token_bytes=128,
+    latent_bytes=64,
+    step_values=(Values(10.0, 10.0),),
+    num_latents=64,
+    num_text_tokens=1,
+    encode_bytes=1000,
+    context_bytes=1000,
+    field_bytes=10_000,
+    field_peak_bytes=20_000,
+    points_per_call=2048,
+    point_bytes=100,
+)
+
 MESH_CARD = MeshCard(
     id="ball",
     family="drawn",
@@ -111,6 +143,7 @@ MESH_CARD = MeshCard(
     fixed_share=0.0,
     encode_seconds=0.0,
     max_batch_size=4,
+    memory=MESH_MEMORY,
     default_octree_resolution=32,
     min_octree_resolution=16,
     max_octree_resolution=64,

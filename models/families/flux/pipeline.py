@@ -22,6 +22,7 @@ from models.families.image import Branch, ImageFamily
 from models.families.wrapping import Adapter
 from models.load_options import LoadOptions
 from models.loading import stream_pipeline
+from models.memory import Values
 from models.request import GenerationRequest, ImageRequest
 from models.state import BranchInputs, DenoiseState
 from models.weights import CheckpointTraits, RouterWeights
@@ -31,6 +32,7 @@ class FluxFamily(ImageFamily):
     adapter: Adapter = adapter
     pipeline_class: ClassVar[type[DiffusionPipeline]] = FluxPipeline
     inpaint_pipeline = FluxInpaintPipeline
+    step_values = (Values(17.0, 17.0),)  # in a single block: both streams, q, k, v, the MLP and what joins them
 
     @classmethod
     def load(
@@ -87,6 +89,12 @@ class FluxFamily(ImageFamily):
         double = BlockCost(fixed=square * (12 + 4 * tokens + 8 * text) + attention, mlp=square * 8 * image)
         single = BlockCost(fixed=square * (3 + 4 * tokens) + attention, mlp=square * 8 * tokens)
         return {block.name: double if block.name.startswith("double") else single for block in self.blocks}
+
+    @property
+    def _values_per_pixel(self) -> tuple[int, int]:
+        """At full resolution: of the encoder's first block, and of the decoder's last one behind its upsampling."""
+        channels = self.pipeline.vae.config.block_out_channels
+        return 5 * channels[0], 3 * max(channels[:2])
 
     def _branches(self, request: ImageRequest) -> Sequence[Branch]:
         branches = [Branch("cond", request.prompt, "prompt")]

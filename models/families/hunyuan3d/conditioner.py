@@ -43,6 +43,16 @@ class SingleImageEncoder(nn.Module):
             config=kwargs["config"], image_size=kwargs["image_size"], use_cls_token=kwargs.get("use_cls_token", True)
         )
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one image."""
+        return int(self.main_image_encoder.num_tokens)
+
+    @property
+    def channels(self) -> int:
+        """Channels of a token."""
+        return int(self.main_image_encoder.model.layernorm.normalized_shape[0])
+
     def forward(self, image: Tensor) -> Tensor:
         """Image tokens `(batch, tokens, channels)` of a square `image` `(batch, 3, side, side)` in [-1, 1]."""
         return self.main_image_encoder(image)
@@ -56,6 +66,7 @@ class DinoImageEncoder(nn.Module):
         self._side = image_size
         self._use_cls_token = use_cls_token
         self.model = Dinov2Model(Dinov2Config(**config))
+        self.num_tokens = (image_size // self.model.patch_size) ** 2 + use_cls_token
 
     def forward(self, image: Tensor) -> Tensor:
         tokens = self.model(self.pixel_values(image))
@@ -91,6 +102,7 @@ _ENCODERS = {"DinoImageEncoder": DinoImageEncoder, "DinoImageEncoderMV": DinoIma
 class Dinov2Model(nn.Module):
     def __init__(self, config: Dinov2Config) -> None:
         super().__init__()
+        self.patch_size = config.patch_size
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
         self.layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)

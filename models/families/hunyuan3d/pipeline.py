@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.card import DecodeSpeed, Guidance, MeshCard, ModelCard, basics_of
 from models.curve import EXACT, Preset
@@ -27,7 +27,9 @@ from models.families.hunyuan3d.preparation import prepared_request
 from models.families.hunyuan3d.shape_vae import DecodedField
 from models.families.wrapping import Adapter
 from models.load_options import LoadOptions
+from models.memory import MeshMemory, Values
 from models.mesh.cleanup import CleanMesh, clean
+from models.mesh.size import MIN_POINTS_PER_CALL
 from models.mesh.speed import measure_decode_speed
 from models.mesh.surface import BOUNDS, FieldSamples, Mesh, extract_surface
 from models.mesh.volume import decode_in_turns, finished, sample_in_turns
@@ -36,10 +38,10 @@ from models.state import BranchInputs, DenoiseState
 from models.weights import CheckpointTraits, Manifest, RouterWeights
 
 _NUM_QUALITY_POINTS = 8192
-_POINTS_PER_CALL_CPU = 2048
-"""More points do not fit in a CPU's caches (`ShapeVAE.field`)."""
 _MOST_POINTS_PER_CALL = 2**17
 """A denoise step may wait for one call. In Hunyuan3D-2.1 this is 3 TFLOP, and fills any GPU."""
+_PLAIN_VALUES, _STREAM_VALUES = Values(27.0, 0.0), Values(19.0, 19.0)
+"""What a step holds at its peak. In 2.1 ten blocks' states wait for those that read them."""
 _PREVIEW_OCTREE_RESOLUTION = 32
 _OCTREE_STEP = 8
 """Grids of up to 512 cells are halved at most three times, since the coarsest has at least 64 cells: 2 ** 3 = 8."""
@@ -107,6 +109,30 @@ class Hunyuan3DFamily(Family):
         vae, device = self.checkpoint.vae, self._parameter.device
         field = self._field(torch.zeros((1, vae.num_latents, vae.embed_dim), device=device))
         return measure_decode_speed(field, points_per_call=self._points_per_call, device=device)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [self.checkpoint.denoiser, self.checkpoint.vae, self.checkpoint.conditioner]
+
+    def memory(self) -> MeshMemory:
+        vae, encoder, parameter = self.checkpoint.vae, self.checkpoint.conditioner, self._parameter
+        vae_bytes, context = next(vae.parameters()).itemsize, encoder.num_tokens * encoder.channels * parameter.itemsize
+        is_encoder_here = next(encoder.parameters()).device == self.device
+        return MeshMemory(
+            weights=self.weight_bytes(),
+            num_blocks=len(self.blocks),
+            token_bytes=self.adapter.channels(self.transformer) * parameter.itemsize,
+            latent_bytes=vae.embed_dim * torch.float32.itemsize,
+            step_values=(_PLAIN_VALUES if self._is_plain else _STREAM_VALUES,),
+            num_latents=vae.num_latents,
+            num_text_tokens=1 if self._is_plain else encoder.num_tokens,  # in 2.1, that of the time
+            encode_bytes=12 * context if is_encoder_here else 0,
+            context_bytes=context,
+            field_bytes=2 * vae.num_latents * vae.geo_width * vae_bytes,
+            field_peak_bytes=round(12.2 * vae.num_latents * vae.post_kl.out_features * vae_bytes),
+            points_per_call=MIN_POINTS_PER_CALL if self.device.type == "cpu" else _MOST_POINTS_PER_CALL,
+            point_bytes=round(11.2 * vae.geo_width * vae_bytes) + 600,  # and the Fourier features of its place
+        )
 
     def example_request(self, card: ModelCard) -> MeshRequest:
         """The image shows a disc."""
@@ -252,10 +278,6 @@ class Hunyuan3DFamily(Family):
 
     @property
     def _points_per_call(self) -> int:
-        parameter = next(self.checkpoint.vae.parameters())
-        if parameter.device.type == "cpu":
-            return _POINTS_PER_CALL_CPU
-        free, _ = torch.cuda.mem_get_info(parameter.device)
-        # A point takes about ten times the width. Using a quarter of the free memory leaves room for running steps.
-        bytes_per_point = 10 * self.checkpoint.vae.post_kl.out_features * parameter.element_size()
-        return min(max(_POINTS_PER_CALL_CPU, free // 4 // bytes_per_point), _MOST_POINTS_PER_CALL)
+        device, room = self.device, self.room
+        free = room if device.type == "cpu" else min(room, torch.cuda.mem_get_info(device)[0])
+        return self.memory().num_points(free)

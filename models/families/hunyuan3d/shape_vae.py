@@ -58,6 +58,7 @@ class ShapeVAE(nn.Module):
         if with_encoder:
             self.encoder = Encoder(point_channels + point_feats, width, heads, num_encoder_layers, qkv_bias, qk_norm)
             self.pre_kl = nn.Linear(width, 2 * embed_dim)
+        self.geo_width = width // geo_decoder_downsample_ratio
         self.post_kl = nn.Linear(embed_dim, width)
         self.transformer = Transformer(width, heads, num_decoder_layers, qkv_bias, qk_norm)
         self.geo_decoder = GeometryDecoder(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -26,6 +27,7 @@ from models.families.qwen_image.streams import QwenImageStreams
 from models.families.wrapping import Adapter
 from models.load_options import LoadOptions
 from models.loading import stream_pipeline
+from models.memory import ImageMemory, Values
 from models.request import GenerationRequest, ImageRequest
 from models.state import BranchInputs, DenoiseState
 from models.weights import CheckpointTraits, MlpActivation, RouterWeights
@@ -43,6 +45,7 @@ class QwenImageFamily(ImageFamily):
     adapter: Adapter = adapter
     pipeline_class: ClassVar[type[DiffusionPipeline]] = QwenImagePipeline
     inpaint_pipeline = QwenImageInpaintPipeline
+    step_values = (Values(15.0, 5.3), Values(11.5, 11.5))  # in the image's MLP, and in attention
     loaders: ClassVar[Mapping[str, Callable[[Path], Any]]] = {}
     """What loads parts of the pipeline that are loaded in another way than by diffusers, by their names."""
 
@@ -127,6 +130,16 @@ class QwenImageFamily(ImageFamily):
             mlp=square * 8 * image,
         )
         return {block.name: cost for block in self.blocks}
+
+    @property
+    def _values_per_pixel(self) -> tuple[int, int]:
+        """At full resolution, where convolutions over time pad one frame to three."""
+        channels = int(self.pipeline.vae.config.base_dim)
+        return 10 * channels, 18 * channels
+
+    def memory(self) -> ImageMemory:
+        template = self.pipeline.tokenizer(self.pipeline.prompt_template_encode.format("")).input_ids
+        return replace(super().memory(), pads_prompts=False, template_tokens=len(template) - self._template_start)
 
     def _branches(self, request: ImageRequest) -> Sequence[Branch]:
         branches = [Branch("cond", request.prompt, "prompt")]

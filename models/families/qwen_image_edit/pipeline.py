@@ -1,6 +1,8 @@
 """Qwen-Image-Edit: Qwen-Image that reads pictures, both in its text encoder and beside the noise."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +17,7 @@ from models.errors import InvalidRequest
 from models.families.image import Branch
 from models.families.qwen_image.pipeline import QwenImageFamily
 from models.families.references import EditingFamily
+from models.memory import ImageMemory
 from models.state import BranchInputs
 
 
@@ -45,9 +48,19 @@ class QwenImageEditFamily(EditingFamily, QwenImageFamily):
                 )
         return super()._encode(branch, pictures)
 
+    @property
+    def seen_sizes(self) -> PictureSizes:
+        """The sizes at which the text encoder sees pictures."""
+        return self.picture_sizes
+
+    def memory(self) -> ImageMemory:
+        processor = self.pipeline.processor.image_processor
+        seen = self.seen_sizes.num_pixels / (processor.patch_size * processor.merge_size) ** 2
+        return replace(super().memory(), picture_text_tokens=math.ceil(1.05 * seen))  # sides are rounded
+
     def _seen(self, pictures: Sequence[Image.Image]) -> Mapping[str, Any]:
         [picture] = pictures
-        return {"image": self._resized(picture, self.picture_sizes)}
+        return {"image": self._resized(picture, self.seen_sizes)}
 
     def _encode_picture(self, pixels: Tensor) -> Tensor:
         return super()._encode_picture(pixels.unsqueeze(2))
@@ -64,6 +77,9 @@ class QwenImageEditPlusFamily(QwenImageEditFamily):
     max_input_images: ClassVar[int] = 3
     """As in the model card of Qwen-Image-Edit-2509: it works best with one to three."""
 
+    @property
+    def seen_sizes(self) -> PictureSizes:
+        return PictureSizes(area=pipeline_qwenimage_edit_plus.CONDITION_IMAGE_SIZE)
+
     def _seen(self, pictures: Sequence[Image.Image]) -> Mapping[str, Any]:
-        sizes = PictureSizes(area=pipeline_qwenimage_edit_plus.CONDITION_IMAGE_SIZE)
-        return {"image": [self._resized(picture, sizes) for picture in pictures]}
+        return {"image": [self._resized(picture, self.seen_sizes) for picture in pictures]}

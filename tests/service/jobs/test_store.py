@@ -64,7 +64,7 @@ MESH = MeshRequest(
 EDIT = ImageEdit((bytes(range(200)), b"second"), mask=b"mask", strength=0.5)
 
 
-def anything(model: str, shape: str, is_high: bool) -> bool:
+def anything(*_: object) -> bool:
     return True
 
 
@@ -135,13 +135,13 @@ async def test_claim_passes_over_what_does_not_fit(bench: Any, make_job: MakeJob
         await bench.store.add(replace(make_job(f"a{number}"), created_at=float(number)))
     await bench.store.add(replace(make_job("wide", width=128), created_at=99.0))
     assert await bench.store.claim(lambda *_: False) is None
-    claimed = await bench.store.claim(lambda *job: job == ("drawn", "drawn 128x64", False))
+    claimed = await bench.store.claim(lambda *job: job[:3] == ("drawn", "drawn 128x64", False))
     assert claimed.job.id == "wide"
     assert await bench.store.num_waiting() == {"drawn": 70}
     # Room may be kept for high priority
     await bench.store.add(make_job("high", priority=Priority.HIGH))
     await bench.store.add(make_job("other high", priority=Priority.HIGH))
-    assert (await bench.store.claim(lambda *job: job == ("drawn", "drawn 64x64", True))).job.id == "high"
+    assert (await bench.store.claim(lambda *job: job[:3] == ("drawn", "drawn 64x64", True))).job.id == "high"
 
 
 async def test_two_never_claim_the_same_job(bench: Any, make_job: MakeJob) -> None:

@@ -23,7 +23,8 @@ from service.jobs.store import Ending, EventName, Preview, Progress, ended
 from service.metrics import Metrics
 from service.running.dispatcher import Dispatcher, Timing
 from service.running.inbox import Inbox
-from service.running.worker import Worker, WorkerLimits
+from service.running.room import WorkerLimits
+from service.running.worker import Worker
 from service.settings import Settings
 
 StartService = Callable[[Settings], Any]

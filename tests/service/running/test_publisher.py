@@ -202,7 +202,7 @@ def test_slow_decoding_of_one_model_does_not_delay_another(bench: Bench, make_jo
 def test_preview_is_a_lossless_image_without_metadata(bench: Bench, make_job: MakeJob) -> None:
     job = replace(make_job("a"), output=Output(OutputFormat.JPEG, compression_quality=5))
     claim = Claim(job, "lease")
-    bench.publisher.preview(PendingPreview(claim, 0, 2, lambda: grey(77)))
+    bench.publisher.preview(PendingPreview(claim, 0, 2, lambda: grey(77)), on_preview=lambda: None)
     bench.publisher.close()
     (preview,) = bench.reports
     assert isinstance(preview, Preview)
@@ -214,7 +214,7 @@ def test_preview_is_a_lossless_image_without_metadata(bench: Bench, make_job: Ma
 @pytest.mark.parametrize("error", [EmptySurface("no surface"), ValueError("a bug")])
 def test_preview_that_fails_is_left_out_and_its_job_goes_on(bench: Bench, make_job: MakeJob, error: Exception) -> None:
     claim = Claim(make_job("a"), "lease")
-    bench.publisher.preview(PendingPreview(claim, 0, 0, fail_with(error)))
+    bench.publisher.preview(PendingPreview(claim, 0, 0, fail_with(error)), on_preview=lambda: None)
     bench.publish(claim, 0, lambda: grey(0))
     assert bench.only_ending().status is JobStatus.SUCCEEDED
 
@@ -222,7 +222,9 @@ def test_preview_that_fails_is_left_out_and_its_job_goes_on(bench: Bench, make_j
 def test_preview_of_an_ended_job_is_not_made(bench: Bench, make_job: MakeJob) -> None:
     is_decoded = Event()
     bench.unwanted.add("lease")
-    bench.publisher.preview(PendingPreview(Claim(make_job("a"), "lease"), 0, 0, note(is_decoded)))
+    bench.publisher.preview(
+        PendingPreview(Claim(make_job("a"), "lease"), 0, 0, note(is_decoded)), on_preview=lambda: None
+    )
     bench.publisher.close()
     assert not is_decoded.is_set()
     assert bench.reports == []

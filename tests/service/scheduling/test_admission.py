@@ -87,7 +87,7 @@ def test_encoding_and_decoding_count(make_order: MakeOrder, drawn_card: ImageCar
         admit(make_order(LatencyBudget(1.2)), card, backlog(0))
 
 
-def test_input_images_of_waiting_orders_are_bounded(drawn_card: ImageCard) -> None:
+def test_input_images_of_waiting_orders_are_bounded(mesh_card: MeshCard) -> None:
     mesh = MeshRequest(
         model="ball",
         num_inference_steps=1,
@@ -102,12 +102,12 @@ def test_input_images_of_waiting_orders_are_bounded(drawn_card: ImageCard) -> No
     order = Order((mesh,), Output(), None, None)
     bounded = replace(backlog(6.0), max_image_bytes=14)
     for waiting in (0, 9):
-        admit(order, drawn_card, replace(bounded, image_bytes=waiting))
+        admit(order, mesh_card, replace(bounded, image_bytes=waiting))
     with pytest.raises(Overloaded, match=r"10 bytes and this one would add 5, more than the 14") as caught:
-        admit(order, drawn_card, replace(bounded, image_bytes=10))
+        admit(order, mesh_card, replace(bounded, image_bytes=10))
     assert caught.value.retry_after_s == 3
     # One image that is larger than the bound is accepted alone
-    admit(order, drawn_card, replace(bounded, max_image_bytes=1))
+    admit(order, mesh_card, replace(bounded, max_image_bytes=1))
 
 
 def test_cost_of_every_result_counts(make_order: MakeOrder, drawn_card: ImageCard) -> None:

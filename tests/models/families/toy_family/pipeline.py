@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.card import Guidance, ImageCard, ModelCard, SizeLimits, basics_of
 from models.curve import EXACT, Preset
@@ -18,6 +18,7 @@ from models.families.family import Beginning, BranchStart, Family
 from models.families.wrapping import Adapter
 from models.load_options import LoadOptions
 from models.loading import stream_module
+from models.memory import ImageMemory, Values
 from models.request import GenerationRequest, ImageRequest, PresetBudget
 from models.state import BranchInputs, DenoiseState
 from models.weights import CheckpointTraits, Manifest, RouterWeights
@@ -75,6 +76,26 @@ class ToyFamily(Family):
             default_width=32,
             sizes=SizeLimits(PIXELS, PIXELS, 64),
             max_prompt_characters=PROMPT_LENGTH,
+        )
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [self.transformer]
+
+    def memory(self) -> ImageMemory:
+        channels = adapter.channels(self.transformer)
+        return ImageMemory(
+            weights=self.weight_bytes(),
+            num_blocks=len(self.blocks),
+            token_bytes=4 * channels,
+            latent_bytes=4 * 3,
+            step_values=(Values(12.0, 12.0),),
+            pixels_per_token=PIXELS,
+            max_text_tokens=PROMPT_LENGTH,
+            pads_prompts=True,
+            encode_token_bytes=4 * channels,
+            encode_pixel_bytes=12,
+            decode_pixel_bytes=12,
         )
 
     def example_request(self, card: ModelCard) -> ImageRequest:

@@ -1,0 +1,120 @@
+"""Which requests a worker has room for: by their number, by their shape, and in the device's memory."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from models.card import ModelCard
+from models.memory import ModelMemory, RequestMemory
+from service.running.held import HeldJob, Running
+from service.running.publisher import Publisher
+from service.scheduling.cost import grid_bytes
+from service.scheduling.memory import DeviceMemory, InMemory
+
+_SHARE_FOR_HIGH = 8
+"""One in so many of the places for running requests is kept for those of high priority."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLimits:
+    """At most `max_batch_size` requests share a step, and at most `max_running` are in memory.
+
+    The grids of meshes that are decoded at once take at most `max_decode_bytes`, as predicted. A larger one goes alone.
+    """
+
+    max_batch_size: int
+    max_running: int
+    max_decode_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Newcomer:
+    """A request that may start: its model and its shape, whether it is of high priority, what memory it takes."""
+
+    model: str
+    shape: str
+    is_high: bool
+    memory: RequestMemory
+
+
+class Room:
+    """Used under the worker's lock, which protects what is passed in. `cards` are those of all loaded models."""
+
+    def __init__(self, limits: WorkerLimits, publisher: Publisher) -> None:
+        self.cards: Mapping[str, ModelCard] = {}
+        self._limits = limits
+        self._publisher = publisher
+
+    def is_large_enough(self, memory: RequestMemory) -> bool:
+        """Whether this worker's device could run such a request alone."""
+        return memory.alone <= self._memory.room
+
+    def has_place(self, new: Newcomer, waiting: Sequence[HeldJob], running: Sequence[Running]) -> bool:
+        """Whether the limits of numbers allow one more, if one of each of `waiting` had started.
+
+        One of high priority does not wait for others to end: they leave room for it, and it does not count them among
+        those of its shape.
+        """
+        most = self._limits.max_running
+        held = [*waiting, *(other.held for other in running)]
+        is_full = len(held) + self._publisher.num_unfinished >= (
+            most if new.is_high else most - most // _SHARE_FOR_HIGH
+        )
+        rivals = sum(other.shape == new.shape and (other.job.is_high or not new.is_high) for other in held)
+        return not is_full and rivals < self.max_batch_size(new.model)
+
+    def has_memory(self, new: Newcomer, waiting: Sequence[HeldJob], running: Sequence[Running]) -> bool:
+        """Whether the device's memory allows one more. One of high priority may step without others of its shape."""
+        entries = [*(InMemory(held.shape, held.memory) for held in waiting), *map(_entry, running)]
+        max_batch_size = 1 if new.is_high else self.max_batch_size(new.model)
+        return self._device(entries).can_start(InMemory(new.shape, new.memory), max_batch_size)
+
+    def max_batch_size(self, model: str) -> int:
+        return min(self._limits.max_batch_size, self.cards[model].max_batch_size)
+
+    def cut(self, batch: Sequence[Running], running: Sequence[Running]) -> Sequence[Running]:
+        """As many of the batch as may step now. None of them: the first has to wait for a decoding to end."""
+        device = self._device(list(map(_entry, running)))
+        if batch[0].decoding is not None:
+            return batch if device.can_turn(batch[0].memory.decode) else []
+        most = min(self.max_batch_size(batch[0].job.model), device.num_that_fit([other.memory for other in batch]))
+        return batch[:most]
+
+    def for_grid(self, running: Running, others: Sequence[Running]) -> bool:
+        """Whether the grid of a mesh may be decoded beside those that are."""
+        grids = sum(other.grid_bytes for other in others)
+        return not grids or grids + grid_bytes(running.request) <= self._limits.max_decode_bytes
+
+    def for_decoding(self, running: Running, others: Sequence[Running]) -> bool:
+        """Whether the publisher may decode this result now."""
+        device = self._device(list(map(_entry, others)))
+        return device.can_decode(running.job.model, running.memory.decode)
+
+    def for_preview(self, running: Running, others: Sequence[Running]) -> bool:
+        """Whether the publisher may decode a preview now."""
+        device = self._device(list(map(_entry, others)))
+        return device.can_preview(running.job.model, running.memory.preview)
+
+    def kinds(self, running: Sequence[Running]) -> dict[str, int]:
+        """What is planned of the device, by kind, for metrics; empty where nothing limits it."""
+        memory = self._memory
+        if math.isinf(memory.limit):
+            return {}
+        return {
+            "limit": int(memory.limit),
+            "reserve": int(memory.reserve),
+            "weights": memory.all_weights,
+            "running": self._device(list(map(_entry, running))).held,
+        }
+
+    @property
+    def _memory(self) -> ModelMemory:
+        """That of any model: they share the device."""
+        return next(iter(self.cards.values())).memory
+
+    def _device(self, entries: Sequence[InMemory]) -> DeviceMemory:
+        return DeviceMemory(self._memory.room, self._limits.max_decode_bytes, entries, self._publisher.decoding)
+
+
+def _entry(running: Running) -> InMemory:
+    return InMemory(running.held.shape, running.memory, running.state.is_done)
