@@ -20,6 +20,7 @@ from models.families import FAMILIES
 from models.families.entry import DIFFUSERS, FamilyEntry, NamedClass
 from models.families.family import Family
 from models.file_formats import OutputFormat, encode_image
+from models.float8 import FLOAT8_TOLERANCE
 from models.load_options import DEFAULTS, LoadOptions, Weights
 from models.mesh.cleanup import CleanMesh
 from models.published_terms import published_terms
@@ -65,6 +66,8 @@ def load_engine(
         family: Family = entry.family.load().load(
             directory, device, dtype, load_router_weights(folder, base), manifest.traits, options
         )
+        if options.has_float8:
+            family.exact_tolerance = max(family.exact_tolerance, FLOAT8_TOLERANCE)
         if options.offloads_layers:
             family.keep_blocks_on_host(torch.device(device))
         family.forecast_table = read_forecast_table(folder)
