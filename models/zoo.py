@@ -24,6 +24,7 @@ from models.families.entry import DIFFUSERS, FamilyEntry, NamedClass
 from models.families.family import Family
 from models.families.image import ImageFamily
 from models.file_formats import OutputFormat, encode_image
+from models.float8 import FLOAT8_TOLERANCE
 from models.load_options import DEFAULTS, LoadOptions, Weights
 from models.memory import ModelMemory, in_gib
 from models.mesh.cleanup import CleanMesh
@@ -79,6 +80,8 @@ def load_engine(
         family: Family = entry.family.load().load(
             directory, str(torch_device), dtype, load_router_weights(folder, base), manifest.traits, options
         )
+        if options.has_float8:
+            family.exact_tolerance = max(family.exact_tolerance, FLOAT8_TOLERANCE)
         if options.offloads_layers:
             family.keep_blocks_on_host(torch.device(device))
         family.forecast_table = read_forecast_table(folder)
