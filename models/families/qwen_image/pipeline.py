@@ -139,7 +139,11 @@ class QwenImageFamily(ImageFamily):
 
     def memory(self) -> ImageMemory:
         template = self.pipeline.tokenizer(self.pipeline.prompt_template_encode.format("")).input_ids
-        return replace(super().memory(), pads_prompts=False, template_tokens=len(template) - self._template_start)
+        memory = replace(super().memory(), pads_prompts=False, template_tokens=len(template) - self._template_start)
+        if not self.transformer.zero_cond_t:
+            return memory
+        # Each image token has its own shift and scale there.
+        return replace(memory, step_values=(Values(17.1, 5.3), *self.step_values))
 
     def _branches(self, request: ImageRequest) -> Sequence[Branch]:
         branches = [Branch("cond", request.prompt, "prompt")]
