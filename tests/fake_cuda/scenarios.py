@@ -1,7 +1,8 @@
 """What published models do on a fake GPU, and what it costs: bytes, kernels and waits of each part of a request's life.
 
-Text encoders, transformers and VAEs have their published sizes. Not covered: models that read pictures beside the noise,
-edits, the times that `load_engine` measures for cards, and files of results. The surface of a mesh is empty but for its first levels, so its decoding reads few points.
+Text encoders, transformers and VAEs have their published sizes, and are loaded as directories are. Not covered: models
+that read pictures beside the noise, edits, the times that `load_engine` measures for cards, and files of results. The
+field of a mesh is noise on its coarse grid, and empty beyond that.
 """
 
 from collections.abc import Callable, Iterator, Sequence
