@@ -1,7 +1,8 @@
 """How much time does it save to group requests by predicted sparsity?
 
-`python -m benchmarks.batching` sends dense (`exact`) and light (`draft`) requests of one size at once. Two batchers
-serve them in turn, round by round: the service's, and one in which all requests share every step. `dense_ratio` and
+`python -m benchmarks.batching` sends dense requests, which compute every step, and light ones (`draft`) of one size at
+once. Dense ones share steps here, as those with a deadline do; exact ones would not. Two batchers serve them in turn,
+round by round: the service's, and one in which all requests share every step. `dense_ratio` and
 `light_ratio` compare the mean time from arrival to last step under the service's batcher with that under the other
 one; `all_ratio` compares the time until all have ended. `dense_of_share` and `light_of_share` compare the mean time
 with that on a device of its own for each request, as fast as its share of this one: the time alone, times the number
@@ -33,7 +34,7 @@ Group = Callable[[Sequence[Candidate]], list[list[int]]]
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The numbers of `exact` and `draft` requests that arrive together."""
+    """The numbers of dense and of `draft` requests that arrive together."""
 
     num_dense: int
     num_light: int
@@ -48,6 +49,8 @@ def serve(engine: Engine, requests: Sequence[GenerationRequest], group: Group) -
     """Seconds until each request has taken its last step, in the service's loop with the batcher `group`."""
     card = engine.cards[requests[0].model]
     states, fair_share = [engine.start(request) for request in requests], FairShare()
+    for state in states:
+        state.exact_tolerance = None  # so that dense ones share steps
     costs = [block_seconds(request, card) for request in requests]
     virtual_times, ends = [0.0] * len(states), [0.0] * len(states)
     running = list(range(len(states)))

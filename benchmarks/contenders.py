@@ -16,10 +16,11 @@ from models.request import Budget, ComputeBudget, GenerationRequest, PresetBudge
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A name and a budget; a budget of None means the stock model."""
+    """A name and a budget; a budget of None means the stock model. `is_compiled` says whether its blocks are."""
 
     name: str
     budget: Budget | None
+    is_compiled: bool = False
 
 
 class Denoising(NamedTuple):

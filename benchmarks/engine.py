@@ -3,7 +3,8 @@
 Four measurements in one run of `python -m benchmarks.engine`:
 
 time     the stock diffusers transformer, our loop at `exact`, every preset, and compute caps take turns in every round,
-         on the same latents and prompts; a ratio compares within a round, and its median over rounds is reported
+         on the same latents and prompts; a ratio compares within a round, and its median over rounds is reported; with
+         --compile each also with compiled blocks, the stock transformer's by `compile_repeated_blocks`
 quality  prompt accuracy by the judge, PSNR and SSIM against the exact image of the same seed, on held-out prompts;
          SSIM is `Engine.similarity`, the `quality` of curves and receipts
 effort   compute of one object on a plain background and of four on a busy one, at the same settings
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers.utils.logging
 import numpy as np
@@ -34,6 +35,7 @@ from models.budget import resolve
 from models.card import Guidance, ImageCard
 from models.curve import Preset
 from models.engine import Engine
+from models.load_options import LoadOptions
 from models.report import GenerationSummary
 from models.request import Budget, ImageRequest, PresetBudget
 from models.zoo import load_engine
@@ -48,6 +50,13 @@ _CAPTIONS: Mapping[str, Callable[[Scene], str]] = {
     "flux": lambda scene: scene.caption,
     "qwen_image": lambda scene: scene.mixed_caption,
 }
+
+
+class Runners(NamedTuple):
+    """What contenders run on: our engine and the stock pipeline."""
+
+    engine: Engine
+    pipeline: DiffusionPipeline
 
 
 def requests_for(
@@ -111,23 +120,22 @@ def stock_denoise(pipeline: DiffusionPipeline, requests: Sequence[ImageRequest],
 
 
 def measure_time(
-    engine: Engine,
-    pipeline: DiffusionPipeline,
+    runners: Mapping[bool, Runners],
     names: Sequence[Contender],
     model: str,
     side: int,
     batch_size: int,
     num_rounds: int,
 ) -> list[TableRow]:
-    """The rows of `time_in_turn`, with columns for side and batch size."""
+    """The rows of `time_in_turn`, with columns for side and batch size. `runners` are for `Contender.is_compiled`."""
     scenes = evaluation_scenes(batch_size * (num_rounds + 1), 0)
-    max_length = engine.max_sequence_length(model)
 
     def denoise(contender: Contender, number: int) -> Denoising:
+        engine, pipeline = runners[contender.is_compiled]
         chosen = scenes[number * batch_size : (number + 1) * batch_size]
         requests = requests_for(engine, model, chosen, contender.budget or PresetBudget(Preset.EXACT), side)
         if contender.budget is None:
-            return Denoising(stock_denoise(pipeline, requests, max_length))
+            return Denoising(stock_denoise(pipeline, requests, engine.max_sequence_length(model)))
         return elastic_denoise(engine, requests)
 
     rows = time_in_turn(names, num_rounds, f"time at {side}, batch {batch_size}", denoise)
@@ -257,6 +265,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=128, help="one-object prompts, and as many with two to four")
     parser.add_argument("--caps", type=float, nargs="*", default=[0.5], help="compute_ratio budgets beside the presets")
     parser.add_argument("--time", nargs="+", metavar="NAME", help="time only the stock transformer and these budgets")
+    parser.add_argument("--compile", action="store_true", help="time each with compiled blocks too")
     parser.add_argument("--only", choices=("time", "quality", "effort", "negative"))
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     return parser.parse_args()
@@ -266,15 +275,28 @@ def measure_times(
     engine: Engine, names: Sequence[Contender], model: str, arguments: argparse.Namespace
 ) -> list[TableRow]:
     """The rows of all sizes and batch sizes."""
-    pipeline = DiffusionPipeline.from_pretrained(arguments.model, dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
+    runners = {False: Runners(engine, _stock(arguments.model))}
     timed = [c for c in names if not (c.budget and arguments.time) or c.name in arguments.time]
+    if arguments.compile:
+        options = LoadOptions(compiles=True)
+        compiled = load_engine(
+            [arguments.model], device="cpu", router_weights=arguments.router_weights, options=options
+        )
+        runners[True] = Runners(compiled, _stock(arguments.model))
+        runners[True].pipeline.transformer.compile_repeated_blocks()
+        timed += [replace(c, name=f"{c.name}, compiled", is_compiled=True) for c in timed]
     return [
         row
         for side in arguments.sides
         for batch_size in arguments.batches
-        for row in measure_time(engine, pipeline, timed, model, side, batch_size, arguments.rounds)
+        for row in measure_time(runners, timed, model, side, batch_size, arguments.rounds)
     ]
+
+
+def _stock(directory: Path) -> DiffusionPipeline:
+    pipeline = DiffusionPipeline.from_pretrained(directory, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def main() -> None:

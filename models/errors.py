@@ -4,7 +4,11 @@ GenerationError
 ├── InvalidRequest      the request cannot be served as it was asked
 ├── UnknownModel        no model of that name is loaded
 ├── EmptySurface        a decoded field has no surface to make a mesh of
-└── WeightsError        a model directory or a router file is not what it should be
+├── OutOfDeviceMemory   the device has too little memory for this, now or at all
+├── DeviceLost          the device fails every call from now on; only a new process can use it
+├── DeviceError         there is no such device
+├── WeightsError        a model directory or a router file is not what it should be
+└── CompilerError       blocks were to be compiled, and this machine lacks what that needs
 """
 
 from typing import Self
@@ -34,5 +38,21 @@ class EmptySurface(GenerationError):
     pass
 
 
+class OutOfDeviceMemory(GenerationError):
+    pass
+
+
+class DeviceLost(GenerationError):
+    pass
+
+
+class DeviceError(GenerationError):
+    pass
+
+
 class WeightsError(GenerationError):
+    pass
+
+
+class CompilerError(GenerationError):
     pass

@@ -62,9 +62,22 @@ class GenerationRequest:
     wants_trace: bool = False
 
     @property
+    def size(self) -> str:
+        """What its memory depends on, for messages."""
+        raise NotImplementedError
+
+    @property
     def num_branches(self) -> int:
         """Rows of every step: guidance runs it with and without the prompt or the image."""
         return 2 if self.is_guided else 1
+
+    @property
+    def wants_exact(self) -> bool:
+        """Whether the result is to be that of the unmodified pipeline, bit for bit.
+
+        With a deadline it is not, even where there is time for everything: then steps are shared with others.
+        """
+        return self.point.is_exact and not isinstance(self.budget, LatencyBudget)
 
     @property
     def compute_cap(self) -> float | None:
@@ -144,6 +157,10 @@ class ImageRequest(GenerationRequest):
     is_transparent: bool = False
 
     @property
+    def size(self) -> str:
+        return f"{self.width}x{self.height}"
+
+    @property
     def num_steps(self) -> int:
         """As in `GenerationRequest`. Raises what `steps_of_strength` raises."""
         if self.edit is None or self.edit.strength is None:
@@ -174,3 +191,7 @@ class MeshRequest(GenerationRequest):
     target_faces: int | None = None
     remove_background: BackgroundRemoval = BackgroundRemoval.AUTO
     is_prepared: bool = False
+
+    @property
+    def size(self) -> str:
+        return f"octree_resolution {self.octree_resolution}"

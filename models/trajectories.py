@@ -44,7 +44,7 @@ def record(engine: Engine, states: Sequence[DenoiseState], advance: Advance) -> 
     while not states[0].is_done:
         found = _velocities(engine, states, advance)
         for state, velocity in zip(states, found, strict=True):
-            state.complete_step(velocity)
+            state.complete_step(state.moved(velocity))
         velocities.append(found)
         latents.append(_latents(states))
     guided = torch.stack([torch.cat([velocity.guided for velocity in found]).float() for found in velocities])
@@ -142,7 +142,7 @@ def _follow(
         forks = [state.fork() for state in states]
         for fork, velocity in zip(forks, velocities, strict=True):
             fork.point = forecast_point(next(iter(chosen)), fork)
-            fork.complete_step(velocity)
+            fork.complete_step(fork.moved(velocity))
         if forks[0].is_done:
             yield next(iter(chosen)), forks
         else:
@@ -185,7 +185,7 @@ def measure_growth(
             state.step_index = step + 1
         while not astray[0].is_done:
             for state, velocity in zip(astray, _velocities(engine, astray, advance), strict=True):
-                state.complete_step(velocity)
+                state.complete_step(state.moved(velocity))
         error = _latents(astray) - trajectories.latents[-1, : len(states)]
         levels.append(step + 1)
         factors.append(math.log(float(error.square().sum() / wrong.square().sum())))

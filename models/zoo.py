@@ -14,14 +14,19 @@ import transformers.utils.logging
 from models.background.remover import load_remover
 from models.card import Edits, ImageCard, ModelCard
 from models.curve import EXACT, FORECAST
+from models.device import find_device
+from models.elastic.compiled import check_compiler
 from models.engine import Engine
 from models.errors import WeightsError
 from models.families import FAMILIES
-from models.families.entry import FamilyEntry, NamedClass
+from models.families.entry import DIFFUSERS, FamilyEntry, NamedClass
 from models.families.family import Family
+from models.families.image import ImageFamily
 from models.file_formats import OutputFormat, encode_image
-from models.load_options import DEFAULTS, LoadOptions
+from models.load_options import DEFAULTS, LoadOptions, Weights
 from models.mesh.cleanup import CleanMesh
+from models.prompt_cache import PromptCache
+from models.published_terms import published_terms
 from models.request import GenerationRequest, ImageEdit, ImageRequest
 from models.rules import RULES
 from models.rules.forecast import ForecastTable, read_forecast_table
@@ -39,38 +44,58 @@ def load_engine(
     background_remover: Path | None = None,
     options: LoadOptions = DEFAULTS,
 ) -> Engine:
-    """Load model directories. A model's id is its directory's name.
+    """Load model directories. A model's id is its directory's name, with those of its adapters (`LoadOptions.source`).
 
     Routers, terms of use and the curve are read from `router_weights/<id>`. `background_remover` is the folder of the
-    network that removes backgrounds; without it, only plain ones can be removed from input images. On a CPU
-    models run in float32, else in bfloat16. Raises WeightsError if a directory, its router folder or the remover is
-    missing parts or malformed.
+    network that removes backgrounds; without it, only plain ones can be removed from input images. Raises DeviceError
+    if there is no such device, CompilerError if blocks are to be compiled and can't be, and WeightsError if a
+    directory, its router folder or the remover is missing parts or malformed. A GPU becomes the current device of the
+    calling thread, which is to use the engine.
     """
+    if options.compiles:
+        check_compiler(device)
     if background_remover is not None:
         load_remover(background_remover)
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     families: dict[str, Family] = {}
     cards: dict[str, ModelCard] = {}
+    torch_device = find_device(device)
+    if torch_device.type == "cuda":
+        torch.cuda.set_device(torch_device)
+    cache = PromptCache(options.prompt_cache_bytes)
     for directory in directories:
         folder = router_weights / directory.name
         if not folder.is_dir():
             logger.warning("%s has no router folder %s, so exact is its only budget", directory.name, folder)
-        entry, index = _family_of(directory)
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        base, loras = options.source(directory)
+        entry, index = family_of(base)
+        if loras and entry.layout != DIFFUSERS:
+            raise WeightsError(f"{base} takes no adapters ({', '.join(loras)}): only diffusers pipelines do")
+        dtype = _compute_dtype(options.weights, device)
         manifest = read_manifest(folder)
         family: Family = entry.family.load().load(
-            directory, device, dtype, load_router_weights(folder, directory), manifest.traits, options
+            directory, str(torch_device), dtype, load_router_weights(folder, base), manifest.traits, options
         )
+        if options.offloads_layers:
+            family.keep_blocks_on_host(torch.device(device))
         family.forecast_table = read_forecast_table(folder)
         family.background_remover = background_remover
         families[directory.name] = family
-        cards[directory.name] = _card(family, entry.name, index, folder, manifest)
-        logger.info("loaded %s on %s in %s", directory.name, device, dtype)
+        cards[directory.name] = _card(family, entry.name, base, index, folder, manifest, options)
+        if isinstance(family, ImageFamily):
+            family.prompt_cache = cache  # after the card: encoding was measured without it
+        logger.info("loaded %s on %s in %s, weights: %s", directory.name, device, dtype, options.weights)
     return Engine(families, cards)
 
 
-def _family_of(directory: Path) -> tuple[FamilyEntry, Path]:
+def _compute_dtype(weights: Weights, device: str) -> torch.dtype:
+    if weights in (Weights.FLOAT32, Weights.BFLOAT16):
+        return torch.float32 if weights is Weights.FLOAT32 else torch.bfloat16
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def family_of(directory: Path) -> tuple[FamilyEntry, Path]:
     """The family of a model directory, and the file that names its class. Raises WeightsError if there is none."""
     entries = FAMILIES.values()
     layouts = list(dict.fromkeys(entry.layout for entry in entries))
@@ -87,7 +112,15 @@ def _family_of(directory: Path) -> tuple[FamilyEntry, Path]:
     raise WeightsError(f"{directory} is no model directory: it has neither {marks}")
 
 
-def _card(family: Family, family_name: str, index: Path, folder: Path, manifest: Manifest) -> ModelCard:
+def _card(
+    family: Family,
+    family_name: str,
+    directory: Path,
+    index: Path,
+    folder: Path,
+    manifest: Manifest,
+    options: LoadOptions,
+) -> ModelCard:
     """The card, with the measured time of a step. `index` is the file that names the model's class."""
     curve = read_curve(folder, family.quality_metric)
     rules = tuple(name for name, rule in RULES.items() if family.routers or not rule.needs_scores)
@@ -104,7 +137,7 @@ def _card(family: Family, family_name: str, index: Path, folder: Path, manifest:
     basics = ModelCard(
         id=family.model_id,
         family=family_name,
-        license=manifest.license,
+        license=manifest.license or published_terms(directory) or "unknown",
         created=int(index.stat().st_mtime),
         default_num_inference_steps=manifest.num_inference_steps or family.default_num_inference_steps,
         default_guidance_scale=(
@@ -120,8 +153,11 @@ def _card(family: Family, family_name: str, index: Path, folder: Path, manifest:
         fixed_share=0.0,
         encode_seconds=math.inf,
         max_batch_size=8,
+        joins_branches=family.joins_branches,
     )
     card = family.card(basics, manifest)
+    if options.compiles:
+        family.compile_blocks(_requests_to_compile_for(family, card))
     alone_s, pair_s = (_dense_step_seconds(family, card, batch_size) for batch_size in (1, 2))
     encode_s, picture_s, decode_s = _encode_and_decode_seconds(family, card)
     card = replace(card, dense_step_seconds=alone_s, fixed_share=fixed_share(alone_s, pair_s), encode_seconds=encode_s)
@@ -135,6 +171,14 @@ def _card(family: Family, family_name: str, index: Path, folder: Path, manifest:
         edit_steps=edit_steps,
         can_be_transparent=family.background_remover is not None,
     )
+
+
+def _requests_to_compile_for(family: Family, card: ModelCard) -> list[GenerationRequest]:
+    """Requests that lead to all inputs that blocks can get: prompts of one length and of two, one row and several."""
+    request = family.example_request(card)
+    if not isinstance(request, ImageRequest):
+        return [request, request]
+    return [request, replace(request, prompt="a picture of some words more than none")]
 
 
 def _edit_steps(table: ForecastTable) -> tuple[tuple[int, ...], ...]:
@@ -157,6 +201,8 @@ def _dense_step_seconds(family: Family, card: ModelCard, batch_size: int) -> flo
     request = replace(family.example_request(card), num_inference_steps=4)
     engine = Engine({card.id: family}, {})
     states = [family.start(request, (EXACT,), EXACT) for _ in range(batch_size)]
+    for state in states:
+        state.exact_tolerance = None  # so that they share their calls
     return min(engine.step(states).seconds for _ in range(states[0].num_steps))
 
 

@@ -279,10 +279,30 @@ COMPUTE = Row(
             ),
         ),
         lines(
+            "Compiled graphs",
+            "Those that steps compiled, with ELASTIC_COMPILE: requests waited for them. There should be none.",
+            "none",
+            Query(
+                or_none(
+                    f"sum by (model, kind) (increase(elastic_compiled_graphs_total{{{OF_MODEL}}}[$__rate_interval]))"
+                ),
+                "{{model}} {{kind}}",
+            ),
+        ),
+        lines(
             "GPU memory",
             "Empty on a CPU.",
             "bytes",
             Query(or_none("sum by (instance, kind) (elastic_gpu_memory_bytes)"), "{{instance}} {{kind}}"),
+        ),
+        lines(
+            "Prompts",
+            "Found in the cache (hit), or encoded (miss).",
+            "cps",
+            Query(
+                f"sum by (model, outcome) (rate(elastic_prompts_total{{{OF_MODEL}}}[$__rate_interval]))",
+                "{{model}} {{outcome}}",
+            ),
         ),
     ),
 )

@@ -284,6 +284,7 @@ class Run {
     const { computed } = receipt.steps;
     const lines = {
       Compute: percent(receipt.compute_ratio),
+      Exact: { true: "yes", false: "no" }[receipt.exact] ?? receipt.exact,
       Steps: `${computed} of ${computed + receipt.steps.forecast} computed`,
       Calibrated: receipt.calibrated ? "yes" : "no, the curve was measured with another size, guidance, number of steps or pictures",
       Denoising: `${receipt.seconds.denoise.toFixed(2)} s`,

@@ -175,12 +175,12 @@ class Dispatcher:
         self._inbox.news.set()
         while self.worker.is_alive and time.monotonic() < grace_ends and await self._has_work():
             await asyncio.sleep(0.02)
-        left = self.worker.held()
+        left, suspects = self.worker.held(), self.worker.suspects()
         for claim in left:
             self.worker.drop(claim.job.id)
         try:
             async with asyncio.timeout(LAST_STEP_S):
-                await self._give_back(left)
+                await self._give_back(left, suspects)
         except (TimeoutError, StoreUnavailable):
             logger.warning("the store can't be reached; %d jobs are queued again when their leases end", len(left))
         if not await asyncio.to_thread(self.worker.stop, LAST_STEP_S):
@@ -193,13 +193,21 @@ class Dispatcher:
         await asyncio.sleep(0)  # receive what the worker reported just before it let go of its last job
         return bool(self._inbox.unstored) or (not self.store.is_shared and bool(await self.store.live_jobs()))
 
-    async def _give_back(self, left: list[Claim]) -> None:
+    async def _give_back(self, left: list[Claim], suspects: set[str]) -> None:
+        """Jobs that may have broken the worker keep their leases, so that their end counts as that of a dead worker.
+
+        Else such a job would go on from worker to worker for ever.
+        """
         if self.store.is_shared:
             for claim in left:
-                await self.store.release(claim)
+                if claim.lease not in suspects:
+                    await self.store.release(claim)
+            if suspects:
+                logger.warning("%d jobs that were running are queued again when their leases end", len(suspects))
             return
+        why = "had to restart" if self.is_broken else "shut down"
         for live in await self.store.live_jobs():
-            failure = Failure(FailureReason.DRAINING, f"the server shut down before job {live.job.id} was finished")
+            failure = Failure(FailureReason.DRAINING, f"the server {why} before job {live.job.id} was finished")
             failed = await self.store.fail(live.job.id, failure)
             if failed is not None:
                 self._record_end(failed)

@@ -56,3 +56,4 @@ class PriorityThread:
         while not self._is_closed:
             _, _, call = self._calls.get()
             call()
+            del call  # it holds its arguments and result, which must not wait for the next call

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from models.errors import EmptySurface, GenerationError, InvalidRequest
+from models.errors import DeviceLost, EmptySurface, GenerationError, InvalidRequest, OutOfDeviceMemory
 from models.file_formats import MeshFormat, OutputFormat
 from models.mesh.cleanup import CleanMesh
 from models.mesh.file import MeshFile, make_mesh_file
@@ -23,6 +23,7 @@ from service.errors import SandboxFailed
 from service.jobs.job import Failure, FailureReason, JobStatus, Receipt, StageSeconds, log_fields
 from service.jobs.store import Claim, Ending, Preview, Progress
 from service.metrics import Metrics
+from service.running.device_use import DeviceUse
 from service.running.output import encode_output
 from service.running.priority_thread import PriorityThread
 from service.running.sandbox import NotWanted, Sandbox
@@ -71,6 +72,8 @@ _Encoded = Future[tuple[bytes, Receipt]]
 class Publisher:
     """Used by the worker's thread. It reports previews and ends to `report`; `is_wanted` says if a claim still holds.
 
+    A job whose decoding finds the device lost does not end; `on_device_lost` is told, in some thread.
+
     Decoding and encoding run in one thread for each model: most of a mesh's time is its decoding, and neither the next
     steps nor the artifacts of another model wait for it. diffusers' AutoencoderKLQwenImage cannot decode in two threads
     at once. A field becomes a mesh in a process beside the model's thread: that work would hold the interpreter's lock
@@ -83,8 +86,12 @@ class Publisher:
         report: Callable[[Report], None],
         is_wanted: Callable[[Claim], bool],
         *,
+        device: DeviceUse,
+        on_device_lost: Callable[[DeviceLost], None],
         clock: Callable[[], float],
     ) -> None:
+        self._device = device
+        self._on_device_lost = on_device_lost
         self._metrics = metrics
         self._report = report
         self._is_wanted = is_wanted
@@ -195,7 +202,11 @@ class Publisher:
 
     def _decoded(self, denoised: Denoised) -> NDArray[np.uint8] | CleanMesh | MeshFile:
         """Pixels, a mesh, or the file of a mesh that was made in a process of its own."""
-        result, job = denoised.decode(), denoised.claim.job
+        try:
+            result, job = self._device.call(denoised.decode), denoised.claim.job
+        except DeviceLost as error:
+            self._on_device_lost(error)
+            raise
         if not isinstance(result, FieldSamples):
             return result
         request = job.requests[denoised.index]
@@ -220,13 +231,18 @@ class Publisher:
         if not self._is_wanted(pending.claim):
             return
         try:
-            result = pending.decode()
+            with self._device.shared():
+                result = pending.decode()
             # Previews are lossless and without metadata, in one format whatever the format of the result.
             output_format = MeshFormat.GLB if isinstance(result, CleanMesh) else OutputFormat.PNG
             output = replace(job.output, format=output_format, compression_quality=None, has_metadata=False)
             file = encode_output(result, job.requests[pending.index], output)
         except EmptySurface as error:
             logger.info("no preview yet: %s", error, extra=log_fields(job))
+        except OutOfDeviceMemory as error:
+            logger.warning("no preview: %s", error, extra=log_fields(job))
+        except DeviceLost as error:
+            self._on_device_lost(error)
         except Exception:
             logger.exception("a preview failed", extra=log_fields(job))
         else:
@@ -235,7 +251,7 @@ class Publisher:
     def _succeed(self, claim: Claim, encoded: list[_Encoded]) -> None:
         try:
             artifacts, receipts = zip(*(artifact.result() for artifact in encoded), strict=True)
-        except NotWanted:
+        except (NotWanted, DeviceLost):
             return
         except Exception as error:
             self.fail(claim, error)

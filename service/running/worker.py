@@ -10,22 +10,24 @@ from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING
 
 from models.card import ModelCard
+from models.errors import DeviceLost, OutOfDeviceMemory
 from models.mesh.surface import FieldSamples
-from models.report import StepReport
-from service.jobs.job import Job, JobStatus
+from service.jobs.job import JobStatus
 from service.jobs.store import Claim, Ending
 from service.metrics import Metrics
-from service.running.held import DECODE_TURN_S, HeldJob, Running, preview_steps
-from service.running.preparer import Preparer
-from service.running.publisher import Decoded, Denoised, PendingPreview, Publisher, Report
-from service.scheduling.batching import Candidate, FairShare, shape_of
-from service.scheduling.cost import block_seconds, dense_step_seconds, grid_bytes
-from service.scheduling.deadline import point_for
+from service.running.device_use import DeviceUse
+from service.running.held import DECODE_TURN_S, HeldJob, Running
+from service.running.publisher import Decoded, Denoised, Publisher, Report
+from service.running.starting import Starter
+from service.running.stepping import Stepper
+from service.scheduling.batching import FairShare, shape_of
+from service.scheduling.cost import grid_bytes
 from service.scheduling.pace import Pace
 from service.scheduling.precedence import Precedence
 
 if TYPE_CHECKING:  # models.engine brings torch, which the API side never loads
     from models.engine import Engine
+    from models.state import DenoiseState
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +73,19 @@ class Worker:
         self._on_room = on_room
         self._metrics = metrics
         self._load_engine = load_engine
+        self._engine: Engine | None = None
         self._clock = clock
         self._wake = Event()
-        self._publisher = Publisher(metrics, self._tell, self.is_held, clock=clock)
-        self._preparer = Preparer(on_prepared=self._wake.set)
+        self._device = DeviceUse()
+        self._device_lost: DeviceLost | None = None
+        self._publisher = Publisher(
+            metrics,
+            self._tell,
+            self.is_held,
+            device=self._device,
+            on_device_lost=self._stop_without_device,
+            clock=clock,
+        )
         self._loaded: Future[None] = Future()
         self._thread = Thread(target=self._run, name="worker", daemon=True)
         self._is_stopping = False
@@ -83,6 +94,29 @@ class Worker:
         self._running: list[Running] = []
         self._fair_share = FairShare()
         self._precedence = Precedence()
+        self._starter = Starter(
+            metrics,
+            self._publisher,
+            self._fair_share,
+            self._precedence,
+            self._device,
+            classes=self._classes,
+            claim_place=self._claim_place,
+            add=self._add,
+            is_held=self.is_held,
+            on_ready=self._wake.set,
+            clock=clock,
+        )
+        self._stepper = Stepper(
+            metrics,
+            self._publisher,
+            self._fair_share,
+            self._precedence,
+            self._device,
+            report=self._tell,
+            let_go=self._let_go,
+            clock=clock,
+        )
 
     def start(self) -> None:
         """Load the engine and start the thread. Raises the errors of loading."""
@@ -120,6 +154,8 @@ class Worker:
             if not self._held:
                 self.pace.begin(held.began)
             self._held[job.id] = held
+        if self._engine is not None:
+            self._starter.begin(self._engine, held)
         self._wake.set()
 
     def drop(self, job_id: str, *, is_finished: bool = False) -> None:
@@ -135,6 +171,14 @@ class Worker:
         """The jobs that it has taken and not ended."""
         with self._lock:
             return [held.claim for held in self._held.values()]
+
+    def suspects(self) -> set[str]:
+        """Leases of the jobs that were running when the thread ended because of an error: one may be the cause."""
+        if not self.is_broken:
+            return set()
+        with self._lock:
+            begun = [held for held in self._held.values() if len(held.unstarted) < len(held.job.requests)]
+            return {held.claim.lease for held in begun}
 
     def finish_seconds(self, model: str) -> float:
         """How long decoding and encoding the model's last result took; 0 before the first."""
@@ -152,30 +196,38 @@ class Worker:
         except BaseException as error:
             self._loaded.set_exception(error)
             return
+        self._engine = engine
         self.cards = engine.cards
         self._loaded.set_result(None)
         try:
             while not self._is_stopping:
                 self._take_turn(engine)
+        except DeviceLost as error:
+            logger.critical("%s; the process ends, and a new one can use the device again", error, exc_info=error)
+            self.is_broken = True
         except Exception:
             logger.exception("the worker stopped")
             self.is_broken = True
         finally:
-            self._preparer.close()
+            self._starter.close()
             self._publisher.close()
             self._on_room()
 
     def _take_turn(self, engine: "Engine") -> None:
+        if self._device_lost is not None:
+            raise self._device_lost
         self._wake.clear()  # first, so that anything that arrives from here on wakes the loop again
         self._drop_unwanted()
         self._decode_done(engine)
-        self._start_what_fits(engine)
+        with self._lock:
+            jobs = list(self._held.values())
+        self._starter.start_what_fits(engine, jobs)
         if self._running:
             batch = self._next_batch()
             if batch[0].decoding is None:
-                self._step(engine, batch)
+                self._stepper.step(engine, batch, self._running)
             else:
-                self._decode(batch[0], batch[0].decoding)
+                self._decode(engine, batch[0], batch[0].decoding)
         else:
             self._metrics.observe_groups(self.cards, [])
             self._wake.wait()
@@ -189,32 +241,17 @@ class Worker:
             self._on_room()
         self._publisher.drop_unwanted()
 
-    def _start_what_fits(self, engine: "Engine") -> None:
+    def _claim_place(self, held: HeldJob, index: int) -> bool:
+        """Whether a request can start now. It then no longer waits."""
         with self._lock:
-            waiting = [(held, index) for held in self._held.values() for index in held.unstarted]
-        for held, index in waiting:
-            if not self._is_prepared(engine, held, index) or self._keeps_out(held.job):
-                continue
-            with self._lock:
-                has_room = self._has_room(held.job.model, held.shape, held.job.is_high, [])
-                if has_room and index in held.unstarted:
-                    held.unstarted.remove(index)
-            if has_room:
-                self._start(engine, held, index)
+            has_room = self._has_room(held.job.model, held.shape, held.job.is_high, [])
+            if has_room and index in held.unstarted:
+                held.unstarted.remove(index)
+            return has_room
 
-    def _keeps_out(self, job: Job) -> bool:
-        """Whether starting it, which encodes its prompt or image, would be in the way of those of high priority."""
-        classes, needed_s = {ready.job.is_high for ready in self._ready()}, self.cards[job.model].encode_seconds
-        return not job.is_high and len(classes) == 2 and not self._precedence.are_owed(needed_s)
-
-    def _is_prepared(self, engine: "Engine", held: HeldJob, index: int) -> bool:
-        """Whether a request can start. If another process can do a part of that, it begins here."""
-        if index not in held.prepared:
-            preparation = engine.preparation(held.job.requests[index])
-            if preparation is None:
-                return True
-            held.prepared[index] = self._preparer.prepare(preparation, partial(self.is_held, held.claim))
-        return held.prepared[index].done()
+    def _add(self, running: Running) -> None:
+        with self._lock:
+            self._running.append(running)
 
     def _has_room(self, model: str, shape: str, is_high: bool, waiting: Sequence[HeldJob]) -> bool:
         """Whether one more request could start if one of each of `waiting` had started. Needs the lock.
@@ -231,32 +268,11 @@ class Worker:
     def _max_batch_size(self, model: str) -> int:
         return min(self.limits.max_batch_size, self.cards[model].max_batch_size)
 
-    def _start(self, engine: "Engine", held: HeldJob, index: int) -> None:
-        if not self.is_held(held.claim):  # an earlier request of the job has failed
-            return
-        job, request = held.job, held.job.requests[index]
-        queue_s = max(0.0, self._clock() - job.created_at)  # clocks agree only roughly
-        began = time.perf_counter()
-        try:
-            state = engine.start(held.prepared[index].result() if index in held.prepared else request)
-        except Exception as error:
-            self._publisher.fail(held.claim, error)
-            return
-        now = time.perf_counter()
-        self._metrics.observe_stage(job.model, "encode", now - began)
-        self._precedence.spend(job.is_high, now - began)
-        running = Running(
-            held=held,
-            index=index,
-            state=state,
-            queue_s=queue_s,
-            encode_s=now - began,
-            denoise_began=now,
-            virtual_time=self._fair_share.at_start,
-            block_seconds=block_seconds(request, self.cards[job.model]),
-        )
+    def _classes(self) -> set[bool]:
+        """Whether those that can have a turn, and those that start before others, are of high priority."""
         with self._lock:
-            self._running.append(running)
+            starting = {True for held in self._held.values() if held.unstarted and held.job.is_high}
+        return starting | {running.job.is_high for running in self._ready()}
 
     def _ready(self) -> list[Running]:
         """Those that can have a turn: all but those that wait until there is room for their grid."""
@@ -268,74 +284,8 @@ class Worker:
         groups = self._precedence.groups([running.as_candidate() for running in ready], time.perf_counter())
         self._metrics.observe_groups(self.cards, [ready[group[0]].job.model for group in groups])
         batch = [ready[index] for index in groups[0]]
-        return batch[: self._max_batch_size(batch[0].job.model)]
-
-    def _step(self, engine: "Engine", batch: Sequence[Running]) -> None:
-        """Run one computed step of `batch`. If it fails, repeat it for each request alone: only the culprits fail."""
-        for running in batch:
-            self._keep_deadline(running)
-        expected = [running.as_candidate() for running in batch]
-        try:
-            report = engine.step([running.state for running in batch])
-        except Exception as error:
-            if len(batch) == 1:
-                self._let_go(batch[0])
-                self._publisher.fail(batch[0].claim, error)
-                return
-            logger.warning("a step of %d requests failed; each steps alone now", len(batch), exc_info=error)
-            for running in batch:
-                self._step(engine, [running])
-            return
-        self._metrics.observe_step(batch[0].job.model, report)
-        self._metrics.observe_memory(engine.memory_bytes())
-        self._account(batch, expected, report)
-        for held in dict.fromkeys(running.held for running in batch):
-            states = [running.state for running in self._running if running.held is held]
-            self._tell(held.progress(states, time.perf_counter()))
-        for running in batch:
-            self._preview_if_due(engine, running)
-
-    def _account(self, batch: Sequence[Running], expected: Sequence[Candidate], report: StepReport) -> None:
-        """Charge a step to its requests."""
-        now = time.perf_counter()
-        self._precedence.spend(expected[0].is_high, report.seconds)
-        virtual_times = self._fair_share.after_step(expected, report.seconds)
-        for running, virtual_time in zip(batch, virtual_times, strict=True):
-            self._measure_pace(running, now)
-            running.virtual_time = virtual_time
-            running.batch_size_sum += report.batch_size
-            running.held.steps_done += 1
-            running.held.num_steps[running.index] = running.state.num_computed_steps
-
-    def _keep_deadline(self, running: Running) -> None:
-        """For a job with a deadline, choose the curve point of the coming steps from the time that is left."""
-        job, state = running.job, running.state
-        if job.deadline_at is None:
-            return
-        point = point_for(
-            running.request,
-            self.cards[job.model],
-            time_left_s=job.deadline_at - self._clock() - self.finish_seconds(job.model) - job.decode_seconds,
-            steps_left=state.num_steps - state.step_index,
-            num_computed=len(state.computed),
-            pace=running.pace,
-        )
-        state.move_to(point)
-
-    def _measure_pace(self, running: Running, now: float) -> None:
-        card = self.cards[running.job.model]
-        predicted_s = dense_step_seconds(running.request, card) * running.state.point.relative_step_seconds
-        running.pace = (now - (running.last_step_ended or running.denoise_began)) / predicted_s
-        running.last_step_ended = now
-
-    def _preview_if_due(self, engine: "Engine", running: Running) -> None:
-        state = running.state
-        due = preview_steps(running.job.num_previews, state.num_computed_steps)[running.num_previews :]
-        for step in due:
-            if step <= len(state.computed) and not state.is_done:
-                preview = PendingPreview(running.claim, running.index, running.num_previews, engine.preview(state))
-                self._publisher.preview(preview)
-                running.num_previews += 1
+        batch = batch[: self._max_batch_size(batch[0].job.model)]
+        return batch[: self._stepper.most_together(batch[0].state.batch_key)]
 
     def _decode_done(self, engine: "Engine") -> None:
         """Begin the decoding of requests that took their last step. The publisher does what takes no turns."""
@@ -351,15 +301,21 @@ class Worker:
         others = sum(other.grid_bytes for other in self._running)
         return not others or others + grid_bytes(running.request) <= self.limits.max_decode_bytes
 
-    def _decode(self, running: Running, decoding: Generator[None, None, FieldSamples]) -> None:
+    def _decode(self, engine: "Engine", running: Running, decoding: Generator[None, None, FieldSamples]) -> None:
         """Give a mesh its turn."""
         candidate, began = running.as_candidate(), time.perf_counter()
         try:
-            while time.perf_counter() - began < DECODE_TURN_S:
-                next(decoding)
+            with self._device.shared():
+                while time.perf_counter() - began < DECODE_TURN_S:
+                    next(decoding)
         except StopIteration as end:
             samples: FieldSamples = end.value
             self._publish(running, lambda: samples)
+        except DeviceLost:
+            raise
+        except OutOfDeviceMemory as error:
+            logger.warning("%s; it is decoded at once", error)
+            self._publish(running, partial(_whole_field, engine, running.state))
         except Exception as error:
             self._let_go(running)
             self._publisher.fail(running.claim, error)
@@ -387,7 +343,12 @@ class Worker:
     def _let_go(self, running: Running) -> None:
         with self._lock:
             self._running.remove(running)
+        self._stepper.forget_failures()
         self._on_room()
+
+    def _stop_without_device(self, error: DeviceLost) -> None:
+        self._device_lost = error
+        self._wake.set()
 
     def _look_for_room(self) -> None:
         self._wake.set()
@@ -398,3 +359,15 @@ class Worker:
         self._report(report)
         if isinstance(report, Ending):
             self.drop(report.claim.job.id, is_finished=report.status is JobStatus.SUCCEEDED)
+
+
+def _whole_field(engine: "Engine", state: "DenoiseState") -> FieldSamples:
+    """The decoding of a mesh from its beginning, in one turn."""
+    decoding = engine.decode_in_turns(state)
+    assert decoding is not None
+    while True:
+        try:
+            next(decoding)
+        except StopIteration as end:
+            field: FieldSamples = end.value
+            return field

@@ -46,6 +46,8 @@ CONTRACT = {
     "elastic_jobs_recovered_total": set(),
     "elastic_store_errors_total": {"operation"},
     "elastic_gpu_memory_bytes": {"kind"},
+    "elastic_compiled_graphs_total": {"model", "kind"},
+    "elastic_prompts_total": {"model", "outcome"},
 }
 LABELS_OF_PROMETHEUS = {"job", "instance", "le"}
 

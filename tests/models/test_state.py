@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from models.budget import resolve
 from models.curve import EXACT, ComputedSteps, CurvePoint, Preset
 from models.engine import Engine
-from models.errors import InvalidRequest
+from models.errors import InvalidRequest, OutOfDeviceMemory
 from models.families.family import Family
 from models.report import Decision
 from models.request import ComputeBudget, GenerationRequest, LatencyBudget, PresetBudget
@@ -322,7 +322,7 @@ def test_forecast_that_failed_can_be_repeated(
     engine.step([state])
     with monkeypatch.context() as patched:
         patched.setattr("models.state.linear_step", run_out_of_memory)
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(OutOfDeviceMemory):
             engine.step([state])
     while not state.is_done:
         engine.step([state])

@@ -1,6 +1,7 @@
 """Qwen-Image: loading, prompts, batches of rows, decoding. It calls diffusers' own code, piece by piece."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -16,7 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 from models.card import Guidance
 from models.diffusion.sampling import classifier_free_guidance, rescale_to_norm
 from models.elastic.compute import BlockCost, attention_flops
+from models.elastic.host import to_device
 from models.errors import InvalidRequest
+from models.families.family import Beginning, BranchStart
 from models.families.image import Branch, ImageFamily
 from models.families.qwen_image import adapter
 from models.families.qwen_image.streams import QwenImageStreams
@@ -94,6 +97,14 @@ class QwenImageFamily(ImageFamily):
     def default_guidance_scale(self) -> float:
         return 4.0
 
+    def encode(self, request: GenerationRequest) -> Sequence[BranchStart]:
+        with self._no_features_left():
+            return super().encode(request)
+
+    def begin(self, request: GenerationRequest, branches: Sequence[BranchStart]) -> Beginning:
+        with self._no_features_left():
+            return super().begin(request, branches)
+
     @property
     def max_sequence_length(self) -> int:
         """Tokens of a prompt and of the template's end. The transformer does not read the template's beginning."""
@@ -124,7 +135,7 @@ class QwenImageFamily(ImageFamily):
             branches.append(Branch("uncond", request.negative_prompt or "", "negative_prompt"))
         return branches
 
-    def _encode(self, branch: Branch, request: ImageRequest, pictures: Sequence[Image.Image] = ()) -> BranchInputs:
+    def _encode(self, branch: Branch, pictures: Sequence[Image.Image]) -> BranchInputs:
         pipeline, transformer = self.pipeline, self.transformer
         tokens = pipeline.tokenizer(pipeline.prompt_template_encode.format(branch.prompt)).input_ids
         template = pipeline.tokenizer(pipeline.prompt_template_encode.format("")).input_ids
@@ -173,6 +184,15 @@ class QwenImageFamily(ImageFamily):
         latents = self.pipeline.vae.encode(images[:, :, None]).latent_dist.mode()
         return ((latents - mean) * inverse)[:, :, 0]
 
+    @contextmanager
+    def _no_features_left(self) -> Iterator[None]:
+        """The VAE keeps features for the next frame of a video. If it fails, it would keep them until its next call."""
+        try:
+            yield
+        except BaseException:
+            self.pipeline.vae.clear_cache()
+            raise
+
     @property
     def _latents_mean_and_inverse_std(self) -> tuple[Tensor, Tensor]:
         """Mean and inverse standard deviation of the VAE's latents, by channel, `(1, channels, 1, 1, 1)` each."""
@@ -185,11 +205,12 @@ class QwenImageFamily(ImageFamily):
 
     @torch.inference_mode()
     def decode(self, state: DenoiseState) -> NDArray[np.uint8]:
-        vae = self.pipeline.vae
+        vae = self._vae_for(state.request)
         latents = self._unpacked(state.latents, state.request).to(vae.dtype)
         mean, inverse = self._latents_mean_and_inverse_std
         # Divided by the inverse, as in the stock pipeline, so that results are bitwise equal.
-        image = vae.decode(latents / inverse + mean, return_dict=False)[0][:, :, 0]
+        with self._no_features_left():
+            image = vae.decode(latents / inverse + mean, return_dict=False)[0][:, :, 0]
         return self._pixels(image, state.request)
 
 
@@ -203,7 +224,7 @@ def pad_prompts(contexts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         return torch.cat(list(contexts)), None
     padded = pad_sequence([context[0] for context in contexts], batch_first=True)
     position = torch.arange(max(lengths), device=padded.device)
-    return padded, position < torch.tensor(lengths, device=padded.device)[:, None]
+    return padded, position < to_device(torch.tensor(lengths), padded.device)[:, None]
 
 
 def set_activation(transformer: QwenImageTransformer2DModel, activation: MlpActivation) -> None:

@@ -73,7 +73,17 @@ def test_one_line_of_the_table_serves_a_new_family_exactly(
         cond, uncond = transformer(latents.repeat(2, 1, 1), sigma.repeat(2), letters).split(1)
         latents = euler_step(latents, classifier_free_guidance(cond, uncond, 2.0), sigma, next_sigma)
     assert torch.equal(state.latents, latents)
+    assert state.summary().exact_tolerance == 0
     image = toy_engine.finish(state)
     assert isinstance(image, np.ndarray)
     assert image.shape == (24, 32, 3)
     assert len(np.unique(image)) > 10
+
+
+def test_family_that_computes_otherwise_says_how_far_it_may_be_off(
+    toy_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = toy_engine._families["tiny-toy"]
+    monkeypatch.setattr(family, "exact_tolerance", 0.01)
+    state = toy_engine.start(family.example_request(toy_engine.cards["tiny-toy"]))
+    assert state.summary().exact_tolerance == 0.01

@@ -54,6 +54,7 @@ def test_image_comes_with_a_receipt(path: str, client: TestClient) -> None:
         "compute_ratio": 0.5,
         "compute_ratio_predicted": 0.5,
         "steps": {"computed": 4, "forecast": 0},
+        "exact": False,
         "calibrated": False,  # its size is not the default
         "blocks": {"run": 8, "skipped": 0, "reused": 0, "forecast": 0},
         "mean_mlp_width": 1.0,

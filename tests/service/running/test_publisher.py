@@ -11,13 +11,14 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from models.errors import EmptySurface, GenerationError, InvalidRequest
+from models.errors import DeviceLost, EmptySurface, GenerationError, InvalidRequest
 from models.file_formats import OutputFormat
 from models.report import GenerationSummary
 from service.jobs.job import FailureReason, Job, JobStatus
 from service.jobs.store import Claim, Ending, Preview
 from service.metrics import Metrics
 from service.order import Output
+from service.running.device_use import DeviceUse
 from service.running.publisher import Denoised, PendingPreview, Publisher, Report
 
 MakeJob = Callable[..., Job]
@@ -40,10 +41,16 @@ class Bench:
     now: float = 100.0
     reports: list[Report] = field(default_factory=list)
     unwanted: set[str] = field(default_factory=set)
+    losses: list[DeviceLost] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.publisher = Publisher(
-            Metrics(), self.reports.append, lambda claim: claim.lease not in self.unwanted, clock=lambda: self.now
+            Metrics(),
+            self.reports.append,
+            lambda claim: claim.lease not in self.unwanted,
+            device=DeviceUse(),
+            on_device_lost=self.losses.append,
+            clock=lambda: self.now,
         )
 
     def publish(self, claim: Claim, index: int, decode: Decode) -> Event:

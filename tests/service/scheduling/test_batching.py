@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.request import ImageRequest
+from models.curve import Preset
+from models.request import ImageRequest, PresetBudget
 from service.scheduling.batching import Candidate, FairShare, form_groups, shape_of
 from service.scheduling.cost import BlockSeconds
 
@@ -149,5 +150,5 @@ def test_shape_is_model_and_size(make_request: Callable[..., ImageRequest]) -> N
     assert shape_of(make_request(seed=1)) == shape_of(
         make_request(seed=2, prompt="other", num_inference_steps=9, true_cfg_scale=2.0)
     )
-    for different in ({"width": 128}, {"model": "guided"}):
+    for different in ({"width": 128}, {"model": "guided"}, {"budget": PresetBudget(Preset.EXACT)}):
         assert shape_of(make_request(**different)) != shape_of(make_request())

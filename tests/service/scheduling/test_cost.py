@@ -164,3 +164,15 @@ def test_step_takes_longer_with_pictures_beside_the_noise(
     edit = edit_of(*[(50, 70)] * num_pictures) if num_pictures else None
     request = make_request(edit=edit, height=side, width=side)
     assert dense_step_seconds(request, card) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(("joins_branches", "num_calls"), [(True, 1), (False, 2)])
+def test_exact_step_with_guidance_pays_for_as_many_calls_as_its_publishers(
+    joins_branches: bool, num_calls: int, make_request: Callable[..., ImageRequest], drawn_card: ImageCard
+) -> None:
+    card = replace(drawn_card, fixed_share=0.25, joins_branches=joins_branches)
+    guided = {"negative_prompt": "", "true_cfg_scale": 4.0}
+    alone = block_seconds(make_request(budget=EXACT), card).call
+    assert block_seconds(make_request(budget=EXACT, **guided), card).call == pytest.approx(num_calls * alone)
+    for shared in (PresetBudget(Preset.FAST), LatencyBudget(9.0)):
+        assert block_seconds(make_request(budget=shared, **guided), card).call == pytest.approx(alone)

@@ -1,0 +1,153 @@
+"""Steps of batches: what a step runs, what happens if it fails, and what it is charged to."""
+
+import logging
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING
+
+from models.card import ModelCard
+from models.errors import DeviceLost, OutOfDeviceMemory
+from models.report import StepReport
+from service.metrics import Metrics
+from service.running.device_use import DeviceUse
+from service.running.held import Running, preview_steps
+from service.running.publisher import PendingPreview, Publisher, Report
+from service.scheduling.batching import Candidate, FairShare
+from service.scheduling.cost import dense_step_seconds
+from service.scheduling.deadline import point_for
+from service.scheduling.precedence import Precedence
+
+if TYPE_CHECKING:  # models.engine brings torch, which the API side never loads
+    from models.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+
+class Stepper:
+    """Used by the worker's thread. It tells progress to `report`, and lets go of requests that fail by `let_go`."""
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        publisher: Publisher,
+        fair_share: FairShare,
+        precedence: Precedence,
+        device: DeviceUse,
+        *,
+        report: Callable[[Report], None],
+        let_go: Callable[[Running], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._metrics = metrics
+        self._publisher = publisher
+        self._fair_share = fair_share
+        self._precedence = precedence
+        self._device = device
+        self._report = report
+        self._let_go = let_go
+        self._clock = clock
+        self._most_together: dict[Hashable, int] = {}  # by batch key
+
+    def step(self, engine: "Engine", batch: Sequence[Running], running_now: Sequence[Running]) -> None:
+        """Run one computed step of `batch`. If it fails, repeat it for each half, so that only the culprits fail.
+
+        `running_now` are all running requests, from which the progress of their jobs follows. Raises DeviceLost.
+        """
+        for running in batch:
+            self._keep_deadline(engine, running)
+        expected, states = [running.as_candidate() for running in batch], [running.state for running in batch]
+        try:
+            if len(batch) == 1:
+                report = self._device.call(lambda: engine.step(states))
+            else:
+                with self._device.shared():
+                    report = engine.step(states)
+        except DeviceLost:
+            raise
+        except Exception as error:
+            if len(batch) == 1:
+                self._let_go(batch[0])
+                self._publisher.fail(batch[0].claim, error)
+                return
+            logger.warning("a step of %d requests failed; its halves step alone now", len(batch), exc_info=error)
+            if isinstance(error, OutOfDeviceMemory):
+                self._most_together[states[0].batch_key] = len(batch) // 2
+        else:
+            self._conclude(engine, batch, expected, report, running_now)
+            return
+        middle = (len(batch) + 1) // 2
+        for half in (batch[:middle], batch[middle:]):
+            self.step(engine, half, running_now)
+
+    def most_together(self, batch_key: Hashable) -> int | None:
+        """How many requests may share a step, if more ran out of memory lately."""
+        return self._most_together.get(batch_key)
+
+    def forget_failures(self) -> None:
+        """Let steps be shared as before: memory has become free."""
+        self._most_together.clear()
+
+    def _conclude(
+        self,
+        engine: "Engine",
+        batch: Sequence[Running],
+        expected: Sequence[Candidate],
+        report: StepReport,
+        running_now: Sequence[Running],
+    ) -> None:
+        """Tell what a step has done, and make the previews that are due after it."""
+        self._metrics.observe_step(batch[0].job.model, report)
+        self._metrics.observe_memory(engine.memory_bytes())
+        self._account(engine, batch, expected, report)
+        for held in dict.fromkeys(running.held for running in batch):
+            states = [running.state for running in running_now if running.held is held]
+            self._report(held.progress(states, time.perf_counter()))
+        for running in batch:
+            self._preview_if_due(engine, running)
+
+    def _account(
+        self, engine: "Engine", batch: Sequence[Running], expected: Sequence[Candidate], report: StepReport
+    ) -> None:
+        """Charge a step to its requests."""
+        now = time.perf_counter()
+        self._precedence.spend(expected[0].is_high, report.seconds)
+        virtual_times = self._fair_share.after_step(expected, report.seconds)
+        for running, virtual_time in zip(batch, virtual_times, strict=True):
+            _measure_pace(running, engine.cards[running.job.model], now)
+            running.virtual_time = virtual_time
+            running.batch_size_sum += report.batch_size
+            running.held.steps_done += 1
+            running.held.num_steps[running.index] = running.state.num_computed_steps
+
+    def _keep_deadline(self, engine: "Engine", running: Running) -> None:
+        """For a job with a deadline, choose the curve point of the coming steps from the time that is left."""
+        job, state = running.job, running.state
+        if job.deadline_at is None:
+            return
+        point = point_for(
+            running.request,
+            engine.cards[job.model],
+            time_left_s=job.deadline_at
+            - self._clock()
+            - self._publisher.finish_seconds(job.model)
+            - job.decode_seconds,
+            steps_left=state.num_steps - state.step_index,
+            num_computed=len(state.computed),
+            pace=running.pace,
+        )
+        state.move_to(point)
+
+    def _preview_if_due(self, engine: "Engine", running: Running) -> None:
+        state = running.state
+        due = preview_steps(running.job.num_previews, state.num_computed_steps)[running.num_previews :]
+        for step in due:
+            if step <= len(state.computed) and not state.is_done:
+                preview = PendingPreview(running.claim, running.index, running.num_previews, engine.preview(state))
+                self._publisher.preview(preview)
+                running.num_previews += 1
+
+
+def _measure_pace(running: Running, card: ModelCard, now: float) -> None:
+    predicted_s = dense_step_seconds(running.request, card) * running.state.point.relative_step_seconds
+    running.pace = (now - (running.last_step_ended or running.denoise_began)) / predicted_s
+    running.last_step_ended = now
