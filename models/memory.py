@@ -24,6 +24,10 @@ memory that is too scattered to be used, and for what is cached for all requests
 
 _MAX_VELOCITIES = 3
 """Velocities that a request keeps while it forecasts steps (`rules.forecast`)."""
+MOST_WHOLE_PIXELS = 1024 * 1024
+"""Larger pictures pass their autoencoder in tiles of at most so many pixels (`families.tiling`)."""
+_TILED_PIXEL_BYTES = 20
+"""Bytes for each pixel of decoded tiles, which overlap, and of the picture that is made of them."""
 _FITTING_PIXELS = 32 * 64 * 64
 """Pixels that the first preview encodes (`families.preview`)."""
 
@@ -128,10 +132,9 @@ class ModelMemory(ABC):
         return replace(
             self._around_steps(request),
             running=rows.input_bytes + num_kept * latents + positions + bank,
-            # Residuals of a step and those before it are both there until its end, so that it can be repeated.
-            step=round(self.step_scale * self.token_bytes * self._step_values(rows)) + bank,
+            step=round(self.step_scale * self.token_bytes * self._step_values(rows)),
             call=self.call_bytes,
-            finished=latents,
+            finished=2 * latents,  # and what the last preview showed
         )
 
     def measured(self, request: GenerationRequest, *, alone: int, pair: int, decode: int) -> Self:
@@ -214,13 +217,15 @@ class ImageMemory(ModelMemory):
     def _around_steps(self, request: GenerationRequest) -> RequestMemory:
         assert isinstance(request, ImageRequest)
         pixels = request.height * request.width
-        noised = [pixels] if request.edit is not None and self.picture_sizes is None else []
+        whole = min(pixels, MOST_WHOLE_PIXELS)
+        noised = [whole] if request.edit is not None and self.picture_sizes is None else []
         pictures = [*noised, *(width * height for width, height in self._references(request))]
         prompts = (request.prompt, request.negative_prompt or "")[: request.num_branches]
         text = max(self._text_tokens(prompt, request) for prompt in prompts) * self.encode_token_bytes
         return RequestMemory(
             start=max(text, *(count * self.encode_pixel_bytes for count in pictures), 0),
-            decode=round(self.decode_scale * pixels * self.decode_pixel_bytes),
+            decode=round(self.decode_scale * whole * self.decode_pixel_bytes)
+            + _TILED_PIXEL_BYTES * pixels * (pixels > whole),
             preview=_FITTING_PIXELS * self.encode_pixel_bytes,
         )
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from diffusers import AutoencoderKLQwenImage
 
-MOST_WHOLE_PIXELS = 1024 * 1024
+from models.memory import MOST_WHOLE_PIXELS
+
 _SIDES = range(64, 129, 4)
 """Sides that tiles can have, in latents: multiples of 4, so that the overlap of a quarter is a whole number. With fewer
 sides to choose from, some sizes up to 2048 would end in tiles of less than 32 latents."""
