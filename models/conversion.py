@@ -1,10 +1,15 @@
 """Imports checkpoints of other layouts as a model directory and its router folder. The converters are the families'."""
 
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from models.errors import InvalidRequest
 from models.families import FAMILIES
+from models.families.entry import Converter, Reference
+
+REORDER = Converter("reorder", Reference("models.neuron_order", "reorder"), needs_base=False)
+"""Its checkpoints are model directories of any family."""
 
 
 def convert(
@@ -18,6 +23,7 @@ def convert(
     is not of this format.
     """
     converters = {converter.format_name: converter for entry in FAMILIES.values() for converter in entry.converters}
+    converters[REORDER.format_name] = REORDER
     if format_name not in converters:
         raise InvalidRequest(f"there is no format '{format_name}'; try {', '.join(converters)}", "format")
     converter = converters[format_name]
@@ -33,6 +39,8 @@ def convert(
             raise InvalidRequest(f"{path} is there already and is not overwritten; try another --out", "out")
         path.parent.mkdir(parents=True, exist_ok=True)
     fill = converter.function.load()
+    if converter is REORDER:
+        fill = partial(fill, source_routers=router_weights / source.resolve().name)
     with (
         TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as beside_out,
         TemporaryDirectory(dir=routers.parent, prefix=f".{out.name}-") as beside_routers,

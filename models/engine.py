@@ -4,43 +4,66 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from models.background.cut_out import NotCutOut, object_alpha
 from models.card import ModelCard
 from models.curve import CurvePoint
+from models.device import SideStream, hand_to_steps
+from models.elastic.host import wait_for_work
 from models.elastic.runner import run_block
 from models.errors import InvalidRequest, UnknownModel
-from models.families.family import Family
+from models.families.family import BranchStart, Encoded, Family
 from models.families.image import ImageFamily
 from models.mesh.cleanup import CleanMesh
 from models.mesh.surface import FieldSamples
-from models.report import BlockReport, StepReport
+from models.report import BlockReport, StepReport, joined
 from models.request import GenerationRequest, ImageRequest
 from models.state import DenoiseState, Velocity
 
 
 class Engine:
-    """Holds loaded models. Used by one thread, which owns the device.
+    """Holds loaded models. Used by one thread, which owns the device: the one that loaded them.
 
-    Modules hold weights only. All state of a request is in its `DenoiseState`.
+    What other threads may call says so. Modules hold weights only. All state of a request is in its `DenoiseState`.
     """
 
     def __init__(self, families: Mapping[str, Family], cards: Mapping[str, ModelCard]) -> None:
         self.cards = cards
         self._families = families
+        self._encoding, self._decoding = (
+            {model: SideStream(family.device) for model, family in families.items()} for _ in range(2)
+        )
 
     def preparation(self, request: GenerationRequest) -> Callable[[], GenerationRequest] | None:
         """Work for `start` that another process can do: it returns the request to start, or raises
         InvalidRequest. None if there is none. `start` does what was not done before."""
         return self._family(request.model).preparation(request)
 
-    def start(self, request: GenerationRequest, point: CurvePoint | None = None) -> DenoiseState:
-        """Encode the prompt or image and draw the noise.
+    @torch.inference_mode()
+    def encode(self, request: GenerationRequest, branches: Sequence[BranchStart] | None = None) -> Encoded:
+        """Encode the prompt or image and draw the noise, which is most of the work of `start`.
+
+        `branches` are those of a request that differs in its seed alone: they are not encoded again. Any thread may
+        call this, one at a time per model. Raises UnknownModel, and InvalidRequest for a prompt or image that this
+        model can't serve.
+        """
+        family = self._family(request.model)
+        with self._encoding[request.model].used():
+            branches = branches or family.encode(request)
+            encoded = Encoded(branches, family.begin(request, branches))
+        hand_to_steps(encoded, family.device)
+        return encoded
+
+    def start(
+        self, request: GenerationRequest, point: CurvePoint | None = None, *, encoded: Encoded | None = None
+    ) -> DenoiseState:
+        """The state before the first step. What was not `encoded` before is encoded here.
 
         Calibration and benchmarks give a `point`: it replaces the request's point and drops its cap on compute. Raises
         UnknownModel, and InvalidRequest for a prompt or a budget that this model can't serve.
@@ -48,20 +71,27 @@ class Engine:
         family = self._family(request.model)
         curve = self.cards[request.model].curve_for(request)
         if point:
-            return family.start(request, curve, point)
-        return family.start(request, curve, request.point, request.compute_cap)
+            return family.start(request, curve, point, encoded=encoded)
+        return family.start(request, curve, request.point, request.compute_cap, encoded)
+
+    def encodes_on_device(self, model: str) -> bool:
+        """Whether encoding takes time of the device that steps run on."""
+        return self._family(model).encodes_on_device
 
     @torch.inference_mode()
     def step(self, states: Sequence[DenoiseState]) -> StepReport:
         """Run the next denoise step of every state, and go on through the steps that it forecasts after that one.
 
-        All must have one `batch_key`, and none may be done. Steps, prompts, guidance, budgets and rules may differ.
+        All must have one `shape`, and none may be done. Steps, prompts, guidance, budgets and rules may differ. Only
+        those of one `batch_key` share calls.
         """
         started = time.perf_counter()
         velocities, router_seconds, blocks = self._compute(states)
         forecast = [state.complete_step(velocity) for state, velocity in zip(states, velocities, strict=True)]
         if states[0].latents.is_cuda:
-            torch.cuda.synchronize()  # costs are predicted from these seconds, which must include the kernels' run time
+            # Costs are predicted from these seconds, which must include the kernels' run time. Nothing else of the
+            # device is waited for, and whoever decodes the latents has them.
+            wait_for_work(states[0].latents.device)
         return StepReport(
             time.perf_counter() - started,
             router_seconds,
@@ -78,11 +108,27 @@ class Engine:
         return self._compute(states)[0]
 
     def _compute(self, states: Sequence[DenoiseState]) -> tuple[list[Velocity], float, tuple[BlockReport, ...]]:
-        """The velocities of the states' next step, the seconds that routers took, and what blocks did."""
-        assert len({state.batch_key for state in states}) == 1
+        """The velocities of the states' next step, the seconds that routers took, and what blocks did.
+
+        Exact states run in calls of their own, as in the publisher's pipeline: among other rows, sums round otherwise.
+        """
+        assert len({state.shape for state in states}) == 1
         family = self._family(states[0].request.model)
         for state in states:
             state.prepare_step()
+        together = [state for state in states if not state.is_exact]
+        calls = [together] if together else []
+        calls += [[part] for state in states if state.is_exact for part in family.exact_calls(state)]
+        done = [self._call(family, call) for call in calls]
+        of_row = {row: velocity for call in done for row, velocity in call.velocities.items()}
+        return (
+            [family.velocity(state, torch.cat([of_row[id(row)] for row in state.rows])) for state in states],
+            sum(call.router_seconds for call in done),
+            tuple(joined(reports) for reports in zip(*(call.reports for call in done), strict=True)),
+        )
+
+    def _call(self, family: Family, states: Sequence[DenoiseState]) -> "_Call":
+        """Run the transformer once, for all rows of `states`."""
         rows = [row for state in states for row in state.rows]
         streams = family.prologue(states)
         needs_scores = any(row.rule.needs_scores for row in rows)
@@ -93,7 +139,8 @@ class Engine:
             streams = result.streams
             reports.append(result.report)
             router_seconds += result.router_seconds
-        return family.epilogue(states, streams), router_seconds, tuple(reports)
+        velocities = family.epilogue(states, streams).split(1)
+        return _Call(dict(zip(map(id, rows), velocities, strict=True)), router_seconds, reports)
 
     def finish(self, state: DenoiseState) -> NDArray[np.uint8] | CleanMesh:
         """Decode a done state to a mesh or to pixels, `(height, width, 3)`, or 4 channels if they are transparent.
@@ -103,7 +150,8 @@ class Engine:
         """
         assert state.is_done
         family, request = self._family(state.request.model), state.request
-        result = family.decode(state)
+        with self._decoding[request.model].used():
+            result = family.decode(state)
         if isinstance(request, ImageRequest) and request.is_transparent:
             assert not isinstance(result, CleanMesh)
             return _cut_out(result, family.background_remover)
@@ -126,17 +174,22 @@ class Engine:
         one thread at a time may be in it or in `finish`; another may be in `decode_in_turns`.
         """
         assert state.prediction is not None
-        return partial(self._family(state.request.model).preview, state.request, state.prediction)
+        return partial(self._preview, state.request, state.prediction)
+
+    def _preview(self, request: GenerationRequest, prediction: Tensor) -> NDArray[np.uint8] | CleanMesh:
+        with self._decoding[request.model].used():
+            return self._family(request.model).preview(request, prediction)
 
     def memory_bytes(self) -> dict[str, int]:
         """The GPU's memory in bytes by kind, as PyTorch counts it; empty if no GPU is in use."""
-        if not torch.cuda.is_initialized():
+        device = next((family.device for family in self._families.values()), None)
+        if device is None or device.type != "cuda":
             return {}
-        free, total = torch.cuda.mem_get_info()
+        free, total = torch.cuda.mem_get_info(device)
         return {
-            "allocated": torch.cuda.memory_allocated(),
-            "reserved": torch.cuda.memory_reserved(),
-            "peak": torch.cuda.max_memory_allocated(),
+            "allocated": torch.cuda.memory_allocated(device),
+            "reserved": torch.cuda.memory_reserved(device),
+            "peak": torch.cuda.max_memory_allocated(device),
             "free": free,
             "total": total,
         }
@@ -160,6 +213,14 @@ class Engine:
         if model not in self._families:
             raise UnknownModel(f"model '{model}' is not loaded; loaded: {', '.join(self._families)}")
         return self._families[model]
+
+
+class _Call(NamedTuple):
+    """One call of the transformer. `velocities` has one `(1, tokens, channels)` by the id of each row."""
+
+    velocities: Mapping[int, Tensor]
+    router_seconds: float
+    reports: Sequence[BlockReport]
 
 
 def _cut_out(pixels: NDArray[np.uint8], remover: Path | None) -> NDArray[np.uint8]:

@@ -4,6 +4,7 @@ GenerationError
 ├── InvalidRequest      the request cannot be served as it was asked
 ├── UnknownModel        no model of that name is loaded
 ├── EmptySurface        a decoded field has no surface to make a mesh of
+├── DeviceError         there is no such device
 ├── WeightsError        a model directory or a router file is not what it should be
 └── CompilerError       blocks were to be compiled, and this machine lacks what that needs
 """
@@ -32,6 +33,10 @@ class UnknownModel(GenerationError):
 
 
 class EmptySurface(GenerationError):
+    pass
+
+
+class DeviceError(GenerationError):
     pass
 
 

@@ -9,19 +9,21 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import diffusers
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from diffusers import DiffusionPipeline, ModelMixin
-from diffusers.utils.constants import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
+from models.device import encoder_dtype
+from models.diffusers_directory import networks, some, variant_of, weight_files
 from models.errors import WeightsError
 from models.families.entry import NamedClass
+from models.float8 import Float8Linear, store_in_float8
 from models.load_options import LoadOptions
+from models.lora import fuse_loras
 from models.weights import read_json
 
 # diffusers checks little of a configuration, and fails anywhere on a malformed one.
@@ -47,26 +49,48 @@ def stream_pipeline(
 ) -> DiffusionPipeline:
     """The result of `pipeline_class.from_pretrained(directory, dtype=dtype).to(device)`, with little host memory.
 
-    Text encoders are loaded to the host first, and stay there if `options` say so: prompts must then be encoded
-    on the encoder's device and the result moved. `loaders` are functions that load other parts from their folders, by
-    name. Raises WeightsError if parts are missing or do not fit together.
+    `directory` may end in names of adapters (`LoadOptions.source`), which are fused into the weights.
+
+    Text encoders are loaded to the host first, and stay there if `options` say so, in `encoder_dtype`: prompts must
+    then be encoded on the encoder's device and the result moved. `loaders` are functions that load other parts from
+    their folders, by name. Raises WeightsError if parts are missing or do not fit together.
     """
-    index = read_json(directory / "model_index.json")
-    modules: dict[str, Any] = {}
-    for name in ("transformer", "vae"):
-        entry = index.get(name)
-        class_name = str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else str(entry)
-        cls = getattr(diffusers, class_name, None)
-        if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
-            raise WeightsError(f"{directory / 'model_index.json'} names no diffusers model as its {name}: {class_name}")
-        modules[name] = stream_module(cls, directory / name, device, dtype)
+    directory, loras = options.source(directory)
+    classes = networks(pipeline_class, directory)
+    casts_later = options.has_float8 and bool(loras)  # adapters are added to full weights
+    modules: dict[str, Any] = {
+        "transformer": stream_module(
+            classes["transformer"],
+            directory / "transformer",
+            "cpu" if options.offloads_layers or casts_later else device,
+            dtype,
+            in_float8=options.has_float8 and not casts_later,
+        ),
+        "vae": stream_module(classes["vae"], directory / "vae", device, dtype),
+    }
+    encoders = [directory / name for name in classes if name.startswith("text_encoder")]
     try:
         modules |= {name: load(directory / name) for name, load in loaders.items()}
         pipeline = pipeline_class.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, use_safetensors=True, **modules
+            directory,
+            dtype=dtype,
+            variant=variant_of(encoders),
+            local_files_only=True,
+            use_safetensors=True,
+            **modules,
         )
     except _MALFORMED as error:
         raise WeightsError(f"{directory} can't be loaded: {error}") from error
+    if options.offloads_text_encoders:
+        for encoder in encoders:
+            pipeline.components[encoder.name].to(encoder_dtype(dtype))
+    if loras:
+        fuse_loras(pipeline, loras)
+    if options.has_float8:
+        for part in (modules["transformer"], *(pipeline.components[encoder.name] for encoder in encoders)):
+            store_in_float8(part)
+    if not options.offloads_layers:  # else `Family.keep_blocks_on_host` moves what is not of blocks
+        modules["transformer"].to(device)
     return pipeline if options.offloads_text_encoders else pipeline.to(device)
 
 
@@ -78,16 +102,26 @@ class TensorHead(NamedTuple):
     dtype: str
 
 
-def stream_module(cls: type[ModelMixin], directory: Path, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
+def stream_module(
+    cls: type[ModelMixin],
+    directory: Path,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    *,
+    in_float8: bool = False,
+) -> nn.Module:
     """The result of `cls.from_pretrained(directory, dtype=dtype)`, on `device`.
 
+    With `in_float8` it stores the weights of its blocks so (`store_in_float8`).
     Shows a progress bar on terminals. Raises WeightsError if the tensors are not exactly those of the configuration.
     """
-    files = _weight_files(directory)
+    files = weight_files(directory)
     try:
         module = _build_empty(cls, directory, dtype)
         if fault := misfit(shapes_of(module), read_heads(files)):
             raise WeightsError(f"{directory} does not fit its config.json: {fault}")
+        if in_float8:
+            store_in_float8(module)
         kept = cls._keep_in_fp32_modules or []
 
         def place(name: str) -> tuple[str | torch.device, torch.dtype]:
@@ -110,9 +144,9 @@ def stream_tensors(
 ) -> None:
     """Read the tensors of `files` one by one into `module`. `place` gives the device and type for each name.
 
-    Integers keep their type. On a CPU, tensors that keep their type stay mapped from their file, unless `copies` is
-    true. In files tensors are aligned to 8 bytes only, and kernels then sum in another order than with the memory of
-    `load_state_dict`. Shows a progress bar on terminals.
+    Integers keep their type, and the weights that are stored in float8 are cast on the host. On a CPU, tensors that
+    keep their type stay mapped from their file, unless `copies` is true. In files tensors are aligned to 8 bytes only,
+    and kernels then sum in another order than with the memory of `load_state_dict`. Shows a progress bar on terminals.
     """
     size_bytes = sum(file.stat().st_size for file in files)
     with tqdm(total=size_bytes, desc=description, unit="B", unit_scale=True, disable=None) as bar:
@@ -123,7 +157,12 @@ def stream_tensors(
                     if copies:
                         tensor = tensor.clone()
                     device, dtype = place(name)
-                    set_module_tensor_to_device(module, name, device, tensor, dtype, clear_cache=False)
+                    owner, _, kind = name.rpartition(".")
+                    layer = module.get_submodule(owner)
+                    if isinstance(layer, Float8Linear) and kind == "weight":
+                        layer.store(tensor, device)
+                    else:
+                        set_module_tensor_to_device(module, name, device, tensor, dtype, clear_cache=False)
                     bar.update(tensor.nbytes)
 
 
@@ -153,24 +192,7 @@ def misfit(expected: Mapping[str, list[int]], found: Mapping[str, TensorHead]) -
             if name in expected and head.shape != expected[name]
         ],
     }
-    return "; ".join(f"{fault}: {_some(names)}" for fault, names in faults.items() if names)
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / SAFE_WEIGHTS_INDEX_NAME
-    names = {SAFETENSORS_WEIGHTS_NAME}
-    if index.exists():
-        try:
-            names = set(read_json(index)["weight_map"].values())
-        except (KeyError, AttributeError) as error:
-            raise WeightsError(f"{index} has no proper entry 'weight_map'") from error
-    if absent := sorted(name for name in names if not (directory / name).exists()):
-        pickles = ", ".join(path.name for path in directory.glob("*.bin"))
-        raise WeightsError(
-            f"{directory} has no {_some(absent)}"
-            + (f"; {pickles} is not read, since a pickle can run any code: save it as safetensors" if pickles else "")
-        )
-    return [directory / name for name in sorted(names)]
+    return "; ".join(f"{fault}: {some(names)}" for fault, names in faults.items() if names)
 
 
 def _build_empty(cls: type[ModelMixin], directory: Path, dtype: torch.dtype) -> nn.Module:
@@ -184,7 +206,3 @@ def _build_empty(cls: type[ModelMixin], directory: Path, dtype: torch.dtype) -> 
     finally:
         torch.set_default_dtype(default)
     return module
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

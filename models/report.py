@@ -1,5 +1,6 @@
 """Records of the work done: the engine returns them, metrics and receipts are made from them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -23,6 +24,18 @@ class BlockReport:
     num_skipped: int
     num_reused: int
     mlp_widths: tuple[float, ...]
+
+
+def joined(reports: Sequence[BlockReport]) -> BlockReport:
+    """The report of one block that was called once for each of `reports`."""
+    return BlockReport(
+        block=reports[0].block,
+        seconds=sum(report.seconds for report in reports),
+        num_run=sum(report.num_run for report in reports),
+        num_skipped=sum(report.num_skipped for report in reports),
+        num_reused=sum(report.num_reused for report in reports),
+        mlp_widths=tuple(width for report in reports for width in report.mlp_widths),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +85,8 @@ class GenerationSummary:
     `compute_ratio` is block compute over the dense block compute of the steps taken. `num_run`, `num_skipped`,
     `num_reused` and `num_forecast` count blocks of rows. `mean_mlp_width` is the mean over blocks that ran, 1 if none
     did. `is_calibrated` says whether the curve was measured for requests like this one. `tokens` are all 0 in records
-    of earlier versions.
+    of earlier versions. `exact_tolerance` is how far the latents may be from those of the publisher's pipeline, 0 for
+    bit for bit; None, also in records of earlier versions, if they are not meant to be the same.
     """
 
     rule: str
@@ -92,6 +106,7 @@ class GenerationSummary:
     is_calibrated: bool
     decisions: tuple[StepDecision, ...] | None
     tokens: TokenCounts = TokenCounts()
+    exact_tolerance: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

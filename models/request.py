@@ -67,6 +67,14 @@ class GenerationRequest:
         return 2 if self.is_guided else 1
 
     @property
+    def wants_exact(self) -> bool:
+        """Whether the result is to be that of the unmodified pipeline, bit for bit.
+
+        With a deadline it is not, even where there is time for everything: then steps are shared with others.
+        """
+        return self.point.is_exact and not isinstance(self.budget, LatencyBudget)
+
+    @property
     def compute_cap(self) -> float | None:
         """The share of the dense compute that the whole generation may use, None if there is no cap."""
         return self.budget.compute_ratio if isinstance(self.budget, ComputeBudget) else None

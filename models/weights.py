@@ -18,13 +18,14 @@ from models.elastic.router import RouterStack
 from models.errors import WeightsError
 from models.rules import policy_of
 
+ROUTER_FILE = "router.safetensors"
+
 
 @dataclass(frozen=True, slots=True)
 class RouterWeights:
-    """A model's routers, and by MLP name the order of hidden neurons that they were trained for."""
+    """A model's routers."""
 
     stack: RouterStack
-    neuron_orders: Mapping[str, Tensor]
 
 
 class MlpActivation(StrEnum):
@@ -53,7 +54,7 @@ class Manifest:
     traits, and the policies that its authors used with its routers.
     """
 
-    license: str = "unknown"
+    license: str | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     height: int | None = None
@@ -95,7 +96,7 @@ def write_manifest(folder: Path, model_directory: Path, transformer_file: str, c
     `transformer_file`, relative to the model directory, stands for the transformer.
     """
     digests = {
-        "router.safetensors": sha256(folder / "router.safetensors"),
+        ROUTER_FILE: sha256(folder / ROUTER_FILE),
         transformer_file: sha256(model_directory / transformer_file),
     }
     (folder / "manifest.json").write_text(json.dumps({**content, "sha256": digests}, indent=1) + "\n")
@@ -104,12 +105,33 @@ def write_manifest(folder: Path, model_directory: Path, transformer_file: str, c
 def load_router_weights(folder: Path, model_directory: Path) -> RouterWeights | None:
     """Routers from `folder`, in the type that the file has, None if it has none.
 
-    Raises WeightsError if a file is not the one that the manifest names by hash, of the routers or of the transformer
-    that they were trained for, or if the tensors do not fit.
+    Raises WeightsError as `router_tensors_in` does, if the tensors do not fit, or if the routers were trained for
+    another order of hidden neurons than the transformer's file has.
     """
-    path = folder / "router.safetensors"
+    path = folder / ROUTER_FILE
     if not path.exists():
         return None
+    tensors = router_tensors_in(folder, model_directory)
+    if neuron_orders_in(tensors):
+        raise WeightsError(
+            f"{path} asks for another order of the hidden neurons of {model_directory}; write a directory in that "
+            f"order, with its router folder: elastic-dit convert --format reorder --src {model_directory} --out "
+            f"{model_directory}-in-order"
+        )
+    try:
+        stack = router_stack({k: v for k, v in tensors.items() if k.startswith("gate_mlps.")})
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"{path}: {error}") from error
+    return RouterWeights(stack)
+
+
+def router_tensors_in(folder: Path, model_directory: Path) -> dict[str, Tensor]:
+    """All tensors of the router file in `folder`, which is there.
+
+    Raises WeightsError if a file is not the one that the manifest names by hash, of the routers or of the transformer
+    that they were trained for.
+    """
+    path = folder / ROUTER_FILE
     digests = read_json(folder / "manifest.json").get("sha256")
     if not isinstance(digests, dict):
         raise WeightsError(f"{folder / 'manifest.json'} has no proper entry 'sha256'")
@@ -117,13 +139,13 @@ def load_router_weights(folder: Path, model_directory: Path) -> RouterWeights | 
         file = path if name == path.name else model_directory / name
         if not file.exists() or sha256(file) != digest:
             raise WeightsError(f"{file} is not the file that {folder / 'manifest.json'} names: its sha256 differs")
-    tensors = load_file(path)
-    orders = {k.removeprefix("neuron_order."): v for k, v in tensors.items() if k.startswith("neuron_order.")}
-    try:
-        stack = router_stack({k: v for k, v in tensors.items() if k.startswith("gate_mlps.")})
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise WeightsError(f"{path}: {error}") from error
-    return RouterWeights(stack, orders)
+    return load_file(path)
+
+
+def neuron_orders_in(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The order of hidden neurons that a router file asks for, by names of MLPs. Earlier versions wrote such files."""
+    prefix = "neuron_order."
+    return {name.removeprefix(prefix): order for name, order in tensors.items() if name.startswith(prefix)}
 
 
 def router_stack(tensors: Mapping[str, Tensor]) -> RouterStack:
@@ -137,11 +159,10 @@ def router_stack(tensors: Mapping[str, Tensor]) -> RouterStack:
 
 
 def save_router_weights(weights: RouterWeights, folder: Path) -> None:
-    """Write `router.safetensors` in 16 bits, neuron orders as integers."""
+    """Write `router.safetensors` in 16 bits."""
     tensors = {name: tensor.half().contiguous() for name, tensor in weights.stack.state_dict().items()}
-    tensors |= {f"neuron_order.{name}": order.to(torch.int32) for name, order in weights.neuron_orders.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "router.safetensors")
+    save_file(tensors, folder / ROUTER_FILE)
 
 
 def read_curve(folder: Path, quality_metric: str) -> tuple[CurvePoint, ...]:

@@ -14,15 +14,19 @@ import transformers.utils.logging
 from models.background.remover import load_remover
 from models.card import Edits, ImageCard, ModelCard
 from models.curve import EXACT, FORECAST
+from models.device import find_device
 from models.elastic.compiled import check_compiler
 from models.engine import Engine
 from models.errors import WeightsError
 from models.families import FAMILIES
-from models.families.entry import FamilyEntry, NamedClass
+from models.families.entry import DIFFUSERS, FamilyEntry, NamedClass
 from models.families.family import Family
+from models.families.image import ImageFamily
 from models.file_formats import OutputFormat, encode_image
-from models.load_options import DEFAULTS, LoadOptions
+from models.load_options import DEFAULTS, LoadOptions, Weights
 from models.mesh.cleanup import CleanMesh
+from models.prompt_cache import PromptCache
+from models.published_terms import published_terms
 from models.request import GenerationRequest, ImageEdit, ImageRequest
 from models.rules import RULES
 from models.rules.forecast import ForecastTable, read_forecast_table
@@ -40,12 +44,13 @@ def load_engine(
     background_remover: Path | None = None,
     options: LoadOptions = DEFAULTS,
 ) -> Engine:
-    """Load model directories. A model's id is its directory's name.
+    """Load model directories. A model's id is its directory's name, with those of its adapters (`LoadOptions.source`).
 
     Routers, terms of use and the curve are read from `router_weights/<id>`. `background_remover` is the folder of the
-    network that removes backgrounds; without it, only plain ones can be removed from input images. On a CPU
-    models run in float32, else in bfloat16. Raises WeightsError if a directory, its router folder or the remover is
-    missing parts or malformed, and CompilerError if blocks are to be compiled and can't be.
+    network that removes backgrounds; without it, only plain ones can be removed from input images. Raises DeviceError
+    if there is no such device, and WeightsError if a directory, its router folder or the remover is missing parts or
+    malformed. A GPU becomes the current device of the calling thread, which is to use the engine.
+    Raises CompilerError if blocks are to be compiled and can't be.
     """
     if options.compiles:
         check_compiler(device)
@@ -55,25 +60,42 @@ def load_engine(
         library.utils.logging.disable_progress_bar()
     families: dict[str, Family] = {}
     cards: dict[str, ModelCard] = {}
+    torch_device = find_device(device)
+    if torch_device.type == "cuda":
+        torch.cuda.set_device(torch_device)
+    cache = PromptCache(options.prompt_cache_bytes)
     for directory in directories:
         folder = router_weights / directory.name
         if not folder.is_dir():
             logger.warning("%s has no router folder %s, so exact is its only budget", directory.name, folder)
-        entry, index = _family_of(directory)
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        base, loras = options.source(directory)
+        entry, index = family_of(base)
+        if loras and entry.layout != DIFFUSERS:
+            raise WeightsError(f"{base} takes no adapters ({', '.join(loras)}): only diffusers pipelines do")
+        dtype = _compute_dtype(options.weights, device)
         manifest = read_manifest(folder)
         family: Family = entry.family.load().load(
-            directory, device, dtype, load_router_weights(folder, directory), manifest.traits, options
+            directory, str(torch_device), dtype, load_router_weights(folder, base), manifest.traits, options
         )
+        if options.offloads_layers:
+            family.keep_blocks_on_host(torch.device(device))
         family.forecast_table = read_forecast_table(folder)
         family.background_remover = background_remover
         families[directory.name] = family
-        cards[directory.name] = _card(family, entry.name, index, folder, manifest, options)
-        logger.info("loaded %s on %s in %s", directory.name, device, dtype)
+        cards[directory.name] = _card(family, entry.name, base, index, folder, manifest, options)
+        if isinstance(family, ImageFamily):
+            family.prompt_cache = cache  # after the card: encoding was measured without it
+        logger.info("loaded %s on %s in %s, weights: %s", directory.name, device, dtype, options.weights)
     return Engine(families, cards)
 
 
-def _family_of(directory: Path) -> tuple[FamilyEntry, Path]:
+def _compute_dtype(weights: Weights, device: str) -> torch.dtype:
+    if weights in (Weights.FLOAT32, Weights.BFLOAT16):
+        return torch.float32 if weights is Weights.FLOAT32 else torch.bfloat16
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def family_of(directory: Path) -> tuple[FamilyEntry, Path]:
     """The family of a model directory, and the file that names its class. Raises WeightsError if there is none."""
     entries = FAMILIES.values()
     layouts = list(dict.fromkeys(entry.layout for entry in entries))
@@ -91,7 +113,13 @@ def _family_of(directory: Path) -> tuple[FamilyEntry, Path]:
 
 
 def _card(
-    family: Family, family_name: str, index: Path, folder: Path, manifest: Manifest, options: LoadOptions
+    family: Family,
+    family_name: str,
+    directory: Path,
+    index: Path,
+    folder: Path,
+    manifest: Manifest,
+    options: LoadOptions,
 ) -> ModelCard:
     """The card, with the measured time of a step. `index` is the file that names the model's class."""
     curve = read_curve(folder, family.quality_metric)
@@ -109,7 +137,7 @@ def _card(
     basics = ModelCard(
         id=family.model_id,
         family=family_name,
-        license=manifest.license,
+        license=manifest.license or published_terms(directory) or "unknown",
         created=int(index.stat().st_mtime),
         default_num_inference_steps=manifest.num_inference_steps or family.default_num_inference_steps,
         default_guidance_scale=(
@@ -125,6 +153,7 @@ def _card(
         fixed_share=0.0,
         encode_seconds=math.inf,
         max_batch_size=8,
+        joins_branches=family.joins_branches,
     )
     card = family.card(basics, manifest)
     if options.compiles:
@@ -172,6 +201,8 @@ def _dense_step_seconds(family: Family, card: ModelCard, batch_size: int) -> flo
     request = replace(family.example_request(card), num_inference_steps=4)
     engine = Engine({card.id: family}, {})
     states = [family.start(request, (EXACT,), EXACT) for _ in range(batch_size)]
+    for state in states:
+        state.exact_tolerance = None  # so that they share their calls
     return min(engine.step(states).seconds for _ in range(states[0].num_steps))
 
 

@@ -23,9 +23,10 @@ from service.api.schemas import EditBody, ImageBody, MeshBody
 from service.api.validation import invalid_request
 from service.budget import budget_fields
 from service.errors import BadConfiguration, InvalidImage, ServiceError
+from service.installation import find_model
 from service.logging import configure_logging, ignore_torchvision_fallback
 from service.running.dispatcher import Dispatcher
-from service.settings import Settings, find_model, load_settings
+from service.settings import Settings, load_settings
 
 app = typer.Typer(help="Serve elastic diffusion transformers.", add_completion=False, rich_markup_mode=None)
 
@@ -161,7 +162,7 @@ def generate(
         "output_format": _format_of(out, OutputFormat),
         **_shared_fields(seed, budget, steps, guidance),
     }
-    directory, random_seed = find_model(model), secrets.randbelow(RANDOM_SEEDS)
+    directory, random_seed = find_model(model, settings.loras), secrets.randbelow(RANDOM_SEEDS)
     if image:
         data, done = _edit(directory, {**fields, "strength": strength}, image, mask, settings, random_seed)
     elif mask is not None or strength is not None:
@@ -220,7 +221,7 @@ def mesh(
             **_shared_fields(seed, budget, steps, guidance),
         }
     )
-    directory, file = find_model(model), image.read_bytes()
+    directory, file = find_model(model, settings.loras), image.read_bytes()
     from service.local import generate_mesh  # imports torch, so only where something is computed
 
     data, done = generate_mesh(directory, body, file, settings, random_seed=secrets.randbelow(RANDOM_SEEDS))
@@ -277,7 +278,7 @@ def calibrate(
     """
     settings = load_settings(config, device=device)
     samples = _samples(prompts, images, settings.max_image_pixels)
-    directory = find_model(model)
+    directory = find_model(model, settings.loras)
     from models.calibration import calibrate_model  # imports torch, so only where something is computed
 
     path = calibrate_model(
@@ -319,7 +320,8 @@ def convert(
         typer.Option(
             "--format",
             help="elastic-dit: the Elastic-DiT checkpoint of Qwen-Image; --base is a directory of Qwen-Image. "
-            "hunyuan3d: a .ckpt beside its config.yaml, or their folder; without --base.",
+            "hunyuan3d: a .ckpt beside its config.yaml, or their folder; without --base. reorder: a model directory "
+            "whose routers were trained for another order of its neurons, by an earlier version.",
         ),
     ],
     base: Annotated[

@@ -37,6 +37,7 @@ _TENTHS = tuple(tenth / 10 for tenth in range(1, 11))
 _RATIO_ERRORS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 _BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 _DEADLINE_OUTCOMES = _MET, _MISSED = ("met", "missed")
+_LOOKUPS = _HIT, _MISS = ("hit", "miss")
 _STEP_DECISIONS = _COMPUTED, _FORECAST = ("computed", "forecast")
 
 # A "request" is one API call, whatever its number of artifacts.
@@ -97,6 +98,12 @@ COMPUTE_RATIO_ERROR = Series(
     "Distance of an artifact's compute ratio from the calibrated one.",
     buckets=_RATIO_ERRORS,
 )
+PROMPTS = Series(
+    Counter,
+    "elastic_prompts_total",
+    "Prompts that were looked up in the cache of embedded prompts: hit, or miss, which are encoded.",
+    ("model", "outcome"),
+)
 RUNNING = Series(Gauge, "elastic_requests_running", "Requests that this worker has claimed.")
 WAITING = Series(Gauge, "elastic_requests_waiting", "Requests in the queue, which servers may share.")
 QUEUE_TIME = Series(
@@ -138,7 +145,7 @@ REJECTED = Series(
 ALL_SERIES: tuple[Series[Any], ...] = (
     *(BLOCK_DECISIONS, STEPS, BLOCK_LATENCY, MLP_WIDTH, ROUTER_LATENCY, STEP_LATENCY, STAGE_LATENCY, BATCH_SIZE),
     *(COMPUTE_RATIO, COMPUTE_RATIO_ERROR, RUNNING, WAITING, QUEUE_TIME, E2E_LATENCY, REQUESTS, BATCH_GROUPS),
-    *(RECOVERED, STORE_ERRORS, GPU_MEMORY, DEADLINES, DEGRADED, REJECTED, COMPILED),
+    *(RECOVERED, STORE_ERRORS, GPU_MEMORY, DEADLINES, DEGRADED, REJECTED, PROMPTS, COMPILED),
 )
 
 
@@ -160,6 +167,8 @@ class Metrics:
             for status in JobStatus:
                 if status.is_terminal:
                     self._of(REQUESTS, card.id, status)
+            for outcome in _LOOKUPS:
+                self._of(PROMPTS, card.id, outcome)
             for outcome in _DEADLINE_OUTCOMES:
                 self._of(DEADLINES, card.id, outcome)
             self._of(DEGRADED, card.id)
@@ -183,6 +192,10 @@ class Metrics:
 
     def observe_stage(self, model: str, stage: str, seconds: float) -> None:
         self._of(STAGE_LATENCY, model, stage).observe(seconds)
+
+    def observe_prompts(self, model: str, were_cached: Iterable[bool]) -> None:
+        for was_cached in were_cached:
+            self._of(PROMPTS, model, _HIT if was_cached else _MISS).inc()
 
     def observe_end(self, snapshot: JobSnapshot) -> None:
         job, state = snapshot.job, snapshot.state

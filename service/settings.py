@@ -23,44 +23,23 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from models.load_options import LoadOptions, Offload
+from models.load_options import LoadOptions, Lora, Offload, Weights
 from service.budget import BudgetBody
 from service.errors import BadConfiguration
+from service.installation import INSTALLATION, find_model, shipped_remover
 from service.logging import LogFormat, LogLevel
 from service.rate_limits import parse_rate_limit
 
-
-def _installation() -> Path:
-    """The folder that holds the packages and the models that ship with them; else the working directory.
-
-    A checkout has both, and so does the container image. A wheel has the packages alone.
-    """
-    folder = Path(__file__).resolve().parents[1]
-    return folder if (folder / "checkpoints").is_dir() else Path()
-
-
-INSTALLATION = _installation()
-
-
-def _shipped_remover() -> Path | None:
-    folder = INSTALLATION / "checkpoints" / "u2netp"
-    return folder if folder.is_dir() else None
-
-
-def find_model(model: Path) -> Path:
-    """A model directory from its path, or from its name among the installation's checkpoints.
-
-    Raises BadConfiguration if there is neither.
-    """
-    places = dict.fromkeys((model, INSTALLATION / "checkpoints" / model))  # one, if `model` is absolute
-    for directory in places:
-        if directory.is_dir():
-            return directory
-    raise BadConfiguration("there is no model directory " + " or ".join(f"'{place}'" for place in places))
-
-
 # Escapes in its path would have to be compared with those of requests.
 _PUBLIC_URL = re.compile(r"https?://[^\s/?#@]+(/[\w.~-]+)*/?", re.ASCII)
+
+
+def _lora(place: str) -> Lora:
+    """The adapter in a file, whose name may end in @ and a scale."""
+    file, _, scale = place.rpartition("@")
+    if not re.fullmatch(r"-?\d+(\.\d+)?", scale):  # a path may have an @
+        file, scale = place, "1"
+    return Lora(Path(file).absolute(), float(scale))
 
 
 class Settings(BaseSettings):
@@ -85,22 +64,36 @@ class Settings(BaseSettings):
         "gpt-image-*=tiny-flux,dall-e-*=tiny-flux serves clients that ask for OpenAI's models. The first pattern that "
         "fits counts; a model's own name comes before all patterns. None by default.",
     )
+    loras: Annotated[Mapping[str, str], NoDecode] = Field(
+        default_factory=dict,
+        description="Low-rank adapters for image models, as name=file separated by commas, or as JSON; file@0.8 adds "
+        "it at a scale of 0.8. The model flux-dev+style, so named in models, is flux-dev with the adapter style in its "
+        "weights.",
+    )
     router_weights: Path = Field(
         default=INSTALLATION / "router_weights",
         description="The folder of routers and calibrations, with a folder for each model; by default router_weights/ "
         "beside checkpoints/.",
     )
     background_remover: Path | None = Field(
-        default_factory=_shipped_remover,
+        default_factory=shipped_remover,
         description="The folder of the network that cuts objects out of backgrounds which are not plain; by default "
         "checkpoints/u2netp, if it is there. Without it, images can't be transparent, and input images need a plain "
         "background or transparency.",
     )
-    device: str = Field(default="cpu", description="Where the models run: cpu, cuda, cuda:1.")
+    device: str = Field(
+        default="cpu",
+        description="Where the models run: cpu, cuda, cuda:1. One that is not there is refused at the start.",
+    )
+    weights: Weights = Field(
+        default=Weights.AUTO,
+        description="How weights are stored: auto (float32 with the device cpu, else bfloat16), float32, bfloat16, or "
+        "float8, which halves bfloat16's memory of transformers and text encoders and still computes as with auto.",
+    )
     offload: Offload = Field(
         default=Offload.NONE,
-        description="What stays on the CPU, for devices with less memory: none, or text_encoders, which makes encoding "
-        "prompts take longer.",
+        description="What stays on the CPU, for devices with less memory: none; text_encoders, which makes encoding "
+        "prompts take longer; or layers, with which also each block of a transformer comes to the device only to run.",
     )
     offload_text_encoders: bool = Field(default=False, description="The older form of offload: text_encoders.")
     compile: bool = Field(
@@ -108,6 +101,12 @@ class Settings(BaseSettings):
         description="Compile the blocks of all models before the server is ready, which takes some minutes at the "
         "first start. Steps are faster then, and results differ from those of the publishers' pipelines by rounding. "
         "Needs a C++ compiler, and Triton on GPUs.",
+    )
+    prompt_cache_bytes: int = Field(
+        default=256_000_000,
+        ge=0,
+        description="The most bytes of embedded prompts to keep in the host's memory, so that a prompt that comes "
+        "again is not encoded again; those used last are kept. 0 keeps none but each model's empty prompt.",
     )
     default_budget: BudgetBody = Field(
         default=BudgetBody(quality=0.9),
@@ -257,7 +256,7 @@ class Settings(BaseSettings):
     @property
     def model_directories(self) -> tuple[Path, ...]:
         """The directories of `models`. Raises BadConfiguration if one does not exist."""
-        return tuple(find_model(model) for model in self.models)
+        return tuple(find_model(model, self.loras) for model in self.models)
 
     @property
     def has_keys(self) -> bool:
@@ -290,15 +289,27 @@ class Settings(BaseSettings):
             ip_network(value)
         return values
 
-    @field_validator("model_aliases", mode="before")
+    @field_validator("model_aliases", "loras", mode="before")
     @classmethod
-    def _split_aliases(cls, value: object) -> object:
+    def _split_pairs(cls, value: object, info: ValidationInfo) -> object:
         if not isinstance(value, str) or value.lstrip().startswith("{"):
             return json.loads(value) if isinstance(value, str) else value
         pairs = [part.partition("=") for part in value.split(",") if part.strip()]
-        if wrong := next((pattern for pattern, equals, _ in pairs if not equals), None):
-            raise ValueError(f"'{wrong.strip()}' is not pattern=model")
-        return {pattern.strip(): model.strip() for pattern, _, model in pairs}
+        if wrong := next((name for name, equals, _ in pairs if not equals), None):
+            raise ValueError(
+                f"'{wrong.strip()}' is not {'name=file' if info.field_name == 'loras' else 'pattern=model'}"
+            )
+        return {name.strip(): meant.strip() for name, _, meant in pairs}
+
+    @field_validator("loras")
+    @classmethod
+    def _check_loras(cls, value: Mapping[str, str]) -> Mapping[str, str]:
+        for name, place in value.items():
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise ValueError(f"'{name}' is no name of an adapter, which has letters, digits, '.', '_' and '-'")
+            if not (lora := _lora(place)).file.is_file():
+                raise ValueError(f"there is no file '{lora.file}' for the adapter {name}")
+        return value
 
     @field_validator("model_aliases")
     @classmethod
@@ -316,7 +327,31 @@ class Settings(BaseSettings):
         offload = self.offload
         if offload is Offload.NONE and self.offload_text_encoders:
             offload = Offload.TEXT_ENCODERS
-        return LoadOptions(offload=offload, compiles=self.compile)
+        loras = {name: _lora(place) for name, place in self.loras.items()}
+        return LoadOptions(
+            offload=offload,
+            weights=self.weights,
+            loras=loras,
+            prompt_cache_bytes=self.prompt_cache_bytes,
+            compiles=self.compile,
+        )
+
+    @model_validator(mode="after")
+    def _check_compile(self) -> Self:
+        if self.compile and self.offload is Offload.LAYERS:
+            raise ValueError("compile needs weights that stay on the device; leave it out, or offload 'layers'")
+        if self.compile and self.weights is Weights.FLOAT8:
+            raise ValueError("compile is not possible with weights 'float8'; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> Self:
+        if self.offload is Offload.LAYERS and self.device.startswith("cpu"):
+            raise ValueError(
+                f"offload 'layers' keeps weights out of a GPU's memory, but device is '{self.device}'; leave offload "
+                "out, or set device to cuda"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_webhooks(self) -> Self:

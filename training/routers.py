@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from models.elastic.plan import MLP_WIDTHS
 from models.elastic.router import RouterStack
 from models.elastic.streams import Streams
-from models.families.wrapping import mlp_name, permute_neurons
+from models.neuron_order import mlps_by_name, reorderings, write_reordered
 from models.weights import RouterWeights
 from training.backbone import Backbone, run_all
 from training.lesson import Lesson
@@ -229,6 +229,19 @@ class RouterObjective:
         return (distance + guided.square().mean() / (GUIDANCE_SCALE**2 + (GUIDANCE_SCALE - 1) ** 2)) / 2
 
 
+def order_neurons(backbone: Backbone, lesson: Lesson, checkpoint_file: Path) -> None:
+    """Sort the hidden neurons in `checkpoint_file`, which has the backbone, by importance: narrow MLPs keep the first.
+
+    Comes before routers, which learn what narrow MLPs do.
+    """
+    objective = RouterObjective(backbone, lesson, RouterStack(len(backbone.blocks), backbone.channels, HIDDEN))
+    orders = neuron_orders(objective, list(range(2 * BATCH_SIZE)), torch.Generator().manual_seed(SEED))
+    mlps = mlps_by_name(backbone.blocks, backbone.mlps)
+    ordered = checkpoint_file.with_suffix(".ordered")
+    write_reordered({checkpoint_file: ordered}, reorderings(backbone.transformer, mlps, orders))
+    ordered.replace(checkpoint_file)
+
+
 def neuron_orders(objective: RouterObjective, rows: list[int], rng: torch.Generator) -> dict[str, Tensor]:
     """The hidden neurons of each MLP, the most important first, as their present positions `(hidden,)`.
 
@@ -236,17 +249,13 @@ def neuron_orders(objective: RouterObjective, rows: list[int], rng: torch.Genera
     """
     importance: dict[str, Tensor] = {}
     handles = []
-    for name, block in objective.backbone.blocks.items():
-        for mlp_of_block, mlp in objective.backbone.mlps(block).items():
-            order_name = mlp_name(name, mlp_of_block)
+    for name, mlp in mlps_by_name(objective.backbone.blocks, objective.backbone.mlps).items():
 
-            def measure(
-                module: nn.Linear, args: tuple[Tensor], name: str = order_name, column: int = mlp.column
-            ) -> None:
-                activation = args[0][..., column:].float().abs().flatten(0, -2).mean(0)
-                importance[name] = activation * module.weight[:, column:].float().norm(dim=0)
+        def measure(module: nn.Linear, args: tuple[Tensor], name: str = name, column: int = mlp.column) -> None:
+            activation = args[0][..., column:].float().abs().flatten(0, -2).mean(0)
+            importance[name] = activation * module.weight[:, column:].float().norm(dim=0)
 
-            handles.append(mlp.last.register_forward_pre_hook(measure))
+        handles.append(mlp.last.register_forward_pre_hook(measure))
     with torch.no_grad():
         objective.losses(rows, rng, Knobs(0.0, 0.0))
     for handle in handles:
@@ -264,12 +273,10 @@ def train_routers(
     num_processes: int,
     num_steps: int,
 ) -> RouterWeights:
-    """Train, or resume, as process `rank` of `num_processes`. The backbone's MLP neurons are sorted by importance."""
+    """Train, or resume, as process `rank` of `num_processes`. The backbone's neurons are in order (`order_neurons`)."""
     torch.manual_seed(SEED)
     routers = RouterStack(len(backbone.blocks), backbone.channels, HIDDEN)
     objective = new_objective(backbone, lesson, routers)
-    orders = neuron_orders(objective, list(range(2 * BATCH_SIZE)), torch.Generator().manual_seed(SEED))
-    permute_neurons(backbone.blocks, orders, backbone.mlps)
     optimizer = torch.optim.AdamW(routers.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = partial(warm_then_linear, num_steps=num_steps, warm_up=20, hold=0.5, end=0.02)
     scheduled = ScheduledOptimizers([optimizer], schedule, num_processes=num_processes)
@@ -293,4 +300,4 @@ def train_routers(
         save_every=75,
         is_main=rank == 0,
     )
-    return RouterWeights(routers.eval(), orders)
+    return RouterWeights(routers.eval())

@@ -3,7 +3,8 @@
 1. The preparations of the model's recipe; the last one encodes the samples of its lesson.
 2. `base` trains the transformer in two processes.
 3. `assemble` writes checkpoints/<name>.
-4. `routers` trains the routers in two processes and writes router_weights/<name>.
+4. `order` sorts the hidden neurons in it by importance.
+5. `routers` trains the routers in two processes and writes router_weights/<name>.
 
 `elastic-dit calibrate` then measures the routers and writes their calibration.json.
 """
@@ -163,12 +164,20 @@ def _assemble(recipe: Recipe) -> None:
     recipe.assemble(run_dir, backbone, checkpoint)
 
 
+def _order(recipe: Recipe) -> None:
+    run_dir, checkpoint, _ = paths(recipe)
+    backbone = recipe.load_backbone(checkpoint)
+    lesson = recipe.lesson(run_dir, backbone, checkpoint)
+    routers.order_neurons(backbone, lesson, checkpoint / recipe.transformer_file)
+
+
 def _stages(recipe: Recipe) -> dict[str, Callable[[], object]]:
     run_dir, _, _ = paths(recipe)
     return {
         **{name: partial(prepare, run_dir) for name, prepare in recipe.preparations.items()},
         "base": partial(in_processes, _train_base, recipe),
         "assemble": partial(_assemble, recipe),
+        "order": partial(_order, recipe),
         "routers": partial(in_processes, _train_routers, recipe),
     }
 

@@ -26,7 +26,14 @@ def flow_schedule(
         config.get("max_shift", 1.15),
     )
     levels = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-    scheduler.set_timesteps(sigmas=levels, mu=mu, device="cpu")
+    with np.errstate(invalid="ignore"):
+        scheduler.set_timesteps(sigmas=levels, mu=mu, device="cpu")
+    if num_inference_steps == 1:
+        # diffusers stretches levels to end at `shift_terminal`, and the only one by 0 / 0.
+        scheduler.sigmas, scheduler.timesteps = (
+            torch.tensor([1.0, 0.0]),
+            torch.tensor([float(config.num_train_timesteps)]),
+        )
     return scheduler.sigmas, scheduler.timesteps
 
 

@@ -30,6 +30,7 @@ class Policy:
 class RowView:
     """One row before one block, on the host.
 
+    `next_step` is the step that will be computed after this one, `num_steps` if there is none.
     `depth_prob` and `width_logits` are the router's (None where no router ran). `num_reuses` counts since the row's
     stored residual of this block was computed and is None if there is none.
     """
@@ -40,13 +41,15 @@ class RowView:
     depth_prob: float | None
     width_logits: tuple[float, ...] | None
     num_reuses: int | None
+    next_step: int
 
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
     """What a row does in a block.
 
-    `mlp_width` matters, and `keeps_residual` can be true, only if the block runs.
+    `mlp_width` matters, and `keeps_residual` can be true, only if the block runs: then what it adds is stored for later
+    steps. After the last computed step nothing is stored.
     """
 
     decision: Decision
@@ -62,7 +65,8 @@ P_contra = TypeVar("P_contra", bound=Policy, contravariant=True)
 
 
 class Rule(Protocol[P_contra]):
-    """A way to decide. Rules are pure: a plan follows from the view and the policy alone.
+    """A way to decide. Rules are pure: a plan follows from the view and the policy alone. A plan that does not re-use a
+    stored residual would be the same without it: blocks that run let theirs go, and a failed step is repeated.
 
     `needs_scores` says whether routers must run.
     """

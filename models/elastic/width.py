@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 
@@ -12,45 +11,44 @@ def narrowed(block: nn.Module, keep_rows: Mapping[str, int], keep_columns: Mappi
 
     Layers in `keep_rows` keep their first outputs, layers in `keep_columns` their first inputs. Every weight of the
     twin is the original's tensor or a view of it. Nothing is copied, and a change of the original shows in the twin.
+    Modules that hold none of these layers are the original's own.
     """
-    shared = {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())}
-    twin = copy.deepcopy(block, shared)
+    copies = {"": _shallow_copy(block)}
     for name, count in keep_rows.items():
-        linear = _linear(twin, name)
+        linear = _linear(copies, name)
         linear.weight = _view(linear.weight[:count])
         linear.out_features = count
         if linear.bias is not None:
             linear.bias = _view(linear.bias[:count])
     for name, count in keep_columns.items():
-        linear = _linear(twin, name)
+        linear = _linear(copies, name)
         linear.weight = _view(linear.weight[:, :count])
         linear.in_features = count
-    return twin
+    return copies[""]
 
 
-def _linear(block: nn.Module, name: str) -> nn.Linear:
-    module = block.get_submodule(name)
+def _linear(copies: dict[str, nn.Module], name: str) -> nn.Linear:
+    module = _copied(copies, name)
     assert isinstance(module, nn.Linear)
     return module
 
 
+def _copied(copies: dict[str, nn.Module], name: str) -> nn.Module:
+    """The twin's own module of this name. Modules on the way to it become copies too; `copies` has those made."""
+    if name not in copies:
+        parent, _, child = name.rpartition(".")
+        children = _copied(copies, parent)._modules
+        copies[name] = children[child] = _shallow_copy(children[child])
+    return copies[name]
+
+
+def _shallow_copy(module: nn.Module | None) -> nn.Module:
+    """A copy with the module's own parameters and children, but its own tables of them and of hooks."""
+    assert module is not None
+    twin = copy.copy(module)
+    twin.__dict__.update({name: table.copy() for name, table in vars(module).items() if isinstance(table, dict)})
+    return twin
+
+
 def _view(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=False)
-
-
-@torch.no_grad()
-def permute_hidden_neurons(
-    first: nn.Linear, last: nn.Linear, order: Tensor, first_row: int = 0, first_column: int = 0
-) -> None:
-    """Reorder an MLP's hidden neurons in place. At full width this changes only the order of a sum.
-
-    `order` `(hidden,)` holds old positions, the most important neuron first. The hidden neurons are the outputs of
-    `first` from `first_row` on and the inputs of `last` from `first_column` on. Single-stream blocks have attention's
-    channels before them.
-    """
-    rows = slice(first_row, first_row + len(order))
-    first.weight[rows] = first.weight[rows][order]
-    if first.bias is not None:
-        first.bias[rows] = first.bias[rows][order]
-    columns = slice(first_column, first_column + len(order))
-    last.weight[:, columns] = last.weight[:, columns][:, order]

@@ -18,6 +18,8 @@ from models.card import Guidance, ModelCard
 from models.curve import EXACT, CurvePoint
 from models.elastic.compiled import BlockCompiler
 from models.elastic.compute import BlockCost
+from models.elastic.host import to_device
+from models.elastic.offloading import offloaded
 from models.elastic.plan import MLP_WIDTHS
 from models.elastic.row import Row
 from models.elastic.streams import Streams
@@ -34,13 +36,41 @@ from models.weights import CheckpointTraits, Manifest, RouterWeights
 
 logger = logging.getLogger(__name__)
 
+_COMPILED_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+"""How far latents of compiled blocks may be from those of uncompiled ones, by the type of the computation.
+
+Measured were 1e-5 and 0.08, on small models (docs/experiments.md).
+"""
+
 
 class BranchStart(NamedTuple):
-    """One guidance branch at its start: its name in traces, its inputs, and the cost of each block for its row."""
+    """One guidance branch at its start: its name in traces, its inputs, and the cost of each block for its row.
+
+    `was_cached` says whether its prompt was in the cache, None if it was not looked up there.
+    """
 
     name: str
     inputs: BranchInputs
     costs: Mapping[str, BlockCost]
+    was_cached: bool | None = None
+
+
+class Beginning(NamedTuple):
+    """Where a request begins. Requests of equal `shape` can share steps. The rest is as in `DenoiseState`."""
+
+    shape: Hashable
+    latents: Tensor
+    sigmas: Tensor
+    timesteps: Tensor
+    kept: KeptRegion | None = None
+    num_picture_tokens: int = 0
+
+
+class Encoded(NamedTuple):
+    """All that needs the device before a request starts. Nothing changes its tensors."""
+
+    branches: Sequence[BranchStart]
+    beginning: Beginning
 
 
 class Family(ABC):
@@ -49,11 +79,15 @@ class Family(ABC):
     `adapter` takes the transformer apart. `blocks` are the elastic blocks in order. `routers`, if there are any, stand
     beside the model, so its state dict is unchanged. With a `forecast_table` steps can be forecast.
     `background_remover` is the folder of the network that removes backgrounds. `quality_metric` names the metric of
-    `similarity`.
+    `similarity`. `joins_branches` says whether the publisher's pipeline runs all guidance branches in one call, else in
+    a call for each. `exact_tolerance` is how far the latents of exact results may be from that pipeline's: 0 means bit
+    for bit. What computes otherwise, such as compiled blocks, raises it.
     """
 
     adapter: Adapter
     quality_metric: ClassVar[str]
+    joins_branches: ClassVar[bool] = True
+    exact_tolerance: float = 0.0
 
     def __init__(self, model_id: str, transformer: Any, router_weights: RouterWeights | None) -> None:
         self.model_id = model_id
@@ -78,6 +112,22 @@ class Family(ABC):
         options: LoadOptions,
     ) -> Self:
         """Load a model directory. Raises WeightsError if parts are missing or do not fit together."""
+
+    def keep_blocks_on_host(self, device: torch.device) -> None:
+        """Leave the weights of blocks where they are, on the host, and move the rest of the transformer to `device`."""
+        self.blocks = offloaded(self.blocks, device)
+        self.transformer.to(device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        parameter: Tensor = next(self.transformer.parameters())
+        return parameter.device
+
+    @property
+    def encodes_on_device(self) -> bool:
+        """Whether prompts or images are encoded on the transformer's device."""
+        return True
 
     @property
     @abstractmethod
@@ -108,14 +158,35 @@ class Family(ABC):
         return None
 
     @abstractmethod
+    def encode(self, request: GenerationRequest) -> Sequence[BranchStart]:
+        """Encode the prompt or the image. The result fits all requests that differ in their seed alone.
+
+        Any thread may call this and `begin`, one at a time. Raises InvalidRequest if the input can't be used.
+        """
+
+    @abstractmethod
+    def begin(self, request: GenerationRequest, branches: Sequence[BranchStart]) -> Beginning:
+        """Draw the noise, and put it on the picture that is edited. Raises InvalidRequest if that can't be used."""
+
+    @torch.inference_mode()
     def start(
         self,
         request: GenerationRequest,
         curve: Sequence[CurvePoint],
         point: CurvePoint,
         compute_cap: float | None = None,
+        encoded: Encoded | None = None,
     ) -> DenoiseState:
-        """Encode the prompt or the image, and draw the noise. Raises InvalidRequest if the input can't be used."""
+        """The state before the first step. `encoded` is of this request; if it is None, it is made here.
+
+        Raises InvalidRequest if the input can't be used, or if the compute that no plan can leave out exceeds the cap.
+        """
+        if encoded is None:
+            branches = self.encode(request)
+            encoded = Encoded(branches, self.begin(request, branches))
+        state = self._new_state(request, curve, point, compute_cap, encoded.beginning, encoded.branches)
+        state.num_picture_tokens = encoded.beginning.num_picture_tokens
+        return state
 
     @abstractmethod
     def prologue(self, states: Sequence[DenoiseState]) -> Streams:
@@ -158,6 +229,8 @@ class Family(ABC):
         began = time.perf_counter()
         self._compiler = BlockCompiler(self.blocks, self.adapter.call_block)
         self.blocks = self._compiler.blocks
+        computes_in = self.transformer.dtype
+        self.exact_tolerance = max(self.exact_tolerance, _COMPILED_TOLERANCE[computes_in])
         self._compiler.warm_up(self.prologue(states), MLP_WIDTHS if self.routers else MLP_WIDTHS[-1:])
         num_graphs, seconds = len(self._compiler.take_new()), time.perf_counter() - began
         logger.info("compiled %d graphs for the blocks of %s in %.0f s", num_graphs, self.model_id, seconds)
@@ -175,17 +248,19 @@ class Family(ABC):
             return None
         return self._router_modulation(F.silu(streams.temb)).chunk(len(self.blocks), dim=1)
 
-    def epilogue(self, states: Sequence[DenoiseState], streams: Streams) -> list[Velocity]:
-        """Each state's velocity, with guidance applied."""
-        velocities = self._velocities(states, streams).split([len(state.rows) for state in states])
-        return [
-            Velocity(v) if len(v) == 1 else Velocity(self.guide(state.request, v), v[:1])
-            for state, v in zip(states, velocities, strict=True)
-        ]
-
-    def _velocities(self, states: Sequence[DenoiseState], streams: Streams) -> Tensor:
+    def epilogue(self, states: Sequence[DenoiseState], streams: Streams) -> Tensor:
         """The velocities of all branches, `(rows, tokens, channels)`, for the tokens of the states' latents."""
         return self.adapter.epilogue(self.transformer, streams)
+
+    def velocity(self, state: DenoiseState, branches: Tensor) -> Velocity:
+        """The state's velocity with guidance applied, from those of its branches, `(branches, tokens, channels)`."""
+        if len(branches) == 1:
+            return Velocity(branches)
+        return Velocity(self.guide(state.request, branches), branches[:1])
+
+    def exact_calls(self, state: DenoiseState) -> list[DenoiseState]:
+        """The parts of an exact state that the publisher's pipeline gives to the transformer one after the other."""
+        return [state] if self.joins_branches else state.branches()
 
     def _new_state(
         self,
@@ -193,18 +268,14 @@ class Family(ABC):
         curve: Sequence[CurvePoint],
         point: CurvePoint,
         compute_cap: float | None,
-        *,
-        shape: Hashable,
-        latents: Tensor,
-        sigmas: Tensor,
-        timesteps: Tensor,
+        beginning: Beginning,
         branches: Sequence[BranchStart],
-        kept: KeptRegion | None = None,
     ) -> DenoiseState:
-        """A state before its first step. States of equal `shape` can share steps.
+        """A state before its first step. States of equal `shape` can share steps, unless they are exact.
 
         Raises InvalidRequest if the compute that no plan can leave out exceeds the cap.
         """
+        shape, latents, sigmas, timesteps, kept, _ = beginning
         forecaster = None
         may_move = isinstance(request.budget, LatencyBudget) and any(other.steps for other in curve)
         if self.forecast_table and (point.steps or may_move):
@@ -227,7 +298,7 @@ class Family(ABC):
                 )
         return DenoiseState(
             request=request,
-            batch_key=(self.model_id, shape),
+            shape=(self.model_id, shape),
             latents=latents,
             sigmas=sigmas,
             timesteps=timesteps,
@@ -239,6 +310,7 @@ class Family(ABC):
             compute_cap=compute_cap,
             forecaster=forecaster,
             kept=kept,
+            exact_tolerance=self.exact_tolerance if request.wants_exact else None,
         )
 
     def _forecaster(self, sigmas: Tensor, is_guided: bool) -> Forecaster:
@@ -256,4 +328,4 @@ class Family(ABC):
         """Latents `(rows, tokens, channels)` and float32 `timesteps` `(rows,)` of all branches."""
         latents = torch.cat([state.latents for state in states for _ in state.rows])
         times = torch.cat([state.timesteps[state.step_index].expand(len(state.rows)) for state in states])
-        return latents, times.to(latents.device)
+        return latents, to_device(times, latents.device)

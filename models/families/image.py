@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from threading import Lock
 from typing import Any, ClassVar, NamedTuple
@@ -15,14 +16,15 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from models.card import ImageCard, ModelCard, SizeLimits, basics_of
-from models.curve import EXACT, CurvePoint, Preset
+from models.curve import EXACT, Preset
 from models.diffusion.sampling import flow_schedule
 from models.elastic.compute import BlockCost
 from models.families.editing import NoisedPicture, noised_picture, with_kept_pixels
-from models.families.family import BranchStart, Family
+from models.families.family import Beginning, BranchStart, Family
 from models.families.preview import apply_colour_map, fit_colour_map, fitting_images
+from models.prompt_cache import PromptCache
 from models.request import GenerationRequest, ImageRequest, PresetBudget
-from models.state import BranchInputs, DenoiseState
+from models.state import BranchInputs, DenoiseState, References
 from models.weights import Manifest, RouterWeights
 
 
@@ -37,15 +39,19 @@ class Branch(NamedTuple):
 class ImageFamily(Family):
     """One loaded text-to-image model. Subclasses call the code of their diffusers pipeline, piece by piece.
 
-    `inpaint_pipeline` is that pipeline's sibling for edits.
+    `inpaint_pipeline` is that pipeline's sibling for edits. `encoder_sees_pictures` says whether an embedded prompt
+    depends on the pictures too. With a `prompt_cache` prompts are encoded once.
     """
 
     quality_metric: ClassVar[str] = "ssim"
+    joins_branches: ClassVar[bool] = False
     inpaint_pipeline: ClassVar[type[DiffusionPipeline]]
+    encoder_sees_pictures: ClassVar[bool] = False
 
     def __init__(self, model_id: str, pipeline: DiffusionPipeline, router_weights: RouterWeights | None) -> None:
         self.pipeline: Any = pipeline
         super().__init__(model_id, self.pipeline.transformer, router_weights)
+        self.prompt_cache: PromptCache | None = None
         self._rotary: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
         # Qwen-Image's VAE keeps the state of its encoder; two threads encode, for edits and for the first preview.
         self._encoding = Lock()
@@ -53,6 +59,10 @@ class ImageFamily(Family):
     @cached_property
     def _inpaint(self) -> Any:
         return self.inpaint_pipeline(**self.pipeline.components)
+
+    @property
+    def encodes_on_device(self) -> bool:
+        return bool(self.pipeline.text_encoder.device == self.device)
 
     @property
     @abstractmethod
@@ -78,8 +88,8 @@ class ImageFamily(Family):
         """The guidance branches, the conditional one first."""
 
     @abstractmethod
-    def _encode(self, branch: Branch, request: ImageRequest, pictures: Sequence[Image.Image] = ()) -> BranchInputs:
-        """The inputs of a branch but for its references; some text encoders look at `pictures` too.
+    def _encode(self, branch: Branch, pictures: Sequence[Image.Image]) -> BranchInputs:
+        """The inputs of a branch that follow from its prompt; some text encoders look at `pictures` too.
 
         Raises InvalidRequest if the prompt has too many tokens.
         """
@@ -133,47 +143,53 @@ class ImageFamily(Family):
             is_guided=card.is_guided(card.default_guidance_scale),
         )
 
-    @torch.inference_mode()
-    def start(
-        self,
-        request: GenerationRequest,
-        curve: Sequence[CurvePoint],
-        point: CurvePoint,
-        compute_cap: float | None = None,
-    ) -> DenoiseState:
+    def encode(self, request: GenerationRequest) -> Sequence[BranchStart]:
         assert isinstance(request, ImageRequest)
-        branches = self._branches(request)
-        inputs = self._encode_all(branches, request)
-        begun = self._begin(request)
-        state = self._new_state(
-            request,
-            curve,
-            point,
-            compute_cap,
-            shape=(request.height, request.width, *_reference_sizes(inputs[0])),
-            latents=begun.latents,
-            sigmas=begun.sigmas,
-            timesteps=begun.timesteps,
-            kept=begun.kept,
-            branches=[
-                BranchStart(branch.name, part, self._costs(request, part))
-                for branch, part in zip(branches, inputs, strict=True)
-            ],
-        )
-        if request.edit is not None:
-            references = inputs[0].references
-            # A picture with noise on has the size of the result.
-            state.num_picture_tokens = (references.latents if references else begun.latents).shape[1]
-        return state
+        pictures, references = self._read_pictures(request)
+        return [self._start_branch(branch, request, pictures, references) for branch in self._branches(request)]
 
-    def _encode_all(self, branches: Sequence[Branch], request: ImageRequest) -> list[BranchInputs]:
-        return [self._encode(branch, request) for branch in branches]
+    def _read_pictures(self, request: ImageRequest) -> tuple[Sequence[Image.Image], References | None]:
+        """The pictures that the model reads beside the noise, and their latents."""
+        return (), None
+
+    def _start_branch(
+        self,
+        branch: Branch,
+        request: ImageRequest,
+        pictures: Sequence[Image.Image],
+        references: References | None,
+    ) -> BranchStart:
+        was_cached = None
+        if self.prompt_cache is None or self.encoder_sees_pictures:
+            embedded = self._encode(branch, pictures)
+        else:
+            embedded, was_cached = self.prompt_cache.look_up(
+                self.model_id, branch.prompt, lambda: self._encode(branch, pictures)
+            )
+            embedded = embedded.on(self.device)
+        inputs = replace(embedded, guidance=self._guidance(request), references=references)
+        return BranchStart(branch.name, inputs, self._costs(request, inputs), was_cached)
+
+    def _guidance(self, request: ImageRequest) -> Tensor | None:
+        """The guidance scale as the time embedding takes it, `(1,)`, if it does."""
+        return None
+
+    def begin(self, request: GenerationRequest, branches: Sequence[BranchStart]) -> Beginning:
+        assert isinstance(request, ImageRequest)
+        inputs, noised = branches[0].inputs, self._noised(request)
+        # A picture with noise on has the size of the result.
+        pictures = inputs.references.latents if inputs.references else noised.latents
+        return Beginning(
+            (request.height, request.width, *_reference_sizes(inputs)),
+            *noised,
+            num_picture_tokens=pictures.shape[1] if request.edit else 0,
+        )
 
     def _costs(self, request: ImageRequest, inputs: BranchInputs) -> Mapping[str, BlockCost]:
         num_reference_tokens = sum(height * width for height, width in _reference_sizes(inputs))
         return self.block_costs(request.height, request.width, inputs.num_text_tokens, num_reference_tokens)
 
-    def _begin(self, request: ImageRequest) -> NoisedPicture:
+    def _noised(self, request: ImageRequest) -> NoisedPicture:
         """The latents and the schedule of `request`: of noise alone, or of the picture to edit."""
         num_tokens = request.height // self.pixels_per_token * (request.width // self.pixels_per_token)
         sigmas, timesteps = flow_schedule(self.pipeline.scheduler, request.num_inference_steps, num_tokens)

@@ -21,9 +21,9 @@ from models.card import ImageCard, ModelCard, PictureSizes
 from models.elastic.streams import Streams
 from models.errors import InvalidRequest
 from models.families.editing import opened_picture
-from models.families.image import Branch, ImageFamily
+from models.families.image import ImageFamily
 from models.request import ImageEdit, ImageRequest
-from models.state import BranchInputs, DenoiseState, References
+from models.state import DenoiseState, References
 from models.weights import Manifest
 
 
@@ -56,7 +56,7 @@ class EditingFamily(ImageFamily):
         Image.new("RGB", (request.width, request.height)).save(file, "PNG")
         return replace(request, edit=ImageEdit((file.getvalue(),)))
 
-    def _encode_all(self, branches: Sequence[Branch], request: ImageRequest) -> list[BranchInputs]:
+    def _read_pictures(self, request: ImageRequest) -> tuple[Sequence[Image.Image], References | None]:
         pictures = [opened_picture(file) for file in (request.edit.images if request.edit else ())]
         for width, height in (picture.size for picture in pictures):
             if max(width, height) > self.max_ratio * min(width, height):
@@ -65,8 +65,7 @@ class EditingFamily(ImageFamily):
                     f"{self.max_ratio} times as long as the other",
                     "image",
                 )
-        references = self._references(pictures)
-        return [replace(self._encode(branch, request, pictures), references=references) for branch in branches]
+        return pictures, self._references(pictures)
 
     def _references(self, pictures: Sequence[Image.Image]) -> References | None:
         parts, sizes = [], []
@@ -112,5 +111,5 @@ class EditingFamily(ImageFamily):
         parts = [part.references.latents for state in states for part in state.inputs if part.references]
         return (torch.cat((latents, torch.cat(parts)), dim=1) if parts else latents), times
 
-    def _velocities(self, states: Sequence[DenoiseState], streams: Streams) -> Tensor:
-        return super()._velocities(states, streams)[:, : states[0].latents.shape[1]]
+    def epilogue(self, states: Sequence[DenoiseState], streams: Streams) -> Tensor:
+        return super().epilogue(states, streams)[:, : states[0].latents.shape[1]]

@@ -1,4 +1,4 @@
-"""Wraps a transformer's own blocks as elastic blocks: narrow twins, routers beside them, neurons in order."""
+"""Wraps a transformer's own blocks as elastic blocks: narrow twins, and routers beside them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -9,7 +9,7 @@ from models.elastic.plan import MLP_WIDTHS
 from models.elastic.router import RouterStack
 from models.elastic.runner import ElasticBlock
 from models.elastic.streams import Streams
-from models.elastic.width import narrowed, permute_hidden_neurons
+from models.elastic.width import narrowed
 from models.errors import WeightsError
 from models.weights import RouterWeights
 
@@ -61,14 +61,12 @@ def elastic_blocks(
 ) -> tuple[ElasticBlock, ...]:
     """The transformer's blocks with their narrow twins and, if there are any, their routers.
 
-    Puts hidden neurons into the order that comes with the routers, in place. Raises WeightsError if routers or orders
-    do not fit.
+    Raises WeightsError if routers do not fit.
     """
     blocks = adapter.blocks(transformer)
     routers: list[Any] = [None] * len(blocks)
     if router_weights:
         _check_fit(router_weights.stack, len(blocks), adapter.channels(transformer))
-        permute_neurons(blocks, router_weights.neuron_orders, adapter.mlps)
         routers = [router.fused() for router in router_weights.stack.routers]
     return tuple(
         ElasticBlock(
@@ -100,27 +98,6 @@ def _narrow(block: nn.Module, mlp_width: float, adapter: Adapter) -> nn.Module:
         keep_rows[names[id(mlp.first)]] = mlp.row + kept
         keep_columns[names[id(mlp.last)]] = mlp.column + kept
     return narrowed(block, keep_rows, keep_columns)
-
-
-def permute_neurons(
-    blocks: Mapping[str, nn.Module],
-    orders: Mapping[str, Tensor],
-    mlps: Callable[[nn.Module], Mapping[str, Mlp]],
-) -> None:
-    """Reorder hidden neurons in place. `orders` maps names of MLPs, as of `mlp_name`, to their orders.
-
-    Raises WeightsError if an order does not fit.
-    """
-    named = {mlp_name(block, part): mlp for block, module in blocks.items() for part, mlp in mlps(module).items()}
-    for name, order in orders.items():
-        if name not in named:
-            raise WeightsError(f"neuron_order.{name} names no MLP of the model; there are: {', '.join(named)}")
-        mlp = named[name]
-        if sorted(order.tolist()) != list(range(mlp.num_hidden)):
-            raise WeightsError(
-                f"neuron_order.{name} is not a permutation of the block's {mlp.num_hidden} hidden neurons"
-            )
-        permute_hidden_neurons(mlp.first, mlp.last, order.to(mlp.first.weight.device), mlp.row, mlp.column)
 
 
 def mlp_name(block: str, part: str) -> str:

@@ -68,7 +68,8 @@ class RouterRule:
         return RowPlan(
             Decision.RUN,
             mlp_width(row.width_logits, policy.width_bias),
-            keeps_residual=may_reuse and row.step + 1 < row.num_steps,
+            # The last protected steps, which may be all that is left, run in full.
+            keeps_residual=may_reuse and row.next_step < row.num_steps - policy.protected_last,
         )
 
     def ladder(self, published: Sequence[RouterPolicy]) -> list[RouterPolicy]:

@@ -64,6 +64,12 @@ class ReceiptBody(BaseModel):
     skip_threshold: tuple[float, float] = Field(description="Of the first and of the last computed step.")
     quality_requested: float | None = Field(description="Null for compute_ratio and latency_ms budgets.")
     quality_applied: float
+    exact: bool | str = Field(
+        description="True: the result is that of the unmodified pipeline for this seed, bit for bit. `within 0.01`: "
+        "its latents differ from that pipeline's by at most so much, since this server computes otherwise, such as "
+        "with compiled blocks. False: blocks or steps were left out, or calls shared, as with every latency budget.",
+        examples=[True],
+    )
     compute_ratio: float
     compute_ratio_predicted: float
     steps: StepsBody

@@ -57,6 +57,7 @@ def _merged(receipts: Sequence[Receipt]) -> ReceiptBody:
         ),
         quality_requested=receipts[0].quality_requested,
         quality_applied=fmean(summary.quality_applied for summary in summaries),
+        exact=_exact([summary.exact_tolerance for summary in summaries]),
         compute_ratio=fmean(summary.compute_ratio for summary in summaries),
         compute_ratio_predicted=fmean(summary.compute_ratio_predicted for summary in summaries),
         steps=StepsBody(
@@ -83,6 +84,13 @@ def _merged(receipts: Sequence[Receipt]) -> ReceiptBody:
         degraded=receipts[0].is_degraded,
         deadline_met=None if receipts[0].deadline_met is None else all(receipt.deadline_met for receipt in receipts),
     )
+
+
+def _exact(tolerances: Sequence[float | None]) -> bool | str:
+    known = [tolerance for tolerance in tolerances if tolerance is not None]
+    if len(known) < len(tolerances):
+        return False
+    return f"within {max(known):g}" if any(known) else True
 
 
 def usage_body(receipts: Iterable[Receipt]) -> UsageBody:

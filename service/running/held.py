@@ -4,7 +4,7 @@ import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from models.mesh.surface import FieldSamples
 from models.request import GenerationRequest
@@ -14,6 +14,7 @@ from service.scheduling.batching import Candidate
 from service.scheduling.cost import BlockSeconds, grid_bytes
 
 if TYPE_CHECKING:  # brings torch, which the API side never loads
+    from models.families.family import BranchStart, Encoded
     from models.state import DenoiseState
 
 _WEIGHTS = {Priority.LOW: 0.5, Priority.NORMAL: 1.0, Priority.HIGH: 256.0}
@@ -23,10 +24,19 @@ DECODE_TURN_S = 0.05
 """How long a mesh is decoded before others have their turn. Its fair share of the device does not depend on it."""
 
 
+class EncodedRequest(NamedTuple):
+    """A request that can start, and the seconds that encoding it took."""
+
+    encoded: "Encoded"
+    seconds: float
+
+
 @dataclass(slots=True, eq=False)
 class HeldJob:
-    """A claimed job. `unstarted` are the indices of its requests that wait for room, `prepared` has those that wait for
-    their input image.
+    """A claimed job. `unstarted` are the indices of its requests that have not started yet.
+
+    `prepared` has those whose input image is prepared first, `encoding` those whose prompt or image is or was encoded.
+    `branches` are what they share, once one of them is encoded.
 
     `num_steps` has the number of computed steps of each request, as things stand; `steps_done` is their sum so far.
     """
@@ -36,6 +46,8 @@ class HeldJob:
     unstarted: list[int]
     num_steps: list[int]
     prepared: dict[int, Future[GenerationRequest]] = field(default_factory=dict)
+    encoding: dict[int, Future[EncodedRequest]] = field(default_factory=dict)
+    branches: "Sequence[BranchStart] | None" = None
     began: float = field(default_factory=time.perf_counter)
     steps_done: int = 0
 

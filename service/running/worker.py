@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 from models.card import ModelCard
 from models.mesh.surface import FieldSamples
 from models.report import StepReport
-from service.jobs.job import Job, JobStatus
+from service.jobs.job import JobStatus
 from service.jobs.store import Claim, Ending
 from service.metrics import Metrics
 from service.running.held import DECODE_TURN_S, HeldJob, Running, preview_steps
-from service.running.preparer import Preparer
 from service.running.publisher import Decoded, Denoised, PendingPreview, Publisher, Report
+from service.running.starting import Starter
 from service.scheduling.batching import Candidate, FairShare, shape_of
-from service.scheduling.cost import block_seconds, dense_step_seconds, grid_bytes
+from service.scheduling.cost import dense_step_seconds, grid_bytes
 from service.scheduling.deadline import point_for
 from service.scheduling.pace import Pace
 from service.scheduling.precedence import Precedence
@@ -71,10 +71,10 @@ class Worker:
         self._on_room = on_room
         self._metrics = metrics
         self._load_engine = load_engine
+        self._engine: Engine | None = None
         self._clock = clock
         self._wake = Event()
         self._publisher = Publisher(metrics, self._tell, self.is_held, clock=clock)
-        self._preparer = Preparer(on_prepared=self._wake.set)
         self._loaded: Future[None] = Future()
         self._thread = Thread(target=self._run, name="worker", daemon=True)
         self._is_stopping = False
@@ -83,6 +83,18 @@ class Worker:
         self._running: list[Running] = []
         self._fair_share = FairShare()
         self._precedence = Precedence()
+        self._starter = Starter(
+            metrics,
+            self._publisher,
+            self._fair_share,
+            self._precedence,
+            classes=self._classes,
+            claim_place=self._claim_place,
+            add=self._add,
+            is_held=self.is_held,
+            on_ready=self._wake.set,
+            clock=clock,
+        )
 
     def start(self) -> None:
         """Load the engine and start the thread. Raises the errors of loading."""
@@ -120,6 +132,8 @@ class Worker:
             if not self._held:
                 self.pace.begin(held.began)
             self._held[job.id] = held
+        if self._engine is not None:
+            self._starter.begin(self._engine, held)
         self._wake.set()
 
     def drop(self, job_id: str, *, is_finished: bool = False) -> None:
@@ -152,6 +166,7 @@ class Worker:
         except BaseException as error:
             self._loaded.set_exception(error)
             return
+        self._engine = engine
         self.cards = engine.cards
         self._loaded.set_result(None)
         try:
@@ -161,7 +176,7 @@ class Worker:
             logger.exception("the worker stopped")
             self.is_broken = True
         finally:
-            self._preparer.close()
+            self._starter.close()
             self._publisher.close()
             self._on_room()
 
@@ -169,7 +184,9 @@ class Worker:
         self._wake.clear()  # first, so that anything that arrives from here on wakes the loop again
         self._drop_unwanted()
         self._decode_done(engine)
-        self._start_what_fits(engine)
+        with self._lock:
+            jobs = list(self._held.values())
+        self._starter.start_what_fits(engine, jobs)
         if self._running:
             batch = self._next_batch()
             if batch[0].decoding is None:
@@ -189,32 +206,17 @@ class Worker:
             self._on_room()
         self._publisher.drop_unwanted()
 
-    def _start_what_fits(self, engine: "Engine") -> None:
+    def _claim_place(self, held: HeldJob, index: int) -> bool:
+        """Whether a request can start now. It then no longer waits."""
         with self._lock:
-            waiting = [(held, index) for held in self._held.values() for index in held.unstarted]
-        for held, index in waiting:
-            if not self._is_prepared(engine, held, index) or self._keeps_out(held.job):
-                continue
-            with self._lock:
-                has_room = self._has_room(held.job.model, held.shape, held.job.is_high, [])
-                if has_room and index in held.unstarted:
-                    held.unstarted.remove(index)
-            if has_room:
-                self._start(engine, held, index)
+            has_room = self._has_room(held.job.model, held.shape, held.job.is_high, [])
+            if has_room and index in held.unstarted:
+                held.unstarted.remove(index)
+            return has_room
 
-    def _keeps_out(self, job: Job) -> bool:
-        """Whether starting it, which encodes its prompt or image, would be in the way of those of high priority."""
-        classes, needed_s = {ready.job.is_high for ready in self._ready()}, self.cards[job.model].encode_seconds
-        return not job.is_high and len(classes) == 2 and not self._precedence.are_owed(needed_s)
-
-    def _is_prepared(self, engine: "Engine", held: HeldJob, index: int) -> bool:
-        """Whether a request can start. If another process can do a part of that, it begins here."""
-        if index not in held.prepared:
-            preparation = engine.preparation(held.job.requests[index])
-            if preparation is None:
-                return True
-            held.prepared[index] = self._preparer.prepare(preparation, partial(self.is_held, held.claim))
-        return held.prepared[index].done()
+    def _add(self, running: Running) -> None:
+        with self._lock:
+            self._running.append(running)
 
     def _has_room(self, model: str, shape: str, is_high: bool, waiting: Sequence[HeldJob]) -> bool:
         """Whether one more request could start if one of each of `waiting` had started. Needs the lock.
@@ -231,32 +233,11 @@ class Worker:
     def _max_batch_size(self, model: str) -> int:
         return min(self.limits.max_batch_size, self.cards[model].max_batch_size)
 
-    def _start(self, engine: "Engine", held: HeldJob, index: int) -> None:
-        if not self.is_held(held.claim):  # an earlier request of the job has failed
-            return
-        job, request = held.job, held.job.requests[index]
-        queue_s = max(0.0, self._clock() - job.created_at)  # clocks agree only roughly
-        began = time.perf_counter()
-        try:
-            state = engine.start(held.prepared[index].result() if index in held.prepared else request)
-        except Exception as error:
-            self._publisher.fail(held.claim, error)
-            return
-        now = time.perf_counter()
-        self._metrics.observe_stage(job.model, "encode", now - began)
-        self._precedence.spend(job.is_high, now - began)
-        running = Running(
-            held=held,
-            index=index,
-            state=state,
-            queue_s=queue_s,
-            encode_s=now - began,
-            denoise_began=now,
-            virtual_time=self._fair_share.at_start,
-            block_seconds=block_seconds(request, self.cards[job.model]),
-        )
+    def _classes(self) -> set[bool]:
+        """Whether those that can have a turn, and those that start before others, are of high priority."""
         with self._lock:
-            self._running.append(running)
+            starting = {True for held in self._held.values() if held.unstarted and held.job.is_high}
+        return starting | {running.job.is_high for running in self._ready()}
 
     def _ready(self) -> list[Running]:
         """Those that can have a turn: all but those that wait until there is room for their grid."""

@@ -10,7 +10,7 @@ from models.card import ModelCard
 from models.request import LatencyBudget, QualityBudget
 from service.errors import Overloaded
 from service.order import Order, input_image_bytes
-from service.scheduling.cost import mesh_decode_seconds, predicted_seconds
+from service.scheduling.cost import mesh_decode_seconds, order_seconds
 from service.scheduling.deadline import check_reachable
 from service.scheduling.load import lowered_quality
 
@@ -86,7 +86,7 @@ def admit(order: Order, card: ModelCard, backlog: Backlog) -> Admission:
     else:
         order = _lowered(order, card, backlog)
     _check_images(order, backlog)
-    seconds = sum(predicted_seconds(request, card) for request in order.requests)
+    seconds = order_seconds(order.requests, card)
     _check_room(seconds * backlog.pace, backlog)
     decode_s = sum(mesh_decode_seconds(request, card) for request in order.requests)
     return Admission(order, seconds, decode_s, order != wanted, latency_s)

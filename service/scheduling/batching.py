@@ -120,7 +120,14 @@ class FairShare:
 
 
 def shape_of(request: GenerationRequest) -> str:
-    """Requests of equal shape can share steps: they have one `batch_key`, but this needs no engine."""
+    """Requests of equal shape can share steps: they have one `batch_key`, but this needs no engine.
+
+    Exact ones share none, but they have a shape too, so that not too many of it run at a time.
+    """
+    return _size_of(request) + " exact" * request.wants_exact
+
+
+def _size_of(request: GenerationRequest) -> str:
     match request:
         case ImageRequest(edit=ImageEdit(strength=None) as edit):
             # Pictures of other sizes may be read at one size; but that only the model knows.

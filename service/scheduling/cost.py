@@ -1,5 +1,6 @@
 """The cost of a request, predicted from the model's card before any work is done."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from models.budget import fastest_enough
@@ -11,11 +12,16 @@ from models.request import GenerationRequest, ImageRequest, LatencyBudget, MeshR
 def predicted_seconds(request: GenerationRequest, card: ModelCard) -> float:
     """Seconds that `request` takes a worker, from its prompt or image to its file, alone on this device.
 
-    This is the one prediction that admission counts. `scheduling.pace` corrects it by measured speed.
+    `order_seconds` of it is the one prediction that admission counts. `scheduling.pace` corrects it by measured speed.
     """
     image_s = card.decode_seconds * _relative_size(request, card) if isinstance(card, ImageCard) else 0.0
     encode_s = encode_seconds(request, card)
     return encode_s + denoise_seconds(request, card) + image_s + mesh_decode_seconds(request, card)
+
+
+def order_seconds(requests: Sequence[GenerationRequest], card: ModelCard) -> float:
+    """`predicted_seconds` of requests that differ in their seeds alone: their prompt or image is encoded once."""
+    return sum(predicted_seconds(request, card) for request in requests) - (len(requests) - 1) * card.encode_seconds
 
 
 def encode_seconds(request: GenerationRequest, card: ModelCard) -> float:
@@ -60,7 +66,7 @@ def dense_step_seconds(request: GenerationRequest, card: ModelCard) -> float:
 
 
 class BlockSeconds(NamedTuple):
-    """Seconds to run a block: a fixed part per call, and a part per row."""
+    """Seconds to run a block in a step: a fixed part for its calls, and a part per row."""
 
     call: float
     row: float
@@ -69,6 +75,7 @@ class BlockSeconds(NamedTuple):
 def block_seconds(request: GenerationRequest, card: ModelCard) -> BlockSeconds:
     """Seconds of a block, the mean over the model's blocks.
 
+    An exact step may be a call for each guidance branch; all others are one call, which requests can share.
     A row's time is taken as proportional to the pixels, pictures beside the noise included. That is too low for very
     large images, whose attention grows with the square.
     """
@@ -77,7 +84,8 @@ def block_seconds(request: GenerationRequest, card: ModelCard) -> BlockSeconds:
     row_s = block_s * (1 - card.fixed_share) / num_rows
     if isinstance(request, ImageRequest) and isinstance(card, ImageCard):  # all meshes are denoised at one size
         row_s *= card.relative_size(request)
-    return BlockSeconds(block_s * card.fixed_share, row_s)
+    num_calls = request.num_branches if request.wants_exact and not card.joins_branches else 1
+    return BlockSeconds(num_calls * block_s * card.fixed_share, row_s)
 
 
 def _relative_size(request: GenerationRequest, card: ModelCard) -> float:

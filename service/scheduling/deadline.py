@@ -21,7 +21,8 @@ def check_reachable(
     assert isinstance(request.budget, LatencyBudget)
     floor = point_of_quality(request.budget.min_quality, card.curve_for(request))
     dense_s = num_results * request.num_steps * dense_step_seconds(request, card)
-    encode_s = num_results * encode_seconds(request, card)
+    # Prompts are encoded once for all results.
+    encode_s = num_results * encode_seconds(request, card) - (num_results - 1) * card.encode_seconds
     decode_s = finish_s + mesh_decode_seconds(request, card)
     predicted_s = backlog_s + encode_s + dense_s * floor.relative_seconds + decode_s
     if predicted_s > request.budget.latency_s:

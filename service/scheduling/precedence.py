@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from threading import Lock
 
 from service.scheduling.batching import Candidate, form_groups
 
@@ -19,11 +20,12 @@ class Precedence:
 
     These are owed a share of the time that the former have had, and lead a step when it pays for one (deficit round
     robin, Shreedhar and Varghese 1996, https://doi.org/10.1109/90.502236). So a lone request of high priority seldom
-    waits for them, and a stream of such requests does not stop them.
+    waits for them, and a stream of such requests does not stop them. Any thread may call `are_owed` and `spend`.
     """
 
     def __init__(self) -> None:
         self._owed_s = 0.0
+        self._lock = Lock()
         self._hurry_ends = -math.inf
 
     def groups(self, candidates: Sequence[Candidate], now: float) -> list[list[int]]:
@@ -45,4 +47,5 @@ class Precedence:
 
     def spend(self, is_high: bool, seconds: float) -> None:
         """Note that one of high priority, or one of the others, had the device."""
-        self._owed_s = max(0.0, self._owed_s + (seconds * _SHARE_OF_OTHERS if is_high else -seconds))
+        with self._lock:
+            self._owed_s = max(0.0, self._owed_s + (seconds * _SHARE_OF_OTHERS if is_high else -seconds))

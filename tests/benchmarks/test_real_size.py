@@ -74,7 +74,7 @@ def test_forced_plans_leave_the_share_in_the_stated_mix(share: float, num_blocks
 
 
 def test_forced_reuse_runs_where_nothing_is_stored() -> None:
-    view = RowView(0, 8, 0, 0.5, (0.0,) * 4, None)
+    view = RowView(0, 8, 0, 0.5, (0.0,) * 4, None, 1)
     first = ForcedRule([REUSE]).plan(view, Policy())
     assert first.decision is Decision.RUN
     assert first.keeps_residual

@@ -1,7 +1,7 @@
 """The tiny model of each kind, its routers, and the engines that serve it."""
 
-from tests.fixtures.engines import engine, family, forecast_table, open_engine, permuted_engine, plain_engine
-from tests.fixtures.generation import ask, denoise, edited, guided, other_scale, stock, stock_result
+from tests.fixtures.engines import bfloat16_engine, engine, family, forecast_table, open_engine, plain_engine
+from tests.fixtures.generation import ask, bfloat16_stock, denoise, edited, guided, other_scale, stock, stock_result
 from tests.fixtures.kinds import directory, kind, model, streams_of
 from tests.fixtures.tiny_editing import (
     small_pictures,
@@ -13,10 +13,12 @@ from tests.fixtures.tiny_editing import (
 from tests.fixtures.tiny_flux import tiny_flux, tiny_schnell
 from tests.fixtures.tiny_hunyuan3d import tiny_plain_hunyuan3d, tiny_stream_hunyuan3d
 from tests.fixtures.tiny_qwen_image import tiny_qwen_image
-from tests.fixtures.tiny_routers import permuted_router_weights, router_weights
+from tests.fixtures.tiny_routers import router_weights
 
 __all__ = [
     "ask",
+    "bfloat16_engine",
+    "bfloat16_stock",
     "denoise",
     "directory",
     "edited",
@@ -28,8 +30,6 @@ __all__ = [
     "model",
     "open_engine",
     "other_scale",
-    "permuted_engine",
-    "permuted_router_weights",
     "plain_engine",
     "router_weights",
     "small_pictures",

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.curve import Preset
 from models.engine import Engine
-from models.request import GenerationRequest
+from models.request import GenerationRequest, PresetBudget
 from service.scheduling.batching import shape_of
 from tests.fixtures.generation import edit_of
 
@@ -19,13 +20,17 @@ fields = st.fixed_dictionaries(
         "seed": st.integers(0, 2),
         "num_inference_steps": st.integers(1, 3),
         "prompt": st.sampled_from(["red", "a small blue circle"]),
+        "budget": st.sampled_from([PresetBudget(Preset.EXACT), PresetBudget(Preset.DRAFT), PresetBudget(Preset.HIGH)]),
     }
 )
 
 
-@settings(max_examples=15)
+DRAFT = PresetBudget(Preset.DRAFT)
+
+
+@settings(max_examples=20)
 @given(a=fields, b=fields, guides_b=st.booleans())
-def test_requests_have_one_shape_just_if_their_states_have_one_batch_key(
+def test_states_have_one_batch_key_just_if_their_requests_have_one_shape_and_are_not_exact(
     engine: Engine,
     ask: Callable[..., GenerationRequest],
     guided: Callable[..., Mapping[str, Any]],
@@ -34,14 +39,17 @@ def test_requests_have_one_shape_just_if_their_states_have_one_batch_key(
     guides_b: bool,
 ) -> None:
     first, second = ask(**a), ask(**b, **(guided() if guides_b else {}))
-    have_one_key = engine.start(first).batch_key == engine.start(second).batch_key
-    assert (shape_of(first) == shape_of(second)) == have_one_key
+    states = [engine.start(first), engine.start(second)]  # both, since the key of an exact state is its own while it is
+    have_one_key = states[0].batch_key == states[1].batch_key
+    assert (shape_of(first) == shape_of(second) and not first.wants_exact) == have_one_key
 
 
 @pytest.mark.parametrize("kind", ["flux_kontext", "qwen_image_edit_plus"], indirect=True, scope="session")
 def test_requests_of_one_shape_have_pictures_of_one_size(engine: Engine, ask: Callable[..., GenerationRequest]) -> None:
     """Pictures of two sizes may be read at one size: then the states share steps, though the scheduler can't know."""
-    requests = [ask(edit=edit_of(size, seed=seed)) for seed, size in enumerate([(50, 70), (50, 70), (90, 30)])]
+    requests = [
+        ask(budget=DRAFT, edit=edit_of(size, seed=seed)) for seed, size in enumerate([(50, 70), (50, 70), (90, 30)])
+    ]
     assert shape_of(requests[0]) == shape_of(requests[1]) != shape_of(requests[2])
     keys = [engine.start(request).batch_key for request in requests]
     assert keys[0] == keys[1] != keys[2]

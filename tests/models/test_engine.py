@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -42,115 +41,6 @@ ROUTED = CurvePoint(RouterPolicy(0.3, 0.3, 2, width_bias=0.5), 0.5, 0.5, 0.5, 0.
 FORECAST = CurvePoint(DensePolicy(), 0.5, 0.5, 0.5, 0.5, steps=ComputedSteps(3, 6))
 FORECAST_ROUTED = replace(ROUTED, steps=ComputedSteps(4, 9))
 REUSED = CurvePoint(RouterPolicy(reuse_band=1.0, max_reuses=2), 0.5, 0.5, 0.5, 0.5)
-
-
-SHAPES = pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"height": 64, "width": 96, "num_inference_steps": 3, "seed": 1},
-        {"height": 112, "width": 80, "num_inference_steps": 5, "seed": 2, "prompt": ""},
-        {"num_inference_steps": 1, "prompt": "a large blue square on the right"},
-    ],
-    ids=["plain", "wide", "tall", "one step"],
-)
-
-
-@pytest.fixture(params=["engine", "plain_engine"])
-def unpermuted_engine(request: pytest.FixtureRequest) -> Engine:
-    """With routers, and without; both with the neurons where the checkpoint has them."""
-    engine: Engine = request.getfixturevalue(request.param)
-    return engine
-
-
-@SHAPES
-def test_exact_equals_the_stock_pipeline_bit_for_bit(
-    unpermuted_engine: Engine,
-    stock: Any,
-    stock_result: StockResult,
-    ask: Ask,
-    denoise: Denoise,
-    fields: dict[str, Any],
-) -> None:
-    request = ask(**fields)
-    expected = stock_result(stock, request, unpermuted_engine)
-    assert torch.equal(denoise(unpermuted_engine, request).latents, expected)
-
-
-def test_exact_equals_the_stock_pipeline_at_another_guidance_scale(
-    engine: Engine,
-    stock: Any,
-    stock_result: StockResult,
-    ask: Ask,
-    denoise: Denoise,
-    other_scale: Mapping[str, Any],
-) -> None:
-    request = ask(**other_scale)
-    expected = stock_result(stock, request, engine)
-    assert torch.equal(denoise(engine, request).latents, expected)
-
-
-@SHAPES
-def test_exact_equals_the_stock_pipeline_with_permuted_neurons_up_to_rounding(
-    permuted_engine: Engine,
-    stock: Any,
-    stock_result: StockResult,
-    ask: Ask,
-    denoise: Denoise,
-    fields: dict[str, Any],
-) -> None:
-    request = ask(**fields)
-    expected = stock_result(stock, request, permuted_engine)
-    latents = denoise(permuted_engine, request).latents
-    torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
-    assert request.num_inference_steps == 1 or not torch.equal(latents, expected)
-
-
-@pytest.mark.parametrize(
-    ("negative_prompt", "scale"), [("a green triangle", 1.5), ("", 4.0), (" ".join(["red"] * 30), 2.0)]
-)
-def test_exact_equals_the_stock_pipeline_with_true_guidance(
-    unpermuted_engine: Engine,
-    stock: Any,
-    stock_result: StockResult,
-    ask: Ask,
-    guided: Guided,
-    denoise: Denoise,
-    negative_prompt: str,
-    scale: float,
-) -> None:
-    """Up to rounding: the stock pipeline runs the two prompts one after the other, we run them as two rows.
-
-    Where prompts are not of one length anyway, the shorter is padded and masked, which changes the order of sums.
-    """
-    request = ask(width=80, **guided(negative_prompt, scale))
-    expected = stock_result(stock, request, unpermuted_engine)
-    latents = denoise(unpermuted_engine, request).latents
-    torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
-    assert not torch.allclose(latents, denoise(unpermuted_engine, ask(width=80)).latents, atol=0.01)
-
-
-@pytest.mark.parametrize(
-    "kind", ["flux", "flux_kontext", "qwen_image", "qwen_image_edit_2511"], indirect=True, scope="session"
-)
-@pytest.mark.parametrize("has_guidance", [False, True], ids=["one branch", "two branches"])
-def test_exact_picture_is_that_of_the_stock_pipeline(
-    engine: Engine,
-    stock: Any,
-    stock_result: StockResult,
-    ask: Ask,
-    guided: Guided,
-    denoise: Denoise,
-    has_guidance: bool,
-) -> None:
-    request = ask(height=80, width=64, **guided() if has_guidance else {})
-    expected = stock_result(stock, request, engine, "pil")[0]
-    pixels = engine.finish(denoise(engine, request))
-    assert isinstance(pixels, np.ndarray)
-    assert pixels.shape == (80, 64, 3)
-    assert pixels.dtype == np.uint8
-    # Two branches are two rows here and two calls there, whose sums some CPUs round differently.
-    assert np.abs(pixels.astype(int) - np.asarray(expected)).max() <= int(has_guidance)
 
 
 @pytest.mark.parametrize("budget", [PresetBudget(Preset.EXACT), QualityBudget(1.0), ComputeBudget(1.0)])
@@ -491,14 +381,11 @@ def test_no_residual_is_kept_that_the_policy_cannot_use(engine: Engine, ask: Ask
 
 
 @pytest.mark.parametrize("point", [ROUTED, REUSED], ids=["router", "re-use"])
-def test_last_step_leaves_no_residual_newly_stored(engine: Engine, ask: Ask, point: CurvePoint) -> None:
+def test_last_step_leaves_no_residual(engine: Engine, ask: Ask, point: CurvePoint) -> None:
     state = engine.start(ask(num_inference_steps=5), point)
     while not state.is_done:
-        stored = {name: r.hidden_states.data_ptr() for row in state.rows for name, r in row.residuals.items()}
         engine.step([state])
-    assert {n: r.hidden_states.data_ptr() for row in state.rows for n, r in row.residuals.items()}.items() <= (
-        stored.items()
-    )
+    assert [row.residuals for row in state.rows] == [{}]
 
 
 class HostReads(TorchFunctionMode):

@@ -42,23 +42,19 @@ def edit_manifest(folder: Path, edit: Callable[[dict[str, Any]], object]) -> Non
 
 
 def replace_stack(folder: Path, stack: RouterStack) -> None:
-    save_router_weights(RouterWeights(stack, {}), folder)
+    save_router_weights(RouterWeights(stack), folder)
     edit_manifest(folder, lambda c: c["sha256"].update({"router.safetensors": sha256(folder / "router.safetensors")}))
 
 
 def test_router_weights_survive_a_round_trip_in_sixteen_bits(tmp_path: Path) -> None:
     stack = RouterStack(3, 8, hidden=4)
-    orders = {"double.00": torch.randperm(32), "single.00": torch.randperm(32)}
-    save_router_weights(RouterWeights(stack, orders), tmp_path)
+    save_router_weights(RouterWeights(stack), tmp_path)
     (tmp_path / "manifest.json").write_text('{"sha256": {}}')
     loaded = load_router_weights(tmp_path, tmp_path / "model")
     assert loaded is not None
     for name, tensor in loaded.stack.state_dict().items():
         assert tensor.dtype == torch.float16
         assert torch.equal(tensor, stack.state_dict()[name].half())
-    assert {name: order.tolist() for name, order in loaded.neuron_orders.items()} == {
-        name: order.tolist() for name, order in orders.items()
-    }
     assert not any(parameter.requires_grad for parameter in loaded.stack.parameters())
 
 
@@ -179,7 +175,7 @@ def test_malformed_traits_are_refused(tmp_path: Path, traits: Any, message: str)
 
 
 def test_folder_without_a_manifest_assumes_nothing(tmp_path: Path) -> None:
-    assert read_manifest(tmp_path) == Manifest("unknown", None, None, None, None, None, CheckpointTraits())
+    assert read_manifest(tmp_path) == Manifest(None, None, None, None, None, None, CheckpointTraits())
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def denoise(model: Model, requests: Sequence[Request], delays: Sequence[int]) ->
         )
         modulations = model.modulation(F.silu(streams.temb)).chunk(len(model.blocks), dim=1)
         for request, step, branch in active:
-            branch.row.begin_step(step, request.policy, Allowance())
+            branch.row.begin_step(step, step + 1, request.policy, Allowance())
             branch.outputs.append([])
         for index, (block, modulation) in enumerate(zip(model.blocks, modulations, strict=True)):
             streams = run_block(block, index, streams, modulation, rows).streams
@@ -150,7 +150,7 @@ def model(recording: Any) -> Model:
     transformer.transformer_blocks.load_state_dict(weights)
     set_activation(transformer.eval().requires_grad_(False), MlpActivation.GELU_SIGMOID)
     stack = router_stack(router_tensors(recording.weights))
-    blocks = elastic_blocks(transformer, adapter, RouterWeights(stack, {}))
+    blocks = elastic_blocks(transformer, adapter, RouterWeights(stack))
     return Model(transformer, blocks, stack.fused_modulation(), tuple(config["grid"]))
 
 
@@ -211,7 +211,7 @@ def test_official_policy_is_that_of_the_recorded_program(recording: Any) -> None
 )
 def test_official_band_includes_both_of_its_ends(prob: float, decision: Decision) -> None:
     """The official program compares a float32 probability, read as a Python float, with 0.5 and 0.515."""
-    view = RowView(OFFICIAL.reuse_from_step, 30, 0, prob, (0.0, 0.0, 0.0, 1.0), 0)
+    view = RowView(OFFICIAL.reuse_from_step, 30, 0, prob, (0.0, 0.0, 0.0, 1.0), 0, OFFICIAL.reuse_from_step + 1)
     assert RULES["router"].plan(view, OFFICIAL).decision is decision
 
 

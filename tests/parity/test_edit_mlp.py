@@ -88,7 +88,7 @@ def run_mlp(block: ElasticBlock, x: Tensor, width_logits: Tensor | None) -> tupl
     rows = [Row(rule, RouterPolicy(skip_threshold=0.5), "cond", 1, {block.name: BlockCost(1, 1)}) for _ in x]
     streams, modulation = Streams(x, x[:, :0], x[:, 0]), x[:, 0]
     result = run_block(ElasticBlock(block.name, block.variants, call, router), 0, streams, modulation, rows)
-    trace = [row.journal.trace[0] for row in rows]
+    trace = [row.journal.plans[0] for row in rows]
     assert {entry.decision for entry in trace} == {Decision.RUN}
     return result.streams.hidden_states, [entry.mlp_width for entry in trace]
 

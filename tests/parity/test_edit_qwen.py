@@ -76,7 +76,7 @@ def build_family(recording: Any) -> Callable[[MlpActivation], QwenImageFamily]:
         pipeline = QwenImagePipeline(
             scheduler=scheduler, vae=None, text_encoder=None, tokenizer=None, transformer=transformer
         )
-        routers = RouterWeights(router_stack(router_tensors(recording.weights)), {})
+        routers = RouterWeights(router_stack(router_tensors(recording.weights)))
         return QwenImageFamily("qwen", pipeline, routers, CheckpointTraits(activation, rescales_guidance=False))
 
     return build_family
@@ -126,7 +126,7 @@ def state_of(recording: Any) -> Callable[..., DenoiseState]:
         ]
         return DenoiseState(
             request=request,
-            batch_key="",
+            shape="",
             latents=pack(latents),
             sigmas=sigmas,
             timesteps=timesteps,

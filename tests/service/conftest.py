@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from threading import Event, Thread
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
@@ -36,6 +37,7 @@ from service.jobs.job import FinishedJob, Job, JobSnapshot, JobStatus, Priority
 from service.jobs.store import ended
 from service.order import Output
 from service.running.dispatcher import Dispatcher
+from service.running.held import HeldJob
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -204,6 +206,9 @@ class DrawnState:
 class DrawnEngine:
     """`gate` holds steps back while it is cleared, `decoding_gate` what comes after them. A batch saves no time.
 
+    `encoding_gate` holds back encoding, which has begun once `encoding` is set. `encoded` has the seeds that were
+    encoded, and whether with the branches of another request. Prompts with "known" in them are in the cache.
+
     With `has_fields` meshes are decoded in turns, without end until `field_gate` is set; `fields` has the seeds
     of those that have begun, `dropped_fields` of those that were given up; `is_decoding` is set once one has begun.
     `batches` has the seeds of every step's batch, `moves` the places on the curve of steps under a deadline. Meshes are
@@ -217,6 +222,10 @@ class DrawnEngine:
         self.gate = Event()
         self.gate.set()
         self.stepping = Event()
+        self.encoding_gate = Event()
+        self.encoding_gate.set()
+        self.encoding = Event()
+        self.encoded: list[tuple[int, bool]] = []
         self.batches: list[list[int]] = []
         self.started: list[int] = []
         self.moves: list[CurvePoint] = []
@@ -229,11 +238,20 @@ class DrawnEngine:
     def preparation(self, request: ImageRequest | MeshRequest) -> Callable[[], Any] | None:
         return None
 
-    def start(self, request: ImageRequest | MeshRequest) -> DrawnState:
+    def encodes_on_device(self, model: str) -> bool:
+        return True
+
+    def encode(self, request: ImageRequest | MeshRequest, branches: Any = None) -> SimpleNamespace:
+        self.encoded.append((request.seed, branches is not None))
+        self.encoding.set()
+        assert self.encoding_gate.wait(timeout=20)
         if "refuse" in _prompt(request):
             raise InvalidRequest("the prompt has 900 tokens; try 512", "prompt")
         if "break at start" in _prompt(request):
             raise RuntimeError("secret detail")
+        return SimpleNamespace(branches=branches or [SimpleNamespace(was_cached="known" in _prompt(request))])
+
+    def start(self, request: ImageRequest | MeshRequest, *, encoded: SimpleNamespace) -> DrawnState:
         self.started.append(request.seed)
         return DrawnState(request, moves=self.moves if isinstance(request.budget, LatencyBudget) else [])
 
@@ -384,10 +402,16 @@ class Service:
     def get(self, job_id: str) -> JobSnapshot:
         return self.run(self.store.get(job_id))
 
-    def wait_until_taken(self, *job_ids: str) -> None:
-        """Wait until the worker holds these jobs."""
+    def wait_until_taken(self, *job_ids: str, are_encoded: bool = True) -> None:
+        """Wait until the worker holds these jobs, and has encoded them."""
         deadline = time.monotonic() + 60
-        while not set(job_ids) <= {claim.job.id for claim in self.dispatcher.worker.held()}:
+
+        def is_taken(held: HeldJob | None) -> bool:
+            if held is None or not are_encoded:
+                return held is not None
+            return all(index in held.encoding and held.encoding[index].done() for index in [*held.unstarted])
+
+        while not all(is_taken(self.dispatcher.worker._held.get(job_id)) for job_id in job_ids):
             assert time.monotonic() < deadline
             time.sleep(0.001)
 

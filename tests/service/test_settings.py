@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from models.load_options import LoadOptions, Lora, Offload, Weights
 from service.budget import BudgetBody
 from service.cli import main
 from service.errors import BadConfiguration
@@ -118,5 +119,57 @@ def test_missing_model_is_named_with_the_places_where_it_was_looked_for() -> Non
         _ = Settings(models=(Path("nothing"),)).model_directories
 
 
+def test_models_with_adapters_are_found_by_their_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at = tmp_path / "an@odd place"
+    at.mkdir()
+    for name in ("style.safetensors", "detail.safetensors"):
+        (at / name).touch()
+    monkeypatch.setenv("ELASTIC_LORAS", f"style={at}/style.safetensors, detail={at}/detail.safetensors@-0.5")
+    monkeypatch.setenv("ELASTIC_MODELS", "tiny-flux,tiny-flux+style+detail")
+    settings = load_settings()
+    assert settings.load_options.loras == {
+        "style": Lora(at / "style.safetensors"),
+        "detail": Lora(at / "detail.safetensors", -0.5),
+    }
+    flux = ROOT / "checkpoints" / "tiny-flux"
+    assert settings.model_directories == (flux, flux.with_name("tiny-flux+style+detail"))
+    base, loras = settings.load_options.source(settings.model_directories[1])
+    assert (base, [*loras]) == (flux, ["style", "detail"])
+
+
+@pytest.mark.parametrize(
+    ("loras", "message"),
+    [
+        ("style", "'style' is not name=file"),
+        ("style=/nowhere.safetensors", r"no file '/nowhere\.safetensors' for the adapter style"),
+        ("my style=/dev/null", "'my style' is no name of an adapter"),
+    ],
+)
+def test_adapters_that_can_not_be_are_refused(loras: str, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Settings.model_validate({"loras": loras})
+
+
+def test_unknown_adapter_of_a_model_is_named() -> None:
+    with pytest.raises(BadConfiguration, match=r"'tiny-flux.stile' names no adapter 'stile'; loras has: none"):
+        _ = Settings(models=(Path("tiny-flux+stile"),)).model_directories
+
+
 def test_every_setting_is_documented() -> None:
     assert all(field.description for field in Settings.model_fields.values())
+
+
+def test_layers_are_offloaded_from_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ELASTIC_OFFLOAD", "layers")
+    monkeypatch.setenv("ELASTIC_WEIGHTS", "float8")
+    assert load_settings(device="cuda:1").load_options == LoadOptions(Offload.LAYERS, Weights.FLOAT8)
+    with pytest.raises(ValidationError, match=r"offload 'layers' .* but device is 'cpu'; leave offload out"):
+        load_settings()
+
+
+@pytest.mark.parametrize("name", ["offload", "weights"])
+def test_unknown_options_of_loading_are_refused_with_those_known(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ELASTIC_{name.upper()}", "int4")
+    known = {"offload": "'none', 'text_encoders' or 'layers'", "weights": "'auto', 'float32', 'bfloat16' or 'float8'"}
+    with pytest.raises(ValidationError, match=f"Input should be {known[name]}"):
+        load_settings()

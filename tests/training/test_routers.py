@@ -1,7 +1,11 @@
 """What routers learn must be what serving does with them."""
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models.elastic.compute import BlockCost
@@ -12,7 +16,8 @@ from models.elastic.streams import Streams
 from models.families.flux import adapter as flux
 from models.families.hunyuan3d import plain_adapter as hunyuan3d
 from models.families.qwen_image import adapter as qwen_image
-from models.families.wrapping import elastic_blocks, mlp_name, permute_neurons
+from models.families.wrapping import elastic_blocks
+from models.neuron_order import mlps_by_name
 from models.report import Decision
 from models.rules import RULES
 from models.rules.router import RouterPolicy
@@ -20,7 +25,7 @@ from models.weights import RouterWeights
 from training.backbone import Backbone, run_all
 from training.lesson import Condition, Lesson
 from training.published import PublishedObjective
-from training.routers import Knobs, RouterObjective, elastic_forward, install_masks, neuron_orders
+from training.routers import Knobs, RouterObjective, elastic_forward, install_masks, order_neurons
 from training.scenes.backbones import FluxBackbone, QwenImageBackbone
 from training.solids.backbone import Hunyuan3DBackbone
 
@@ -55,7 +60,7 @@ def test_training_forward_equals_serving(
 ) -> None:
     # Given the decisions and the velocity of serving under these settings
     policy = RouterPolicy(skip_threshold=knobs.skip_threshold, width_bias=knobs.width_bias)
-    blocks = elastic_blocks(backbone.transformer, ADAPTERS[type(backbone)], RouterWeights(routers, {}))
+    blocks = elastic_blocks(backbone.transformer, ADAPTERS[type(backbone)], RouterWeights(routers))
     costs = dict.fromkeys(backbone.blocks, BlockCost(1.0, 1.0))
     rows = [Row(RULES["router"], policy, "cond", 1, costs) for _ in range(BATCH)]
     served = streams
@@ -70,11 +75,11 @@ def test_training_forward_equals_serving(
 
     # Then velocities and decisions are equal
     torch.testing.assert_close(velocity, expected, atol=1e-5, rtol=1e-4)
-    ran = torch.tensor([[entry.decision is Decision.RUN for entry in row.journal.trace] for row in rows]).T
+    ran = torch.tensor([[entry.decision is Decision.RUN for entry in row.journal.plans] for row in rows]).T
     assert torch.equal(decided.gates > 0.5, ran)
     assert ran.any()
     assert not ran.all()
-    served_widths = torch.tensor([[entry.mlp_width for entry in row.journal.trace] for row in rows]).T
+    served_widths = torch.tensor([[entry.mlp_width for entry in row.journal.plans] for row in rows]).T
     torch.testing.assert_close(decided.widths[ran], served_widths[ran])
 
 
@@ -97,18 +102,6 @@ def test_higher_settings_have_lower_targets(threshold: float, bias: float) -> No
     knobs, harder = Knobs(threshold, bias), Knobs(threshold + 0.1, bias + 0.1)
     assert harder.target_gate < knobs.target_gate <= 1
     assert harder.target_width < knobs.target_width <= 1
-
-
-def test_permuted_neurons_do_not_change_the_dense_model(backbone: Backbone, streams: Streams) -> None:
-    before = run_all(backbone, streams)
-    sizes = {
-        mlp_name(name, part): mlp.num_hidden
-        for name, block in backbone.blocks.items()
-        for part, mlp in backbone.mlps(block).items()
-    }
-    orders = {name: torch.randperm(size) for name, size in sizes.items()}
-    permute_neurons(backbone.blocks, orders, backbone.mlps)
-    torch.testing.assert_close(run_all(backbone, streams), before, atol=1e-5, rtol=1e-5)
 
 
 ROWS = [0, 1, 2, 3, 4, 5]
@@ -170,18 +163,28 @@ def test_published_objective_wants_fewer_blocks_at_higher_noise(
     assert set(objective.WEIGHTS) == set(found)
 
 
-def test_neurons_are_ordered_by_importance(backbone: Backbone, lesson: Lesson) -> None:
+def test_neurons_are_ordered_by_importance(
+    backbone: Backbone, lesson: Lesson, streams: Streams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The test makes the last neuron the strongest and the first one silent; new routers run all neurons."""
-    names = []
-    for name, block in backbone.blocks.items():
-        for part, mlp in backbone.mlps(block).items():
-            names.append(mlp_name(name, part))
-            with torch.no_grad():
-                mlp.last.weight[:, -1] *= 1000
-                mlp.last.weight[:, mlp.column] = 0
-    objective = RouterObjective(backbone, lesson, RouterStack(5, backbone.channels, hidden=8))
-    orders = neuron_orders(objective, ROWS, torch.Generator().manual_seed(4))
-    assert list(orders) == names
-    for order in orders.values():
-        assert sorted(order.tolist()) == list(range(128))
-        assert (int(order[0]), int(order[-1])) == (127, 0)
+    mlps = mlps_by_name(backbone.blocks, backbone.mlps)
+    for mlp in mlps.values():
+        with torch.no_grad():
+            mlp.last.weight[:, -1] *= 1000
+            mlp.last.weight[:, mlp.column] = 0
+    before, old = run_all(backbone, streams), copy.deepcopy(mlps)
+    save_file(backbone.transformer.state_dict(), tmp_path / "transformer.safetensors")
+    monkeypatch.setattr("training.routers.BATCH_SIZE", len(ROWS) // 2)
+    order_neurons(backbone, lesson, tmp_path / "transformer.safetensors")
+    backbone.transformer.load_state_dict(load_file(tmp_path / "transformer.safetensors"))
+    for name, mlp in mlps.items():
+        weight, old_weight = mlp.first.weight[mlp.row :], old[name].first.weight[mlp.row :]
+        assert torch.equal(mlp.last.weight[:, mlp.column], old[name].last.weight[:, -1])
+        assert not mlp.last.weight[:, -1].any()
+        assert sorted(weight.tolist()) == sorted(old_weight.tolist())
+        assert torch.equal(weight[0], old_weight[-1])
+    for block in backbone.blocks.values():
+        for mlp in backbone.mlps(block).values():
+            mlp.last.width_mask = torch.ones(())
+    torch.testing.assert_close(run_all(backbone, streams), before, atol=1e-3, rtol=1e-5)
+    assert [path.name for path in tmp_path.iterdir()] == ["transformer.safetensors"]

@@ -48,7 +48,7 @@ def test_serving_reads_the_manifest_that_training_writes(
     checkpoint, folder = Path("checkpoints") / recipe.name, Path("router_weights") / recipe.name
     (checkpoint / "transformer").mkdir(parents=True)
     (checkpoint / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
-    save_router_weights(RouterWeights(RouterStack(2, 8, hidden=4), {}), folder)
+    save_router_weights(RouterWeights(RouterStack(2, 8, hidden=4)), folder)
     # When they are described
     describe_routers(recipe, folder, "python -m the.training")
     # Then the engine finds licence, defaults and files
@@ -75,7 +75,7 @@ def test_assembled_shape_model_is_served_with_its_routers(tmp_path: Path, monkey
     backbone = recipe.new_backbone()
     # When they are assembled and described
     recipe.assemble(run_dir, backbone, checkpoint)
-    save_router_weights(RouterWeights(RouterStack(len(backbone.blocks), backbone.channels, hidden=4), {}), folder)
+    save_router_weights(RouterWeights(RouterStack(len(backbone.blocks), backbone.channels, hidden=4)), folder)
     describe_routers(recipe, folder, "python -m the.training")
     # Then the engine serves the model with its licence and defaults
     engine = load_engine([checkpoint], device="cpu", router_weights=folder.parent)

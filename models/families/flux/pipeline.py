@@ -94,7 +94,7 @@ class FluxFamily(ImageFamily):
             branches.append(Branch("uncond", request.negative_prompt or "", "negative_prompt"))
         return branches
 
-    def _encode(self, branch: Branch, request: ImageRequest, pictures: Sequence[Image.Image] = ()) -> BranchInputs:
+    def _encode(self, branch: Branch, pictures: Sequence[Image.Image]) -> BranchInputs:
         count = len(self.pipeline.tokenizer_2(branch.prompt).input_ids)
         if count > self.max_sequence_length:
             raise InvalidRequest(
@@ -109,14 +109,14 @@ class FluxFamily(ImageFamily):
             device=self.pipeline.text_encoder.device,
             max_sequence_length=self.max_sequence_length,
         )
-        guidance = None
-        if self.guidance is Guidance.DISTILLED:
-            guidance = torch.full([1], request.guidance_scale, device=transformer.device, dtype=torch.float32)
         # The embedded prompt does not change with the step, so it is computed once.
         context = transformer.context_embedder(prompt_embeds.to(transformer.device, transformer.dtype))
-        return BranchInputs(
-            context, pooled.to(transformer.device, transformer.dtype), guidance, num_prompt_tokens=count
-        )
+        return BranchInputs(context, pooled.to(transformer.device, transformer.dtype), num_prompt_tokens=count)
+
+    def _guidance(self, request: ImageRequest) -> Tensor | None:
+        if self.guidance is not Guidance.DISTILLED:
+            return None
+        return torch.full([1], request.guidance_scale, device=self.device, dtype=torch.float32)
 
     def prologue(self, states: Sequence[DenoiseState]) -> FluxStreams:
         latents, times = self._latents_and_times(states)

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from models.device import encoder_dtype
 from models.diffusion.sampling import consistency_schedule, rising_flow_schedule
 from models.errors import WeightsError
 from models.families.hunyuan3d.conditioner import SingleImageEncoder
@@ -18,6 +19,8 @@ from models.families.hunyuan3d.plain_dit import HunYuanDiTPlain
 from models.families.hunyuan3d.preparation import ImageSettings
 from models.families.hunyuan3d.shape_vae import ShapeVAE, geometry_of
 from models.families.hunyuan3d.stream_dit import Hunyuan3DDiT
+from models.float8 import store_in_float8
+from models.load_options import DEFAULTS, LoadOptions
 from models.loading import TensorHead, misfit, read_heads, shapes_of, stream_tensors
 
 Denoiser = HunYuanDiTPlain | Hunyuan3DDiT
@@ -52,13 +55,14 @@ class Hunyuan3DCheckpoint:
 
 
 def load_checkpoint(
-    directory: Path, device: str, dtype: torch.dtype, *, conditioner_device: str | None = None
+    directory: Path, device: str, dtype: torch.dtype, *, options: LoadOptions = DEFAULTS
 ) -> Hunyuan3DCheckpoint:
     """Load `config.yaml` and `model[.fp16].safetensors`, from `directory` or the one model's folder in it.
 
     Tensors go to the device one by one. Those of the VAE's encoder may be absent. Where the denoiser runs in bfloat16
-    the VAE runs in float16: with 8 bits a field's surface is not where it belongs. Raises WeightsError if a file is
-    missing or pickled, or if tensors are missing, surplus or misshapen, by name.
+    the VAE runs in float16: with 8 bits a field's surface is not where it belongs. A conditioner
+    that `options` keep on the host is in `encoder_dtype`. Raises WeightsError if a file is missing or pickled, or if
+    tensors are missing, surplus or misshapen, by name.
     """
     config_path = find_config(directory)
     if config_path is None:
@@ -70,12 +74,19 @@ def load_checkpoint(
     try:
         heads = read_heads([file])
         modules = build_modules(config, config_path, heads, file)
+        if options.has_float8:
+            store_in_float8(modules["model"])
+            store_in_float8(modules["conditioner"])
+        on_host = {"conditioner"} if options.offloads_text_encoders else set()
+        on_host |= {"model"} if options.offloads_layers else set()  # `Family.keep_blocks_on_host` moves the rest
         vae_dtype = torch.float16 if dtype is torch.bfloat16 else dtype
 
         def place(name: str) -> tuple[str | torch.device, torch.dtype]:
             part = name.partition(".")[0]
-            on = conditioner_device if part == "conditioner" and conditioner_device else device
-            return on, vae_dtype if part == "vae" else dtype
+            on = "cpu" if part in on_host else device
+            if part == "vae":
+                return on, vae_dtype
+            return on, encoder_dtype(dtype) if part == "conditioner" and part in on_host else dtype
 
         stream_tensors(modules, [file], place, str(directory), copies=torch.device(device).type == "cpu")
     except (OSError, SafetensorError) as error:

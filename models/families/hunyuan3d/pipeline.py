@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from models.card import DecodeSpeed, Guidance, MeshCard, ModelCard, basics_of
-from models.curve import EXACT, CurvePoint, Preset
+from models.curve import EXACT, Preset
 from models.diffusion.sampling import classifier_free_guidance
 from models.elastic.compute import BlockCost
 from models.elastic.streams import Streams
 from models.errors import WeightsError
-from models.families.family import BranchStart, Family
+from models.families.family import Beginning, BranchStart, Family
 from models.families.hunyuan3d import plain_adapter, stream_adapter
 from models.families.hunyuan3d.checkpoint import Hunyuan3DCheckpoint, load_checkpoint
 from models.families.hunyuan3d.conditioner import image_tensor
@@ -72,10 +72,12 @@ class Hunyuan3DFamily(Family):
             )
         if router_weights:
             router_weights.stack.to(device, dtype)
-        checkpoint = load_checkpoint(
-            directory, device, dtype, conditioner_device="cpu" if options.offloads_text_encoders else None
-        )
+        checkpoint = load_checkpoint(directory, device, dtype, options=options)
         return cls(directory.name, checkpoint, router_weights)
+
+    @property
+    def encodes_on_device(self) -> bool:
+        return next(self.checkpoint.conditioner.parameters()).device == self.device
 
     @property
     def guidance(self) -> Guidance:
@@ -129,40 +131,26 @@ class Hunyuan3DFamily(Family):
         assert isinstance(request, MeshRequest)
         return partial(prepared_request, request, self.checkpoint.image_settings, self.background_remover)
 
-    @torch.inference_mode()
-    def start(
-        self,
-        request: GenerationRequest,
-        curve: Sequence[CurvePoint],
-        point: CurvePoint,
-        compute_cap: float | None = None,
-    ) -> DenoiseState:
+    def encode(self, request: GenerationRequest) -> Sequence[BranchStart]:
         """Raises InvalidRequest if the image shows no object, or if its background can't be removed as asked."""
         assert isinstance(request, MeshRequest)
-        vae = self.checkpoint.vae
         if not request.is_prepared:
             request = prepared_request(request, self.checkpoint.image_settings, self.background_remover)
         with Image.open(BytesIO(request.input_image)) as file:
             image = image_tensor(np.asarray(file))
         encoder = next(self.checkpoint.conditioner.parameters())
         context = self.checkpoint.conditioner(image.to(encoder.device)).to(self._parameter)
+        return self._branches(request, context)
+
+    def begin(self, request: GenerationRequest, branches: Sequence[BranchStart]) -> Beginning:
+        vae = self.checkpoint.vae
         # Latents stay in float32 between steps, whatever the denoiser's type.
         noise = torch.randn((1, vae.num_latents, vae.embed_dim), generator=torch.Generator().manual_seed(request.seed))
         sigmas = self.checkpoint.schedule(request.num_inference_steps)
         # A step of length 0 changes nothing, so the model need not run. The even schedule's last step is one.
         lengths = sigmas.diff()
         sigmas = torch.cat((sigmas[:-1][lengths > 0], sigmas[-1:]))
-        return self._new_state(
-            request,
-            curve,
-            point,
-            compute_cap,
-            shape=vae.num_latents,
-            latents=noise.to(self._parameter.device),
-            sigmas=sigmas,
-            timesteps=sigmas[:-1],
-            branches=self._branches(request, context),
-        )
+        return Beginning(vae.num_latents, noise.to(self._parameter.device), sigmas, sigmas[:-1])
 
     def _branches(self, request: MeshRequest, context: Tensor) -> list[BranchStart]:
         num_tokens = context.shape[1]

@@ -14,6 +14,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.elastic.host import to_host
 from models.errors import WeightsError
 
 _EPS = 1e-6
@@ -112,7 +113,7 @@ class MixtureOfExperts(nn.Module):
         of_expert, order = chosen.flatten().sort(stable=True)
         numbers = torch.arange(len(self.experts), device=tokens.device)
         # The one wait for the device: an expert can only be called once the number of its tokens is known.
-        counts = (of_expert[:, None] == numbers).sum(dim=0).tolist()
+        counts = to_host((of_expert[:, None] == numbers).sum(dim=0))
         parts = tokens.index_select(0, order // self.top_k).split(counts)
         grouped = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True) if len(part)])
         # Back to the tokens' order first, then a sum: adding in place to shared rows has no fixed order on a GPU.

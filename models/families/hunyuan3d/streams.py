@@ -29,14 +29,14 @@ class PlainStreams(Streams):
         """The shape alone: the time token tells routers nothing that their modulation does not."""
         return (self.hidden_states,), (None,)
 
-    def of_rows(self, rows: Sequence[int], index: Tensor) -> Self:
+    def of_rows(self, rows: Sequence[int], index: Tensor | slice) -> Self:
         """Without the long skips: blocks do not read them, only the hooks do, which run for all rows."""
         part = Streams.of_rows(self, rows, index)
         context, context_rows, context_index = self._context_of(rows, index)
         return replace(part, context=context, context_rows=context_rows, context_index=context_index, long_skips={})
 
     def _context_of(
-        self, rows: Sequence[int], index: Tensor
+        self, rows: Sequence[int], index: Tensor | slice
     ) -> tuple[Tensor | None, Sequence[int] | None, Tensor | None]:
         """`context`, `context_rows` and `context_index` of some rows."""
         if self.context is None:

@@ -23,7 +23,7 @@ from models.errors import WeightsError
 from models.loading import TensorHead, misfit, read_heads
 from models.rules import policy_entry
 from models.rules.router import OFFICIAL, PAPER
-from models.weights import MlpActivation, read_json, sha256, write_manifest
+from models.weights import ROUTER_FILE, MlpActivation, read_json, sha256, write_manifest
 
 _ROUTERS = "gate_mlps."
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -57,7 +57,7 @@ def convert_elastic_dit(source: Path, base: Path, out: Path, routers: Path, max_
             backbone = [name for name in expected if not name.startswith(_ROUTERS)]
             weights = _write_shards(out / "transformer", _shards(backbone, heads, max_shard_bytes), heads, bar)
             names = [name for name in expected if name.startswith(_ROUTERS)]
-            save_file(router_tensors(_read(names, heads)), routers / "router.safetensors")
+            save_file(router_tensors(_read(names, heads)), routers / ROUTER_FILE)
             bar.update(sum(_size_bytes(heads[name]) for name in names))
         except SafetensorError as error:
             raise WeightsError(f"{source} can't be converted: {error}") from error

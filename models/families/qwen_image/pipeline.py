@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from models.card import Guidance
 from models.diffusion.sampling import classifier_free_guidance, rescale_to_norm
 from models.elastic.compute import BlockCost, attention_flops
+from models.elastic.host import to_device
 from models.errors import InvalidRequest
 from models.families.image import Branch, ImageFamily
 from models.families.qwen_image import adapter
@@ -124,7 +125,7 @@ class QwenImageFamily(ImageFamily):
             branches.append(Branch("uncond", request.negative_prompt or "", "negative_prompt"))
         return branches
 
-    def _encode(self, branch: Branch, request: ImageRequest, pictures: Sequence[Image.Image] = ()) -> BranchInputs:
+    def _encode(self, branch: Branch, pictures: Sequence[Image.Image]) -> BranchInputs:
         pipeline, transformer = self.pipeline, self.transformer
         tokens = pipeline.tokenizer(pipeline.prompt_template_encode.format(branch.prompt)).input_ids
         template = pipeline.tokenizer(pipeline.prompt_template_encode.format("")).input_ids
@@ -203,7 +204,7 @@ def pad_prompts(contexts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         return torch.cat(list(contexts)), None
     padded = pad_sequence([context[0] for context in contexts], batch_first=True)
     position = torch.arange(max(lengths), device=padded.device)
-    return padded, position < torch.tensor(lengths, device=padded.device)[:, None]
+    return padded, position < to_device(torch.tensor(lengths), padded.device)[:, None]
 
 
 def set_activation(transformer: QwenImageTransformer2DModel, activation: MlpActivation) -> None:

@@ -32,7 +32,7 @@ class QwenImageStreams(Streams):
     def scored(self) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
         return (self.encoder_hidden_states, self.hidden_states), (self.encoder_hidden_states_mask, None)
 
-    def of_rows(self, rows: Sequence[int], index: Tensor) -> Self:
+    def of_rows(self, rows: Sequence[int], index: Tensor | slice) -> Self:
         """Cuts padding that none of these rows needs, which saves time.
 
         Where all have one length the mask goes too: attention has faster kernels without one.

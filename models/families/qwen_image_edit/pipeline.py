@@ -15,7 +15,6 @@ from models.errors import InvalidRequest
 from models.families.image import Branch
 from models.families.qwen_image.pipeline import QwenImageFamily
 from models.families.references import EditingFamily
-from models.request import ImageRequest
 from models.state import BranchInputs
 
 
@@ -28,6 +27,7 @@ class PictureProcessor(Qwen2VLProcessor):  # type: ignore[misc]  # transformers 
 
 class QwenImageEditFamily(EditingFamily, QwenImageFamily):
     pipeline_class = QwenImageEditPipeline
+    encoder_sees_pictures: ClassVar[bool] = True
     max_ratio: ClassVar[float] = 100  # Qwen2.5-VL's image processor takes up to 200, after sides are rounded
     loaders: ClassVar[Mapping[str, Callable[[Path], Any]]] = {"processor": PictureProcessor.from_pretrained}
 
@@ -36,14 +36,14 @@ class QwenImageEditFamily(EditingFamily, QwenImageFamily):
         """QwenImageEditPipeline has the same area as a literal."""
         return PictureSizes(area=pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE)
 
-    def _encode(self, branch: Branch, request: ImageRequest, pictures: Sequence[Image.Image] = ()) -> BranchInputs:
+    def _encode(self, branch: Branch, pictures: Sequence[Image.Image]) -> BranchInputs:
         processor = self.pipeline.processor
         for token in (processor.image_token, processor.video_token):
             if token in branch.prompt:
                 raise InvalidRequest(
                     f"{branch.param} has {token}, which stands for an input image or video; leave it out", branch.param
                 )
-        return super()._encode(branch, request, pictures)
+        return super()._encode(branch, pictures)
 
     def _seen(self, pictures: Sequence[Image.Image]) -> Mapping[str, Any]:
         [picture] = pictures

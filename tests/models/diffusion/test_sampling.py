@@ -46,6 +46,14 @@ def test_schedules_share_no_memory(scheduler: FlowMatchEulerDiscreteScheduler) -
     assert torch.equal(timesteps, before[1])
 
 
+@pytest.mark.parametrize("shift_terminal", [None, 0.02])
+def test_one_step_goes_from_noise_to_the_image(shift_terminal: float | None) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=shift_terminal)
+    sigmas, timesteps = flow_schedule(scheduler, 1, 64)
+    assert sigmas.tolist() == [1.0, 0.0]
+    assert timesteps.tolist() == [1000.0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_euler_step_equals_the_scheduler_bit_for_bit(
     scheduler: FlowMatchEulerDiscreteScheduler, dtype: torch.dtype

@@ -70,7 +70,7 @@ def streams_of(num_rows: int, seed: int = 0) -> Streams:
 
 def row_of(*plans: RowPlan, flops: float = float("inf")) -> Row:
     row = Row(Scripted(plans), Policy(), "cond", 9, {"only": COST})
-    row.begin_step(0, Policy(), Allowance(flops))
+    row.begin_step(0, 1, Policy(), Allowance(flops))
     return row
 
 
@@ -147,7 +147,7 @@ def test_stored_residual_outlives_everything_but_a_run(block: ElasticBlock, plan
 def test_each_reuse_is_counted(block: ElasticBlock) -> None:
     row = row_of(KEEP, REUSE, REUSE, SKIP, KEEP, SKIP)
     for step in range(6):
-        row.begin_step(step, Policy(), Allowance())
+        row.begin_step(step, step + 1, Policy(), Allowance())
         run_block(block, 0, streams_of(1, step), None, [row])
         row.end_step()
     assert isinstance(row.rule, Scripted)
@@ -170,18 +170,59 @@ def test_branches_pay_from_one_allowance(block: ElasticBlock) -> None:
     rows = [row_of(RUN_IN_FULL) for _ in range(3)]
     shared = Allowance(75.0)
     for row in rows:
-        row.begin_step(0, Policy(), shared)
+        row.begin_step(0, 1, Policy(), shared)
     report = run_block(block, 0, streams_of(3), None, rows).report
     assert (report.num_run, report.num_skipped) == (2, 1)
     assert shared.flops == 15
 
 
 def test_step_that_does_not_end_changes_nothing_about_the_row(block: ElasticBlock) -> None:
-    row = row_of(KEEP, KEEP)
+    row = row_of(REUSE, REUSE)
     row.residuals["only"] = residual = stored(1)
     run_block(block, 0, streams_of(1), None, [row])
-    row.begin_step(0, Policy(), Allowance())
+    row.begin_step(0, 1, Policy(), Allowance())
     assert (row.spent_flops, row.trace, row.residuals) == (0, [], {"only": residual})
+
+
+def test_block_that_runs_has_let_its_old_residual_go_before(block: ElasticBlock) -> None:
+    """A step that does not end changes nothing else about the row."""
+    row = row_of(KEEP)
+    row.residuals["only"] = stored(1)
+    stored_during_call = []
+
+    def watch(module: nn.Module, streams: Streams) -> tuple[Tensor, Tensor]:
+        stored_during_call.append(dict(row.residuals))
+        return call(module, streams)
+
+    run_block(replace(block, call=watch), 0, streams_of(1), None, [row])
+    assert stored_during_call == [{}]
+    assert (row.spent_flops, row.trace, row.residuals) == (0, [], {})
+
+
+@pytest.mark.parametrize("num_rows", [1, 4])
+def test_residuals_own_their_memory(block: ElasticBlock, num_rows: int) -> None:
+    """Views would keep the whole batch's streams."""
+    rows = [row_of(KEEP) for _ in range(num_rows)]
+    run_block(block, 0, streams_of(num_rows), None, rows)
+    for row in rows:
+        row.end_step()
+        residual = row.residuals["only"]
+        for tensor in (residual.hidden_states, residual.encoder_hidden_states):
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_nothing_is_stored_after_the_last_computed_step(block: ElasticBlock) -> None:
+    """The last computed step may be followed by forecast ones."""
+    rows = [row_of(KEEP), row_of(SKIP), row_of(REUSE)]
+    for row in rows[1:]:
+        row.residuals["only"] = stored(1)
+    for row in rows:
+        row.begin_step(4, row.num_steps, Policy(), Allowance())
+    run_block(block, 0, streams_of(3), None, rows)
+    assert rows[0].journal.residuals == {}
+    for row in rows:
+        row.end_step()
+        assert row.residuals == {}
 
 
 def padded_streams(lengths: Sequence[int], padding: float, seed: int = 0) -> QwenImageStreams:
@@ -251,7 +292,7 @@ def test_residual_is_added_to_real_tokens_only(masked_block: ElasticBlock, compa
     others = [row_of(REUSE) for _ in companions]
     for other, length in zip(others, companions, strict=True):
         other.residuals["only"] = Residual(torch.ones(5, 4), torch.ones(length, 4))
-    row.begin_step(1, Policy(), Allowance())
+    row.begin_step(1, 2, Policy(), Allowance())
     before = padded_streams([*companions, 3], padding=-5.0, seed=1)
     after = run_block(masked_block, 0, before, None, [*others, row]).streams
     assert torch.equal(after.hidden_states[-1], before.hidden_states[-1] + residual.hidden_states)

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.elastic.width import narrowed, permute_hidden_neurons
+from models.elastic.width import narrowed
 
 
 class Mlp(nn.Module):
@@ -74,26 +74,11 @@ def test_narrowing_leaves_the_original_as_it_was(mlp: Mlp, inputs: Tensor) -> No
     assert torch.equal(mlp(inputs), expected)
 
 
-def test_permuted_neurons_change_only_the_order_of_a_sum(mlp: Mlp, inputs: Tensor) -> None:
-    before = mlp(inputs)
-    permute_hidden_neurons(mlp.first, mlp.last, torch.randperm(16, generator=torch.Generator().manual_seed(2)))
-    torch.testing.assert_close(mlp(inputs), before, rtol=1e-5, atol=1e-6)
-
-
-def test_permutation_puts_the_named_neurons_first(mlp: Mlp, inputs: Tensor) -> None:
-    order = torch.randperm(16, generator=torch.Generator().manual_seed(2))
-    hidden = mlp.first(inputs)
-    columns = mlp.last.weight.clone()
-    permute_hidden_neurons(mlp.first, mlp.last, order)
-    torch.testing.assert_close(mlp.first(inputs)[:, :4], hidden[:, order[:4]])
-    assert torch.equal(mlp.last.weight[:, :4], columns[:, order[:4]])
-
-
-def test_permutation_leaves_columns_before_the_hidden_ones_alone() -> None:
-    torch.manual_seed(0)
-    first, last = nn.Linear(6, 16), nn.Linear(10 + 16, 6)
-    before = last.weight.clone()
-    order = torch.arange(15, -1, -1)
-    permute_hidden_neurons(first, last, order, first_column=10)
-    assert torch.equal(last.weight[:, :10], before[:, :10])
-    assert torch.equal(last.weight[:, 10:], before[:, 10:].flip(1))
+def test_hook_of_the_original_is_not_called_by_the_twin(mlp: Mlp, inputs: Tensor) -> None:
+    twin, called = narrow(mlp, 4), []
+    for module in (mlp, mlp.first):
+        module.register_forward_hook(lambda *_: called.append(1))
+    twin(inputs)
+    assert not called
+    mlp(inputs)
+    assert len(called) == 2

@@ -310,7 +310,7 @@ def test_only_what_the_mask_needs_is_kept(engine: Engine, ask: Ask, edited: Fiel
 
 def test_edits_share_steps_with_generations_of_their_size(engine: Engine, ask: Ask, edited: Fields) -> None:
     requests = [ask(), ask(**edited()), ask(**edited(0.9, 96, 128, has_mask=True)), ask(width=80, **edited())]
-    keys = [engine.start(request).batch_key for request in requests]
+    keys = [engine.start(request).shape for request in requests]
     assert keys[0] == keys[1] == keys[2] != keys[3]
 
 

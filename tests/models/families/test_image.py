@@ -39,7 +39,7 @@ def test_noise_depends_on_the_seed_alone(family: ImageFamily, ask: Ask, guided: 
 
 def test_requests_of_one_size_share_a_batch(family: ImageFamily, ask: Ask, guided: Guided) -> None:
     keys = [
-        family.start(request, (EXACT,), EXACT).batch_key
+        family.start(request, (EXACT,), EXACT).shape
         for request in (ask(), ask(num_inference_steps=9, prompt="red", **guided()), ask(width=80), ask(height=80))
     ]
     assert keys[0] == keys[1]

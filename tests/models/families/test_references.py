@@ -99,7 +99,7 @@ def test_transparent_parts_of_a_picture_are_white(engine: Engine, ask: Ask, deno
 
 def test_only_requests_whose_pictures_have_as_many_tokens_share_a_batch(family: ImageFamily, ask: Ask) -> None:
     keys = [
-        family.start(ask(edit=edit_of(size, seed=seed)), (EXACT,), EXACT).batch_key
+        family.start(ask(edit=edit_of(size, seed=seed)), (EXACT,), EXACT).shape
         for seed, size in enumerate([(60, 60), (30, 30), (30, 90)])
     ]
     assert keys[0] == keys[1] != keys[2]

@@ -1,21 +1,16 @@
 """What every family's blocks are once they are wrapped."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.elastic.plan import MLP_WIDTHS
 from models.elastic.streams import Streams
-from models.errors import WeightsError
 from models.families.family import Family
-from models.families.wrapping import elastic_blocks, mlp_name, permute_neurons
-from models.weights import RouterWeights, load_router_weights
 
 CHANNELS, HIDDEN = 32, 128
 
@@ -93,48 +88,3 @@ def test_full_width_is_the_original_block(family: Family) -> None:
     assert [block.name for block in family.blocks] == list(blocks)
     for block in family.blocks:
         assert block.variants[1.0] is blocks[block.name]
-
-
-@pytest.fixture
-def blocks(stock: Any, family: Family) -> dict[str, nn.Module]:
-    """Blocks that must stay unchanged when an order is refused."""
-    return dict(family.adapter.blocks(stock.transformer))
-
-
-@pytest.mark.parametrize(
-    "order", [torch.arange(HIDDEN - 1), torch.zeros(HIDDEN, dtype=torch.int32)], ids=["too short", "with repeats"]
-)
-def test_order_that_is_no_permutation_is_refused(family: Family, blocks: dict[str, nn.Module], order: Tensor) -> None:
-    block = family.blocks[1]
-    part = next(iter(family.adapter.mlps(block.variants[1.0])))
-    name = mlp_name(block.name, part)
-    message = f"neuron_order.{name} is not a permutation of the block's {HIDDEN} hidden neurons"
-    with pytest.raises(WeightsError, match=message):
-        permute_neurons(blocks, {name: order}, family.adapter.mlps)
-
-
-def test_order_of_an_unknown_mlp_is_refused_with_the_known_names(family: Family, blocks: dict[str, nn.Module]) -> None:
-    with pytest.raises(
-        WeightsError, match=f"neuron_order.block.99 names no MLP of the model; there are: {family.blocks[0].name}, "
-    ):
-        permute_neurons(blocks, {"block.99": torch.arange(HIDDEN)}, family.adapter.mlps)
-
-
-@first_and_last
-@torch.inference_mode()
-def test_permuted_neurons_change_only_the_order_of_a_sum(
-    kind: Any, family: Family, streams_of: StreamsOf, directory: Path, permuted_router_weights: Path, index: int
-) -> None:
-    permuted = load_router_weights(permuted_router_weights / family.model_id, directory)
-    assert permuted is not None
-    transformer = kind.load_stock(directory).transformer
-    block = elastic_blocks(transformer, family.adapter, RouterWeights(permuted.stack, permuted.neuron_orders))[index]
-    streams, same = streams_of(family, 2), family.adapter.mlps(family.blocks[index].variants[1.0])
-    for name, mlp in family.adapter.mlps(block.variants[1.0]).items():
-        order = permuted.neuron_orders[mlp_name(block.name, name)]
-        ours, theirs = mlp.first.weight[mlp.row :], same[name].first.weight[mlp.row :]
-        assert torch.equal(ours, theirs[order])
-        assert not torch.equal(ours, theirs)
-    expected = family.blocks[index].call(family.blocks[index].variants[1.0], streams)
-    for ours, theirs in zip(block.call(block.variants[1.0], streams), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

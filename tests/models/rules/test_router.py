@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -20,8 +21,9 @@ def row(
     step: int = 3,
     num_reuses: int | None = None,
     width_logits: tuple[float, ...] = FULL,
+    next_step: int | None = None,
 ) -> RowView:
-    return RowView(step, 8, 1, depth_prob, width_logits, num_reuses)
+    return RowView(step, 8, 1, depth_prob, width_logits, num_reuses, step + 1 if next_step is None else next_step)
 
 
 def test_probability_under_the_threshold_skips() -> None:
@@ -65,6 +67,12 @@ def test_reuse_begins_at_its_step(step: int, decision: Decision) -> None:
 def test_residual_is_kept_from_the_first_step_of_reuse_to_the_last_but_one(step: int, keeps: bool) -> None:
     policy = RouterPolicy(skip_threshold=0.5, reuse_band=0.25, max_reuses=2, reuse_from_step=3)
     assert RULE.plan(row(0.9, step=step), policy).keeps_residual is keeps
+
+
+@pytest.mark.parametrize(("step", "next_step", "keeps"), [(4, 5, True), (5, 6, False), (6, 7, False), (3, 6, False)])
+def test_no_residual_is_kept_for_protected_steps(step: int, next_step: int, keeps: bool) -> None:
+    policy = replace(BAND, protected_last=2)
+    assert RULE.plan(row(0.9, step=step, next_step=next_step), policy).keeps_residual is keeps
 
 
 def test_without_a_band_nothing_is_reused_or_kept() -> None:

@@ -33,7 +33,7 @@ LIGHT: Mapping[str, Policy] = {
 """Policies under which a rule leaves out much of what it can."""
 
 REUSING: Mapping[str, tuple[Policy, RowView]] = {
-    "router": (RouterPolicy(0.3, 0.4, 2), RowView(3, 8, 4, 0.5, (0.0,) * len(MLP_WIDTHS), 1)),
+    "router": (RouterPolicy(0.3, 0.4, 2), RowView(3, 8, 4, 0.5, (0.0,) * len(MLP_WIDTHS), 1, 4)),
 }
 """A policy and a row that re-uses under it, of each rule that can re-use."""
 
@@ -43,13 +43,15 @@ probs = st.floats(0, 1)
 @st.composite
 def row_views(draw: st.DrawFn) -> RowView:
     num_steps = draw(st.integers(1, 12))
+    step = draw(st.integers(0, num_steps - 1))
     return RowView(
-        step=draw(st.integers(0, num_steps - 1)),
+        step=step,
         num_steps=num_steps,
         block_index=draw(st.integers(0, 9)),
         depth_prob=draw(probs),
         width_logits=draw(st.tuples(*[st.floats(-9, 9)] * len(MLP_WIDTHS))),
         num_reuses=draw(st.none() | st.integers(0, 5)),
+        next_step=draw(st.integers(step + 1, num_steps)),
     )
 
 
@@ -111,7 +113,7 @@ def test_residual_is_kept_for_a_later_step_alone(name: str) -> None:
     policy, row = REUSING[name]
     running = replace(row, num_reuses=None)
     assert RULES[name].plan(running, policy).keeps_residual
-    assert not RULES[name].plan(replace(running, step=7), policy).keeps_residual
+    assert not RULES[name].plan(replace(running, next_step=8), policy).keeps_residual
 
 
 @names
@@ -119,6 +121,17 @@ def test_residual_is_kept_for_a_later_step_alone(name: str) -> None:
 def test_only_blocks_that_run_keep_their_residual(name: str, data: st.DataObject, row: RowView) -> None:
     plan = RULES[name].plan(row, data.draw(POLICIES[name]))
     assert plan.decision is Decision.RUN or not plan.keeps_residual
+
+
+@names
+@given(data=st.data(), row=row_views())
+def test_plan_that_does_not_reuse_is_the_same_without_the_residual(
+    name: str, data: st.DataObject, row: RowView
+) -> None:
+    """A failed step is repeated without the residuals of blocks that ran in it."""
+    policy = data.draw(POLICIES[name])
+    plan = RULES[name].plan(row, policy)
+    assert plan.decision is Decision.REUSE or RULES[name].plan(replace(row, num_reuses=None), policy) == plan
 
 
 @reusing_names

@@ -66,9 +66,9 @@ def started(engine: Any, monkeypatch: pytest.MonkeyPatch) -> list[ImageRequest]:
     requests: list[ImageRequest] = []
     start = engine.start
 
-    def note_and_start(request: ImageRequest) -> Any:
+    def note_and_start(request: ImageRequest, encoded: Any) -> Any:
         requests.append(request)
-        return start(request)
+        return start(request, encoded=encoded)
 
     monkeypatch.setattr(engine, "start", note_and_start)
     return requests

@@ -286,9 +286,9 @@ def test_background_removal_is_passed_on(make: Callable[..., Response], engine: 
     seen: list[Any] = []
     start = engine.start
 
-    def note_and_start(request: Any) -> Any:
+    def note_and_start(request: Any, encoded: Any) -> Any:
         seen.append(request)
-        return start(request)
+        return start(request, encoded=encoded)
 
     monkeypatch.setattr(engine, "start", note_and_start)
     for value in ("auto", True, False, None):

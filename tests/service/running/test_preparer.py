@@ -29,20 +29,20 @@ def prepare_small(request: MeshRequest) -> Callable[[], MeshRequest]:
     return partial(prepared_request, request, ImageSettings(32), None)
 
 
-def test_engine_starts_the_prepared_request(
+def test_engine_encodes_the_prepared_request(
     service: Any, engine: Any, make_mesh_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start, started = engine.start, []
+    encode, encoded = engine.encode, []
 
-    def start_noted(request: Any) -> Any:
-        started.append(request)
-        return start(request)
+    def encode_noted(request: Any, branches: Any) -> Any:
+        encoded.append(request)
+        return encode(request, branches)
 
     monkeypatch.setattr(engine, "preparation", prepare_small)
-    monkeypatch.setattr(engine, "start", start_noted)
+    monkeypatch.setattr(engine, "encode", encode_noted)
     job = make_mesh_job("mesh", input_image=picture((200, 0, 0, 255)))
     assert service.submit(job).result(TIMEOUT_S).state.status is JobStatus.SUCCEEDED
-    (request,) = started
+    (request,) = encoded
     assert isinstance(request, MeshRequest)
     assert request.is_prepared
     assert Image.open(BytesIO(request.input_image)).size == (32, 32)
@@ -65,7 +65,7 @@ def test_steps_of_others_go_on_while_an_image_is_prepared(
 
     monkeypatch.setattr(engine, "preparation", preparation)
     mesh = service.submit(make_mesh_job("mesh", seed=7))
-    service.wait_until_taken("mesh")
+    service.wait_until_taken("mesh", are_encoded=False)
     assert service.submit(make_job("image")).result(TIMEOUT_S).state.status is JobStatus.SUCCEEDED
     assert not mesh.done()
     service.cancel("mesh")

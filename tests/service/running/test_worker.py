@@ -182,24 +182,24 @@ def test_others_are_not_encoded_while_high_priority_runs(
 ) -> None:
     monkeypatch.setitem(engine.cards, "drawn", replace(engine.cards["drawn"], encode_seconds=1e9))
     service = start_service(Settings())
-    started_after: dict[int, int] = {}
-    start = engine.start
+    encoded_after: dict[int, int] = {}
+    encode = engine.encode
 
-    def recorded(request: Any) -> Any:
-        started_after[request.seed] = len(engine.batches)
-        return start(request)
+    def recorded(request: Any, branches: Any) -> Any:
+        encoded_after[request.seed] = len(engine.batches)
+        return encode(request, branches)
 
-    monkeypatch.setattr(engine, "start", recorded)
+    monkeypatch.setattr(engine, "encode", recorded)
     engine.gate.clear()
     waiting = [service.submit(make_job("other", seeds=(1,), width=128, num_inference_steps=5))]
     assert engine.stepping.wait(TIMEOUT_S)
     waiting.append(service.submit(make_job("high", seeds=(2,), num_inference_steps=10, priority=Priority.HIGH)))
     waiting.append(service.submit(make_job("late", seeds=(3,), num_inference_steps=5)))
-    service.wait_until_taken("other", "high", "late")
+    service.wait_until_taken("other", "high", "late", are_encoded=False)
     engine.gate.set()
     for finished in waiting:
         finished.result(TIMEOUT_S)
-    assert started_after[3] > max(turn for turn, batch in enumerate(engine.batches) if 2 in batch)
+    assert encoded_after[3] > max(turn for turn, batch in enumerate(engine.batches) if 2 in batch)
 
 
 def test_high_priority_overtakes_the_queue(start_service: StartService, engine: Any, make_job: MakeJob) -> None:

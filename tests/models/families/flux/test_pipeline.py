@@ -1,12 +1,13 @@
 """What is FLUX's alone; what every family does is tested one folder up, and in the engine's tests."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
 from models.card import Guidance, ImageCard, SizeLimits
 from models.curve import EXACT
@@ -37,6 +38,33 @@ def test_exact_equals_the_stock_pipeline_of_a_model_without_guidance(
     card = engine.cards[MODEL]
     assert card.guidance is Guidance.NONE
     assert (card.default_num_inference_steps, card.default_guidance_scale) == (4, 0.0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"use_dynamic_shifting": True, "shift": 3.0}, {"use_dynamic_shifting": False, "shift": 1.0}],
+    ids=["dev and Krea-dev", "schnell"],
+)
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (128, 96)])
+def test_exact_equals_the_stock_pipeline_on_published_schedules(
+    tiny_flux: Path,
+    tmp_path: Path,
+    stock_result: Callable[..., Any],
+    ask: Ask,
+    denoise: Denoise,
+    settings: dict[str, Any],
+    height: int,
+    width: int,
+) -> None:
+    directory = Path(shutil.copytree(tiny_flux, tmp_path / "tiny-flux"))
+    FlowMatchEulerDiscreteScheduler(
+        base_image_seq_len=256, base_shift=0.5, max_image_seq_len=4096, max_shift=1.15, **settings
+    ).save_pretrained(directory / "scheduler")
+    engine = load_engine([directory], device="cpu", router_weights=tmp_path)
+    stock = FluxPipeline.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+    stock.set_progress_bar_config(disable=True)
+    request = ask(height=height, width=width)
+    assert torch.equal(denoise(engine, request).latents, stock_result(stock, request, engine))
 
 
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 6.0])

@@ -28,7 +28,7 @@ def test_without_a_picture_it_draws_what_the_stock_pipeline_draws(
 
 
 def test_requests_with_and_without_a_picture_share_no_step(engine: Engine, ask: Ask) -> None:
-    assert engine.start(ask(edit=None)).batch_key != engine.start(ask()).batch_key
+    assert engine.start(ask(edit=None)).shape != engine.start(ask()).batch_key
 
 
 def test_positions_of_a_picture_are_those_of_the_stock_pipeline(

@@ -128,7 +128,7 @@ def test_converted_model_generates_what_the_checkpoint_does(
     family = QwenImageFamily(
         "e-dit",
         pipeline,
-        RouterWeights(router_stack(router_tensors(whole)), {}),
+        RouterWeights(router_stack(router_tensors(whole))),
         CheckpointTraits(MlpActivation.GELU_SIGMOID, rescales_guidance=False),
     )
     expected = generate(Engine({"e-dit": family}, engine.cards), policy, num_steps)

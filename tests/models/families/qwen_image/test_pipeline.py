@@ -1,5 +1,6 @@
 """What is Qwen-Image's alone; what every family does is tested one folder up, and in the engine's tests."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import QwenImagePipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 from torch import Tensor, nn
 
 import models.zoo
@@ -23,6 +24,8 @@ from models.rules.router import RouterPolicy
 from models.state import DenoiseState
 from models.weights import CheckpointTraits, MlpActivation
 from models.zoo import load_engine
+from tests.fixtures.engines import write_manifest
+from tests.fixtures.kinds import Kind
 
 MODEL = "tiny-qwen-image"
 TEMPLATE_END = 5  # tokens
@@ -270,6 +273,35 @@ def test_activation_of_the_public_checkpoint_is_left_as_it_is(stock: QwenImagePi
 
 
 # What the card says
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (128, 96)])
+def test_exact_equals_the_stock_pipeline_on_the_published_schedule(
+    kind: Kind,
+    tiny_qwen_image: Path,
+    tmp_path: Path,
+    stock_result: Callable[..., Any],
+    ask: Ask,
+    denoise: Denoise,
+    height: int,
+    width: int,
+) -> None:
+    """That of Qwen-Image and Qwen-Image-2512, whose noise levels are stretched to end at 0.02."""
+    directory = Path(shutil.copytree(tiny_qwen_image, tmp_path / MODEL))
+    FlowMatchEulerDiscreteScheduler(
+        base_image_seq_len=256,
+        base_shift=0.5,
+        max_image_seq_len=8192,
+        max_shift=0.9,
+        shift_terminal=0.02,
+        use_dynamic_shifting=True,
+    ).save_pretrained(directory / "scheduler")
+    write_manifest(tmp_path / "routers" / MODEL, kind)
+    engine = load_engine([directory], device="cpu", router_weights=tmp_path / "routers")
+    stock = QwenImagePipeline.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+    stock.set_progress_bar_config(disable=True)
+    request = ask(height=height, width=width)
+    assert torch.equal(denoise(engine, request).latents, stock_result(stock, request, engine))
 
 
 def test_card_has_sizes_defaults_and_guidance(engine: Engine) -> None:

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.card import Guidance, ImageCard, ModelCard, SizeLimits, basics_of
-from models.curve import EXACT, CurvePoint, Preset
+from models.curve import EXACT, Preset
 from models.diffusion.sampling import classifier_free_guidance
 from models.elastic.compute import BlockCost
 from models.elastic.streams import Streams
-from models.families.family import BranchStart, Family
+from models.families.family import Beginning, BranchStart, Family
 from models.families.wrapping import Adapter
 from models.load_options import LoadOptions
 from models.loading import stream_module
@@ -33,6 +33,10 @@ def letters_of(prompt: str) -> Tensor:
     return torch.tensor([codes])
 
 
+def _num_tokens(request: ImageRequest) -> int:
+    return request.height // PIXELS * (request.width // PIXELS)
+
+
 class ToyFamily(Family):
     adapter: Adapter = adapter
     quality_metric: ClassVar[str] = "mean_difference"
@@ -47,7 +51,9 @@ class ToyFamily(Family):
         traits: CheckpointTraits,
         options: LoadOptions,
     ) -> Self:
-        transformer = stream_module(ToyTransformer, directory / "transformer", device, dtype)
+        transformer = stream_module(
+            ToyTransformer, directory / "transformer", device, dtype, in_float8=options.has_float8
+        )
         return cls(directory.name, transformer.requires_grad_(False), router_weights)
 
     @property
@@ -85,35 +91,22 @@ class ToyFamily(Family):
             is_guided=card.is_guided(card.default_guidance_scale),
         )
 
-    @torch.inference_mode()
-    def start(
-        self,
-        request: GenerationRequest,
-        curve: Sequence[CurvePoint],
-        point: CurvePoint,
-        compute_cap: float | None = None,
-    ) -> DenoiseState:
+    def encode(self, request: GenerationRequest) -> list[BranchStart]:
         assert isinstance(request, ImageRequest)
-        num_tokens = request.height // PIXELS * (request.width // PIXELS)
-        sigmas = torch.linspace(1, 0, request.num_inference_steps + 1)
         square = 2.0 * adapter.channels(self.transformer) ** 2
-        tokens = PROMPT_LENGTH + num_tokens
+        tokens = PROMPT_LENGTH + _num_tokens(request)
         costs = {block.name: BlockCost(fixed=square, mlp=square * 8 * tokens) for block in self.blocks}
         prompts = {"cond": request.prompt, "uncond": request.negative_prompt or ""}
-        return self._new_state(
-            request,
-            curve,
-            point,
-            compute_cap,
-            shape=(request.height, request.width),
-            latents=torch.randn(1, num_tokens, 3, generator=torch.Generator().manual_seed(request.seed)),
-            sigmas=sigmas,
-            timesteps=sigmas[:-1],
-            branches=[
-                BranchStart(name, BranchInputs(self.transformer.text_in(letters_of(prompt))), costs)
-                for name, prompt in prompts.items()
-            ],
-        )
+        return [
+            BranchStart(name, BranchInputs(self.transformer.text_in(letters_of(prompt))), costs)
+            for name, prompt in prompts.items()
+        ]
+
+    def begin(self, request: GenerationRequest, branches: Sequence[BranchStart]) -> Beginning:
+        assert isinstance(request, ImageRequest)
+        sigmas = torch.linspace(1, 0, request.num_inference_steps + 1)
+        noise = torch.randn(1, _num_tokens(request), 3, generator=torch.Generator().manual_seed(request.seed))
+        return Beginning((request.height, request.width), noise, sigmas, sigmas[:-1])
 
     def prologue(self, states: Sequence[DenoiseState]) -> Streams:
         latents, times = self._latents_and_times(states)
