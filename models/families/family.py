@@ -229,7 +229,7 @@ class Family(ABC):
         began = time.perf_counter()
         self._compiler = BlockCompiler(self.blocks, self.adapter.call_block)
         self.blocks = self._compiler.blocks
-        computes_in = self.transformer.dtype
+        computes_in = next(self.transformer.parameters()).dtype
         self.exact_tolerance = max(self.exact_tolerance, _COMPILED_TOLERANCE[computes_in])
         self._compiler.warm_up(self.prologue(states), MLP_WIDTHS if self.routers else MLP_WIDTHS[-1:])
         num_graphs, seconds = len(self._compiler.take_new()), time.perf_counter() - began
