@@ -106,7 +106,7 @@ class Settings(BaseSettings):
         default=False,
         description="Compile the blocks of all models before the server is ready, which takes some minutes at the "
         "first start. Steps are faster then, and results differ from those of the publishers' pipelines by rounding. "
-        "Needs a C++ compiler, and Triton on GPUs. Does not go with offload layers.",
+        "Needs a C++ compiler, and Triton on GPUs. Does not go with offload layers and weights float8.",
     )
     device_memory: ByteSize | None = Field(
         default=None,
@@ -340,14 +340,20 @@ class Settings(BaseSettings):
         )
 
     @model_validator(mode="after")
+    def _check_compile(self) -> Self:
+        if self.compile and self.offload is Offload.LAYERS:
+            raise ValueError("compile needs weights that stay on the device; leave it out, or offload 'layers'")
+        if self.compile and self.weights is Weights.FLOAT8:
+            raise ValueError("compile is not possible with weights 'float8'; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
     def _check_offload(self) -> Self:
         if self.offload is Offload.LAYERS and self.device.startswith("cpu"):
             raise ValueError(
                 f"offload 'layers' keeps weights out of a GPU's memory, but device is '{self.device}'; leave offload "
                 "out, or set device to cuda"
             )
-        if self.offload is Offload.LAYERS and self.compile:
-            raise ValueError("compile does not go with offload 'layers'; leave one of them out")
         return self
 
     @model_validator(mode="after")
