@@ -90,7 +90,7 @@ class Loaded:
             self.family: Family = (
                 FAMILIES[model.family]
                 .family.load()
-                .load(directory, device, torch.bfloat16, RouterWeights(stack, {}), CheckpointTraits(), options)
+                .load(directory, device, torch.bfloat16, RouterWeights(stack), CheckpointTraits(), options)
             )
             del stack
         self.family.forecast_table = _forecast_table(is_guided=model.is_guided)
