@@ -1,9 +1,11 @@
 """How the models of a process are loaded. Plain data: it imports nothing that computes."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Self
 
 from models.errors import WeightsError
 
@@ -31,6 +33,14 @@ class Lora:
 
     file: Path
     scale: float = 1.0
+
+    @classmethod
+    def at(cls, place: str) -> Self:
+        """The adapter in a file whose name may be followed by @ and a scale."""
+        file, _, scale = place.rpartition("@")
+        if not re.fullmatch(r"-?\d+(\.\d+)?", scale):  # a path may have an @
+            file, scale = place, "1"
+        return cls(Path(file).absolute(), float(scale))
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,14 +34,6 @@ from service.rate_limits import parse_rate_limit
 _PUBLIC_URL = re.compile(r"https?://[^\s/?#@]+(/[\w.~-]+)*/?", re.ASCII)
 
 
-def _lora(place: str) -> Lora:
-    """The adapter in a file, whose name may end in @ and a scale."""
-    file, _, scale = place.rpartition("@")
-    if not re.fullmatch(r"-?\d+(\.\d+)?", scale):  # a path may have an @
-        file, scale = place, "1"
-    return Lora(Path(file).absolute(), float(scale))
-
-
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="ELASTIC_", extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -314,7 +306,7 @@ class Settings(BaseSettings):
         for name, place in value.items():
             if not re.fullmatch(r"[\w.-]+", name):
                 raise ValueError(f"'{name}' is no name of an adapter, which has letters, digits, '.', '_' and '-'")
-            if not (lora := _lora(place)).file.is_file():
+            if not (lora := Lora.at(place)).file.is_file():
                 raise ValueError(f"there is no file '{lora.file}' for the adapter {name}")
         return value
 
@@ -334,7 +326,7 @@ class Settings(BaseSettings):
         offload = self.offload
         if offload is Offload.NONE and self.offload_text_encoders:
             offload = Offload.TEXT_ENCODERS
-        loras = {name: _lora(place) for name, place in self.loras.items()}
+        loras = {name: Lora.at(place) for name, place in self.loras.items()}
         return LoadOptions(
             offload, self.weights, loras, self.prompt_cache_bytes, self.compile, device_memory=self.device_memory
         )
