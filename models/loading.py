@@ -46,6 +46,7 @@ def stream_pipeline(
     *,
     options: LoadOptions,
     loaders: Mapping[str, Callable[[Path], Any]] = MappingProxyType({}),
+    unused: Sequence[str] = (),
 ) -> DiffusionPipeline:
     """The result of `pipeline_class.from_pretrained(directory, dtype=dtype).to(device)`, with little host memory.
 
@@ -53,7 +54,8 @@ def stream_pipeline(
 
     Text encoders are loaded to the host first, and stay there if `options` say so, in `encoder_dtype`: prompts must
     then be encoded on the encoder's device and the result moved. `loaders` are functions that load other parts from
-    their folders, by name. Raises WeightsError if parts are missing or do not fit together.
+    their folders, by name. `unused` are modules whose results nobody reads, such as `text_encoder.lm_head`: they give
+    way to ones without weights. Raises WeightsError if parts are missing or do not fit together.
     """
     directory, loras = options.source(directory)
     classes = networks(pipeline_class, directory)
@@ -81,6 +83,9 @@ def stream_pipeline(
         )
     except _MALFORMED as error:
         raise WeightsError(f"{directory} can't be loaded: {error}") from error
+    for name in unused:
+        part, _, module = name.partition(".")
+        pipeline.components[part].set_submodule(module, nn.Identity())
     if options.offloads_text_encoders:
         for encoder in encoders:
             pipeline.components[encoder.name].to(encoder_dtype(dtype))

@@ -48,6 +48,8 @@ class QwenImageFamily(ImageFamily):
     step_values = (Values(15.0, 5.3), Values(11.5, 11.5))  # in the image's MLP, and in attention
     loaders: ClassVar[Mapping[str, Callable[[Path], Any]]] = {}
     """What loads parts of the pipeline that are loaded in another way than by diffusers, by their names."""
+    unused: ClassVar[Sequence[str]] = ("text_encoder.lm_head", "text_encoder.model.visual")
+    """Parts of the text encoder that no text needs: 2.3 GiB at the published size."""
 
     def __init__(
         self,
@@ -78,6 +80,7 @@ class QwenImageFamily(ImageFamily):
             dtype,
             options=options,
             loaders=cls.loaders,
+            unused=cls.unused,
         )
         if router_weights:
             router_weights.stack.to(device, dtype)

@@ -33,6 +33,7 @@ class QwenImageEditFamily(EditingFamily, QwenImageFamily):
     encoder_sees_pictures: ClassVar[bool] = True
     max_ratio: ClassVar[float] = 100  # Qwen2.5-VL's image processor takes up to 200, after sides are rounded
     loaders: ClassVar[Mapping[str, Callable[[Path], Any]]] = {"processor": PictureProcessor.from_pretrained}
+    unused: ClassVar[Sequence[str]] = ("text_encoder.lm_head",)
 
     @property
     def picture_sizes(self) -> PictureSizes:

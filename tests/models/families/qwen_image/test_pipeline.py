@@ -360,3 +360,9 @@ def test_tokens_are_of_sixteen_pixels_and_prompts_of_at_most_what_the_tokenizer_
     assert family.default_side == 1024
     assert family.max_sequence_length == 40
     assert adapter.blocks(family.transformer).keys() == {block.name for block in family.blocks}
+
+
+def test_parts_of_the_text_encoder_that_no_text_needs_take_no_memory(family: QwenImageFamily) -> None:
+    names = [name for name, _ in family.pipeline.text_encoder.named_parameters()]
+    assert names
+    assert not [name for name in names if "visual" in name or "lm_head" in name]
