@@ -5,7 +5,7 @@ random weights, on the device. It times single denoise steps; in each round ever
 
 stock            the unmodified transformer, called as its pipeline does; with guidance, one call per branch
 stock, one call  like stock, but all branches in one call, with shorter prompts padded and masked (Qwen-Image)
-exact            our engine, with every block running
+exact            our engine, with every block running, and the calls of `stock` for each request by itself
 routers          our engine with every block running, but routers score every block and their scores are read: the
                  price of deciding
 0.75 equal       our engine under a forced plan that leaves about 0.75 of the compute, the same plan in every row
@@ -191,6 +191,9 @@ def measure(
             states = start(subject, side, batch_size)
             for row, rule in zip([row for state in states for row in state.rows], contender.rules, strict=True):
                 row.rule = rule
+            if contender.name != "exact":  # the others share their calls
+                for state in states:
+                    state.exact_tolerance = None
             step = contender.stock_step or engine.step
             step(states)  # fills the residual banks
             if number:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,6 +48,7 @@ def test_a_missing_gpu_is_refused_before_anything_is_loaded(tmp_path: Path, monk
 def test_the_thread_that_loads_uses_the_same_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**30))
     load_engine([], device="cuda:1", router_weights=tmp_path)
     assert used == [torch.device("cuda:1")]
 

@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 
 from models.curve import EXACT, Preset
 from models.engine import Engine
@@ -15,7 +16,7 @@ from tests.fixtures.cut_outs import REMOVER, ball_before, gravel, mask_iou
 
 def finish(pixels: np.ndarray, *, is_transparent: bool) -> Any:
     """What the engine makes of an image that was decoded to `pixels`."""
-    family = SimpleNamespace(decode=lambda state: pixels, background_remover=REMOVER)
+    family = SimpleNamespace(decode=lambda state: pixels, background_remover=REMOVER, device=torch.device("cpu"))
     request = ImageRequest(
         model="drawn",
         prompt="a ball",

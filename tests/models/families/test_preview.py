@@ -16,6 +16,7 @@ from models.curve import EXACT, CurvePoint, Preset
 from models.engine import Engine
 from models.errors import EmptySurface
 from models.families.preview import apply_colour_map, fit_colour_map, fitting_images
+from models.load_options import DEFAULTS
 from models.mesh.cleanup import CleanMesh
 from models.mesh.surface import BOUNDS
 from models.request import GenerationRequest, ImageRequest, MeshRequest, PresetBudget
@@ -97,7 +98,7 @@ def test_preview_of_an_image_has_a_pixel_for_each_of_the_latents(engine: Engine,
 def test_colours_hardly_differ_in_bfloat16(
     kind: Any, directory: Path, engine: Engine, ask: Ask, denoise: Denoise
 ) -> None:
-    family = kind.family.load(directory, "cpu", torch.bfloat16, None, CheckpointTraits(), False)
+    family = kind.family.load(directory, "cpu", torch.bfloat16, None, CheckpointTraits(), DEFAULTS)
     state = denoise(engine, ask())
     assert state.prediction is not None
     expected, preview = engine.preview(state)(), family.preview(state.request, state.prediction.bfloat16())

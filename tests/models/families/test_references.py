@@ -73,10 +73,10 @@ def test_exact_equals_the_stock_pipeline_at_the_published_sizes(
     published_sizes: None, engine: Engine, stock: Any, stock_result: StockResult, ask: Ask, denoise: Denoise
 ) -> None:
     request = ask(edit=edit_of((75, 60)), num_inference_steps=1)
-    state = denoise(engine, request)
-    assert torch.equal(state.latents, stock_result(stock, request, engine))
-    assert state.inputs[0].references is not None
-    assert state.inputs[0].references.sizes == ((880 // 16, 1184 // 16),)
+    assert torch.equal(denoise(engine, request).latents, stock_result(stock, request, engine))
+    references = engine.start(request).inputs[0].references
+    assert references is not None
+    assert references.sizes == ((880 // 16, 1184 // 16),)
 
 
 def test_picture_changes_the_result(engine: Engine, ask: Ask, denoise: Denoise) -> None:

@@ -22,9 +22,8 @@ def test_without_a_picture_it_draws_what_the_stock_pipeline_draws(
     engine: Engine, stock: FluxKontextPipeline, stock_result: Callable[..., Any], ask: Ask, denoise: Denoise
 ) -> None:
     request = ask(edit=None, width=96)
-    state = denoise(engine, request)
-    assert torch.equal(state.latents, stock_result(stock, request, engine))
-    assert state.inputs[0].references is None
+    assert torch.equal(denoise(engine, request).latents, stock_result(stock, request, engine))
+    assert engine.start(request).inputs[0].references is None
 
 
 def test_requests_with_and_without_a_picture_share_no_step(engine: Engine, ask: Ask) -> None:
