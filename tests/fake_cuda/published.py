@@ -194,7 +194,7 @@ def _save_hunyuan3d(
     }
     (directory / "config.yaml").write_text(yaml.safe_dump(config_file))
     whole = _empty(lambda: nn.ModuleDict({name: cls(**values) for name, (cls, values) in modules.items()}))
-    _write_zeros(directory, "model.fp16", whole, torch.float16, math.inf)
+    _write_zeros(directory, "model.fp16", whole, math.inf)
     (directory / "model.fp16-1.safetensors").rename(directory / "model.fp16.safetensors")
 
 
@@ -213,7 +213,7 @@ def _save(directory: Path, class_name: str, parts: Mapping[str, Any]) -> None:
             part.save_config(folder)
         else:
             part.config.save_pretrained(folder)
-        _write_zeros(folder, "diffusion_pytorch_model" if library == "diffusers" else "model", part, torch.bfloat16)
+        _write_zeros(folder, "diffusion_pytorch_model" if library == "diffusers" else "model", part)
     (directory / "model_index.json").write_text(json.dumps(index))
 
 
@@ -222,7 +222,7 @@ def _empty(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
-def _write_zeros(folder: Path, stem: str, module: nn.Module, dtype: torch.dtype, shard_bytes: float = 2**31) -> None:
+def _write_zeros(folder: Path, stem: str, module: nn.Module, shard_bytes: float = 2**31) -> None:
     """Safetensors files whose data are holes, with an index. A file of tens of GB could not be mapped everywhere."""
     shards: list[dict[str, Any]] = [{}]
     end, seen, places = 0, set(), {}
@@ -230,7 +230,9 @@ def _write_zeros(folder: Path, stem: str, module: nn.Module, dtype: torch.dtype,
         if id(tensor) in seen:  # shared weights are saved once
             continue
         seen.add(id(tensor))
-        kind = dtype if tensor.dtype.is_floating_point else tensor.dtype
+        # As the models compute, since a conversion would read all the zeros. Shape VAEs compute in float16.
+        computes_in = torch.float16 if name.startswith("vae.") else torch.bfloat16
+        kind = computes_in if tensor.dtype.is_floating_point else tensor.dtype
         if end > shard_bytes:
             shards, end = [*shards, {}], 0
         start, end = end, end + tensor.numel() * kind.itemsize
