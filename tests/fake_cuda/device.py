@@ -62,6 +62,9 @@ class CudaTensor(Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"CudaTensor({tuple(self.shape)}, {self.dtype}, {self.device})"
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.meta.untyped_storage()
+
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
@@ -290,6 +293,13 @@ class FakeGpu(TorchDispatchMode):
             tensor.shape[: -len(shape)] + (1,) * len(shape), dtype=torch.float32
         )
 
+    def _upsample(self, func: Any, tensor: Tensor, sizes: Any, factors: Any = None, *args: Any) -> Any:
+        # One kernel on CUDA. What PyTorch would decompose it to makes larger tensors.
+        if not isinstance(factors, list | tuple):
+            return NotImplemented
+        sizes = sizes or [int(side * factor) for side, factor in zip(tensor.shape[2:], factors, strict=True)]
+        return func.overloadpacket.default(tensor, sizes)
+
     def _attention(
         self,
         func: Any,
@@ -363,6 +373,8 @@ _SPECIAL: Mapping[str, Callable[..., Any]] = {
     "nonzero": FakeGpu._find,
     "index": FakeGpu._pick,
     "_fused_rms_norm": FakeGpu._rms_norm,
+    "upsample_nearest2d": FakeGpu._upsample,
+    "_upsample_nearest_exact2d": FakeGpu._upsample,
     "scaled_dot_product_attention": FakeGpu._attention,
 }
 _TAKES_HOST_INDICES = ("index", "index_put", "index_put_", "copy_")
