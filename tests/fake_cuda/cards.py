@@ -29,7 +29,6 @@ POINTS = {"exact": EXACT, "default": FORECAST}
 SETTINGS = {
     "none": LoadOptions(),
     "text_encoders": LoadOptions(offload=Offload.TEXT_ENCODERS),
-    "layers": LoadOptions(offload=Offload.LAYERS),
     "float8": LoadOptions(weights=Weights.FLOAT8),
     "float8, text_encoders": LoadOptions(weights=Weights.FLOAT8, offload=Offload.TEXT_ENCODERS),
     "float8, layers": LoadOptions(weights=Weights.FLOAT8, offload=Offload.LAYERS),

@@ -33,6 +33,7 @@ from models.rules.forecast import ForecastTable
 from models.rules.router import RouterPolicy
 from models.state import DenoiseState
 from models.weights import CheckpointTraits, RouterWeights
+from service.scheduling.memory import step_bytes
 from tests.fake_cuda.device import FakeGpu, Watch
 from tests.fake_cuda.published import DIRECTORIES, Depth
 
@@ -120,6 +121,8 @@ class Loaded:
                 self.family.keep_blocks_on_host(torch.device(device))
         self.family.forecast_table = _forecast_table(is_guided=model.is_guided)
         self.weight_bytes = watch.live
+        self.memory = self.family.memory()
+        self.compared = {"weights": (self.weight_bytes, self.memory.weights)}
         self.engine = Engine({model.name: self.family}, {model.name: _Card()})  # type: ignore[dict-item]
 
     @property
@@ -143,6 +146,19 @@ class Loaded:
     def start(self, points: Sequence[CurvePoint], side: int = 1024) -> list[DenoiseState]:
         return [self.engine.start(self.request(number, side), point) for number, point in enumerate(points)]
 
+    def compare(self, name: str, before: int, points: Sequence[CurvePoint]) -> None:
+        """Note the peak since the last restart beside the formula's, for requests of which `before` was without."""
+        requests = [replace(self.request(number), point=point) for number, point in enumerate(points)]
+        memories = [
+            self.memory.of(request, reuses_blocks=point.policy.may_reuse, forecasts_steps=bool(point.steps))
+            for request, point in zip(requests, points, strict=True)
+        ]
+        if name == "decode":
+            formula = sum(memory.finished + memory.decode + memory.grid for memory in memories)
+        else:
+            formula = sum(memory.running for memory in memories) + step_bytes(memories)
+        self.compared[name] = self.watch.peak - before, formula
+
     def cost(self, action: Callable[[], Any]) -> tuple[Cost, Any]:
         watch = self.watch
         watch.restart()
@@ -154,24 +170,28 @@ class Loaded:
 
 def run(loaded: Loaded) -> Iterator[tuple[str, Cost]]:
     """The costs of a model's scenarios by name. The GPU must be in use."""
-    engine = loaded.engine
+    engine, before = loaded.engine, loaded.watch.live
     short = replace(loaded.request(0), num_inference_steps=3)
     cost, alone = loaded.cost(lambda: engine.start(short, EXACT))
     yield "start", cost
     engine.step([alone])
     yield "dense step", loaded.cost(lambda: engine.step([alone]))[0]
+    loaded.compare("dense step", before, [EXACT])
     yield "preview", loaded.cost(lambda: engine.preview(alone)())[0]
     while not alone.is_done:
         engine.step([alone])
     yield "decode", loaded.cost(lambda: decode(engine, alone))[0]
+    loaded.compare("decode", before, [EXACT])
     yield "mixed step", mixed_step(loaded)
 
 
 def mixed_step(loaded: Loaded) -> Cost:
     """A step of requests under every rule: dense, by routers twice, forecast. Routers decide at random."""
-    states = loaded.start([EXACT, ROUTED, ROUTED, FORECAST])
-    loaded.engine.step(states)
+    before, points = loaded.watch.live, [EXACT, ROUTED, ROUTED, FORECAST]
+    states = loaded.start(points)
+    loaded.engine.step(states[1:])  # one step later, residuals are re-used
     cost, report = loaded.cost(lambda: loaded.engine.step(states))
+    loaded.compare("mixed step", before, points)
     assert states[-1].num_forecast_steps
     blocks = report.blocks
     for count in ("num_run", "num_skipped", "num_reused"):
@@ -199,7 +219,12 @@ def measure(name: str) -> dict[str, Any]:
         loaded = Loaded(MODELS[name], Path(folder))
         with loaded.gpu.in_use() as watch:
             costs = {scenario: asdict(cost) for scenario, cost in run(loaded)}
-        return {"weight_bytes": loaded.weight_bytes, "costs": costs, "faults": dict(watch.faults)}
+        return {
+            "weight_bytes": loaded.weight_bytes,
+            "costs": costs,
+            "faults": dict(watch.faults),
+            "compared": loaded.compared,
+        }
 
 
 def _store_zeros(layer: Float8Linear, weight: Tensor, device: str | torch.device) -> None:
