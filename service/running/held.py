@@ -58,6 +58,14 @@ class HeldJob:
     def job(self) -> Job:
         return self.claim.job
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether one of its requests is or was on the device."""
+        on_device = [
+            stage for stage in self.encoding.values() if stage.running() or (stage.done() and stage.exception())
+        ]
+        return bool(on_device) or len(self.unstarted) < len(self.job.requests)
+
     def progress(self, states: "Sequence[DenoiseState]", now: float) -> Progress:
         """Its progress, where `states` are those of its running requests, and `now` is as `began`.
 

@@ -183,8 +183,7 @@ class Worker:
         if not self.is_broken:
             return set()
         with self._lock:
-            begun = [held for held in self._held.values() if len(held.unstarted) < len(held.job.requests)]
-            return {held.claim.lease for held in begun}
+            return {held.claim.lease for held in self._held.values() if held.has_begun}
 
     def finish_seconds(self, model: str) -> float:
         """How long decoding and encoding the model's last result took; 0 before the first."""
@@ -203,7 +202,7 @@ class Worker:
             self._loaded.set_exception(error)
             return
         self._engine = engine
-        self.cards = self._room.cards = engine.cards
+        self.cards = self._room.cards = self._publisher.cards = engine.cards
         self._loaded.set_result(None)
         try:
             while not self._is_stopping:

@@ -12,6 +12,7 @@ from models.errors import InvalidRequest
 from models.memory import RequestMemory, in_gib
 from models.request import Budget, GenerationRequest, ImageEdit, ImageRequest, MeshRequest, head_of_png
 
+_SHARE_TO_TRY = 0.75
 _MOST_AT_ONCE = 64
 """How far requests are counted that fit at once."""
 
@@ -151,6 +152,15 @@ def _smaller(request: GenerationRequest, card: ModelCard) -> Iterator[Generation
             step = card.octree_resolution_step
             for resolution in range(request.octree_resolution - step, card.min_octree_resolution - 1, -step):
                 yield replace(request, octree_resolution=resolution)
+
+
+def try_smaller(request: GenerationRequest, card: ModelCard) -> str:
+    """What to try after memory ran out for a request that had the device for itself, though it was predicted to fit."""
+    most = _SHARE_TO_TRY * card.memory_of(request).alone
+    for other in _smaller(request, card):
+        if card.memory_of(other).alone <= most:
+            return f"; try {' '.join(_size_of(other))} or less"
+    return ""
 
 
 def largest_image(request: ImageRequest, card: ImageCard) -> tuple[int, int] | None:
