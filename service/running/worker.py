@@ -205,7 +205,11 @@ class Worker:
         self.cards = self._room.cards = self._publisher.cards = engine.cards
         self._loaded.set_result(None)
         try:
-            while not self._is_stopping:
+            while True:
+                # First, so that anything that arrives from here on, such as `stop`, wakes the loop again.
+                self._wake.clear()
+                if self._is_stopping:
+                    break
                 self._take_turn(engine)
         except DeviceLost as error:
             logger.critical("%s; the process ends, and a new one can use the device again", error, exc_info=error)
@@ -221,7 +225,6 @@ class Worker:
     def _take_turn(self, engine: "Engine") -> None:
         if self._device_lost is not None:
             raise self._device_lost
-        self._wake.clear()  # first, so that anything that arrives from here on wakes the loop again
         self._drop_unwanted()
         self._decode_done(engine)
         with self._lock:

@@ -202,3 +202,27 @@ def test_jobs_of_a_lost_device_return_to_the_queue(
     service.run(asyncio.wait_for(service.dispatcher.has_drained.wait(), TIMEOUT_S))
     states = [service.get(job_id).state for job_id in ("suspect", "innocent")]
     assert [(state.status, state.attempts) for state in states] == [(JobStatus.RUNNING, 1), (JobStatus.QUEUED, 0)]
+
+
+def test_jobs_that_wait_to_be_encoded_when_the_device_is_lost_are_no_suspects(
+    service: Any, engine: Any, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(service.store), "is_shared", True)
+    worker, encode = service.dispatcher.worker, engine.encode
+
+    def encode_and_lose(request: Any, branches: Any) -> Any:
+        encode(request, branches)
+        raise DeviceLost("the device is lost")
+
+    monkeypatch.setattr(engine, "encode", encode_and_lose)
+    engine.encoding_gate.clear()
+    service.run(service.store.add(make_job("suspect")))
+    assert engine.encoding.wait(TIMEOUT_S)
+    service.run(service.store.add(make_job("innocent")))
+    service.wait_until_taken("suspect", "innocent", are_encoded=False)
+    worker._stop_without_device(DeviceLost("the device is lost"))
+    wait_until(lambda: worker._starter._encoder._is_closed)
+    engine.encoding_gate.set()
+    service.run(asyncio.wait_for(service.dispatcher.has_drained.wait(), TIMEOUT_S))
+    states = [service.get(job_id).state for job_id in ("suspect", "innocent")]
+    assert [(state.status, state.attempts) for state in states] == [(JobStatus.RUNNING, 1), (JobStatus.QUEUED, 0)]

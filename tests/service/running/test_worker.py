@@ -1,12 +1,13 @@
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from threading import Event
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from models.card import ImageCard
 from models.curve import Preset
-from models.errors import WeightsError
+from models.errors import DeviceLost, WeightsError
 from models.request import LatencyBudget, PresetBudget
 from service.app import build_dispatcher
 from service.jobs.job import FailureReason, Job, JobStatus, Priority
@@ -296,3 +297,25 @@ def test_engine_that_cannot_be_loaded_fails_the_start(settings: Settings) -> Non
     worker = build_dispatcher(settings, fail).worker
     with pytest.raises(WeightsError, match="nowhere"):
         worker.start()
+
+
+@pytest.mark.parametrize("news", ["it stops", "the device is lost"])
+def test_news_just_before_the_worker_looks_for_them_is_not_missed(
+    news: str, engine: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = build_dispatcher(settings, lambda: cast("Engine", engine)).worker
+
+    class Late(Event):
+        def clear(self) -> None:
+            if news == "it stops":
+                worker._is_stopping = True
+                self.set()
+            else:
+                worker._stop_without_device(DeviceLost("the device is lost"))
+            super().clear()
+
+    monkeypatch.setattr(worker, "_wake", Late())
+    worker.start()
+    worker._thread.join(TIMEOUT_S)
+    assert not worker.is_alive
+    assert worker.is_broken == (news != "it stops")
