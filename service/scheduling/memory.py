@@ -9,7 +9,7 @@ from models.budget import resolve
 from models.card import Edits, ImageCard, MeshCard, ModelCard
 from models.curve import EXACT
 from models.errors import InvalidRequest
-from models.memory import RequestMemory, in_gib
+from models.memory import RequestMemory, readable
 from models.request import Budget, GenerationRequest, ImageEdit, ImageRequest, MeshRequest, head_of_png
 
 _SHARE_TO_TRY = 0.75
@@ -125,8 +125,8 @@ def check_fits(request: GenerationRequest, card: ModelCard) -> None:
     param, asked = _size_of(request)
     largest = "no smaller one fits" if smaller is None else f"the largest that fits is {_size_of(smaller)[1]}"
     raise InvalidRequest(
-        f"{param} {asked} needs {in_gib(needed)} of memory beside the weights of {card.id}, and this server has "
-        f"{in_gib(room)} for requests; {largest}",
+        f"{param} {asked} needs {readable(needed)} of memory beside the weights of {card.id}, and this server has "
+        f"{readable(room)} for requests; {largest}",
         param,
     )
 
