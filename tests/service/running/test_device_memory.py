@@ -45,7 +45,7 @@ def memory_for_two(router_weights: Path) -> int:
     """The memory that is enough for two of the model's requests."""
     (card,) = load_engine([MODEL], device="cpu", router_weights=router_weights).cards.values()
     memory = card.memory_of(usual_request(card, EXACT))
-    peak = max(2 * memory.step + memory.call, memory.decode) + memory.start
+    peak = max(2 * memory.step + memory.apart + memory.call, memory.decode) + memory.start
     return math.ceil((card.memory.weights + 2 * memory.running + peak) * 8 / 7)
 
 
