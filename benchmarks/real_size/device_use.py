@@ -61,6 +61,7 @@ def memory(setting: Setting) -> Iterator[Table]:
     is_cuda = setting.device.type == "cuda"
     before = torch.cuda.memory_allocated(setting.device) if is_cuda else 0
     for family, scale, _ in setting.image_models():
+        setting.free()  # what is left of the model before
         weights = torch.cuda.memory_allocated(setting.device) - before if is_cuda else None
         rows = [_bytes("weights", family.memory().weights, weights)]
         for side in scale.sides:
