@@ -240,6 +240,7 @@ class Worker:
                 self._decode(engine, batch[0], batch[0].decoding)
         else:
             self._metrics.observe_groups(self.cards, [])
+            self._metrics.observe_memory({**engine.memory_bytes(), **self._room.kinds(self._running)})
             self._wake.wait()
 
     def _drop_unwanted(self) -> None:

@@ -23,6 +23,7 @@ from service.jobs.job import Job
 from service.jobs.store import Claim
 from service.scheduling.memory import usual_request
 from service.settings import Settings
+from tests.fixtures.waiting import wait_until
 
 MODEL = Path(__file__).parents[3] / "checkpoints/tiny-flux"
 EXACT = PresetBudget(Preset.EXACT)
@@ -97,17 +98,23 @@ def test_what_never_fits_is_refused_and_the_size_in_the_message_works(small_devi
 
 def test_memory_is_shown(small_device: tuple[TestClient, Watched]) -> None:
     client, _ = small_device
+
+    def shown() -> dict[str, float]:
+        page = client.get("/metrics").text
+        return {kind: float(value) for kind, value in re.findall(r'elastic_gpu_memory_bytes{kind="(\w+)"} (\S+)', page)}
+
     memory = client.get("/v1/models/tiny-flux").json()["memory"]
     assert memory["requests_at_once"] == 2
     assert memory["default_request"] == memory["exact_request"] <= memory["room"]
     assert memory["weights"] + memory["room"] < memory["limit"]
-    post(client)
-    metrics = client.get("/metrics").text
-    shown = {kind: float(value) for kind, value in re.findall(r'elastic_gpu_memory_bytes{kind="(\w+)"} (\S+)', metrics)}
-    assert shown.keys() == {"limit", "reserve", "weights", "running"}
-    assert (shown["limit"], shown["weights"]) == (memory["limit"], memory["weights"])
-    planned = shown["limit"] - shown["reserve"] - shown["weights"]
-    assert 0 < shown["running"] <= memory["room"] == pytest.approx(planned, abs=1)
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(post, client, num_inference_steps=50)
+        wait_until(lambda: 0 < shown().get("running", 0) <= memory["room"])
+        assert running.result().status_code == 200
+    assert shown().keys() == {"limit", "reserve", "weights", "running"}
+    assert (shown()["limit"], shown()["weights"]) == (memory["limit"], memory["weights"])
+    assert memory["room"] == pytest.approx(shown()["limit"] - shown()["reserve"] - shown()["weights"], abs=1)
+    wait_until(lambda: shown()["running"] == 0)
 
 
 def test_worker_leaves_jobs_that_are_too_large_and_lets_none_overtake_one_that_waits(
