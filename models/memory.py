@@ -37,9 +37,9 @@ def reserve_bytes(limit: float) -> float:
     return max(RESERVE_SHARE * limit, min(MIN_RESERVE, limit / 8))
 
 
-def in_gib(num_bytes: float) -> str:
-    """A number of bytes for people."""
-    return f"{num_bytes / 2**30:.2f} GiB"
+def readable(num_bytes: float) -> str:
+    """A number of bytes for people, in MiB if it is small."""
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +48,15 @@ class RequestMemory:
 
     From its start to its last step it holds `running`, then `finished` until its file is made. The others come on top
     for a while: `start` while prompt and pictures are encoded, `step` in a denoise step, `decode` while the result is
-    decoded, `preview` for a preview. The steps of a batch add up; `call` is what a step takes besides, once. A mesh
+    decoded, `preview` for a preview. The steps of a batch add up. Exact requests have calls of their own, one after the
+    other: the largest takes `apart`, and `step` is what they leave. `call` is what a step takes besides, once. A mesh
     also holds `grid` while it is decoded.
     """
 
     start: int = 0
     running: int = 0
     step: int = 0
+    apart: int = 0
     call: int = 0
     finished: int = 0
     decode: int = 0
@@ -64,7 +66,7 @@ class RequestMemory:
     @property
     def alone(self) -> int:
         """The most that it takes if there is no other request."""
-        return self.running + self.grid + max(self.start, self.call + self.step, self.decode)
+        return self.running + self.grid + max(self.start, self.call + self.step + self.apart, self.decode)
 
 
 NO_MEMORY = RequestMemory()
@@ -87,6 +89,9 @@ class _Rows:
     text_tokens: Sequence[int]
     input_bytes: int
 
+    def each(self) -> list["_Rows"]:
+        return [replace(self, text_tokens=[text]) for text in self.text_tokens]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelMemory(ABC):
@@ -95,7 +100,7 @@ class ModelMemory(ABC):
     `weights` are the model's bytes there, `all_weights` those of all models on the device. `limit` is how much of it
     may be used, infinite where nothing limits it. A token of the blocks' streams takes `token_bytes`, one of the
     latents `latent_bytes`, its position factors `position_bytes`. A step holds the largest of `step_values` at its
-    peak. Measured peaks of steps are `step_scale` times those of the formula, and `call_bytes` more for a whole batch;
+    peak. An exact step is one call for all guidance branches if it `joins_branches`, else one for each. Measured peaks of steps are `step_scale` times those of the formula, and `call_bytes` more for a whole batch;
     those of decodings are `decode_scale` times the formula's.
     """
 
@@ -104,6 +109,7 @@ class ModelMemory(ABC):
     token_bytes: int
     latent_bytes: int
     step_values: tuple[Values, ...]
+    joins_branches: bool = True
     position_bytes: int = 0
     limit: float = math.inf
     all_weights: int = 0
@@ -129,30 +135,36 @@ class ModelMemory(ABC):
         num_kept = 2 + forecasts_steps * _MAX_VELOCITIES * len(rows.text_tokens)
         positions = (rows.tokens + max(rows.text_tokens)) * self.position_bytes
         bank = num_tokens * self.num_blocks * self.token_bytes if reuses_blocks else 0
+        step = self._step_bytes(rows)
+        apart = step if self.joins_branches else max(self._step_bytes(row) for row in rows.each())
+        velocities = len(rows.text_tokens) * latents
         return replace(
             self._around_steps(request),
             running=rows.input_bytes + num_kept * latents + positions + bank,
-            step=round(self.step_scale * self.token_bytes * self._step_values(rows)),
+            step=velocities if request.wants_exact else step,
+            apart=apart if request.wants_exact else 0,
             call=self.call_bytes,
             finished=2 * latents,  # and what the last preview showed
         )
 
     def measured(self, request: GenerationRequest, *, alone: int, pair: int, decode: int) -> Self:
-        """This with the measured peaks of a step of one such exact request and of two, and of a decoding."""
+        """This with the measured peaks of a step of one such request and of two in one call, and of a decoding."""
         formula = self.of(request, reuses_blocks=False, forecasts_steps=False)
         row = max(pair - alone, 1)
         return replace(
             self,
             call_bytes=max(alone - row, 0),
-            step_scale=row / formula.step,
+            step_scale=self.step_scale * row / self._step_bytes(self._rows(request)),
             decode_scale=max(decode / formula.decode, 1.0) if decode else 1.0,
         )
 
-    def _step_values(self, rows: _Rows) -> float:
-        return max(
+    def _step_bytes(self, rows: _Rows) -> int:
+        """Of a call for all these rows."""
+        most = max(
             sum(values.hidden_states * rows.tokens + values.encoder_hidden_states * text for text in rows.text_tokens)
             for values in self.step_values
         )
+        return round(self.step_scale * self.token_bytes * most)
 
     @abstractmethod
     def _rows(self, request: GenerationRequest) -> _Rows: ...

@@ -151,6 +151,7 @@ class ImageFamily(Family):
             token_bytes=self.adapter.channels(transformer) * element_bytes,
             latent_bytes=transformer.config.in_channels * element_bytes,
             step_values=self.step_values,
+            joins_branches=self.joins_branches,
             position_bytes=8 * transformer.config.attention_head_dim,  # a cosine and a sine in float32
             pixels_per_token=self.pixels_per_token,
             max_text_tokens=self.max_sequence_length,

@@ -1,7 +1,7 @@
 """What fits into the device's memory. Pure: what runs and what is decoded is passed in."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +9,7 @@ from models.budget import resolve
 from models.card import Edits, ImageCard, MeshCard, ModelCard
 from models.curve import EXACT
 from models.errors import InvalidRequest
-from models.memory import RequestMemory, in_gib
+from models.memory import RequestMemory, readable
 from models.request import Budget, GenerationRequest, ImageEdit, ImageRequest, MeshRequest, head_of_png
 
 _SHARE_TO_TRY = 0.75
@@ -79,7 +79,7 @@ class DeviceMemory:
         for entry in after.requests:
             if not entry.is_done:
                 shapes[entry.shape].append(entry.memory)
-        steps = [step_bytes(sorted(batch, key=_step)[-max_batch_size:]) for batch in shapes.values()]
+        steps = [step_bytes(batch, max_batch_size) for batch in shapes.values()]
         decodings = [entry.memory.decode for entry in after.requests]
         # Prompts may be encoded while a step runs.
         return after.held + max(*steps, *decodings, self.decoding.peak) + new.memory.start <= self.room
@@ -106,14 +106,10 @@ class DeviceMemory:
         return self.held + self.decoding.peak_with(model, peak) <= self.room
 
 
-def step_bytes(batch: Iterable[RequestMemory]) -> int:
-    """The peak of a step of these requests, on top of what they hold."""
-    members = list(batch)
-    return sum(memory.step for memory in members) + max(memory.call for memory in members)
-
-
-def _step(memory: RequestMemory) -> int:
-    return memory.step
+def step_bytes(requests: Sequence[RequestMemory], max_batch_size: int = _MOST_AT_ONCE) -> int:
+    """The most that a step of so many of these requests takes at its peak, on top of what they hold."""
+    steps = sorted(memory.step for memory in requests)[-max_batch_size:]
+    return sum(steps) + max(memory.apart for memory in requests) + max(memory.call for memory in requests)
 
 
 def check_fits(request: GenerationRequest, card: ModelCard) -> None:
@@ -125,8 +121,8 @@ def check_fits(request: GenerationRequest, card: ModelCard) -> None:
     param, asked = _size_of(request)
     largest = "no smaller one fits" if smaller is None else f"the largest that fits is {_size_of(smaller)[1]}"
     raise InvalidRequest(
-        f"{param} {asked} needs {in_gib(needed)} of memory beside the weights of {card.id}, and this server has "
-        f"{in_gib(room)} for requests; {largest}",
+        f"{param} {asked} needs {readable(needed)} of memory beside the weights of {card.id}, and this server has "
+        f"{readable(room)} for requests; {largest}",
         param,
     )
 

@@ -17,6 +17,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,6 @@ import torch
 import torch._meta_registrations  # the shapes of the results of many operations
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
 
 GIB = 2**30
 _KNOWN_ELEMENTS = 2**20
@@ -61,6 +61,9 @@ class CudaTensor(Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"CudaTensor({tuple(self.shape)}, {self.dtype}, {self.device})"
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.meta.untyped_storage()
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
@@ -115,6 +118,7 @@ class FakeGpu(TorchDispatchMode):
         self.watch = Watch()
         self.logit: float | None = None
         self.memory_bytes = memory_bytes
+        self._shapes: dict[Any, Any] = {}
         self._rng = torch.Generator().manual_seed(0)
 
     @contextmanager
@@ -174,7 +178,7 @@ class FakeGpu(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        leaves = tree_leaves((args, kwargs))
+        leaves = _leaves((*args, *kwargs.values()))
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         cuda = [tensor for tensor in inputs if isinstance(tensor, CudaTensor)]
         devices = {tensor.device for tensor in cuda} or {_device(leaf) for leaf in leaves if _is_cuda(leaf)}
@@ -191,30 +195,55 @@ class FakeGpu(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         self._check(name, inputs, devices)
         known = self._known(func, name, args, kwargs, cuda)
-        own = {id(tensor.meta): tensor for tensor in cuda}
-        storages = {tensor.meta.untyped_storage()._cdata for tensor in cuda}
-        is_new = False
-
-        def wrapped(leaf: Any) -> Any:
-            nonlocal is_new
-            if not isinstance(leaf, Tensor):
-                return leaf
-            if id(leaf) in own:  # changed in place
-                return own[id(leaf)]
-            is_new |= leaf.untyped_storage()._cdata not in storages
-            self.watch.hold(leaf)
-            return CudaTensor(leaf, next(iter(devices)))
-
-        with torch.inference_mode(False):  # views of ordinary tensors must be ordinary tensors
-            metas = func(*tree_map(_on_meta, args), **tree_map(_on_meta, kwargs))
-            result = tree_map(wrapped, metas)
+        result, is_new = self._shaped(func, args, kwargs, leaves, next(iter(devices)))
         if (is_new and "empty" not in name) or name.endswith("_"):
             self.watch.kernels[name] += 1
         if known is not None:
-            for output, value in zip(tree_leaves(result), tree_leaves(known), strict=True):
+            for output, value in zip(_leaves((result,)), _leaves((known,)), strict=True):
                 if isinstance(output, CudaTensor):
                     output.known = value
         return result
+
+    def _shaped(
+        self, func: Any, args: Any, kwargs: Any, leaves: Sequence[Any], device: torch.device
+    ) -> tuple[Any, bool]:
+        """The operation's result without values, and whether some of it is in new memory.
+
+        Shapes are remembered for operations that make new tensors or change their inputs, since meta tensors are slow.
+        """
+        key = (func, tuple(kwargs), *map(_described, (*args, *kwargs.values())))
+        with torch.inference_mode(False):  # views of ordinary tensors must be ordinary tensors
+            shapes = self._shapes.get(key)
+            if shapes is None:
+                metas = func(*_each(_on_meta, args), **{name: _each(_on_meta, value) for name, value in kwargs.items()})
+                inputs = {id(leaf.meta): place for place, leaf in enumerate(leaves) if isinstance(leaf, CudaTensor)}
+                storages = {leaf.meta.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, CudaTensor)}
+                outputs = [leaf for leaf in _leaves((metas,)) if isinstance(leaf, Tensor) and id(leaf) not in inputs]
+                num_new = sum(leaf.untyped_storage()._cdata not in storages for leaf in outputs)
+                if num_new < len(outputs):  # views
+                    wrapped = partial(self._wrapped, device=device, leaves=leaves, inputs=inputs)
+                    return _each(wrapped, metas), num_new > 0
+                shapes = self._shapes[key] = _each(partial(_shape_of, inputs=inputs), metas)
+            made = _each(partial(self._made, device=device, leaves=leaves), shapes)
+        return made, any(isinstance(shape, _Shape) for shape in _leaves((shapes,)))
+
+    def _wrapped(self, leaf: Any, device: torch.device, leaves: Sequence[Any], inputs: Mapping[int, int]) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) in inputs:  # changed in place
+            return leaves[inputs[id(leaf)]]
+        self.watch.hold(leaf)
+        return CudaTensor(leaf, device)
+
+    def _made(self, shape: Any, device: torch.device, leaves: Sequence[Any]) -> Any:
+        match shape:
+            case _Changed(place):
+                return leaves[place]
+            case _Shape(sizes, strides, dtype):
+                meta = torch.empty_strided(sizes, strides, dtype=dtype, device="meta")
+                self.watch.hold(meta)
+                return CudaTensor(meta, device)
+        return shape
 
     # What reads the device's data. `_SPECIAL` names their operators.
 
@@ -264,6 +293,13 @@ class FakeGpu(TorchDispatchMode):
             tensor.shape[: -len(shape)] + (1,) * len(shape), dtype=torch.float32
         )
 
+    def _upsample(self, func: Any, tensor: Tensor, sizes: Any, factors: Any = None, *args: Any) -> Any:
+        # One kernel on CUDA. What PyTorch would decompose it to makes larger tensors.
+        if not isinstance(factors, list | tuple):
+            return NotImplemented
+        sizes = sizes or [int(side * factor) for side, factor in zip(tensor.shape[2:], factors, strict=True)]
+        return func.overloadpacket.default(tensor, sizes)
+
     def _attention(
         self,
         func: Any,
@@ -311,8 +347,8 @@ class FakeGpu(TorchDispatchMode):
             return None
         if not cuda and not _is_small_factory(args):
             return None
-        result = func(*tree_map(_on_cpu, args), **tree_map(_on_cpu, kwargs))
-        is_small = all(leaf.numel() <= _KNOWN_ELEMENTS for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        result = func(*_each(_on_cpu, args), **{name: _each(_on_cpu, value) for name, value in kwargs.items()})
+        is_small = all(leaf.numel() <= _KNOWN_ELEMENTS for leaf in _leaves((result,)) if isinstance(leaf, Tensor))
         return result if is_small else None
 
     def _even_choice(self, tensor: Tensor, k: int, dim: int = -1, *args: Any) -> tuple[None, Tensor]:
@@ -337,6 +373,8 @@ _SPECIAL: Mapping[str, Callable[..., Any]] = {
     "nonzero": FakeGpu._find,
     "index": FakeGpu._pick,
     "_fused_rms_norm": FakeGpu._rms_norm,
+    "upsample_nearest2d": FakeGpu._upsample,
+    "_upsample_nearest_exact2d": FakeGpu._upsample,
     "scaled_dot_product_attention": FakeGpu._attention,
 }
 _TAKES_HOST_INDICES = ("index", "index_put", "index_put_", "copy_")
@@ -379,6 +417,56 @@ def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tr
     return module
 
 
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """A new tensor among an operation's results."""
+
+    sizes: Sequence[int]
+    strides: Sequence[int]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class _Changed:
+    """An input among an operation's results, by its place among the inputs."""
+
+    place: int
+
+
+def _shape_of(leaf: Any, inputs: Mapping[int, int]) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if id(leaf) in inputs:
+        return _Changed(inputs[id(leaf)])
+    return _Shape(tuple(leaf.shape), leaf.stride(), leaf.dtype)
+
+
+def _described(value: Any) -> Any:
+    """What an operation's result may depend on, other than numbers in tensors. 1, 1.0 and True are different."""
+    if isinstance(value, Tensor):
+        return type(value), value.shape, value.stride(), value.dtype
+    if isinstance(value, list | tuple):
+        return tuple(map(_described, value))
+    return type(value), value
+
+
+def _leaves(values: Sequence[Any]) -> list[Any]:
+    """Operators take and give lists at most, no deeper trees."""
+    found: list[Any] = []
+    for value in values:
+        if isinstance(value, list | tuple):
+            found += value
+        else:
+            found.append(value)
+    return found
+
+
+def _each(function: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_each(function, item) for item in value]
+    return function(value)
+
+
 def _on_meta(leaf: Any) -> Any:
     if isinstance(leaf, CudaTensor):
         return leaf.meta
@@ -404,7 +492,7 @@ def _device(device: torch.device | str) -> torch.device:
 
 def _is_small_factory(args: Any) -> bool:
     """Whether the sizes or bounds in a factory's arguments allow its result to be made on the CPU, too."""
-    size = math.prod(max(abs(number), 1) for number in tree_leaves(args) if isinstance(number, int | float))
+    size = math.prod(max(abs(number), 1) for number in _leaves(args) if isinstance(number, int | float))
     return size <= _KNOWN_ELEMENTS
 
 

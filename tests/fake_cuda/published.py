@@ -4,6 +4,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,20 @@ from tests.fixtures.tiny_qwen_image import build_qwen_tokenizer
 _SAFETENSORS_TYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int64: "I64"}
 
 
-def flux_dev(directory: Path) -> None:
-    transformer = _empty(lambda: FluxTransformer2DModel(guidance_embeds=True))
+@dataclass(frozen=True, slots=True)
+class Depth:
+    """How many layers parts of a model have, at most. What is on the host anyway may be short: its bytes don't count."""
+
+    text_encoder: int = 100
+    blocks: int = 100
+
+
+FULL = Depth()
+
+
+def flux_dev(directory: Path, depth: Depth = FULL) -> None:
+    blocks = {"num_layers": min(19, depth.blocks), "num_single_layers": min(38, depth.blocks)}
+    transformer = _empty(lambda: FluxTransformer2DModel(guidance_embeds=True, **blocks))
     vae = _empty(
         lambda: AutoencoderKL(
             block_out_channels=(128, 256, 512, 512),
@@ -59,7 +72,7 @@ def flux_dev(directory: Path) -> None:
         d_ff=10240,
         num_heads=64,
         d_kv=64,
-        num_layers=24,
+        num_layers=min(24, depth.text_encoder),
         vocab_size=32128,
         feed_forward_proj="gated-gelu",
         is_encoder_decoder=False,
@@ -85,14 +98,14 @@ def flux_dev(directory: Path) -> None:
     _save(directory, "FluxPipeline", parts)
 
 
-def qwen_image(directory: Path) -> None:
+def qwen_image(directory: Path, depth: Depth = FULL) -> None:
     tokenizer = build_qwen_tokenizer()
     tokenizer.model_max_length = 131072
     config = Qwen2_5_VLConfig(
         text_config={
             "hidden_size": 3584,
             "intermediate_size": 18944,
-            "num_hidden_layers": 28,
+            "num_hidden_layers": min(28, depth.text_encoder),
             "num_attention_heads": 28,
             "num_key_value_heads": 4,
             "vocab_size": 152064,
@@ -110,7 +123,9 @@ def qwen_image(directory: Path) -> None:
             max_shift=0.9,
             shift_terminal=0.02,
         ),
-        "transformer": _empty(lambda: QwenImageTransformer2DModel(joint_attention_dim=3584)),
+        "transformer": _empty(
+            lambda: QwenImageTransformer2DModel(joint_attention_dim=3584, num_layers=min(60, depth.blocks))
+        ),
         "vae": _empty(lambda: AutoencoderKLQwenImage()),
         "text_encoder": _empty(lambda: Qwen2_5_VLForConditionalGeneration(config)),
         "tokenizer": tokenizer,
@@ -118,7 +133,7 @@ def qwen_image(directory: Path) -> None:
     _save(directory, "QwenImagePipeline", parts)
 
 
-def hunyuan3d_2_1(directory: Path) -> None:
+def hunyuan3d_2_1(directory: Path, depth: Depth = FULL) -> None:
     params = {
         "in_channels": 64,
         "hidden_size": 2048,
@@ -135,7 +150,7 @@ def hunyuan3d_2_1(directory: Path) -> None:
     _save_hunyuan3d(directory, HunYuanDiTPlain, params, dino, {"num_latents": 4096, "point_feats": 4})
 
 
-def hunyuan3d_2_0(directory: Path) -> None:
+def hunyuan3d_2_0(directory: Path, depth: Depth = FULL) -> None:
     params = {
         "in_channels": 64,
         "context_in_dim": 1536,
@@ -150,7 +165,7 @@ def hunyuan3d_2_0(directory: Path) -> None:
     _save_hunyuan3d(directory, Hunyuan3DDiT, params, dino, {"num_latents": 3072, "with_encoder": False})
 
 
-DIRECTORIES: Mapping[str, Callable[[Path], None]] = {
+DIRECTORIES: Mapping[str, Callable[[Path, Depth], None]] = {
     "flux-dev": flux_dev,
     "qwen-image": qwen_image,
     "hunyuan3d-2.1": hunyuan3d_2_1,

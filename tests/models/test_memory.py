@@ -3,10 +3,11 @@ from dataclasses import replace
 import pytest
 
 from models.card import PictureSizes
-from models.curve import EXACT, Preset
+from models.curve import EXACT, CurvePoint, Preset
 from models.memory import MIN_RESERVE, ImageMemory, MeshMemory, Values
 from models.mesh.size import grid_bytes
 from models.request import ImageEdit, ImageRequest, MeshRequest, PresetBudget, head_of_png
+from models.rules.router import RouterPolicy
 
 # FLUX.1-dev in bfloat16.
 FLUX = ImageMemory(
@@ -48,7 +49,7 @@ def image(side: int = 1024, **fields: object) -> ImageRequest:
 )
 def test_formula_agrees_with_what_was_counted(side: int, running: float, step: float, decode: float | None) -> None:
     memory = FLUX.of(image(side), reuses_blocks=False, forecasts_steps=False)
-    assert (memory.running / 1e6, memory.step / 1e6) == pytest.approx((running, step), rel=0.03)
+    assert (memory.running / 1e6, (memory.step + memory.apart) / 1e6) == pytest.approx((running, step), rel=0.03)
     if decode:
         assert memory.decode / 1e6 == pytest.approx(decode, rel=0.03)
 
@@ -76,10 +77,24 @@ def test_forecast_steps_keep_velocities() -> None:
     assert keeping.running - without.running == 3 * 4096 * 128
 
 
+def test_branches_of_exact_requests_do_not_add_up_where_each_has_its_own_call() -> None:
+    fields = {"is_guided": True, "true_cfg_scale": 2.0}
+    apart, joined = (
+        replace(FLUX, joins_branches=joins).of(image(**fields), reuses_blocks=False, forecasts_steps=False)
+        for joins in (False, True)
+    )
+    one = FLUX.of(image(), reuses_blocks=False, forecasts_steps=False)
+    assert apart.apart == one.apart == joined.apart / 2
+    elastic = CurvePoint(RouterPolicy(), 0.5, 0.5, 0.9, 0.9)
+    shared = FLUX.of(image(**fields, point=elastic), reuses_blocks=False, forecasts_steps=False)
+    assert (shared.step, shared.apart) == (joined.apart, 0)
+    assert apart.step == 2 * one.step == 2 * 4096 * 128  # the velocities
+
+
 def test_prompts_count_by_their_bytes_where_they_are_not_padded() -> None:
     qwen = replace(FLUX, pads_prompts=False, template_tokens=5, max_text_tokens=1024)
     tokens = [
-        qwen.of(image(prompt=prompt), reuses_blocks=False, forecasts_steps=False).step // (17 * 6144) - 4096
+        qwen.of(image(prompt=prompt), reuses_blocks=False, forecasts_steps=False).apart // (17 * 6144) - 4096
         for prompt in ("", "é", 5000 * "x")
     ]
     assert tokens == [5, 7, 1024]
@@ -91,18 +106,18 @@ def test_pictures_beside_the_noise_count_as_image_tokens() -> None:
     with_picture, without = (
         kontext.of(image(edit=given), reuses_blocks=False, forecasts_steps=False) for given in (edit, None)
     )
-    assert with_picture.step - without.step == 17 * 4096 * 6144
+    assert with_picture.apart - without.apart == 17 * 4096 * 6144
     assert with_picture.start == 1024 * 1024 * FLUX.encode_pixel_bytes
 
 
 def test_measured_peaks_replace_those_of_the_formula() -> None:
     formula = FLUX.of(image(), reuses_blocks=False, forecasts_steps=False)
     # 100 MB for a call of any size, and 1.1 times the formula for each request
-    row = round(1.1 * formula.step)
+    row = round(1.1 * formula.apart)
     measured = FLUX.measured(image(), alone=10**8 + row, pair=10**8 + 2 * row, decode=2 * formula.decode)
     large = measured.of(image(2048), reuses_blocks=False, forecasts_steps=False)
     assert large.call == 10**8
-    assert large.step == pytest.approx(1.1 * FLUX.of(image(2048), reuses_blocks=False, forecasts_steps=False).step)
+    assert large.apart == pytest.approx(1.1 * FLUX.of(image(2048), reuses_blocks=False, forecasts_steps=False).apart)
     small = measured.of(image(512), reuses_blocks=False, forecasts_steps=False)
     assert small.decode == pytest.approx(2 * formula.decode / 4)
 

@@ -126,7 +126,7 @@ class Hunyuan3DFamily(Family):
             step_values=(_PLAIN_VALUES if self._is_plain else _STREAM_VALUES,),
             num_latents=vae.num_latents,
             num_text_tokens=1 if self._is_plain else encoder.num_tokens,  # in 2.1, that of the time
-            encode_bytes=12 * context if is_encoder_here else 0,
+            encode_bytes=14 * context if is_encoder_here else 0,
             context_bytes=context,
             field_bytes=2 * vae.num_latents * vae.geo_width * vae_bytes,
             field_peak_bytes=round(12.2 * vae.num_latents * vae.post_kl.out_features * vae_bytes),

@@ -32,10 +32,12 @@ def _memories(draw: st.DrawFn) -> RequestMemory:
     running = draw(st.integers(1, 400))
     grid = draw(st.sampled_from([0, 0, 100]))
     peak = st.integers(0, ROOM - running - grid)
+    step = draw(peak)
     return RequestMemory(
         start=draw(peak),
         running=running,
-        step=draw(peak),
+        step=step,
+        apart=draw(st.integers(0, ROOM - running - grid - step)),
         finished=draw(st.integers(0, running)),
         decode=draw(peak),
         preview=draw(st.integers(0, 2 * ROOM)),
@@ -81,7 +83,7 @@ class Worker:
         # Nothing waits but for a decoding
         assert count or self.device.decoding.peak
         if count:
-            self.check(step_bytes(entry.memory for entry in batch[:count]))
+            self.check(step_bytes([entry.memory for entry in batch[:count]]))
 
     def end(self, index: int) -> None:
         entry = self.running[index]
