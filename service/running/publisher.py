@@ -130,7 +130,8 @@ class Publisher:
         claim, job = denoised.claim, denoised.claim.job
         self._metrics.observe_stage(job.model, "denoise", denoised.denoise_s)
         artifact = self._threads[job.model].submit(job.is_high, self._make_artifact, denoised)
-        self._note_use(_Use(artifact, job.model, denoised.memory.finished, denoised.memory.decode))
+        memory = denoised.memory
+        self._note_use(_Use(artifact, job.model, memory.finished + memory.grid, memory.decode))
         artifact.add_done_callback(lambda _: on_artifact())
         self._unfinished = [*(other for other in self._unfinished if not other.done()), artifact]
         self._claims[claim.lease] = claim

@@ -311,6 +311,7 @@ class Worker:
             raise
         except OutOfDeviceMemory as error:
             logger.warning("%s; it is decoded at once", error)
+            running.decoding = None  # it begins again, and takes its memory then
             self._publish(running, partial(_whole_field, engine, running.state))
         except Exception as error:
             self._let_go(running)
@@ -332,7 +333,7 @@ class Worker:
             denoise_s=running.denoise_ended - running.denoise_began,
             field_s=time.perf_counter() - running.denoise_ended,
             batch_size_mean=running.batch_size_sum / len(running.state.computed),
-            memory=replace(running.memory, decode=0) if running.decoding else running.memory,
+            memory=replace(running.memory, decode=0, grid=0) if running.decoding else running.memory,
         )
         self._publisher.publish(denoised, on_artifact=self._look_for_room)
         self._let_go(running)

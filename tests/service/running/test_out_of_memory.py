@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from models.card import ModelCard
 from models.errors import DeviceLost, OutOfDeviceMemory
+from models.memory import RequestMemory
 from service.jobs.job import FailureReason, Job, JobStatus
 from service.settings import Settings
 from tests.fixtures.waiting import wait_until
@@ -148,6 +150,10 @@ def test_mesh_that_runs_out_of_memory_between_turns_is_decoded_again(
     engine.has_fields = True
     engine.field_gate.set()
     field, begun = engine._field, []
+    uses: list[tuple[int, int]] = []
+    publisher, memory = service.dispatcher.worker._publisher, RequestMemory(finished=1, decode=20, grid=300)
+    monkeypatch.setattr(publisher, "_note_use", lambda use: uses.append((use.held, use.peak)))
+    monkeypatch.setattr(ModelCard, "memory_of", lambda *_: memory)
 
     def fail_once(state: Any) -> Any:
         begun.append(state.request.seed)
@@ -159,6 +165,7 @@ def test_mesh_that_runs_out_of_memory_between_turns_is_decoded_again(
     monkeypatch.setattr(engine, "_field", fail_once)
     assert service.submit(make_mesh_job("mesh")).result(TIMEOUT_S).state.status is JobStatus.SUCCEEDED
     assert len(begun) == 2
+    assert uses == [(301, 20)]  # what it takes of the device beside the steps of others
 
 
 @pytest.mark.parametrize("stage", ["encode", "start", "step", "finish", "preview"])
