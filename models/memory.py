@@ -100,8 +100,9 @@ class ModelMemory(ABC):
     `weights` are the model's bytes there, `all_weights` those of all models on the device. `limit` is how much of it
     may be used, infinite where nothing limits it. A token of the blocks' streams takes `token_bytes`, one of the
     latents `latent_bytes`, its position factors `position_bytes`. A step holds the largest of `step_values` at its
-    peak. An exact step is one call for all guidance branches if it `joins_branches`, else one for each. Measured peaks of steps are `step_scale` times those of the formula, and `call_bytes` more for a whole batch;
-    those of decodings are `decode_scale` times the formula's.
+    peak, for all rows of a call. An exact request has a call for all guidance branches if it `joins_branches`, else one
+    for each. Measured peaks of steps are `step_scale` times those of the formula, and `call_bytes` more for a whole
+    batch; those of decodings are `decode_scale` times the formula's.
     """
 
     weights: int

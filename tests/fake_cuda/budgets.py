@@ -41,6 +41,7 @@ def main() -> None:
     with process() as pool:
         for name in arguments.only:
             budgets[name] = pool.submit(measure, name).result()
+            del budgets[name]["compared"]
             print(name, json.dumps(budgets[name], indent=1), flush=True)
     if arguments.write:
         FILE.write_text(json.dumps(budgets, indent=2) + "\n")

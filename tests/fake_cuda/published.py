@@ -39,7 +39,7 @@ _SAFETENSORS_TYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float3
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """How many layers parts of a model have, at most. What is on the host anyway may be short: its bytes don't count."""
+    """How many layers parts have at most. What is on the host may have few: its bytes do not count."""
 
     text_encoder: int = 100
     blocks: int = 100

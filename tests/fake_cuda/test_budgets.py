@@ -14,6 +14,11 @@ BUDGETS: dict[str, dict[str, Any]] = json.loads(FILE.read_text())
 AGAIN = "python -m tests.fake_cuda.budgets --write"
 SMALL = {"peak_bytes": 2**22, "kept_bytes": 2**22, "kernels": 3, "waits": 0}
 """Differences that do not count. Beyond them, measures may be 3 % off."""
+CACHED_BYTES = 2**24
+"""Position factors and the like, which a reserve is for."""
+SURPLUS = {"mixed step": 0.65, "decode": 0.15}
+"""How much more than counted the formula may say, else 10 %. It takes residuals of all blocks for kept, and all rows
+for sharing their calls. It can't know how much of a mesh's grid is near the surface."""
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +43,7 @@ def test_model_keeps_its_budgets_at_published_size(name: str, device_process: Pr
         if abs(cost[measure_name] - expected) > max(0.03 * expected, SMALL[measure_name])
     ]
     assert not off, f"if this is meant, run {AGAIN}:\n" + "\n".join(off)
+
+    for step, (counted, formula) in measured["compared"].items():
+        assert -0.05 * counted < formula - counted + CACHED_BYTES, (step, counted, formula)
+        assert formula - counted < SURPLUS.get(step, 0.1) * counted + CACHED_BYTES, (step, counted, formula)
