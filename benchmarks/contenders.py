@@ -52,15 +52,21 @@ def elastic_denoise(engine: Engine, requests: Sequence[GenerationRequest]) -> De
 
 
 def time_in_turn(
-    names: Sequence[Contender], num_rounds: int, title: str, denoise: Callable[[Contender, int], Denoising]
+    names: Sequence[Contender],
+    num_rounds: int,
+    title: str,
+    denoise: Callable[[Contender, int], Denoising],
+    has_time: Callable[[], bool] = lambda: True,
 ) -> list[TableRow]:
     """One row per contender: name, compute ratio, seconds, and time over stock (median, and the middle four fifths).
 
     `denoise` takes a contender and the number of a round, and runs the contender on that round's inputs. One extra
-    round warms up.
+    round warms up. After the first two, no round begins without time.
     """
     runs: dict[str, list[Denoising]] = {contender.name: [] for contender in names}
     for number in tqdm(range(num_rounds + 1), desc=title):
+        if number > 1 and not has_time():
+            break
         first = number % len(names)  # so that no contender always follows the same one
         for contender in (*names[first:], *names[:first]):
             run = denoise(contender, number)

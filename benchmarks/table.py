@@ -24,6 +24,10 @@ def _cell(value: float | str | None) -> str:
 def finish(result: Mapping[str, object], path: Path | None) -> None:
     """Write the result as JSON to `path`, if given, and print it as the last line of the output."""
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        write(result, path)
     print(json.dumps(result))
+
+
+def write(result: Mapping[str, object], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")

@@ -26,13 +26,14 @@ _OUT_OF_MEMORY = (
 class DeviceErrors:
     """A context that raises OutOfDeviceMemory and DeviceLost in place of the errors of PyTorch that mean them.
 
-    `doing` and `request` say in the message what has failed. After OutOfDeviceMemory no tensor of what has failed is
-    kept, neither by the journals of `states` nor by the frames of a traceback: its text is a note of the exception. So
-    what comes next has their memory.
+    `doing` and `request` say in the message what has failed on `device`. After OutOfDeviceMemory no tensor of what has
+    failed is kept, neither by the journals of `states` nor by the frames of a traceback: its text is a note of the
+    exception. So what comes next has their memory.
     """
 
     doing: str
     request: GenerationRequest
+    device: torch.device
     states: Sequence[DenoiseState] = ()
 
     def __enter__(self) -> None:
@@ -44,12 +45,14 @@ class DeviceErrors:
             return
         for state in self.states:
             state.abandon_step()
-        _check_device(error)
+        _check_device(error, self.device)
         if _is_out_of_memory(error):
-            failure = OutOfDeviceMemory(_out_of_memory(self.doing, self.request, str(error)))
+            failure = OutOfDeviceMemory(_out_of_memory(self.doing, self.request, self.device, str(error)))
             failure.add_note("".join(traceback.format_exception(error)))
             _forget_frames(error)
-            torch.cuda.empty_cache()  # does nothing where no GPU is in use
+            if self.device.type == "cuda":
+                with torch.cuda.device(self.device):
+                    torch.cuda.empty_cache()
             raise failure from None
 
 
@@ -64,23 +67,23 @@ def _forget_frames(error: BaseException | None) -> None:
         error.__traceback__, error = None, error.__cause__ or error.__context__
 
 
-def _check_device(error: Exception) -> None:
+def _check_device(error: Exception, device: torch.device) -> None:
     """Raise DeviceLost if the GPU fails another call too.
 
     CUDA returns an error that has corrupted its context (an illegal access, a failed assertion, broken memory) from
     every later call, and other errors only once. So this needs no list of codes, which differ from version to version.
     """
-    if not torch.cuda.is_initialized():
+    if device.type != "cuda":
         return
     try:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     except RuntimeError:
         raise DeviceLost(f"the device is lost: {str(error).partition(chr(10))[0]}") from error
 
 
-def _out_of_memory(doing: str, request: GenerationRequest, message: str) -> str:
+def _out_of_memory(doing: str, request: GenerationRequest, device: torch.device, message: str) -> str:
     """What the client reads. PyTorch's message has more, which goes to the log."""
     wanted = re.search(r"tried to allocate ([\d.]+ \w+)", message, re.IGNORECASE)
     more = f"; {wanted[1]} more were needed" if wanted else ""
-    total = f", and it has {torch.cuda.mem_get_info()[1] / 2**30:.1f} GiB" if torch.cuda.is_initialized() else ""
+    total = f", and it has {torch.cuda.mem_get_info(device)[1] / 2**30:.1f} GiB" if device.type == "cuda" else ""
     return f"{doing} {request.model} at {request.size} takes more memory than the device has left{more}{total}"

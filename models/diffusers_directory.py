@@ -44,8 +44,8 @@ def _check_unquantised(config_file: Path) -> None:
     if quantisation := config.get("quantization_config"):
         method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else None
         raise WeightsError(
-            f"{config_file} says that its weights are quantised (quantization_config, quant_method {method}), which is "
-            "not served; take the weights that are not quantised"
+            f"{config_file} is of quantised weights (quantization_config, quant_method {method}), which can't be "
+            "served; use weights that are not quantised"
         )
 
 
@@ -58,7 +58,7 @@ def variant_of(folders: Sequence[Path]) -> str | None:
     common = set.intersection(*found) if found else set()
     if found and len(common) != 1:
         names = ", ".join(sorted(set.union(*found)))
-        raise WeightsError(f"{folders[0].parent} has weights of several variants: {names}; leave those of one")
+        raise WeightsError(f"{folders[0].parent} has weights of several variants: {names}; remove all but one")
     return common.pop() if common else None
 
 

@@ -57,7 +57,7 @@ class Engine:
         model can't serve.
         """
         family = self._family(request.model)
-        with DeviceErrors("encoding", request), self._encoding[request.model].used():
+        with DeviceErrors("encoding", request, family.device), self._encoding[request.model].used():
             branches = branches or family.encode(request)
             encoded = Encoded(branches, family.begin(request, branches))
         hand_to_steps(encoded, family.device)
@@ -73,7 +73,7 @@ class Engine:
         """
         family = self._family(request.model)
         curve = self.cards[request.model].curve_for(request)
-        with DeviceErrors("starting", request):
+        with DeviceErrors("starting", request, family.device):
             if point:
                 return family.start(request, curve, point, encoded=encoded)
             return family.start(request, curve, request.point, request.compute_cap, encoded)
@@ -89,7 +89,7 @@ class Engine:
         those of one `batch_key` share calls. A step that raises has changed no state, and holds no memory any more: it
         can be repeated, in parts too.
         """
-        with DeviceErrors("a denoise step of", states[0].request, states):
+        with DeviceErrors("a denoise step of", states[0].request, states[0].latents.device, states):
             return self._step(states)
 
     @torch.inference_mode()
@@ -160,7 +160,7 @@ class Engine:
         """
         assert state.is_done
         family, request = self._family(state.request.model), state.request
-        with DeviceErrors("decoding", request), self._decoding[request.model].used():
+        with DeviceErrors("decoding", request, family.device), self._decoding[request.model].used():
             result = family.decode(state)
         if isinstance(request, ImageRequest) and request.is_transparent:
             assert not isinstance(result, CleanMesh)
@@ -175,7 +175,7 @@ class Engine:
         """
         assert state.is_done
         decoding = self._family(state.request.model).decode_in_turns(state)
-        return None if decoding is None else _in_turns(decoding, state.request)
+        return None if decoding is None else _in_turns(decoding, state.request, state.latents.device)
 
     def preview(self, state: DenoiseState) -> Callable[[], NDArray[np.uint8] | CleanMesh]:
         """A function that decodes the current estimate of the result cheaply. The state needs at least one step.
@@ -188,7 +188,7 @@ class Engine:
         return partial(self._preview, state.request, state.prediction)
 
     def _preview(self, request: GenerationRequest, prediction: Tensor) -> NDArray[np.uint8] | CleanMesh:
-        with DeviceErrors("a preview of", request), self._decoding[request.model].used():
+        with DeviceErrors("a preview of", request, prediction.device), self._decoding[request.model].used():
             return self._family(request.model).preview(request, prediction)
 
     def memory_bytes(self) -> dict[str, int]:
@@ -235,9 +235,9 @@ class _Call(NamedTuple):
 
 
 def _in_turns(
-    decoding: Generator[None, None, FieldSamples], request: GenerationRequest
+    decoding: Generator[None, None, FieldSamples], request: GenerationRequest, device: torch.device
 ) -> Generator[None, None, FieldSamples]:
-    with DeviceErrors("decoding", request):
+    with DeviceErrors("decoding", request, device):
         return (yield from decoding)
 
 

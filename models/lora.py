@@ -26,7 +26,8 @@ def fuse_loras(pipeline: DiffusionPipeline, loras: Mapping[str, Lora]) -> None:
         try:
             _load(adapted, name, lora)
         except _UNFIT as error:
-            raise WeightsError(f"{lora.file} can't be used as an adapter of this model: {error}") from error
+            reason = " ".join(str(error).split())  # PyTorch's takes several lines
+            raise WeightsError(f"{lora.file} can't be used as an adapter of this model: {reason}") from error
     adapted.set_adapters([*loras], [lora.scale for lora in loras.values()])
     # By default, diffusers leaves adapters of FLUX's text encoder unfused.
     parts = [part for part in adapted._lora_loadable_modules if hasattr(getattr(adapted, part), "peft_config")]

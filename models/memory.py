@@ -37,9 +37,9 @@ def reserve_bytes(limit: float) -> float:
     return max(RESERVE_SHARE * limit, min(MIN_RESERVE, limit / 8))
 
 
-def in_gib(num_bytes: float) -> str:
-    """A number of bytes for people."""
-    return f"{num_bytes / 2**30:.2f} GiB"
+def readable(num_bytes: float) -> str:
+    """A number of bytes for people, in MiB if it is small."""
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,8 +114,8 @@ def load_router_weights(folder: Path, model_directory: Path) -> RouterWeights | 
     tensors = router_tensors_in(folder, model_directory)
     if neuron_orders_in(tensors):
         raise WeightsError(
-            f"{path} asks for another order of the hidden neurons of {model_directory}; write a directory in that "
-            f"order, with its router folder: elastic-dit convert --format reorder --src {model_directory} --out "
+            f"{path} asks for another order of the hidden neurons of {model_directory}; write the model and its "
+            f"routers anew in that order: elastic-dit convert --format reorder --src {model_directory} --out "
             f"{model_directory}-in-order"
         )
     try:

@@ -26,7 +26,7 @@ from models.families.image import ImageFamily
 from models.file_formats import OutputFormat, encode_image
 from models.float8 import FLOAT8_TOLERANCE
 from models.load_options import DEFAULTS, LoadOptions, Weights
-from models.memory import ModelMemory, in_gib
+from models.memory import ModelMemory, readable
 from models.mesh.cleanup import CleanMesh
 from models.prompt_cache import PromptCache
 from models.published_terms import published_terms
@@ -115,9 +115,9 @@ def _limited(
         memory = replace(card.memory, limit=limit, all_weights=weights)
         if memory.room <= 0:
             raise WeightsError(
-                f"the weights of {', '.join(cards)} take {in_gib(weights)}; {device} has {in_gib(limit)} for them and "
-                f"for requests, of which {in_gib(memory.reserve)} are kept free; serve fewer models, keep parts on the "
-                "CPU (offload) or allow more (device_memory)"
+                f"the weights of {', '.join(cards)} take {readable(weights)}; {device} has {readable(limit)} for them "
+                f"and for requests, of which {readable(memory.reserve)} are kept free; serve fewer models, keep parts "
+                "on the CPU (offload) or allow more (device_memory)"
             )
         yield model, card, memory
 

@@ -312,7 +312,7 @@ def _samples(prompts: Path | None, images: Path | None, max_pixels: int) -> list
 @app.command()
 def convert(
     source: Annotated[
-        Path, typer.Option("--src", exists=True, help="The checkpoint: a file, an index of shards, or their folder.")
+        Path, typer.Option("--src", exists=True, help="The checkpoint: a file, an index of shards, or a folder.")
     ],
     out: Annotated[Path, typer.Option(help="The model directory to write.")],
     format_name: Annotated[
@@ -320,8 +320,8 @@ def convert(
         typer.Option(
             "--format",
             help="elastic-dit: the Elastic-DiT checkpoint of Qwen-Image; --base is a directory of Qwen-Image. "
-            "hunyuan3d: a .ckpt beside its config.yaml, or their folder; without --base. reorder: a model directory "
-            "whose routers were trained for another order of its neurons, by an earlier version.",
+            "hunyuan3d: a .ckpt beside its config.yaml, or their folder; without --base. reorder: a model "
+            "directory whose routers, of an earlier version, ask for another order of its neurons.",
         ),
     ],
     base: Annotated[
@@ -334,7 +334,7 @@ def convert(
     ] = 5.0,
     config: Config = None,
 ) -> None:
-    """Import a checkpoint of another layout, with its routers if it has any."""
+    """Write a model directory from a checkpoint of another layout, with its routers if it has any."""
     settings = load_settings(config)
     from models.conversion import convert as convert_checkpoint  # imports torch, so only where something is computed
 

@@ -58,9 +58,9 @@ class Settings(BaseSettings):
     )
     loras: Annotated[Mapping[str, str], NoDecode] = Field(
         default_factory=dict,
-        description="Low-rank adapters for image models, as name=file separated by commas, or as JSON; file@0.8 adds "
-        "it at a scale of 0.8. The model flux-dev+style, so named in models, is flux-dev with the adapter style in its "
-        "weights.",
+        description="Low-rank adapters (LoRA) for image models, as name=file separated by commas, or as JSON; file@0.8 "
+        "adds one at a scale of 0.8. The entry flux-dev+style in models then is flux-dev with the adapter style in its "
+        "weights. None by default.",
     )
     router_weights: Path = Field(
         default=INSTALLATION / "router_weights",
@@ -80,32 +80,33 @@ class Settings(BaseSettings):
     weights: Weights = Field(
         default=Weights.AUTO,
         description="How weights are stored: auto (float32 with the device cpu, else bfloat16), float32, bfloat16, or "
-        "float8, which halves bfloat16's memory of transformers and text encoders and still computes as with auto.",
+        "float8, which halves the memory of transformers and text encoders against bfloat16, and computes as auto.",
     )
     offload: Offload = Field(
         default=Offload.NONE,
-        description="What stays on the CPU, for devices with less memory: none; text_encoders, which makes encoding "
-        "prompts take longer; or layers, with which also each block of a transformer comes to the device only to run.",
+        description="What stays on the CPU, to save memory of a GPU: none; text_encoders, which slows prompts down; or "
+        "layers, which also brings each block of a transformer to the GPU only to run.",
     )
-    offload_text_encoders: bool = Field(default=False, description="The older form of offload: text_encoders.")
+    offload_text_encoders: bool = Field(
+        default=False, description="Means offload text_encoders, as in earlier versions."
+    )
     prompt_cache_bytes: int = Field(
         default=256_000_000,
         ge=0,
-        description="The most bytes of embedded prompts to keep in the host's memory, so that a prompt that comes "
-        "again is not encoded again; those used last are kept. 0 keeps none but each model's empty prompt.",
+        description="The most bytes of embedded prompts to keep in the host's memory, so that a repeated prompt is "
+        "not encoded again. Those used last are kept; 0 keeps only each model's empty prompt.",
     )
     compile: bool = Field(
         default=False,
-        description="Compile the blocks of all models before the server is ready, which takes some minutes at the "
-        "first start. Steps are faster then, and results differ from those of the publishers' pipelines by rounding. "
-        "Needs a C++ compiler, and Triton on GPUs. Does not go with offload layers and weights float8.",
+        description="Compile the blocks of all models before the server is ready, to make steps faster. The first "
+        "start takes some minutes longer. Results differ from those of the publishers' pipelines by rounding. Needs a "
+        "C++ compiler, and Triton on GPUs. Can't be combined with offload layers or weights float8.",
     )
     device_memory: ByteSize | None = Field(
         default=None,
         gt=0,
-        description="The most memory of the device to use, for weights and requests together, such as 24GiB; all that "
-        "a GPU has by default, and no limit on a CPU. Requests wait for room in it, and what could never fit is "
-        "refused.",
+        description="The most memory of the device to use for weights and requests together, such as 24GiB. By "
+        "default all memory of a GPU, and no limit on a CPU. Requests wait for room; what could never fit is refused.",
     )
     default_budget: BudgetBody = Field(
         default=BudgetBody(quality=0.9),
@@ -295,9 +296,8 @@ class Settings(BaseSettings):
             return json.loads(value) if isinstance(value, str) else value
         pairs = [part.partition("=") for part in value.split(",") if part.strip()]
         if wrong := next((name for name, equals, _ in pairs if not equals), None):
-            raise ValueError(
-                f"'{wrong.strip()}' is not {'name=file' if info.field_name == 'loras' else 'pattern=model'}"
-            )
+            form = "name=file" if info.field_name == "loras" else "pattern=model"
+            raise _refusal(f"{info.field_name} has '{wrong.strip()}', which is not {form}")
         return {name.strip(): meant.strip() for name, _, meant in pairs}
 
     @field_validator("loras")
@@ -305,9 +305,9 @@ class Settings(BaseSettings):
     def _check_loras(cls, value: Mapping[str, str]) -> Mapping[str, str]:
         for name, place in value.items():
             if not re.fullmatch(r"[\w.-]+", name):
-                raise ValueError(f"'{name}' is no name of an adapter, which has letters, digits, '.', '_' and '-'")
+                raise _refusal(f"loras has the name '{name}'; names may have letters, digits, '.', '_' and '-'")
             if not (lora := Lora.at(place)).file.is_file():
-                raise ValueError(f"there is no file '{lora.file}' for the adapter {name}")
+                raise _refusal(f"loras {name}: there is no file '{lora.file}'")
         return value
 
     @field_validator("model_aliases")
@@ -316,8 +316,7 @@ class Settings(BaseSettings):
         names = [path.name for path in info.data.get("models", ())]  # a model's id is the name of its directory
         for pattern, model in value.items():
             if model not in names:
-                message = f"model_aliases {pattern}={model} names none of the models: {', '.join(names)}"
-                raise PydanticCustomError("unsupported", "{message}", {"message": message})
+                raise _refusal(f"model_aliases {pattern}={model} names none of the models: {', '.join(names)}")
         return value
 
     @property
@@ -334,24 +333,21 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _check_compile(self) -> Self:
         if self.compile and self.offload is Offload.LAYERS:
-            raise ValueError("compile needs weights that stay on the device; leave it out, or offload 'layers'")
+            raise _refusal("compile can't be combined with offload 'layers'; leave one of them out")
         if self.compile and self.weights is Weights.FLOAT8:
-            raise ValueError("compile is not possible with weights 'float8'; leave one of them out")
+            raise _refusal("compile can't be combined with weights 'float8'; leave one of them out")
         return self
 
     @model_validator(mode="after")
     def _check_offload(self) -> Self:
         if self.offload is Offload.LAYERS and self.device.startswith("cpu"):
-            raise ValueError(
-                f"offload 'layers' keeps weights out of a GPU's memory, but device is '{self.device}'; leave offload "
-                "out, or set device to cuda"
-            )
+            raise _refusal(f"offload 'layers' needs a GPU, but device is '{self.device}'; leave offload out")
         return self
 
     @model_validator(mode="after")
     def _check_webhooks(self) -> Self:
         if self.webhook_hosts and self.webhook_secret is None:
-            raise ValueError("webhook_hosts requires webhook_secret, which signs the calls")
+            raise _refusal("webhook_hosts requires webhook_secret, which signs the calls")
         return self
 
     @field_validator("models", "cors_origins", "webhook_hosts", "allowed_hosts", "trusted_proxies", mode="before")
@@ -369,6 +365,11 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+def _refusal(message: str) -> PydanticCustomError:
+    """An error whose message names the setting itself."""
+    return PydanticCustomError("unsupported", "{message}", {"message": message})
 
 
 def load_settings(config: Path | None = None, **options: Any) -> Settings:

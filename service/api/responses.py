@@ -65,9 +65,9 @@ class ReceiptBody(BaseModel):
     quality_requested: float | None = Field(description="Null for compute_ratio and latency_ms budgets.")
     quality_applied: float
     exact: bool | str = Field(
-        description="True: the result is that of the unmodified pipeline for this seed, bit for bit. `within 0.01`: "
-        "its latents differ from that pipeline's by at most so much, since this server computes otherwise, such as "
-        "with compiled blocks. False: blocks or steps were left out, or calls shared, as with every latency budget.",
+        description="True: the latents are those of the unmodified pipeline for this seed, bit for bit. `within 0.01`: "
+        "none of their numbers is farther from that pipeline's, because this server computes with compiled blocks or "
+        "float8 weights. False: another budget than exact, or a deadline.",
         examples=[True],
     )
     compute_ratio: float
@@ -97,7 +97,7 @@ class InputTokensBody(BaseModel):
 
 
 class UsageBody(BaseModel):
-    """Tokens. Each image of a call encodes the prompt for itself, so several images count it as often."""
+    """Tokens. The prompt counts once for each image of a call."""
 
     input_tokens: int
     input_tokens_details: InputTokensBody
@@ -256,16 +256,16 @@ class LimitsBody(BaseModel):
 
 
 class MemoryBody(BaseModel):
-    """Bytes of the device, as planned for requests at the model's defaults."""
+    """Bytes of the device, as predicted for requests with the model's defaults."""
 
     weights: int = Field(description="What the model's weights take.")
-    limit: int | None = Field(description="What the server may use, for the weights of all models and for requests.")
-    room: int | None = Field(description="What is left of it for requests, of all models; null without a limit.")
+    limit: int | None = Field(description="What the server may use for all weights and requests; null without a limit.")
+    room: int | None = Field(description="What is left of it for the requests of all models; null without a limit.")
     exact_request: int = Field(description="The most that an exact request takes if it runs alone.")
     default_request: int = Field(description="As exact_request, at the server's default budget.")
     requests_at_once: int | None = Field(
-        description="How many requests at the default budget are in memory at once, if there are no others; the "
-        "server's max_running may allow fewer. Null without a limit."
+        description="How many requests at the default budget fit into memory at once, if there are no others. The "
+        "setting max_running may allow fewer. Null without a limit."
     )
     largest_size: str | None = Field(
         default=None,

@@ -40,6 +40,11 @@ def _message(error: Mapping[str, Any], name: str) -> str:
             return f"{name} must be a JSON object, not {given}"
         case "unsupported" | "budget_form" | "budget_floor":
             return str(error["msg"])
+        case "value_error":
+            reason = error["msg"].removeprefix("Value error, ")
+            return f"{name} {given} is not valid: {reason}" if error["loc"] else reason
+        case "byte_size" | "byte_size_unit":
+            return f"{name} {given} is no number of bytes, such as 24GiB"
         case _:
             return f"{name} {given} is not valid: {error['msg'].lower()}"
 

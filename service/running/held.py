@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from models.errors import DeviceLost
 from models.memory import RequestMemory
 from models.mesh.surface import FieldSamples
 from models.request import GenerationRequest
@@ -57,6 +58,16 @@ class HeldJob:
     @property
     def job(self) -> Job:
         return self.claim.job
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether one of its requests is or was on the device."""
+        on_device = [
+            stage
+            for stage in self.encoding.values()
+            if stage.running() or (stage.done() and isinstance(stage.exception(), DeviceLost))
+        ]
+        return bool(on_device) or len(self.unstarted) < len(self.job.requests)
 
     def progress(self, states: "Sequence[DenoiseState]", now: float) -> Progress:
         """Its progress, where `states` are those of its running requests, and `now` is as `began`.

@@ -27,6 +27,7 @@ class PriorityThread:
         future: Future[Result] = Future()
 
         def call() -> None:
+            future.set_running_or_notify_cancel()
             try:
                 result = function(*arguments)
             except BaseException as error:

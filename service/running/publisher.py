@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from models.card import ModelCard
 from models.errors import DeviceLost, EmptySurface, GenerationError, InvalidRequest, OutOfDeviceMemory
 from models.file_formats import MeshFormat, OutputFormat
 from models.memory import NO_MEMORY, RequestMemory
@@ -29,7 +30,7 @@ from service.running.device_use import DeviceUse
 from service.running.output import encode_output
 from service.running.priority_thread import PriorityThread
 from service.running.sandbox import NotWanted, Sandbox
-from service.scheduling.memory import Decoding
+from service.scheduling.memory import Decoding, try_smaller
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,8 @@ _Encoded = Future[tuple[bytes, Receipt]]
 class Publisher:
     """Used by the worker's thread. It reports previews and ends to `report`; `is_wanted` says if a claim still holds.
 
-    A job whose decoding finds the device lost does not end; `on_device_lost` is told, in some thread.
+    A job whose decoding finds the device lost does not end; `on_device_lost` is told, in some thread. `cards` are those
+    of all loaded models.
 
     Decoding and encoding run in one thread for each model: most of a mesh's time is its decoding, and neither the next
     steps nor the artifacts of another model wait for it. diffusers' AutoencoderKLQwenImage cannot decode in two threads
@@ -110,6 +112,7 @@ class Publisher:
     ) -> None:
         self._device = device
         self._on_device_lost = on_device_lost
+        self.cards: Mapping[str, ModelCard] = {}
         self._metrics = metrics
         self._report = report
         self._is_wanted = is_wanted
@@ -127,7 +130,8 @@ class Publisher:
         claim, job = denoised.claim, denoised.claim.job
         self._metrics.observe_stage(job.model, "denoise", denoised.denoise_s)
         artifact = self._threads[job.model].submit(job.is_high, self._make_artifact, denoised)
-        self._note_use(_Use(artifact, job.model, denoised.memory.finished, denoised.memory.decode))
+        memory = denoised.memory
+        self._note_use(_Use(artifact, job.model, memory.finished + memory.grid, memory.decode))
         artifact.add_done_callback(lambda _: on_artifact())
         self._unfinished = [*(other for other in self._unfinished if not other.done()), artifact]
         self._claims[claim.lease] = claim
@@ -182,6 +186,9 @@ class Publisher:
         match error:
             case InvalidRequest():
                 failure = Failure(FailureReason.INVALID_REQUEST, str(error), error.param)
+            case OutOfDeviceMemory():
+                hint = try_smaller(job.requests[0], self.cards[job.model])
+                failure = Failure(FailureReason.GENERATION_FAILED, f"job {job.id} failed: {error}{hint}")
             case GenerationError() | SandboxFailed():
                 failure = Failure(FailureReason.GENERATION_FAILED, f"job {job.id} failed: {error}")
             case _:

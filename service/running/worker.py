@@ -183,8 +183,7 @@ class Worker:
         if not self.is_broken:
             return set()
         with self._lock:
-            begun = [held for held in self._held.values() if len(held.unstarted) < len(held.job.requests)]
-            return {held.claim.lease for held in begun}
+            return {held.claim.lease for held in self._held.values() if held.has_begun}
 
     def finish_seconds(self, model: str) -> float:
         """How long decoding and encoding the model's last result took; 0 before the first."""
@@ -203,10 +202,14 @@ class Worker:
             self._loaded.set_exception(error)
             return
         self._engine = engine
-        self.cards = self._room.cards = engine.cards
+        self.cards = self._room.cards = self._publisher.cards = engine.cards
         self._loaded.set_result(None)
         try:
-            while not self._is_stopping:
+            while True:
+                # First, so that anything that arrives from here on, such as `stop`, wakes the loop again.
+                self._wake.clear()
+                if self._is_stopping:
+                    break
                 self._take_turn(engine)
         except DeviceLost as error:
             logger.critical("%s; the process ends, and a new one can use the device again", error, exc_info=error)
@@ -222,7 +225,6 @@ class Worker:
     def _take_turn(self, engine: "Engine") -> None:
         if self._device_lost is not None:
             raise self._device_lost
-        self._wake.clear()  # first, so that anything that arrives from here on wakes the loop again
         self._drop_unwanted()
         self._decode_done(engine)
         with self._lock:
@@ -238,6 +240,7 @@ class Worker:
                 self._decode(engine, batch[0], batch[0].decoding)
         else:
             self._metrics.observe_groups(self.cards, [])
+            self._metrics.observe_memory({**engine.memory_bytes(), **self._room.kinds(self._running)})
             self._wake.wait()
 
     def _drop_unwanted(self) -> None:
@@ -308,6 +311,7 @@ class Worker:
             raise
         except OutOfDeviceMemory as error:
             logger.warning("%s; it is decoded at once", error)
+            running.decoding = None  # it begins again, and takes its memory then
             self._publish(running, partial(_whole_field, engine, running.state))
         except Exception as error:
             self._let_go(running)
@@ -329,7 +333,7 @@ class Worker:
             denoise_s=running.denoise_ended - running.denoise_began,
             field_s=time.perf_counter() - running.denoise_ended,
             batch_size_mean=running.batch_size_sum / len(running.state.computed),
-            memory=replace(running.memory, decode=0) if running.decoding else running.memory,
+            memory=replace(running.memory, decode=0, grid=0) if running.decoding else running.memory,
         )
         self._publisher.publish(denoised, on_artifact=self._look_for_room)
         self._let_go(running)

@@ -9,9 +9,10 @@ from models.budget import resolve
 from models.card import Edits, ImageCard, MeshCard, ModelCard
 from models.curve import EXACT
 from models.errors import InvalidRequest
-from models.memory import RequestMemory, in_gib
+from models.memory import RequestMemory, readable
 from models.request import Budget, GenerationRequest, ImageEdit, ImageRequest, MeshRequest, head_of_png
 
+_SHARE_TO_TRY = 0.75
 _MOST_AT_ONCE = 64
 """How far requests are counted that fit at once."""
 
@@ -120,8 +121,8 @@ def check_fits(request: GenerationRequest, card: ModelCard) -> None:
     param, asked = _size_of(request)
     largest = "no smaller one fits" if smaller is None else f"the largest that fits is {_size_of(smaller)[1]}"
     raise InvalidRequest(
-        f"{param} {asked} needs {in_gib(needed)} of memory beside the weights of {card.id}, and this server has "
-        f"{in_gib(room)} for requests; {largest}",
+        f"{param} {asked} needs {readable(needed)} of memory beside the weights of {card.id}, and this server has "
+        f"{readable(room)} for requests; {largest}",
         param,
     )
 
@@ -147,6 +148,15 @@ def _smaller(request: GenerationRequest, card: ModelCard) -> Iterator[Generation
             step = card.octree_resolution_step
             for resolution in range(request.octree_resolution - step, card.min_octree_resolution - 1, -step):
                 yield replace(request, octree_resolution=resolution)
+
+
+def try_smaller(request: GenerationRequest, card: ModelCard) -> str:
+    """What to try after memory ran out for a request that had the device for itself, though it was predicted to fit."""
+    most = _SHARE_TO_TRY * card.memory_of(request).alone
+    for other in _smaller(request, card):
+        if card.memory_of(other).alone <= most:
+            return f"; try {' '.join(_size_of(other))} or less"
+    return ""
 
 
 def largest_image(request: ImageRequest, card: ImageCard) -> tuple[int, int] | None:

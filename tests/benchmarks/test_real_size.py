@@ -1,60 +1,52 @@
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from benchmarks import real_size
-from benchmarks.real_size import (
-    SHARES,
-    ForcedRule,
-    counted_waits,
-    forced_plans,
-    measure,
-    start,
-)
-from benchmarks.real_size_models import MODELS, Scale, Subject
+from benchmarks.real_size import __main__ as real_size
+from benchmarks.real_size import sections, subjects
+from benchmarks.real_size.device_use import host, memory
+from benchmarks.real_size.meshes import meshes
+from benchmarks.real_size.section import Section, Setting, Table
+from benchmarks.real_size.steps import SHARES, ForcedRule, Runner, Way, forced_plans
+from benchmarks.real_size.subjects import IMAGE_MODELS, Scale, Subject
 from models.elastic.compute import BlockCost
 from models.elastic.plan import REUSE, Policy, RowView
-from models.engine import Engine
 from models.report import Decision
 
 SMALL = {"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 48, "axes_dims_rope": (4, 6, 6)}
 TINY = {
     "flux": Scale(
         {**SMALL, "guidance_embeds": True, "pooled_projection_dim": 24, "num_layers": 2, "num_single_layers": 3},
+        {**subjects._FLUX_VAE, "block_out_channels": (32, 32, 32, 32)},
         {"cond": 7},
         (64,),
-        (1, 2),
     ),
-    "qwen-image": Scale({**SMALL, "num_layers": 5}, {"cond": 9, "uncond": 3}, (64,), (1, 2)),
+    "qwen-image": Scale({**SMALL, "num_layers": 5}, {"base_dim": 4}, {"cond": 9, "uncond": 3}, (64,)),
 }
-COLUMNS = [
-    "name",
-    "compute_ratio",
-    "seconds",
-    "time_ratio",
-    "low",
-    "high",
-    "per_compute",
-    "router_share",
-    "gather_cost",
-    "waits",
-    "peak_gib",
-    "bank_gib",
-]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> None:
+def _tiny() -> Iterator[None]:
     torch.set_num_threads(1)
+    tiny = {name: replace(model, reduced=TINY[name]) for name, model in IMAGE_MODELS.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.real_size.section.IMAGE_MODELS", tiny)
+        patch.setattr(sections, "_MOST_ROUNDS", 1)
+        yield
 
 
 @pytest.fixture(scope="module", params=[*TINY])
 def subject(request: pytest.FixtureRequest) -> Subject:
-    return MODELS[request.param].build(TINY[request.param], torch.device("cpu"), torch.float32)
+    return IMAGE_MODELS[request.param].build(TINY[request.param], torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def setting() -> Setting:
+    return Setting(torch.device("cpu"), torch.bfloat16, True, 0.0)
 
 
 @pytest.mark.parametrize("share", SHARES)
@@ -81,53 +73,66 @@ def test_forced_reuse_runs_where_nothing_is_stored() -> None:
     assert ForcedRule([REUSE]).plan(replace(view, num_reuses=0), Policy()) == REUSE
 
 
-def test_stock_steps_and_our_exact_step_agree(subject: Subject) -> None:
-    ours = start(subject, 64, 2)
-    stock: dict[str, list[Tensor]] = {name: step(ours) for name, step in subject.stock_steps.items()}
-    Engine({subject.family.model_id: subject.family}, {}).step(ours)
-    for latents in stock.values():
-        for state, expected in zip(ours, latents, strict=True):
-            torch.testing.assert_close(state.latents, expected, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(ours[0].latents, start(subject, 64, 1)[0].latents, atol=1e-3)
+def test_ways_differ_as_they_say(subject: Subject) -> None:
+    runner = Runner(subject)
+    stock, _ = runner.denoise(Way(stock_steps=2), 64, 2, 2)
+    exact, dense, equal, mixed = (
+        runner.denoise(way, 64, 2, 2)
+        for way in (Way(), Way(shares_calls=True), Way(share=0.5), Way(share=0.5, is_mixed=True))
+    )
+    alone, _ = runner.denoise(Way(stock_steps=2), 64, 1, 2)
+    assert torch.equal(exact[0][:1], alone)
+    for latents, cost in (exact, dense):
+        torch.testing.assert_close(latents, stock, rtol=1e-4, atol=1e-5)
+        assert cost.compute_ratio == 1
+    for latents, cost in (equal, mixed):
+        assert cost.compute_ratio == pytest.approx(0.55, abs=0.15)  # blocks are few
+        assert not torch.allclose(latents, stock, rtol=1e-2)
+    assert not torch.equal(equal[0], mixed[0])
 
 
-def test_measurement_counts_compute_waits_and_stored_residuals(subject: Subject) -> None:
-    rows = {str(row["name"]): row for row in measure(subject, 64, 2, num_rounds=1)}
-    num_blocks = len(subject.family.blocks)
-    assert all([*row] == COLUMNS for row in rows.values())
-    assert rows["exact"]["compute_ratio"] == rows["routers"]["compute_ratio"] == rows["stock"]["compute_ratio"] == 1
-    assert rows["exact"]["waits"] == rows["stock"]["waits"] == 0
-    assert rows["exact"]["bank_gib"] == rows["routers"]["bank_gib"] == 0
-    assert rows["routers"]["waits"] == num_blocks
-    for share in SHARES:
-        for kind in ("equal", "mixed"):
-            row = rows[f"{share} {kind}"]
-            assert row["compute_ratio"] == pytest.approx(share, abs=0.15)  # blocks are few
-            assert row["waits"] == num_blocks
-            assert 0 < float(row["bank_gib"] or 0) < 1e-3
-        assert rows[f"{share} equal"]["gather_cost"] is None
-        assert isinstance(rows[f"{share} mixed"]["gather_cost"], float)
+def test_savings_have_the_stated_shares(setting: Setting) -> None:
+    for table in sections.savings(setting):
+        rows = {str(row["name"]): row for row in table.rows}
+        assert rows["stock"]["time_ratio"] == rows["routers 1"]["compute_ratio"] == 1
+        for share, steps in zip(SHARES, (6, 4, 3), strict=True):
+            assert rows[f"forecasts {share}"]["compute_ratio"] == steps / 8
+            assert rows[f"fewer steps {share}"]["compute_ratio"] == steps / 8
+            assert rows[f"routers {share}"]["compute_ratio"] == pytest.approx(share, abs=0.15)
 
 
-def test_waits_on_a_cpu_are_calls_that_read_a_tensor() -> None:
-    tensor = torch.arange(2)
-    with counted_waits(torch.device("cpu")) as waits:
-        assert tensor.tolist() == [0, 1]
-        assert tensor[1].item() == 1
-    tensor.tolist()
-    assert waits == ["tolist", "item"]
+def test_sections_without_a_gpu_say_what_they_can(setting: Setting) -> None:
+    (flux, _), (flux_bytes, _), (flux_overlap, _) = (
+        [*section(setting)] for section in (host, memory, sections.overlap)
+    )
+    assert all(float(row["operators"] or 0) > 100 and row["kernels"] is None for row in flux.rows)
+    assert all(float(row["formula_gib"] or 0) > 0 and row["measured_gib"] is None for row in flux_bytes.rows)
+    assert flux_overlap.rows[-1]["decodings"]
 
 
-def test_command_ends_in_one_line_of_json(
+def test_meshes_have_all_stages(setting: Setting) -> None:
+    (table,) = meshes(setting)
+    assert len(table.rows) == 5
+
+
+def test_each_section_writes_its_file_and_a_fault_stops_no_other(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    tiny = {name: replace(model, reduced=TINY[name]) for name, model in MODELS.items()}
-    monkeypatch.setattr(real_size, "MODELS", tiny)
-    path = tmp_path / "results" / "real.json"
-    command = f"real_size --device cpu --reduced --rounds 1 --batches 1 --json {path}"
-    monkeypatch.setattr("sys.argv", command.split())
-    real_size.main()
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result == json.loads(path.read_text())
-    assert {step["model"] for step in result["steps"]} == set(MODELS)
-    assert {step["side"] for step in result["steps"]} == {64}
+    def broken(_: Setting) -> Iterator[Table]:
+        yield Table("first", [{"name": "a", "seconds": 1.0}])
+        raise ValueError("no kernel")
+
+    def good(_: Setting) -> Iterator[Table]:
+        yield Table("second", [{"name": "b", "seconds": 2.0}])
+
+    known = (Section("broken", 1, broken), Section("good", 1, good), Section("not chosen", 1, broken))
+    monkeypatch.setattr(real_size, "SECTIONS", known)
+    monkeypatch.setattr("sys.argv", f"real_size --device cpu --sections good,broken --out {tmp_path}".split())
+    with pytest.raises(SystemExit, match="fault"):
+        real_size.main()
+    results = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}
+    assert results.keys() == {"real-size-cpu-broken.json", "real-size-cpu-good.json"}
+    assert results["real-size-cpu-broken.json"]["fault"] == "ValueError('no kernel')"
+    assert [*results["real-size-cpu-broken.json"]["tables"]] == ["first"]
+    assert results["real-size-cpu-good.json"]["fault"] is None
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == results["real-size-cpu-good.json"]

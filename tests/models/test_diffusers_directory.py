@@ -39,7 +39,7 @@ def copy(tiny_flux: Path, tmp_path: Path) -> Path:
 )
 def test_quantised_weights_are_refused_by_name(copy: Path, part: str, quantisation: Any, method: str) -> None:
     edit_json(copy / part / "config.json", quantization_config=quantisation)
-    with pytest.raises(WeightsError, match=rf"{part}/config.json says .* quant_method {method}\), which is not served"):
+    with pytest.raises(WeightsError, match=rf"{part}/config.json is of quantised .* quant_method {method}\)"):
         load(copy)
 
 
@@ -66,7 +66,7 @@ def test_variants_are_not_chosen_among(copy: Path, part: str) -> None:
         shutil.copy(plain, plain.with_suffix(f".{variant}.safetensors"))
     load(copy)  # the plain file counts
     plain.unlink()
-    with pytest.raises(WeightsError, match="several variants: bf16, fp16; leave those of one"):
+    with pytest.raises(WeightsError, match="several variants: bf16, fp16; remove all but one"):
         load(copy)
 
 

@@ -130,6 +130,7 @@ def test_adapter_that_does_not_fit_is_named(
     with pytest.raises(WeightsError, match=message) as caught:
         load(kind, directory, "+style", loras, tmp_path)
     assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_unknown_adapters_are_named(kind: Kind, directory: Path, tmp_path: Path) -> None:

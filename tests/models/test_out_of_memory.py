@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models.curve import ComputedSteps, CurvePoint
+from models.device_errors import DeviceErrors
 from models.engine import Engine
 from models.errors import DeviceLost, OutOfDeviceMemory
 from models.request import GenerationRequest
@@ -133,17 +134,19 @@ def test_start_and_decoding_can_fail_at_any_allocation(engine: Engine, ask: Ask)
 
 
 @ONE_KIND
-def test_device_is_lost_if_it_fails_again(
-    engine: Engine, companions: list[DenoiseState], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
-        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCompile with")
+def test_device_that_fails_another_call_too_is_lost(monkeypatch: pytest.MonkeyPatch, ask: Ask) -> None:
+    asked: list[torch.device] = []
+    error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCompile with")
 
-    monkeypatch.setattr("models.engine.run_block", fail)
-    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
-    with pytest.raises(torch.AcceleratorError):
-        engine.step(companions)
-    monkeypatch.setattr("torch.cuda.synchronize", fail)
-    with pytest.raises(DeviceLost, match=r"illegal memory access was encountered$"):
-        engine.step(companions)
+    def synchronize(device: torch.device) -> None:
+        asked.append(device)
+        if len(asked) > 1:
+            raise error
+
+    monkeypatch.setattr("torch.cuda.synchronize", synchronize)
+    errors = DeviceErrors("a step of", ask(), torch.device("cuda:1"))
+    with pytest.raises(torch.AcceleratorError), errors:
+        raise error
+    with pytest.raises(DeviceLost, match=r"illegal memory access was encountered$"), errors:
+        raise error
+    assert asked == [torch.device("cuda:1")] * 2

@@ -77,6 +77,10 @@ def test_broken_settings_file_is_one_line(content: bytes, tmp_path: Path, capsys
         ("RESULTS_URL", "paper://shelf", "results_url: Protocol not known: paper"),
         ("DEFAULT_BUDGET", "{", "default_budget"),
         ("API_KEYS", "[" * 50_000, "api_keys is not JSON"),
+        ("OFFLOAD", "layers", "elastic-dit: offload 'layers' keeps weights out of a GPU's memory, but device is 'cpu'"),
+        ("LORAS", "style", "loras 'style' is not valid: 'style' is not name=file\n"),
+        ("DEVICE_MEMORY", "10Zork", "device_memory '10Zork' is no number of bytes, such as 24GiB\n"),
+        ("DEVICE_MEMORY", "-1", "device_memory '-1' is no number of bytes, such as 24GiB\n"),
     ],
 )
 def test_broken_variable_is_one_line_and_exit_code_2(

@@ -60,7 +60,7 @@ def test_aliases_are_pairs_or_json(text: str, tmp_path: Path, monkeypatch: pytes
     ("text", "message"),
     [
         ("gpt-*=tiny-Flux", "model_aliases gpt-*=tiny-Flux names none of the models: tiny-flux, tiny-qwen-image"),
-        ("gpt-*", "'gpt-*' is not pattern=model"),
+        ("gpt-*", "model_aliases has 'gpt-*', which is not pattern=model"),
         ('{"gpt-*": 5}', "valid string"),
         ('{"gpt-*"', "delimiter"),
     ],
@@ -140,9 +140,9 @@ def test_models_with_adapters_are_found_by_their_base(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("loras", "message"),
     [
-        ("style", "'style' is not name=file"),
-        ("style=/nowhere.safetensors", r"no file '/nowhere\.safetensors' for the adapter style"),
-        ("my style=/dev/null", "'my style' is no name of an adapter"),
+        ("style", "loras has 'style', which is not name=file"),
+        ("style=/nowhere.safetensors", r"loras style: there is no file '/nowhere\.safetensors'"),
+        ("my style=/dev/null", "loras has the name 'my style'; names may have letters"),
     ],
 )
 def test_adapters_that_can_not_be_are_refused(loras: str, message: str) -> None:

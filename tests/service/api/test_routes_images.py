@@ -89,7 +89,7 @@ def test_several_images_have_receipts_of_their_own(client: TestClient) -> None:
     assert all(len(image["receipt"]["decisions"]) == 4 for image in body["data"])
     assert "decisions" not in body["receipt"]
     assert body["receipt"]["blocks"]["run"] == 24
-    assert body["receipt"]["batch_size_mean"] == 3
+    assert 1 < body["receipt"]["batch_size_mean"] <= 3  # the first one may step before the others are encoded
     assert body["usage"]["input_tokens_details"] == {"image_tokens": 0, "text_tokens": 9}
     assert (body["usage"]["output_tokens"], body["usage"]["total_tokens"]) == (48, 57)
 

@@ -53,7 +53,7 @@ def test_server_whose_volume_is_full_is_not_ready(client: Any, monkeypatch: pyte
 
 
 def test_metrics_count_what_was_done(client: TestClient) -> None:
-    client.post("/v1/images", json={"prompt": "a", "n": 2, "budget": {"preset": "fast"}})
+    client.post("/v1/images", json={"prompt": "a", "budget": {"preset": "fast"}})
     client.post("/v1/images", json={"prompt": "break at step"})
     client.post("/v1/images", json={"prompt": "", "model": "x\ny"})
     client.post("/v1/images", json={"prompt": "a", "model": "secret-id"})
@@ -62,19 +62,19 @@ def test_metrics_count_what_was_done(client: TestClient) -> None:
     assert response.headers["content-type"].startswith("text/plain")
     lines = response.text.splitlines()
     for line in (
-        'elastic_block_decisions_total{block="double.00",decision="run",model="drawn"} 8.0',
+        'elastic_block_decisions_total{block="double.00",decision="run",model="drawn"} 4.0',
         'elastic_block_decisions_total{block="single.00",decision="skip",model="drawn"} 0.0',
         'elastic_block_latency_seconds_count{block="single.00",model="drawn"} 4.0',
-        'elastic_block_mlp_width_ratio_count{block="single.00",model="drawn"} 8.0',
+        'elastic_block_mlp_width_ratio_count{block="single.00",model="drawn"} 4.0',
         'elastic_router_latency_seconds_count{model="drawn"} 4.0',
         'elastic_step_latency_seconds_count{model="drawn"} 4.0',
-        'elastic_generation_batch_size_sum{model="drawn"} 8.0',
-        'elastic_stage_latency_seconds_count{model="drawn",stage="encode"} 3.0',
-        'elastic_stage_latency_seconds_count{model="drawn",stage="denoise"} 2.0',
-        'elastic_stage_latency_seconds_count{model="drawn",stage="decode"} 2.0',
-        'elastic_stage_latency_seconds_count{model="drawn",stage="output"} 2.0',
-        'elastic_compute_ratio_sum{model="drawn"} 1.0',
-        'elastic_predicted_compute_ratio_error_count{model="drawn"} 2.0',
+        'elastic_generation_batch_size_sum{model="drawn"} 4.0',
+        'elastic_stage_latency_seconds_count{model="drawn",stage="encode"} 2.0',
+        'elastic_stage_latency_seconds_count{model="drawn",stage="denoise"} 1.0',
+        'elastic_stage_latency_seconds_count{model="drawn",stage="decode"} 1.0',
+        'elastic_stage_latency_seconds_count{model="drawn",stage="output"} 1.0',
+        'elastic_compute_ratio_sum{model="drawn"} 0.5',
+        'elastic_predicted_compute_ratio_error_count{model="drawn"} 1.0',
         'elastic_requests_running{model="drawn"} 0.0',
         'elastic_requests_waiting{model="guided"} 0.0',
         'elastic_request_queue_time_seconds_count{model="drawn"} 2.0',

@@ -1,12 +1,13 @@
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from threading import Event
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from models.card import ImageCard
 from models.curve import Preset
-from models.errors import WeightsError
+from models.errors import DeviceLost, WeightsError
 from models.request import LatencyBudget, PresetBudget
 from service.app import build_dispatcher
 from service.jobs.job import FailureReason, Job, JobStatus, Priority
@@ -22,12 +23,17 @@ MakeJob = Callable[..., Job]
 TIMEOUT_S = 20
 
 
-def test_job_succeeds_with_one_receipt_for_each_image(service: Any, make_job: MakeJob) -> None:
-    finished = service.submit(make_job("a", seeds=(5, 6, 7))).result(TIMEOUT_S)
+def test_job_succeeds_with_one_receipt_for_each_image(service: Any, engine: Any, make_job: MakeJob) -> None:
+    engine.gate.clear()
+    submitted = service.submit(make_job("a", seeds=(5, 6, 7)))
+    service.wait_until_taken("a")
+    engine.gate.set()
+    finished = submitted.result(TIMEOUT_S)
     assert finished.state.status is JobStatus.SUCCEEDED
     assert len(set(finished.artifacts)) == len(finished.state.receipts) == 3
     assert finished.state.steps_done == 12
-    assert [receipt.batch_size_mean for receipt in finished.state.receipts] == [3, 3, 3]
+    # The first one may step before the others are encoded.
+    assert all(2 < receipt.batch_size_mean <= 3 for receipt in finished.state.receipts)
 
 
 def test_requests_of_one_shape_share_steps_as_they_come(service: Any, engine: Any, make_job: MakeJob) -> None:
@@ -193,7 +199,9 @@ def test_others_are_not_encoded_while_high_priority_runs(
     engine.gate.clear()
     waiting = [service.submit(make_job("other", seeds=(1,), width=128, num_inference_steps=5))]
     assert engine.stepping.wait(TIMEOUT_S)
-    waiting.append(service.submit(make_job("high", seeds=(2,), num_inference_steps=10, priority=Priority.HIGH)))
+    # Of a model whose encoding takes no time: else others would be owed time for it, and have it first
+    high = make_job("high", card=engine.cards["guided"], seeds=(2,), num_inference_steps=10, priority=Priority.HIGH)
+    waiting.append(service.submit(high))
     waiting.append(service.submit(make_job("late", seeds=(3,), num_inference_steps=5)))
     service.wait_until_taken("other", "high", "late", are_encoded=False)
     engine.gate.set()
@@ -296,3 +304,25 @@ def test_engine_that_cannot_be_loaded_fails_the_start(settings: Settings) -> Non
     worker = build_dispatcher(settings, fail).worker
     with pytest.raises(WeightsError, match="nowhere"):
         worker.start()
+
+
+@pytest.mark.parametrize("news", ["it stops", "the device is lost"])
+def test_news_just_before_the_worker_looks_for_them_is_not_missed(
+    news: str, engine: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = build_dispatcher(settings, lambda: cast("Engine", engine)).worker
+
+    class Late(Event):
+        def clear(self) -> None:
+            if news == "it stops":
+                worker._is_stopping = True
+                self.set()
+            else:
+                worker._stop_without_device(DeviceLost("the device is lost"))
+            super().clear()
+
+    monkeypatch.setattr(worker, "_wake", Late())
+    worker.start()
+    worker._thread.join(TIMEOUT_S)
+    assert not worker.is_alive
+    assert worker.is_broken == (news != "it stops")
