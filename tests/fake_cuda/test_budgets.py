@@ -16,7 +16,7 @@ SMALL = {"peak_bytes": 2**22, "kept_bytes": 2**22, "kernels": 3, "waits": 0}
 """Differences that do not count. Beyond them, measures may be 3 % off."""
 CACHED_BYTES = 2**24
 """Position factors and the like, which a reserve is for."""
-SURPLUS = {"mixed step": 0.65, "decode": 0.15}
+SURPLUS = {"mixed step": 0.75, "decode": 0.15}
 """How much more than counted the formula may say, else 10 %. It takes residuals of all blocks for kept, and all rows
 for sharing their calls. It can't know how much of a mesh's grid is near the surface."""
 
