@@ -34,7 +34,7 @@ class Setting:
         return time.monotonic() - self._began < share * self.cap_s
 
     def image_models(self, **options: Any) -> Iterator[tuple[Subject, Scale, Callable[[], bool]]]:
-        """Each model, its scale, and whether there is time left of its part. It is freed when the next has its place."""
+        """Each model, its scale, and whether there is time left of its part. The next one takes its place."""
         for number, model in enumerate(IMAGE_MODELS.values(), 1):
             scale = model.reduced if self.is_reduced else model.full
             share = number / len(IMAGE_MODELS)

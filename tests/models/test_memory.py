@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -78,7 +79,7 @@ def test_forecast_steps_keep_velocities() -> None:
 
 
 def test_branches_of_exact_requests_do_not_add_up_where_each_has_its_own_call() -> None:
-    fields = {"is_guided": True, "true_cfg_scale": 2.0}
+    fields: dict[str, Any] = {"is_guided": True, "true_cfg_scale": 2.0}
     apart, joined = (
         replace(FLUX, joins_branches=joins).of(image(**fields), reuses_blocks=False, forecasts_steps=False)
         for joins in (False, True)
