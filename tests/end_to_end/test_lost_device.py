@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from benchmarks.processes import RedisServer
+from models import device_errors
 from models.engine import Engine
+from models.errors import DeviceLost
 from models.request import ImageRequest
 from models.state import DenoiseState
 from tests.fixtures.forked_server import ForkedElasticDit
@@ -29,10 +31,12 @@ def lose_the_device() -> None:
     def fail(*_: object) -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
+    def fail_again(error: Exception, _: torch.device) -> None:
+        raise DeviceLost(f"the device is lost: {error}") from error
+
     def compute_or_fail(engine: Engine, states: Sequence[DenoiseState]) -> Any:
         if any(isinstance(s.request, ImageRequest) and s.request.prompt == PROMPT and s.computed for s in states):
-            setattr(torch.cuda, "is_initialized", lambda: True)  # noqa: B010
-            setattr(torch.cuda, "synchronize", fail)  # noqa: B010
+            setattr(device_errors, "_check_device", fail_again)  # noqa: B010
             fail()
         return compute(engine, states)
 
