@@ -22,11 +22,11 @@ demo: setup ## start a server, draw prompts and make meshes at every budget, wri
 serve: setup ## serve on 127.0.0.1:8000
 	$(BIN)/elastic-dit serve $(ARGS)
 
-test: setup ## run all tests, in two processes
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+test: setup ## run all tests, in three processes
+	$(BIN)/python -m pytest -n 3 $(ARGS)
 
 test-fast: setup ## run the tests that start no server, browser or Redis and are not marked slow
-	$(BIN)/python -m pytest -n 2 -m "not server and not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 3 -m "not server and not slow" $(ARGS)
 
 test-clients: setup $(PYTHON_CLIENTS) $(NODE_CLIENTS) ## call a server with the clients that people have; needs node and npm
 	$(BIN)/python -m pytest -n 0 -s tests/clients $(ARGS)
