@@ -1,6 +1,7 @@
 """Valid requests: a `GenerationRequest` exists only if its model can serve it."""
 
 import struct
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -45,7 +46,7 @@ Budget = PresetBudget | QualityBudget | ComputeBudget | LatencyBudget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationRequest:
+class GenerationRequest(ABC):
     """One result to generate. A call for `n` images becomes `n` requests with consecutive seeds.
 
     `budget` is what the client asked for, `point` the place on the model's curve that it was resolved to. `is_guided`
@@ -62,9 +63,9 @@ class GenerationRequest:
     wants_trace: bool = False
 
     @property
+    @abstractmethod
     def size(self) -> str:
         """What its memory depends on, for messages."""
-        raise NotImplementedError
 
     @property
     def num_branches(self) -> int:

@@ -83,7 +83,7 @@ def load_engine(
         if options.has_float8:
             family.exact_tolerance = max(family.exact_tolerance, FLOAT8_TOLERANCE)
         if options.offloads_layers:
-            family.keep_blocks_on_host(torch.device(device))
+            family.keep_blocks_on_host(torch_device)
         family.forecast_table = read_forecast_table(folder)
         family.background_remover = background_remover
         families[directory.name] = family

@@ -130,7 +130,7 @@ def check_fits(request: GenerationRequest, card: ModelCard) -> None:
 def _size_of(request: GenerationRequest) -> tuple[str, str]:
     """The field that says how large a result is, and its value."""
     if isinstance(request, ImageRequest):
-        return "size", f"{request.width}x{request.height}"
+        return "size", request.size
     assert isinstance(request, MeshRequest)
     return "octree_resolution", str(request.octree_resolution)
 
