@@ -279,15 +279,15 @@ async def follow(store: JobStore, job_id: str, after: str = BEGINNING) -> AsyncI
 
     Retries an unreachable store for a minute, then raises StoreUnavailable.
     """
-    lost_since: float | None = None
-    has_ended = False
+    began_after, lost_since, has_ended = after, None, False
     with store.changes.of(job_id) as changed:
         while True:
             changed.clear()
             try:
                 events = await store.events(job_id, after)
                 if not events and has_ended:
-                    if after == BEGINNING:  # its events have been deleted
+                    # Its events have been deleted. A caller that begins after some event may have seen the end.
+                    if after != began_after or after == BEGINNING:
                         yield Event(END_ALONE, EventName.ENDED, {"status": (await store.get(job_id)).state.status})
                     return
                 # The next round reads the event of an end that came between the two calls.

@@ -24,7 +24,18 @@ from service.jobs.job import (
     Receipt,
     StageSeconds,
 )
-from service.jobs.store import Changes, Claim, Ending, EventName, Idempotency, Preview, Progress, ended, follow
+from service.jobs.store import (
+    END_ALONE,
+    Changes,
+    Claim,
+    Ending,
+    EventName,
+    Idempotency,
+    Preview,
+    Progress,
+    ended,
+    follow,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -332,7 +343,7 @@ async def test_events_are_in_order_and_can_be_resumed(bench: Any, make_job: Make
 async def test_all_followers_learn_of_the_end(bench: Any, make_job: MakeJob) -> None:
     await bench.store.add(make_job("a"))
     claimed = await claim(bench)
-    followers = [follow(bench.store, "a") for _ in range(20)]
+    followers = [follow(bench.store, "a") for _ in range(5)]
     for follower in followers:
         assert [(await anext(follower)).name for _ in range(2)] == [EventName.QUEUED, EventName.STARTED]
     waiting = [asyncio.ensure_future(anext(follower)) for follower in followers]
@@ -341,6 +352,19 @@ async def test_all_followers_learn_of_the_end(bench: Any, make_job: MakeJob) -> 
         events = await asyncio.gather(*waiting)
     assert {event.name for event in events} == {EventName.ENDED}
     assert (await ended(bench.store, "a")).state.status is JobStatus.SUCCEEDED
+
+
+async def test_follower_that_is_late_learns_of_the_end_though_its_events_are_gone(
+    bench: Any, make_job: MakeJob
+) -> None:
+    await bench.store.add(make_job("a"))
+    follower = follow(bench.store, "a")
+    assert (await anext(follower)).name is EventName.QUEUED
+    await bench.store.cancel("a")
+    await bench.elapse(0.6)
+    end = await anext(follower)
+    assert (end.id, end.name, end.data) == (END_ALONE, EventName.ENDED, {"status": "cancelled"})
+    assert [event async for event in follower] == []
 
 
 async def test_followers_of_a_job_are_not_kept_after_they_leave() -> None:
