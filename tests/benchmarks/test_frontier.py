@@ -19,6 +19,7 @@ from benchmarks.frontier.bootstrap import Bootstrap, Measured, estimate, frontie
 from benchmarks.frontier.measurement import count_flops
 from benchmarks.frontier.records import Records, hash_of
 from benchmarks.frontier.subjects import ImageSubject, MeshSubject, Prepare, load_subject
+from tests.fixtures.engines import write_manifest
 from tests.fixtures.tiny_flux import tiny_flux, tiny_schnell
 from tests.fixtures.tiny_qwen_image import tiny_qwen_image
 
@@ -102,7 +103,12 @@ def test_hash_follows_weights_and_settings_and_no_other_file(tmp_path: Path) -> 
 @cache
 def subject_of(directory: Path) -> ImageSubject | MeshSubject:
     torch.set_num_threads(1)
-    return load_subject(directory, directory.parent / "none")
+    routers = directory.parent / "none"
+    if directory.parent != CHECKPOINTS:
+        routers = directory.parent / "routers"
+        defaults = {"num_inference_steps": STEPS, "guidance_scale": 4.0, "height": SIDE, "width": SIDE}
+        write_manifest(routers / directory.name, defaults)
+    return load_subject(directory, routers)
 
 
 def requests_of(subject: ImageSubject | MeshSubject, count: int, num_steps: int) -> list[Any]:
@@ -177,13 +183,12 @@ def test_command_measures_once_and_draws(
 ) -> None:
     """Each contender in a process of its own, cache-dit's too if it is installed; a second run has nothing to do."""
     has_peers = importlib.util.find_spec("cache_dit") is not None
-    manifest = tmp_path / "routers" / FLUX.name / "manifest.json"
-    manifest.parent.mkdir(parents=True)
+    routers = tmp_path / "routers"
     defaults = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "height": SIDE, "width": SIDE}
-    manifest.write_text(json.dumps({"license": "none", "defaults": defaults}))
+    write_manifest(routers / FLUX.name, defaults)
     sizes = {"--prompts": 2, "--rounds": 1}
     names = ["--contenders", "fewer steps", "DBCache"]
-    files = {"--router-weights": manifest.parents[1], "--out": tmp_path / "runs", "--json": tmp_path / "result.json"}
+    files = {"--router-weights": routers, "--out": tmp_path / "runs", "--json": tmp_path / "result.json"}
     if has_peers:
         files["--plot"] = tmp_path / "plot.svg"
     options = [str(part) for option in {**sizes, **files}.items() for part in option]

@@ -24,7 +24,7 @@ TIMEOUT_S = 300
 LONG = {
     "prompt": "a red circle",
     "size": "64x64",
-    "num_inference_steps": 100,
+    "num_inference_steps": 60,
     "seed": 1,
     "budget": {"preset": "exact"},
 }
@@ -54,7 +54,7 @@ def client(own_redis: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_no_job_is_lost_when_redis_is_killed_while_it_runs(own_redis: RedisServer, client: httpx2.Client) -> None:
     with ThreadPoolExecutor(1) as others:
         waiting = others.submit(client.post, "/v1/images", json={**LONG, "n": 2})
-        shorter = {**LONG, "num_inference_steps": 80}
+        shorter = {**LONG, "num_inference_steps": 45}
         job = client.post("/v1/images", json=shorter, headers=ASYNC).json()["links"]["self"]
         wait_until(lambda: metric(client, "requests_running") == 2)
         own_redis.kill()

@@ -14,11 +14,13 @@ from PIL import Image
 from models.zoo import load_engine
 from service.app import build_dispatcher, create_app
 from service.settings import Settings
+from tests.fixtures.engines import write_manifest
 from tests.fixtures.tiny_editing import small_pictures, tiny_flux_kontext, tiny_qwen_image_edit_plus
 
 __all__ = ["small_pictures", "tiny_flux_kontext", "tiny_qwen_image_edit_plus"]
 
 PROMPT = "red"
+DEFAULTS = {"height": 64, "width": 64, "num_inference_steps": 28, "guidance_scale": 2.5}
 BOTH = pytest.mark.parametrize(("model", "most"), [("tiny-flux-kontext", 1), ("tiny-qwen-image-edit-plus", 3)])
 
 
@@ -26,6 +28,8 @@ BOTH = pytest.mark.parametrize(("model", "most"), [("tiny-flux-kontext", 1), ("t
 def client(tiny_flux_kontext: Path, tiny_qwen_image_edit_plus: Path, tmp_path_factory: Any) -> Iterator[TestClient]:
     settings = Settings(models=(tiny_flux_kontext, tiny_qwen_image_edit_plus), grace_s=0)
     no_routers = tmp_path_factory.mktemp("no routers")
+    for directory in settings.models:
+        write_manifest(no_routers / directory.name, DEFAULTS)
     dispatcher = build_dispatcher(
         settings, lambda: load_engine(settings.models, device="cpu", router_weights=no_routers)
     )

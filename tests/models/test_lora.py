@@ -58,7 +58,7 @@ def loras(kind: Kind, directory: Path, tmp_path: Path) -> Mapping[str, Lora]:
 def load(kind: Kind, directory: Path, names: str, loras: Mapping[str, Lora], tmp_path: Path) -> Engine:
     """The engine of a directory with the adapters in `names`, such as +style."""
     model = directory.with_name(directory.name + names)
-    write_manifest(tmp_path / model.name, kind)
+    write_manifest(tmp_path / model.name, kind.defaults)
     return load_engine([model], device="cpu", router_weights=tmp_path, options=LoadOptions(loras=loras))
 
 

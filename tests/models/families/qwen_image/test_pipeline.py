@@ -296,7 +296,7 @@ def test_exact_equals_the_stock_pipeline_on_the_published_schedule(
         shift_terminal=0.02,
         use_dynamic_shifting=True,
     ).save_pretrained(directory / "scheduler")
-    write_manifest(tmp_path / "routers" / MODEL, kind)
+    write_manifest(tmp_path / "routers" / MODEL, kind.defaults)
     engine = load_engine([directory], device="cpu", router_weights=tmp_path / "routers")
     stock = QwenImagePipeline.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
     stock.set_progress_bar_config(disable=True)
