@@ -204,7 +204,7 @@ def test_every_refusal_has_the_error_schema(server: str) -> None:
 def test_sigterm_finishes_the_request_that_is_running(own_server: StartServer) -> None:
     server = own_server(**FLUX_ALONE)
     with ThreadPoolExecutor(1) as client:
-        answer = client.submit(post, server.url, num_inference_steps=100, budget={"preset": "exact"})
+        answer = client.submit(post, server.url, num_inference_steps=50, budget={"preset": "exact"})
         wait_until_running(server.url)
         assert server.stop() == 0
         assert answer.result().status_code == 200
