@@ -249,7 +249,8 @@ class MemoryStore:
         self._delete_old()
         newest_first = reversed(self._records)  # which has them in the order of their arrival
         if before is not None:
-            self._record(before)
+            if owner not in (None, self._record(before).job.owner):
+                raise JobNotFound(f"there is no job '{before}'")
             newest_first = dropwhile(lambda job_id: job_id != before, newest_first)
             next(newest_first)
         snapshots = (self._records[job_id].snapshot for job_id in newest_first)

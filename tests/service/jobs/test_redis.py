@@ -21,8 +21,8 @@ from service.jobs.redis_records import RECORD_VERSION
 from service.jobs.results import RedisResults
 from service.jobs.shared_clock import SharedClock
 from service.jobs.store import Claim, Ending, EventName, Fit, Idempotency, ended, follow
-from service.scheduling.fleet import Load, ModelLoad
-from tests.fixtures.job_records import FAILURE, RECEIPT, dump, play, restore, scenario_jobs
+from service.scheduling.fleet import Load, ModelLoad, WorkerRecord, WorkerState
+from tests.fixtures.job_records import FAILURE, MESH, RECEIPT, dump, play, restore, scenario_jobs
 
 pytestmark = [pytest.mark.anyio, pytest.mark.redis]
 
@@ -44,9 +44,12 @@ class Shared:
     errors: list[str] = field(default_factory=list)
 
     async def claim(self) -> Claim:
-        claim = await self.store.claim(lambda _: Fit.NOW)
+        claim = await self.claim_if_any()
         assert claim is not None
         return claim
+
+    async def claim_if_any(self) -> Claim | None:
+        return await self.store.claim(lambda _: Fit.NOW)
 
     async def set_in_job(self, job_id: str, **fields: Any) -> None:
         """Change fields of a job's fixed record; None deletes one."""
@@ -475,3 +478,82 @@ async def test_servers_whose_clocks_differ_agree_on_times_and_places(share: Shar
     assert abs(state.started_at - claim.job.created_at) < 300
     assert claim.job.deadline_at is not None
     assert 300 < claim.job.deadline_at - behind.store.clock() < 900
+
+
+async def test_record_of_a_worker_that_cannot_be_read_is_passed_over(
+    share: Share, drawn_card: ImageCard, caplog: pytest.LogCaptureFixture
+) -> None:
+    readers, announced = await share(), []
+    for _ in range(4):
+        server = await share()
+        record = WorkerRecord(server.store.worker_id, "1", "cpu", WorkerState.IDLE, {"drawn": drawn_card})
+        await server.store.announce(record)
+        announced.append(record)
+    key = f"{readers.prefix}worker_records"
+    entries = [json.loads(await readers.redis.hget(key, record.id)) for record in announced]
+    # Given records of a newer version, a broken one, and one whose card can't be read
+    await readers.redis.hset(key, announced[0].id, json.dumps({**entries[0], "speed": 3}))
+    await readers.redis.hset(key, announced[1].id, json.dumps({**entries[1], "state": "dreaming"}))
+    await readers.redis.hset(key, announced[2].id, b"{")
+    await readers.redis.set(f"{readers.prefix}card:other", b'{"modality": "video"}')
+    await readers.redis.hset(key, announced[3].id, json.dumps({**entries[3], "cards": {"drawn": "other"}}))
+    for _ in range(2):
+        found = {record.id: record for record in await readers.store.workers()}
+    assert found == {announced[0].id: announced[0], announced[3].id: replace(announced[3], cards={})}
+    assert len(caplog.records) == 3  # one line for each
+    # And all are forgotten when their leases have ended
+    await asyncio.sleep(2 * LEASE_S)
+    assert await readers.store.workers() == []
+
+
+async def test_idle_worker_is_woken_by_a_job_of_its_models_and_does_not_look_before(
+    share: Share, make_job: MakeJob, drawn_card: ImageCard
+) -> None:
+    first, second, api = await share(), await share(), await share()
+    woken: dict[str, asyncio.Event] = {}
+    for server in (first, second):
+        name = server.store.worker_id
+        woken[name] = asyncio.Event()
+        await server.store.open(on_queued=woken[name].set, on_cancelled=lambda job_id: None)
+        await server.store.announce(WorkerRecord(name, "1", "cpu", WorkerState.IDLE, {"drawn": drawn_card}))
+        while await server.redis.publish(f"{server.prefix}worker:{name}", b"") == 0:  # until it listens
+            await asyncio.sleep(0.001)
+    async with asyncio.timeout(20):
+        await asyncio.sleep(0.05)
+        for server in (first, second):
+            assert await server.claim_if_any() is None
+            woken[server.store.worker_id].clear()
+        # A job of another model wakes nobody, and one of theirs the one that has been idle for longer
+        await api.store.add(replace(make_job("other"), model="ball", requests=(MESH,)))
+        await api.store.add(make_job("a"))
+        await woken[first.store.worker_id].wait()
+        assert not woken[second.store.worker_id].is_set()
+        assert await second.claim_if_any() is None  # without a look at the queue
+        # If it does not fit there, the next one is woken
+        assert await first.store.claim(lambda _: Fit.NO) is None
+        await woken[second.store.worker_id].wait()
+        assert (await second.claim()).job.id == "a"
+
+
+async def test_jobs_of_the_version_before_are_found(shared: Shared, make_job: MakeJob) -> None:
+    """Its servers may add jobs while newer ones run, and its processes may queue a newer job again."""
+    await shared.store.add(make_job("requeued"))
+    await shared.claim()
+    await shared.redis.hset(f"{shared.prefix}job:requeued", "status", "queued")
+    await shared.redis.hdel(f"{shared.prefix}job:requeued", "lease")
+    await shared.redis.zadd(f"{shared.prefix}queue", {"requeued": 5.0, "gone": 1.0, "broken": 2.0})
+    await shared.redis.zrem(f"{shared.prefix}leases", "requeued")
+    await shared.redis.hset(f"{shared.prefix}job:broken", mapping={"status": "queued", "place": "2.0"})
+    await shared.store.recover()
+    assert (await shared.store.load()).of("drawn") == ModelLoad(1, 0, queued_s=2.0)
+    assert await shared.redis.hget(f"{shared.prefix}job:broken", "status") == b"failed"
+    assert (await shared.claim()).job.id == "requeued"
+    assert await shared.redis.exists(f"{shared.prefix}queue", f"{shared.prefix}live") == 0
+
+
+async def test_cancelled_job_of_the_version_before_is_counted_no_more(shared: Shared, make_job: MakeJob) -> None:
+    for name in ("a", "b"):
+        await shared.store.add(make_job(name))
+    await shared.redis.hset(f"{shared.prefix}job:a", "status", "cancelled")
+    await shared.store.recover()
+    assert (await shared.store.load()).of("drawn").num_queued == 1

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from models.card import ImageCard, MeshCard
 from models.curve import ComputedSteps, CurvePoint
 from models.report import Decision, GenerationSummary, MeshReport, StepDecision
 from models.request import ComputeBudget, ImageEdit, MeshRequest
@@ -38,7 +39,7 @@ from service.jobs.store import (
     ended,
     follow,
 )
-from service.scheduling.fleet import Load, ModelLoad
+from service.scheduling.fleet import Load, ModelLoad, WorkerRecord, WorkerState
 
 pytestmark = pytest.mark.anyio
 
@@ -433,3 +434,72 @@ async def test_key_lives_as_long_as_its_job(bench: Any, make_job: MakeJob) -> No
     assert (await bench.store.find(same)).id == "a"
     await bench.elapse(0.6)
     assert await bench.store.find(same) is None
+
+
+async def test_jobs_are_listed_newest_first_page_by_page(bench: Any, make_job: MakeJob) -> None:
+    for number in range(5):
+        await bench.store.add(replace(make_job(f"a{number}"), owner="key" if number % 2 else "other"))
+    await bench.store.add(make_job("nobody's"))
+    await bench.store.cancel("a3")
+
+    async def names(owner: str | None, **page: Any) -> list[str]:
+        return [found.job.id for found in await bench.store.jobs(owner, **page)]
+
+    assert await names(None, limit=9) == ["nobody's", "a4", "a3", "a2", "a1", "a0"]
+    assert await names("key", limit=1) == ["a3"]
+    assert await names("key", limit=9, before="a3") == ["a1"]
+    assert await names("key", limit=9, before="a1") == []
+    assert await names(None, limit=2, before="a3") == ["a2", "a1"]
+    with pytest.raises(JobNotFound, match="'b'"):
+        await names("key", limit=9, before="b")
+    # Those whose record is deleted are no longer listed
+    await bench.elapse(1.2)
+    assert await names("key", limit=9) == ["a1"]
+
+
+async def test_position_counts_the_jobs_of_the_model_that_come_before(bench: Any, make_job: MakeJob) -> None:
+    for number, width in enumerate((64, 128, 64, 128)):
+        await bench.store.add(replace(make_job(f"a{number}", width=width), created_at=float(number)))
+    await bench.store.add(replace(make_job("m"), model="ball", requests=(MESH,)))
+    await bench.store.add(replace(make_job("high", priority=Priority.HIGH), created_at=9.0))
+    names = ("high", "a0", "a1", "a2", "a3", "m")
+    assert [await bench.store.position(name) for name in names] == [0, 1, 2, 3, 4, 0]
+    assert (await claim(bench)).job.id == "high"
+    await bench.store.cancel("a1")
+    assert [await bench.store.position(name) for name in names] == [None, 0, None, 1, 2, 0]
+    assert await bench.store.position("unknown") is None
+
+
+async def test_load_is_that_of_each_model_and_of_one_key(bench: Any, make_job: MakeJob) -> None:
+    assert await bench.store.load("key") == Load()
+    await bench.store.add(replace(make_job("a"), owner="key", predicted_seconds=0.1))
+    await bench.store.add(replace(make_job("b"), owner="other", predicted_seconds=0.2))
+    await bench.store.add(replace(make_job("m"), owner="key", model="ball", requests=(MESH,)))
+    models = {"drawn": ModelLoad(2, queued_s=0.3), "ball": ModelLoad(1, queued_s=2.0)}
+    assert await bench.store.load("key") == Load(models, image_bytes=256, own_s=2.1)
+    assert (await bench.store.load("nobody")).own_s == (await bench.store.load()).own_s == 0.0
+    for name in "abm":
+        await bench.store.cancel(name)
+    assert await bench.store.load("key") == Load()
+
+
+async def test_worker_is_known_while_it_announces_itself(
+    bench: Any, drawn_card: ImageCard, forecasting_card: ImageCard, mesh_card: MeshCard
+) -> None:
+    cards = {card.id: card for card in (drawn_card, forecasting_card, mesh_card)}
+    record = WorkerRecord(
+        *(bench.store.worker_id, "1.2", "cuda:0", WorkerState.BUSY, cards),
+        pace=1.25,
+        finish_s={"drawn": 0.5},
+        num_held=3,
+        max_running=16,
+    )
+    assert await bench.store.workers() == []
+    await bench.store.announce(record)
+    assert await bench.store.workers() == [record]
+    # A card that has changed is sent again
+    slower = replace(record, cards={**cards, "drawn": replace(drawn_card, dense_step_seconds=99.0)})
+    await bench.store.announce(slower)
+    assert await bench.store.workers() == [slower]
+    await bench.store.withdraw()
+    assert await bench.store.workers() == []
