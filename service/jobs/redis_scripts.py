@@ -135,14 +135,17 @@ local function queue_again(id)
     end
     tell(id, 'job.queued', '{}')
 end
+-- Returns the job's entry, nothing if it was not counted: then the version before may have queued it.
 local function let_go(id)
     redis.call('ZREM', prefix .. 'leases', id)
     local entry = recount(id)
-    if entry then
+    if not entry then
+        redis.call('ZREM', prefix .. 'queue', id)
+        redis.call('HDEL', prefix .. 'live', id)
+    elseif entry[1] == 'queued' then
         dequeue(id, entry[7])
     end
-    redis.call('ZREM', prefix .. 'queue', id)
-    redis.call('HDEL', prefix .. 'live', id)
+    return entry
 end
 local function is_gone(id)
     local job = prefix .. 'job:' .. id
@@ -235,8 +238,7 @@ if status ~= 'queued' and status ~= 'running' then
     return redis.call('HGETALL', job)
 end
 if lease ~= '' and not is_mine(id, lease) then return false end
-local entry = redis.call('HGET', prefix .. 'counted', id)
-let_go(id)
+local entry = let_go(id)
 local worker = redis.call('HGET', job, 'worker')
 redis.call('HDEL', job, 'lease', 'worker')
 redis.call('HSET', job, 'status', ARGV[5], 'ended_by', lease, unpack(ARGV, 6))
@@ -250,8 +252,7 @@ redis.call('PEXPIRE', job, ARGV[3])
 local key = redis.call('HGET', job, 'key')
 if key then redis.call('PEXPIRE', key, ARGV[3]) end
 redis.call('PEXPIRE', job .. ':events', ARGV[4])
-local owner = entry and cjson.decode(entry)[6] or ''
-redis.call('ZADD', prefix .. 'expiring', now_ms() + ARGV[3], id .. ' ' .. owner)
+redis.call('ZADD', prefix .. 'expiring', now_ms() + ARGV[3], id .. ' ' .. (entry and entry[6] or ''))
 trim(2)
 return redis.call('HGETALL', job)
 """
