@@ -71,8 +71,9 @@ _names = itertools.count()
 
 @dataclass
 class Tally:
-    """What the workers of one process did. Times are in seconds."""
+    """What the workers of one process did since a Unix time. Durations are in seconds."""
 
+    since: float = 0.0
     num_jobs: int = 0
     num_attempts: int = 0
     claim_s: list[float] = field(default_factory=list)
@@ -163,9 +164,12 @@ def submit(url: str, rate: float, until: float, prefix: str) -> None:
     asyncio.run(run())
 
 
-def work(url: str, num_workers: int, service_s: float, until: float, prefix: str) -> Tally:
-    """Workers that run one job at a time until a Unix time. Without `service_s` each ended job is replaced."""
-    tally = Tally()
+def work(url: str, num_workers: int, service_s: float, since: float, until: float, prefix: str) -> Tally:
+    """Workers that run one job at a time until a Unix time. Without `service_s` each ended job is replaced.
+
+    They are counted from `since` on, when they know the kinds of jobs.
+    """
+    tally = Tally(since)
 
     async def keep_working() -> None:
         while time.time() < until:
@@ -205,10 +209,11 @@ async def _claim_and_run(
             except TimeoutError:
                 pass
             continue
-        tally.claim_s.append(time.perf_counter() - began)
-        tally.wait_s.append(time.time() - claim.job.created_at)
+        if time.time() >= tally.since:
+            tally.num_jobs += 1
+            tally.claim_s.append(time.perf_counter() - began)
+            tally.wait_s.append(time.time() - claim.job.created_at)
         await _run_job(store, claim, service_s)
-        tally.num_jobs += 1
         if not service_s:
             await store.add(make_job(f"{prefix}_{store.worker_id[:8]}"))
 
@@ -225,7 +230,7 @@ def _count_claims(store: RedisStore, tally: Tally) -> None:
     evalsha = redis.evalsha
 
     def counted(sha: str, *arguments: Any) -> Any:
-        tally.num_attempts += sha == _CLAIM_SHA
+        tally.num_attempts += sha == _CLAIM_SHA and time.time() >= tally.since
         return evalsha(sha, *arguments)
 
     redis.evalsha = counted
@@ -233,6 +238,7 @@ def _count_claims(store: RedisStore, tally: Tally) -> None:
 
 def summed(tallies: list[Tally]) -> Tally:
     return Tally(
+        tallies[0].since,
         sum(tally.num_jobs for tally in tallies),
         sum(tally.num_attempts for tally in tallies),
         [seconds for tally in tallies for seconds in tally.claim_s],
