@@ -38,7 +38,7 @@ from tqdm import tqdm
 from benchmarks.environment import environment
 from benchmarks.frontier.records import Records
 from benchmarks.http_load.clients import use_core
-from benchmarks.http_load.contenders import BATCHING, CONTENDERS, LOCK, MAX_BACKLOG_S, OURS
+from benchmarks.http_load.contenders import BATCHING, CONTENDERS, LOCK, OURS
 from benchmarks.http_load.measurement import (
     ASKED_FOR_EXACT,
     BURST_LEVEL,
@@ -145,7 +145,7 @@ def main() -> None:
         "environment": where | {"threads": "1"},
         "contenders": {name: CONTENDERS[name] for name in contenders},
         "sizes": asdict(sizes),
-        "max_backlog_s": MAX_BACKLOG_S,
+        "max_backlog_s": measurement.max_backlog_s,
         "bare_seconds": bare,
         "batching": tuning,
         "saturation": saturation,

@@ -31,9 +31,6 @@ CONTENDERS: Mapping[str, str] = {
 }
 _START_S, _STOP_S = 240.0, 60.0
 _DEFAULT_QUALITY = 0.9
-MAX_BACKLOG_S = 20.0
-"""Of our servers. With the default of two minutes, a short run would never see them full."""
-_SETTINGS = {"ELASTIC_MODELS": ",".join(MODELS), "ELASTIC_MAX_BACKLOG_S": str(MAX_BACKLOG_S)}
 
 
 class StartFailed(RuntimeError):
@@ -83,10 +80,22 @@ class Server:
 
 
 class Servers:
-    """Starts each contender when it is first asked for, and calls `warm_up` with its address. `log` is a folder."""
+    """Starts each contender when it is first asked for, and calls `warm_up` with its address. `log` is a folder.
 
-    def __init__(self, stock: Mapping[str, StockModel], log: Path, core: int, warm_up: Callable[[str], object]) -> None:
+    Ours accept `max_backlog_s` of work.
+    """
+
+    def __init__(
+        self,
+        stock: Mapping[str, StockModel],
+        log: Path,
+        core: int,
+        *,
+        max_backlog_s: float,
+        warm_up: Callable[[str], object],
+    ) -> None:
         self._stock, self._log, self._core, self._warm_up = stock, log, core, warm_up
+        self._settings = {"ELASTIC_MODELS": ",".join(MODELS), "ELASTIC_MAX_BACKLOG_S": str(max_backlog_s)}
         self._running: dict[str, Server] = {}
 
     def is_running(self, name: str) -> bool:
@@ -94,7 +103,7 @@ class Servers:
 
     def url(self, name: str) -> str:
         if name not in self._running:
-            self._running[name] = Server(*self._command(name), self._core, _SETTINGS)
+            self._running[name] = Server(*self._command(name), self._core, self._settings)
             self._running[name].wait_until_ready()
             self._warm_up(self._running[name].url)
         return self._running[name].url

@@ -18,10 +18,11 @@ from benchmarks.engine import requests_for
 from benchmarks.frontier.records import Records
 from benchmarks.http_load.bare import BarePipeline
 from benchmarks.http_load.clients import Answer, Call, call_at_times, call_in_turn, use_core
-from benchmarks.http_load.contenders import BATCHING, FEWER_STEPS, LOCK, MAX_BACKLOG_S, OURS, Servers, stock_models
+from benchmarks.http_load.contenders import BATCHING, FEWER_STEPS, LOCK, OURS, Servers, stock_models
 from benchmarks.http_load.mix import (
     KINDS,
     MODELS,
+    SMALL,
     Kind,
     Task,
     burst_arrivals,
@@ -38,8 +39,10 @@ from training.scenes.prompts import evaluation_scenes
 LEVELS = (0.5, 0.9, 1.5)
 """Rates of arrivals over the contender's own throughput at saturation."""
 POISSON, BURSTS = "poisson", "bursts"
-BURST_LEVEL, _BURST_S = 0.9, 1.5 * MAX_BACKLOG_S
-"""Bursts come at this rate on average. Each has more seconds of work than our servers accept at once."""
+_MAX_BACKLOG = 40
+"""What our servers accept, in small exact images. With the default of two minutes, a short run would not fill them."""
+BURST_LEVEL, _BURST = 0.9, 1.5
+"""Bursts come at this rate on average. Each has so many times the work that our servers accept at once."""
 MIX, EXACT_ALONE = "mix", "exact alone"
 ASKED_FOR_EXACT = (LOCK, BATCHING, OURS)
 """The contenders that are compared where all requests are exact; the others would do the same."""
@@ -90,12 +93,13 @@ class Measurement:
         stock = stock_models(engine, {model: Path("checkpoints") / model for model in MODELS})
         self._bare = BarePipeline(stock, server_core)
         self._clients = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), use_core, (client_core,))
-        self._servers = Servers(stock, logs, server_core, self._warm_up)
         self._scenes = evaluation_scenes(_NUM_PROMPTS // 2, _NUM_PROMPTS // 2)
         self._prompts = {
             model: [request.prompt for request in requests_for(engine, model, self._scenes, PresetBudget(Preset.EXACT))]
             for model in MODELS
         }
+        self.max_backlog_s = _MAX_BACKLOG * self.bare_seconds[SMALL]
+        self._servers = Servers(stock, logs, server_core, max_backlog_s=self.max_backlog_s, warm_up=self._warm_up)
         self._references: dict[int, NDArray[np.uint8]] = {}
 
     def __enter__(self) -> Self:
@@ -217,7 +221,7 @@ class Measurement:
         rate = level * self.throughput(name, MIX)
         seconds = self._sizes.our_seconds if name == OURS else self._sizes.seconds
         if pattern == BURSTS:
-            times = burst_arrivals(rate, seconds, max(1, round(rate / level * _BURST_S)))
+            times = burst_arrivals(rate, seconds, max(1, round(rate / level * _BURST * self.max_backlog_s)))
         else:
             times = poisson_arrivals(rate, seconds, _SEED)
         tasks = self._mixed(len(times))
