@@ -15,6 +15,8 @@ import httpx2
 
 _ANSWER_S = 900.0
 _REFUSED = (429, 503)
+NO_ANSWER = 0
+"""The status of a call whose connection broke."""
 _KEPT = ("quality_applied", "degraded", "deadline_met")
 """What is kept of a receipt."""
 
@@ -102,7 +104,11 @@ def _client(url: str) -> httpx2.AsyncClient:
 
 async def _made(client: httpx2.AsyncClient, call: Call, began: float, *, retries: bool) -> Answer:
     sent = time.perf_counter()
-    response = await client.post("/v1/images", json=call.body)
+    try:
+        response = await client.post("/v1/images", json=call.body)
+    except httpx2.TransportError:
+        ended = time.perf_counter()
+        return Answer(call.number, NO_ANSWER, ended - sent, ended - began)
     ended = time.perf_counter()
     retry_after_s = second_status = None
     receipt = json.loads(response.headers.get("X-Receipt", "null"))

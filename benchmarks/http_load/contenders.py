@@ -95,7 +95,11 @@ class Servers:
         warm_up: Callable[[str], object],
     ) -> None:
         self._stock, self._log, self._core, self._warm_up = stock, log, core, warm_up
-        self._settings = {"ELASTIC_MODELS": ",".join(MODELS), "ELASTIC_MAX_BACKLOG_S": str(max_backlog_s)}
+        self._settings = {
+            "ELASTIC_MODELS": ",".join(MODELS),
+            "ELASTIC_MAX_BACKLOG_S": str(max_backlog_s),
+            "ELASTIC_PROMPT_CACHE_BYTES": "0",  # prompts come again here, in every round
+        }
         self._running: dict[str, Server] = {}
 
     def is_running(self, name: str) -> bool:

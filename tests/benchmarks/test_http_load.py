@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from benchmarks.http_load.clients import Call, call_at_times, call_in_turn
+from benchmarks.http_load.clients import NO_ANSWER, Call, call_at_times, call_in_turn
 from benchmarks.http_load.contenders import exact_steps
 from benchmarks.http_load.mix import (
     KINDS,
@@ -174,6 +174,14 @@ def test_refused_clients_come_back_once_after_the_time_they_are_told() -> None:
 def test_closed_loop_stops_at_a_refusal() -> None:
     with http_server(lambda _: (503, {"Retry-After": "1"})) as url, pytest.raises(RuntimeError, match="answered 503"):
         call_in_turn(url, [Call(0, {"seed": 0})], 1)
+
+
+def test_broken_connection_counts_as_a_failed_answer() -> None:
+    with http_server(lambda _: (200, {})) as url:
+        pass
+    (answer,) = call_at_times(url, [Call(0, {"seed": 0})])
+    assert answer.status == NO_ANSWER
+    assert load_row([entry(answer.status, answer.seconds)])["failed"] == 1
 
 
 def candidate(batch_key: str, virtual_time: float, runs: float) -> Candidate:
