@@ -5,7 +5,7 @@ import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -124,7 +124,7 @@ class Measurement:
     def tuning(self) -> Sequence[Figures]:
         """The throughput of request-level batching at each of its settings."""
         settings = [{"window_s": window_s, "max_size": size} for window_s in _WINDOWS_S for size in _SIZES]
-        return [self._kept(lambda s=setting: self._tuned(s), what="tuning", **setting) for setting in settings]
+        return [self._kept(partial(self._tuned, setting), what="tuning", **setting) for setting in settings]
 
     @property
     def batching(self) -> Figures:
@@ -155,7 +155,7 @@ class Measurement:
             return {"bare_s": bare_s, "seconds": answer.seconds}
 
         tasks = exact_tasks(self._prompts, self._sizes.num_alone)
-        return [self._kept(lambda t=task: measure(t), what="alone", n=task.number) for task in tasks]
+        return [self._kept(partial(measure, task), what="alone", n=task.number) for task in tasks]
 
     def under_load(self, name: str, level: float, pattern: str) -> Figures:
         """Answers to an open loop of the whole mix, at `level` times the contender's throughput at saturation."""
@@ -163,7 +163,7 @@ class Measurement:
             lambda: self._loaded(name, level, pattern), what="load", name=name, level=level, pattern=pattern
         )
 
-    def _kept(self, measure: Callable[[], Figures], **key: str | int | float) -> Figures:
+    def _kept(self, measure: Callable[[], Figures], **key: str | float) -> Figures:
         """The figures of an earlier run with this key, or those measured now."""
         full = {**self._key, **key}
         figures = self._records.get(full)

@@ -33,7 +33,7 @@ def in_turns() -> Group:
 
 
 def main() -> None:
-    precedence.form_groups = in_turns()
+    precedence.form_groups = in_turns()  # type: ignore[attr-defined]  # precedence imports it
     cli.app()
 
 
