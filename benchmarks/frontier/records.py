@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-Key = Mapping[str, str | int | None]
+Key = Mapping[str, str | float | None]
 """What a figure was measured on and how: kind, model, weights, contender, setting, sizes."""
 
 
