@@ -133,6 +133,11 @@ class Settings(BaseSettings):
         gt=0,
         description="New requests are refused (503 overloaded) above these predicted seconds of accepted work.",
     )
+    target_backlog_s: float = Field(
+        default=30.0,
+        gt=0,
+        description="The metric elastic_wanted_workers says how many workers finish the backlog in these seconds.",
+    )
     grace_s: float = Field(default=30.0, ge=0, description="Seconds that accepted requests have to finish at shutdown.")
     max_body_bytes: int = Field(
         default=100_000,

@@ -12,6 +12,7 @@ from service.api.events import event_stream
 from service.api.generation_route import CLIENT_CLOSED_REQUEST, GenerationHeaders
 from service.api.job_views import binary_response, job_body, result_body
 from service.api.links import Links, links_of
+from service.api.queue_places import queue_place
 from service.api.schemas import ImageBody, MeshBody, ResponseFormat
 from service.errors import Draining
 from service.jobs.job import Job, JobSnapshot
@@ -77,7 +78,8 @@ async def _accepted(job: Job, dispatcher: Dispatcher, links: Links) -> JSONRespo
         "Retry-After": str(max(1, math.ceil(await dispatcher.backlog_s()))),
         "Preference-Applied": "respond-async",
     }
-    body = job_body(await dispatcher.store.get(job.id), links)
+    snapshot = await dispatcher.store.get(job.id)
+    body = job_body(snapshot, links, await queue_place(snapshot, dispatcher.store))
     return JSONResponse(body.model_dump(mode="json", exclude_unset=True), 202, headers)
 
 

@@ -145,6 +145,13 @@ class ProgressBody(BaseModel):
     num_inference_steps: int
 
 
+class QueueBody(BaseModel):
+    position: int = Field(ge=0, description="How many queued jobs of the same model come first.")
+    eta_s: float | None = Field(
+        ge=0, description="Predicted seconds until the job ends; null while no worker has its model."
+    )
+
+
 class LinksBody(BaseModel):
     """With API keys and `link_secret`, `events` and `content` are signed: they open without a key for a while."""
 
@@ -159,10 +166,19 @@ class JobBody(BaseModel):
     status: JobStatus
     model: str
     created: int
+    queue: QueueBody | None = Field(description="Null unless the job is queued.")
     progress: ProgressBody
     receipt: ReceiptBody | None
     error: ErrorDetail | None
     links: LinksBody
+
+
+class JobList(BaseModel):
+    object: Literal["list"]
+    data: list[JobBody] = Field(description="The newest first. Their receipts have no `decisions`.")
+    first_id: str | None = Field(description="Null if there are no jobs.")
+    last_id: str | None = Field(description="The value of `after` for the next page.")
+    has_more: bool
 
 
 EVENT_STREAM: dict[str, Any] = {
@@ -176,7 +192,8 @@ EVENT_STREAM: dict[str, Any] = {
                 "data": {"type": "string", "contentMediaType": "application/json"},
                 "id": {
                     "type": "string",
-                    "description": "A value for `Last-Event-ID`. An error that ends a stream has none.",
+                    "description": "A value for `Last-Event-ID`. An error that ends a stream has none, nor has a "
+                    "`job.queued` that tells a new `position`.",
                 },
             },
         }

@@ -1,11 +1,13 @@
 """For operators: liveness, readiness and metrics."""
 
+from contextlib import suppress
+
 from fastapi import APIRouter, Depends, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from service.api.access import Access
-from service.api.dependencies import DispatcherOfApp
+from service.api.dependencies import DispatcherOfApp, SettingsOfApp
 from service.api.errors import error_responses
 from service.api.responses import HealthBody, ReadyBody
 from service.errors import Draining, StoreUnavailable
@@ -45,13 +47,11 @@ async def check_readiness(dispatcher: DispatcherOfApp) -> ReadyBody | JSONRespon
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **error_responses(401, 403)},
     dependencies=[Depends(Access(Scope.METRICS))],
 )
-async def show_metrics(dispatcher: DispatcherOfApp) -> Response:
-    try:
-        waiting = await dispatcher.store.num_waiting()
-    except StoreUnavailable:  # the store counts its own errors
-        waiting = None
-    page = dispatcher.metrics.exposition(dispatcher.cards, dispatcher.num_running(), waiting)
-    return Response(page, media_type=CONTENT_TYPE_LATEST)
+async def show_metrics(dispatcher: DispatcherOfApp, settings: SettingsOfApp) -> Response:
+    with suppress(StoreUnavailable):  # the store counts its own errors; the gauges keep their values
+        load, workers = await dispatcher.store.load(), await dispatcher.store.workers()
+        dispatcher.metrics.observe_queue(load, workers, target_backlog_s=settings.target_backlog_s)
+    return Response(dispatcher.metrics.exposition(dispatcher.num_running()), media_type=CONTENT_TYPE_LATEST)
 
 
 def _unavailable(reason: str) -> JSONResponse:

@@ -134,7 +134,7 @@ def held_ids(dispatcher: Dispatcher) -> set[str]:
 
 def line_of(dispatcher: Dispatcher, name: str) -> str:
     """The value of a series, by its name and labels."""
-    page = dispatcher.metrics.exposition([], {}, {}).decode()
+    page = dispatcher.metrics.exposition({}).decode()
     return next(line.rpartition(" ")[2] for line in page.splitlines() if line.startswith(name + " "))
 
 
