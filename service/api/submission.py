@@ -71,14 +71,13 @@ async def _backlog(
     """The work before `order`: what is in the store, and what this process was adding while that was read."""
     work, images, pace = dispatcher.work_intake, dispatcher.image_intake, dispatcher.worker.pace.ratio
     recorded_s, recorded_bytes = work.recorded, images.recorded
-    seconds = await dispatcher.store.backlog_s()
-    image_bytes = await dispatcher.store.input_image_bytes() if input_image_bytes(order.requests) else 0
+    load = await dispatcher.store.load()
     return Backlog(
-        seconds=(seconds + work.admitted - recorded_s) * pace,
+        seconds=dispatcher.seconds_before(card.id, load) + (work.admitted - recorded_s) * pace,
         max_seconds=max_seconds,
         finish_s=dispatcher.worker.finish_seconds(card.id),
         pace=pace,
-        image_bytes=image_bytes + images.admitted - recorded_bytes,
+        image_bytes=load.image_bytes + images.admitted - recorded_bytes,
         max_image_bytes=settings.max_input_image_bytes,
     )
 

@@ -36,7 +36,7 @@ class Bench:
 
     async def claimed(self, job: Job) -> Claim:
         await self.dispatcher.store.add(job)
-        claim = await self.dispatcher.store.claim(lambda *_: True)
+        claim = await self.dispatcher.store.claim(lambda _: Fit.NOW)
         assert claim is not None
         return claim
 
