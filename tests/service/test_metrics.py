@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from models.card import ImageCard
 from models.curve import Preset
 from models.report import BlockReport, GenerationSummary, StepReport
-from models.request import ComputeBudget, LatencyBudget, PresetBudget, QualityBudget
+from models.request import Budget, ComputeBudget, LatencyBudget, PresetBudget, QualityBudget
 from service.jobs.job import Job, JobSnapshot, JobState, JobStatus, Receipt, StageSeconds
 from service.metrics import Metrics
 from service.scheduling.fleet import Load, ModelLoad, WorkerState
@@ -155,10 +155,10 @@ def test_results_of_saving_budgets_are_counted_by_their_only_decision(
         num_forecast=num_forecast,
     )
     state = replace(SUCCEEDED, receipts=(Receipt(made, 0.9, StageSeconds(0.1, 0.2, 0.3, 0.4, 1.0), 2.5),))
-    for budget in (PresetBudget(Preset.HIGH), QualityBudget(0.9), ComputeBudget(0.5)):
-        metrics.observe_end(JobSnapshot(make_job("a", budget=budget), state))
+    saving: list[Budget] = [PresetBudget(Preset.HIGH), QualityBudget(0.9), ComputeBudget(0.5)]
     # These may well be exact.
-    for budget in (PresetBudget(Preset.EXACT), QualityBudget(1.0), ComputeBudget(1.0), LatencyBudget(9.0)):
+    others: list[Budget] = [PresetBudget(Preset.EXACT), QualityBudget(1.0), ComputeBudget(1.0), LatencyBudget(9.0)]
+    for budget in (*saving, *others):
         metrics.observe_end(JobSnapshot(make_job("a", budget=budget), state))
     counted = {name: value for name, value in samples(metrics).items() if "elastic_saving_results_total" in name}
     assert counted == {f"elastic_saving_results_total {decisions} drawn": 3.0}

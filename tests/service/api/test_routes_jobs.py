@@ -79,7 +79,8 @@ def test_jobs_are_listed_page_by_page_from_the_newest(client: TestClient) -> Non
     }
     made = [client.post("/v1/images", json={"prompt": "a"}).json()["id"] for _ in range(5)]
     newest = made[::-1]
-    pages, after = [], None
+    pages: list[dict[str, Any]] = []
+    after = None
     while not pages or pages[-1]["has_more"]:
         pages.append(client.get("/v1/jobs", params={"limit": 2, **({"after": after} if after else {})}).json())
         after = pages[-1]["last_id"]
