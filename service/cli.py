@@ -123,9 +123,9 @@ def worker(
     if devices is not None:
         if device is not None:
             raise typer.BadParameter("give --device or --devices, not both")
-        from service.supervisor import run_workers
+        from service.supervisor import run_workers, worker_commands
 
-        run_workers(settings, devices, models=models, config=config)
+        run_workers(worker_commands(settings, devices, models=models, config=config))
         return
     from service.app import create_worker_app
     from service.serving import run_server
