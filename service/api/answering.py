@@ -18,6 +18,7 @@ from service.errors import Draining
 from service.jobs.job import Job, JobSnapshot
 from service.jobs.store import ended
 from service.running.dispatcher import Dispatcher
+from service.running.fleet import RETRY_AFTER_S
 from service.settings import Settings
 
 # After draining, answers that are about to be sent may take this long.
@@ -72,10 +73,11 @@ async def _result(job: Job, response_format: ResponseFormat, dispatcher: Dispatc
 
 
 async def _accepted(job: Job, dispatcher: Dispatcher, links: Links) -> JSONResponse:
+    seconds = await dispatcher.backlog_s(job.model)
     headers = {
         "X-Job-ID": job.id,
         "Location": urlsplit(links.to_job(job)).path,
-        "Retry-After": str(max(1, math.ceil(await dispatcher.backlog_s(job.model)))),
+        "Retry-After": str(max(1, math.ceil(seconds)) if math.isfinite(seconds) else RETRY_AFTER_S),
         "Preference-Applied": "respond-async",
     }
     snapshot = await dispatcher.store.get(job.id)
@@ -93,7 +95,8 @@ async def _ended_or_gone(
     waits = [asyncio.ensure_future(wait) for wait in (_disconnected(request), dispatcher.has_drained.wait())]
     ending = asyncio.create_task(ended(dispatcher.store, job.id))
     try:
-        await asyncio.wait((ending, *waits), timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+        with dispatcher.open_call():
+            await asyncio.wait((ending, *waits), timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
         if dispatcher.has_drained.is_set() and not ending.done():
             await asyncio.wait((ending,), timeout=_LAST_ANSWER_S)
             if not ending.done():

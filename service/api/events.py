@@ -103,20 +103,21 @@ async def _until_drained(
     drained = asyncio.create_task(dispatcher.has_drained.wait())
     coming: asyncio.Future[Event] | None = None
     try:
-        while True:
-            coming = coming or asyncio.ensure_future(anext(events))
-            await asyncio.wait((coming, drained), timeout=silence_s(), return_when=asyncio.FIRST_COMPLETED)
-            if coming.done():
-                try:
-                    event = coming.result()
-                except StopAsyncIteration:
-                    return
-                coming = None
-                yield event
-            elif drained.done():
-                raise Draining(f"the server shuts down; job {job.id} goes on at others", retry_after_s=1)
-            else:
-                yield None
+        with dispatcher.open_call():
+            while True:
+                coming = coming or asyncio.ensure_future(anext(events))
+                await asyncio.wait((coming, drained), timeout=silence_s(), return_when=asyncio.FIRST_COMPLETED)
+                if coming.done():
+                    try:
+                        event = coming.result()
+                    except StopAsyncIteration:
+                        return
+                    coming = None
+                    yield event
+                elif drained.done():
+                    raise Draining(f"the server shuts down; job {job.id} goes on at others", retry_after_s=1)
+                else:
+                    yield None
     finally:
         drained.cancel()
         if coming is not None:

@@ -9,6 +9,7 @@ from models.curve import Preset
 from models.report import Decision
 from service.jobs.job import JobStatus
 from service.order import QualityLevel
+from service.running.model_changes import ModelStatus
 
 
 class ErrorDetail(BaseModel):
@@ -356,6 +357,27 @@ class HealthBody(BaseModel):
     status: Literal["ok"]
 
 
+class ReadyModel(BaseModel):
+    workers: int = Field(description="How many workers take its jobs.")
+    queued: int = Field(description="How many of its jobs are queued.")
+
+
 class ReadyBody(BaseModel):
     status: Literal["ready", "unavailable"]
     reason: str | None = Field(default=None, description="Why the server is unavailable.")
+    models: dict[str, ReadyModel] = Field(
+        default_factory=dict,
+        description="By id, the models that workers serve, those of the setting `models` of an API node, and those "
+        "that jobs wait for.",
+    )
+
+
+class AdminModelBody(BaseModel):
+    id: str
+    object: Literal["model"]
+    status: ModelStatus
+
+
+class AdminModelList(BaseModel):
+    object: Literal["list"]
+    data: list[AdminModelBody]

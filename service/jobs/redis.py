@@ -5,7 +5,6 @@ import logging
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 from redis.asyncio import Redis
@@ -30,6 +29,7 @@ from service.jobs.redis_records import (
     load_event,
     load_pictures,
     load_snapshot,
+    load_sums,
     version_of,
 )
 from service.jobs.redis_workers import Workers
@@ -49,7 +49,7 @@ from service.jobs.store import (
     Recovery,
 )
 from service.order import pictures_of
-from service.scheduling.fleet import Load, ModelLoad, WorkerRecord
+from service.scheduling.fleet import Load, WorkerRecord
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +109,7 @@ class RedisStore:
         )
         self._adoption = Adoption(redis, prefix)
         self._workers = Workers(redis, prefix, lease_ms=self._lease_ms)
-        claim = redis.register_script(redis_scripts.CLAIM)
-        self._claims = Claims(partial(self._run, claim), self.worker_id, lease_ms=self._lease_ms)
+        self._claims = Claims(redis, prefix, self.worker_id, lease_ms=self._lease_ms)
         self._on_queued: Callable[[], None] = lambda: None
         self._on_cancelled: Callable[[str], None] = lambda job_id: None
         self._add = redis.register_script(redis_scripts.ADD)
@@ -349,7 +348,7 @@ class RedisStore:
             reading.hgetall(self._key("load"))
             reading.hget(self._key("owners"), owner or "")
             sums, own_us = await reading.execute()
-        return _load(sums, own_us)
+        return load_sums(sums, own_us)
 
     async def announce(self, record: WorkerRecord) -> None:
         if self._claims.models != list(record.cards):
@@ -388,24 +387,6 @@ class RedisStore:
 
 def _microseconds(seconds: float) -> int:
     return round(seconds * 1e6)
-
-
-def _load(sums: Mapping[bytes, bytes], own_us: bytes | None) -> Load:
-    numbers = {field.decode(): int(number) for field, number in sums.items()}
-    models = {field.partition(":")[2] for field in numbers if ":" in field}
-    return Load(
-        {
-            model: ModelLoad(
-                num_queued=numbers.get(f"queued:{model}", 0),
-                num_running=numbers.get(f"running:{model}", 0),
-                queued_s=numbers.get(f"queued_us:{model}", 0) / 1e6,
-                running_s=numbers.get(f"running_us:{model}", 0) / 1e6,
-            )
-            for model in models
-        },
-        image_bytes=numbers.get("image_bytes", 0),
-        own_s=int(own_us or 0) / 1e6,
-    )
 
 
 def _snapshot(job_id: str, fields: Mapping[bytes, bytes] | None) -> JobSnapshot | None:

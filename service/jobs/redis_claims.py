@@ -5,11 +5,12 @@ import json
 import random
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from service.jobs.redis_records import KindEntry, load_kind, model_of
+from service.jobs.redis_scripts import COMMON
 from service.jobs.store import Fit, Fits, JobKind
 
 _POLL_S = 4.0
@@ -17,6 +18,92 @@ _POLL_S = 4.0
 _POLL_WAITING_S = 1.0
 """How often a worker looks while jobs wait that do not fit. It is not woken for others of their class then."""
 _MOST_KINDS = 1000
+
+
+# ARGV: worker, lease, its ms, time, JSON of `models`, those it has or nothing, and of `fits`, which says of each kind
+# that it knows `now`, `waits` or `no`.
+# Returns the id and the kind of the claimed job or '', the fields of its record, the kinds of those that wait, and the
+# names and JSON of kinds that the worker has to judge before it gets a job.
+# A worker that gets no job is idle in all classes that have no job. If jobs of a class wait, they do not fit; then
+# another idle worker is woken.
+CLAIM = (
+    COMMON
+    + """
+local worker, lease, asked = ARGV[1], ARGV[2], cjson.decode(ARGV[5])
+local latest = prefix .. 'claim:' .. worker
+local done = redis.call('GET', latest)
+if done and string.sub(done, 1, #lease + 1) == lease .. ' ' then
+    local id = string.sub(done, #lease + 2)
+    if not is_mine(id, lease) then return {'', '', {}, {}, {}} end
+    local entry = cjson.decode(redis.call('HGET', prefix .. 'counted', id))
+    return {id, entry[7], redis.call('HGETALL', prefix .. 'job:' .. id), {}, {}}
+end
+local models = {}
+for _, model in ipairs(asked.models) do models[model] = true end
+
+local function look()
+    local waiting, unknown, first, is_held_up, from = {}, {}, nil, false, 0
+    while true do
+        local kinds = redis.call('ZRANGE', prefix .. 'heads', from, from + 63)
+        for _, kind in ipairs(kinds) do
+            if models[string.sub(kind, 18)] or #asked.models == 0 then
+                local fit = asked.fits[kind]
+                table.insert(waiting, kind)
+                if not fit then
+                    table.insert(unknown, kind)
+                    table.insert(unknown, redis.call('HGET', prefix .. 'kinds', kind) or '')
+                elseif fit == 'waits' then
+                    is_held_up = true
+                elseif fit == 'now' and #unknown == 0 and not is_held_up and not first then
+                    first = kind
+                end
+            end
+        end
+        from = from + 64
+        if first or #kinds < 64 or #unknown >= 128 then return waiting, unknown, first end
+    end
+end
+
+while true do
+    local waiting, unknown, kind = look()
+    if not kind then
+        if #unknown > 0 then return {'', '', {}, waiting, unknown} end
+        local now, has_jobs = now_ms(), {}
+        for _, waits in ipairs(waiting) do has_jobs[class_of(waits)] = true end
+        for class in pairs(has_jobs) do wake(class) end
+        for _, model in ipairs(asked.models) do
+            for _, class in ipairs({'h' .. model, 'n' .. model}) do
+                if not has_jobs[class] then
+                    redis.call('ZREMRANGEBYSCORE', prefix .. 'idle:' .. class, '-inf', now - 60000)
+                    redis.call('ZADD', prefix .. 'idle:' .. class, now, worker)
+                end
+            end
+        end
+        return {'', '', {}, waiting, {}}
+    end
+    local id = redis.call('ZRANGE', prefix .. 'queue:' .. kind, 0, 0)[1]
+    local job = prefix .. 'job:' .. id
+    if is_gone(id) or redis.call('HGET', job, 'status') ~= 'queued' then
+        let_go(id)
+        dequeue(id, kind)
+    else
+        for _, model in ipairs(asked.models) do
+            redis.call('ZREM', prefix .. 'idle:h' .. model, worker)
+            redis.call('ZREM', prefix .. 'idle:n' .. model, worker)
+        end
+        dequeue(id, kind)
+        redis.call('HSET', job, 'status', 'running', 'lease', lease, 'worker', worker, 'started_at', ARGV[4],
+            'steps_done', 0)
+        redis.call('HINCRBY', job, 'attempts', 1)
+        redis.call('ZADD', prefix .. 'leases', now_ms() + ARGV[3], id)
+        redis.call('SET', latest, lease .. ' ' .. id, 'PX', 60000)
+        recount(id, 'running')
+        tell(id, 'job.started', '{}')
+        return {id, kind, redis.call('HGETALL', job), {}, {}}
+    end
+end
+"""
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +117,19 @@ class Claimed:
 
 
 class Claims:
-    """The claims of one worker. `run` runs the script CLAIM. After `wake`, the next call looks at the queues.
+    """The claims of one worker. After `wake`, the next call looks at the queues.
 
     A worker that finds nothing is put down as idle by the same script. A new job wakes one idle worker of its class, so
     there is no need to look before that. If jobs wait that do not fit, they are remembered. There is no need to look
     before one of them fits.
     """
 
-    def __init__(self, run: Callable[..., Awaitable[Any]], worker_id: str, *, lease_ms: int) -> None:
+    def __init__(self, redis: Any, prefix: str, worker_id: str, *, lease_ms: int) -> None:
         self.models: Sequence[str] = ()
         """The models of this worker, once it has announced them."""
         self._worker_id = worker_id
-        self._run = run
+        self._prefix = prefix
+        self._claim = redis.register_script(CLAIM)
         self._lease_ms = lease_ms
         self._known: dict[str, KindEntry | None] = {}  # entries that can't be read are None
         self._waiting: list[str] = []
@@ -76,9 +164,8 @@ class Claims:
                 self._is_woken = False  # here, since it may be woken again before the answer arrives
                 verdicts = {name: fit_of(name).value for name in self._known if self._may_have(name)}
                 question = json.dumps({"models": self.models, "fits": verdicts})
-                job_id, kind, fields, waiting, unknown = await self._run(
-                    self._worker_id, lease, self._lease_ms, started_at, question
-                )
+                arguments = [self._worker_id, lease, self._lease_ms, started_at, question]
+                job_id, kind, fields, waiting, unknown = await self._claim(keys=[self._prefix], args=arguments)
                 if job_id:
                     entry = self._known.get(kind.decode())
                     pairs = dict(zip(fields[::2], fields[1::2], strict=True))

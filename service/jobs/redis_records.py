@@ -23,6 +23,7 @@ from service.errors import JobNotFound, JobUnreadable, StoreUnavailable
 from service.jobs.job import Failure, Job, JobSnapshot, JobState, JobStatus, Receipt
 from service.jobs.store import Event, EventName, JobKind
 from service.order import pictures_of
+from service.scheduling.fleet import Load, ModelLoad
 
 RECORD_VERSION = 3
 """The version of the newest records that are read. Records of version 1 do not say theirs."""
@@ -137,6 +138,25 @@ def load_pictures(job: Job, data: bytes, fields: Mapping[bytes, bytes]) -> Job:
     except Exception as error:  # a record may break in any way that a reader can fail
         raise JobUnreadable(job.id) from error
     return job.with_input_images([data[end - size : end] for end, size in zip(accumulate(sizes), sizes, strict=True)])
+
+
+def load_sums(sums: Mapping[bytes, bytes], own_us: bytes | None) -> Load:
+    """The load whose sums in Redis are these, in whole microseconds. `own_us` is that of one owner."""
+    numbers = {field.decode(): int(number) for field, number in sums.items()}
+    models = {field.partition(":")[2] for field in numbers if ":" in field}
+    return Load(
+        {
+            model: ModelLoad(
+                num_queued=numbers.get(f"queued:{model}", 0),
+                num_running=numbers.get(f"running:{model}", 0),
+                queued_s=numbers.get(f"queued_us:{model}", 0) / 1e6,
+                running_s=numbers.get(f"running_us:{model}", 0) / 1e6,
+            )
+            for model in models
+        },
+        image_bytes=numbers.get("image_bytes", 0),
+        own_s=int(own_us or 0) / 1e6,
+    )
 
 
 def load_event(event_id: bytes, fields: Mapping[bytes, bytes]) -> Event | None:

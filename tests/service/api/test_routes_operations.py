@@ -9,7 +9,9 @@ from tests.fixtures.waiting import wait_until
 
 def test_running_server_is_alive_and_ready(client: TestClient) -> None:
     assert client.get("/healthz").json() == {"status": "ok"}
-    assert client.get("/readyz").json() == {"status": "ready"}
+    of_each = {"workers": 1, "queued": 0}
+    models = {"drawn": of_each, "guided": of_each, "ball": of_each}
+    assert client.get("/readyz").json() == {"status": "ready", "models": models}
 
 
 def test_draining_server_is_alive_but_not_ready(client: Any) -> None:

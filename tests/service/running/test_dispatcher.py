@@ -97,6 +97,7 @@ class SharedStore(FragileStore):
 def build(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Build:
     """A dispatcher around a store, with a worker that has been started; it retries and polls quickly."""
     monkeypatch.setattr("service.running.dispatcher.RETRY_S", 0.01)
+    monkeypatch.setattr("service.running.reports.RETRY_S", 0.01)
     monkeypatch.setattr("service.running.dispatcher.POLL_S", 0.01)
 
     def build(
