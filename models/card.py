@@ -1,13 +1,15 @@
 """The description of a loaded model, as plain data. No torch: the API side reads it too."""
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from statistics import fmean
 from typing import Any, ClassVar
 
 from models.curve import CurvePoint
-from models.memory import ModelMemory, RequestMemory
+from models.errors import WeightsError
+from models.memory import ModelMemory, RequestMemory, readable
 from models.mesh import size
 from models.request import GenerationRequest, ImageRequest, LatencyBudget
 
@@ -260,6 +262,23 @@ class MeshCard(ModelCard):
     def is_guided(self, guidance_scale: float, true_cfg_scale: float = 1.0) -> bool:
         """At a scale of 1 the branch without an image cancels out. Unlike in diffusers, it counts below 1 too."""
         return self.guidance is Guidance.TRUE and guidance_scale != 1
+
+
+def shared_device(cards: Mapping[str, ModelCard]) -> dict[str, ModelCard]:
+    """`cards` of models that share a device: the memory of each says how much the weights of all take.
+
+    Raises WeightsError if they leave no room for requests.
+    """
+    weights = sum(card.memory.weights for card in cards.values())
+    shared = {model: replace(card, memory=replace(card.memory, all_weights=weights)) for model, card in cards.items()}
+    for card in shared.values():
+        if card.memory.room <= 0:
+            raise WeightsError(
+                f"the weights of {', '.join(cards)} take {readable(weights)}; the device has "
+                f"{readable(card.memory.limit)} for them and for requests, of which {readable(card.memory.reserve)} "
+                "are kept free; serve fewer models, keep parts on the CPU (offload) or allow more (device_memory)"
+            )
+    return shared
 
 
 def _num_pictures(request: ImageRequest) -> int:

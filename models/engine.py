@@ -1,5 +1,6 @@
 """The engine: generates images and meshes, one denoise step at a time, with any mix of requests in a step."""
 
+import gc
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.background.cut_out import NotCutOut, object_alpha
-from models.card import ModelCard
+from models.card import ModelCard, shared_device
 from models.curve import CurvePoint
 from models.device import SideStream, hand_to_steps
 from models.device_errors import DeviceErrors
@@ -23,6 +24,7 @@ from models.families.family import BranchStart, Encoded, Family
 from models.families.image import ImageFamily
 from models.mesh.cleanup import CleanMesh
 from models.mesh.surface import FieldSamples
+from models.prompt_cache import PromptCache
 from models.report import BlockReport, StepReport, joined
 from models.request import GenerationRequest, ImageRequest
 from models.state import DenoiseState, Velocity
@@ -36,12 +38,44 @@ class Engine:
     does in this process.
     """
 
-    def __init__(self, families: Mapping[str, Family], cards: Mapping[str, ModelCard]) -> None:
-        self.cards = cards
-        self._families = families
-        self._encoding, self._decoding = (
-            {model: SideStream(family.device) for model, family in families.items()} for _ in range(2)
+    def __init__(
+        self,
+        families: Mapping[str, Family],
+        cards: Mapping[str, ModelCard],
+        prompt_cache: PromptCache | None = None,
+    ) -> None:
+        self.prompt_cache = prompt_cache
+        self._encoding: Mapping[str, SideStream] = {}
+        self._decoding: Mapping[str, SideStream] = {}
+        self._serve(families, cards)
+
+    def add(self, family: Family, card: ModelCard) -> None:
+        """Serve one more model. Raises WeightsError if the weights of all leave no room for requests."""
+        self._serve({**self._families, card.id: family}, shared_device({**self.cards, card.id: card}))
+
+    def remove(self, model: str) -> None:
+        """Let go of a model, so that its memory becomes free. There must be no requests of it any more."""
+        families, cards = (
+            {name: value for name, value in values.items() if name != model}
+            for values in (dict[str, Any](self._families), dict[str, Any](self.cards))
         )
+        self._serve(families, shared_device(cards))
+        if self.prompt_cache is not None:  # a model that is loaded in its place may have another text encoder
+            self.prompt_cache.clear()
+        gc.collect()  # modules and their hooks refer to each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _serve(self, families: Mapping[str, Family], cards: Mapping[str, ModelCard]) -> None:
+        """The mappings are replaced and not changed: other threads read them."""
+        for model, family in families.items():
+            if model in cards:
+                family.room = cards[model].memory.room
+        self._encoding, self._decoding = (
+            {model: streams.get(model) or SideStream(family.device) for model, family in families.items()}
+            for streams in (self._encoding, self._decoding)
+        )
+        self._families, self.cards = families, cards
 
     def preparation(self, request: GenerationRequest) -> Callable[[], GenerationRequest] | None:
         """Work for `start` that another process can do: it returns the request to start, or raises

@@ -22,6 +22,13 @@ class PromptCache:
         self._empty: dict[str, BranchInputs] = {}
         self._lock = Lock()
 
+    def clear(self) -> None:
+        """Forget all prompts, the empty ones too."""
+        with self._lock:
+            self._entries.clear()
+            self._empty.clear()
+            self._num_bytes = 0
+
     def look_up(self, model: str, prompt: str, encode: Callable[[], BranchInputs]) -> tuple[BranchInputs, bool]:
         """What `encode` returns for `prompt`, or has returned earlier. The second value says whether it was earlier.
 

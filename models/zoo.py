@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from models.families.image import ImageFamily
 from models.file_formats import OutputFormat, encode_image
 from models.float8 import FLOAT8_TOLERANCE
 from models.load_options import DEFAULTS, LoadOptions, Weights
-from models.memory import ModelMemory, readable
+from models.memory import ModelMemory
 from models.mesh.cleanup import CleanMesh
 from models.prompt_cache import PromptCache
 from models.published_terms import published_terms
@@ -61,40 +61,63 @@ def load_engine(
         load_remover(background_remover)
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
-    families: dict[str, Family] = {}
-    cards: dict[str, ModelCard] = {}
+    engine = Engine({}, {}, PromptCache(options.prompt_cache_bytes))
+    for directory in directories:
+        add_to = load_model(
+            directory,
+            device=device,
+            router_weights=router_weights,
+            background_remover=background_remover,
+            options=options,
+        )
+        add_to(engine)
+    return engine
+
+
+def load_model(
+    directory: Path,
+    *,
+    device: str,
+    router_weights: Path,
+    background_remover: Path | None = None,
+    options: LoadOptions = DEFAULTS,
+) -> Callable[[Engine], None]:
+    """Load a model directory as `load_engine` does. Any thread may, while an engine is in use.
+
+    The function that is returned measures the model and adds it to an engine, in the thread that uses the engine. It
+    raises WeightsError if the model leaves no room.
+    """
     torch_device = find_device(device)
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device)
-    cache = PromptCache(options.prompt_cache_bytes)
-    for directory in directories:
-        folder = router_weights / directory.name
-        if not folder.is_dir():
-            logger.warning("%s has no router folder %s, so exact is its only budget", directory.name, folder)
-        base, loras = options.source(directory)
-        entry, index = family_of(base)
-        if loras and entry.layout != DIFFUSERS:
-            raise WeightsError(f"{base} takes no adapters ({', '.join(loras)}): only diffusers pipelines do")
-        dtype = _compute_dtype(options.weights, device)
-        manifest = read_manifest(folder)
-        family: Family = entry.family.load().load(
-            directory, str(torch_device), dtype, load_router_weights(folder, base), manifest.traits, options
-        )
-        if options.has_float8:
-            family.exact_tolerance = max(family.exact_tolerance, FLOAT8_TOLERANCE)
-        if options.offloads_layers:
-            family.keep_blocks_on_host(torch_device)
-        family.forecast_table = read_forecast_table(folder)
-        family.background_remover = background_remover
-        families[directory.name] = family
-        cards[directory.name] = _card(family, entry.name, base, index, folder, manifest, options)
+    folder = router_weights / directory.name
+    if not folder.is_dir():
+        logger.warning("%s has no router folder %s, so exact is its only budget", directory.name, folder)
+    base, loras = options.source(directory)
+    entry, index = family_of(base)
+    if loras and entry.layout != DIFFUSERS:
+        raise WeightsError(f"{base} takes no adapters ({', '.join(loras)}): only diffusers pipelines do")
+    dtype = _compute_dtype(options.weights, device)
+    manifest = read_manifest(folder)
+    family: Family = entry.family.load().load(
+        directory, str(torch_device), dtype, load_router_weights(folder, base), manifest.traits, options
+    )
+    if options.has_float8:
+        family.exact_tolerance = max(family.exact_tolerance, FLOAT8_TOLERANCE)
+    if options.offloads_layers:
+        family.keep_blocks_on_host(torch_device)
+    family.forecast_table = read_forecast_table(folder)
+    family.background_remover = background_remover
+
+    def add_to(engine: Engine) -> None:
+        card = _card(family, entry.name, base, index, folder, manifest, options)
+        limit = _memory_limit(torch_device, options)
+        engine.add(family, replace(card, memory=replace(card.memory, limit=limit)))
         if isinstance(family, ImageFamily):
-            family.prompt_cache = cache  # after the card: encoding was measured without it
+            family.prompt_cache = engine.prompt_cache  # after the card: encoding was measured without it
         logger.info("loaded %s on %s in %s, weights: %s", directory.name, device, dtype, options.weights)
-    cards = {model: replace(card, memory=memory) for model, card, memory in _limited(cards, torch_device, options)}
-    for model, card in cards.items():
-        families[model].room = card.memory.room
-    return Engine(families, cards)
+
+    return add_to
 
 
 def _compute_dtype(weights: Weights, device: str) -> torch.dtype:
@@ -103,23 +126,12 @@ def _compute_dtype(weights: Weights, device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" else torch.bfloat16
 
 
-def _limited(
-    cards: Mapping[str, ModelCard], device: torch.device, options: LoadOptions
-) -> Iterator[tuple[str, ModelCard, ModelMemory]]:
-    """Each model with its memory on a device that all models share. Raises WeightsError if they leave no room."""
+def _memory_limit(device: torch.device, options: LoadOptions) -> float:
+    """The most bytes of the device that its models and their requests may take together."""
     limit = math.inf if options.device_memory is None else float(options.device_memory)
     if device.type == "cuda":
         limit = min(limit, torch.cuda.get_device_properties(device).total_memory)
-    weights = sum(card.memory.weights for card in cards.values())
-    for model, card in cards.items():
-        memory = replace(card.memory, limit=limit, all_weights=weights)
-        if memory.room <= 0:
-            raise WeightsError(
-                f"the weights of {', '.join(cards)} take {readable(weights)}; {device} has {readable(limit)} for them "
-                f"and for requests, of which {readable(memory.reserve)} are kept free; serve fewer models, keep parts "
-                "on the CPU (offload) or allow more (device_memory)"
-            )
-        yield model, card, memory
+    return limit
 
 
 def family_of(directory: Path) -> tuple[FamilyEntry, Path]:
@@ -137,6 +149,19 @@ def family_of(directory: Path) -> tuple[FamilyEntry, Path]:
         raise WeightsError(f"{found.file} names the class {found.class_name}; served are: {served}")
     marks = " nor ".join(layout.mark for layout in layouts)
     raise WeightsError(f"{directory} is no model directory: it has neither {marks}")
+
+
+def model_directories(folder: Path) -> list[Path]:
+    """The folders in `folder` that hold a model of some family."""
+
+    def holds_model(directory: Path) -> bool:
+        try:
+            family_of(directory)
+        except (WeightsError, OSError):
+            return False
+        return True
+
+    return sorted(directory for directory in folder.glob("*/") if holds_model(directory))
 
 
 def _card(

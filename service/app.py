@@ -11,7 +11,15 @@ from fastapi.routing import iter_route_contexts
 from fastapi_offline import FastAPIOffline
 from redis.asyncio import Redis
 
-from service.api import routes_edits, routes_images, routes_jobs, routes_meshes, routes_models, routes_operations
+from service.api import (
+    routes_admin,
+    routes_edits,
+    routes_images,
+    routes_jobs,
+    routes_meshes,
+    routes_models,
+    routes_operations,
+)
 from service.api.errors import add_error_handlers
 from service.api.image_checks import ImageChecks
 from service.api.job_views import job_body
@@ -28,30 +36,56 @@ from service.jobs.store import EVENTS_TTL_S, JobStore
 from service.metrics import Metrics
 from service.running.dispatcher import Dispatcher, Timing
 from service.running.inbox import Inbox
-from service.running.room import WorkerLimits
-from service.running.worker import Worker
+from service.running.model_changes import ModelChanges
 from service.settings import Settings
 from service.webhooks import Webhooks
 
 if TYPE_CHECKING:  # models.engine imports torch, which the API side never loads
     from models.engine import Engine
+    from service.running.worker import Worker
 
 
 def build_dispatcher(
-    settings: Settings, load_engine: Callable[[], "Engine"], *, clock: Callable[[], float] = time.time
+    settings: Settings, load_engine: Callable[[], "Engine"] | None = None, *, clock: Callable[[], float] = time.time
 ) -> Dispatcher:
-    """A dispatcher with its store and its worker, which calls `load_engine` in its own thread when it starts."""
+    """A dispatcher with its store and its worker, which calls `load_engine` in its own thread when it starts.
+
+    Without `load_engine` there is no worker, and nothing that computes is imported.
+    """
     metrics, inbox = Metrics(), Inbox()
     store = _store(settings, metrics, clock)
-    limits = WorkerLimits(settings.max_batch_size, settings.max_running, settings.max_decode_bytes)
     return Dispatcher(
         store,
-        Worker(load_engine, metrics, limits, report=inbox.report, on_room=inbox.wake, clock=store.clock),
+        _worker(settings, load_engine, metrics, inbox, store.clock) if load_engine else None,
         inbox,
         metrics,
         Timing(lease_s=settings.lease_s, grace_s=settings.grace_s),
         clock=store.clock,
+        models=() if load_engine else settings.wanted_models,
         deliver_webhook=_webhooks(settings, clock, store.clock),
+    )
+
+
+def _worker(
+    settings: Settings,
+    load_engine: Callable[[], "Engine"],
+    metrics: Metrics,
+    inbox: Inbox,
+    clock: Callable[[], float],
+) -> "Worker":
+    from service.running.room import WorkerLimits
+    from service.running.worker import Worker
+
+    limits = WorkerLimits(settings.max_batch_size, settings.max_running, settings.max_decode_bytes)
+    return Worker(
+        load_engine,
+        metrics,
+        limits,
+        device=settings.device,
+        version=version("elastic-dit-serve"),
+        report=inbox.report,
+        on_room=inbox.wake,
+        clock=clock,
     )
 
 
@@ -105,9 +139,12 @@ def _redis(url: str) -> Redis:
     return redis
 
 
-def create_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
-    """The application. The caller has started the dispatcher's worker; the application stops it at its end."""
-    app = _bare_app(settings, dispatcher)
+def create_app(settings: Settings, dispatcher: Dispatcher, model_changes: ModelChanges | None = None) -> FastAPI:
+    """The application. The caller has started the dispatcher's worker, if any; the application stops it at its end.
+
+    With `model_changes` operators may load and unload the worker's models.
+    """
+    app = _bare_app(settings, dispatcher, model_changes)
     for routes in (routes_images, routes_edits, routes_meshes, routes_jobs, routes_models, routes_operations):
         app.include_router(routes.router)
     add_playground(app)
@@ -123,14 +160,14 @@ def _check_prefix(app: FastAPI, prefix: str) -> None:
             raise BadConfiguration(f"public_url ends in {prefix}, where the API has {path}; leave it out of the URL")
 
 
-def create_worker_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
-    """The application of a bare worker: liveness, readiness and metrics."""
-    app = _bare_app(settings, dispatcher)
+def create_worker_app(settings: Settings, dispatcher: Dispatcher, model_changes: ModelChanges | None = None) -> FastAPI:
+    """The application of a bare worker: liveness, readiness and metrics, and with `model_changes` its models."""
+    app = _bare_app(settings, dispatcher, model_changes)
     app.include_router(routes_operations.router)
     return app
 
 
-def _bare_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
+def _bare_app(settings: Settings, dispatcher: Dispatcher, model_changes: ModelChanges | None) -> FastAPI:
     image_checks = ImageChecks(settings.max_image_pixels)
     middlewares = Middlewares(settings, dispatcher.store.clock)
 
@@ -157,6 +194,9 @@ def _bare_app(settings: Settings, dispatcher: Dispatcher) -> FastAPI:
     app.state.image_checks = image_checks
     app.state.api_keys = middlewares.keys
     app.state.link_signer = middlewares.link_signer
+    if model_changes is not None:
+        app.state.model_changes = model_changes
+        app.include_router(routes_admin.router)
     middlewares.add_to(app, count_rejection=lambda code: dispatcher.metrics.observe_rejection("", code))
     add_error_handlers(app)
     _document_own_errors_only(app)

@@ -3,12 +3,11 @@
 import secrets
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
-from fastapi import FastAPI
 from pydantic import ValidationError
 from typer.exceptions import TyperException
 
@@ -25,7 +24,6 @@ from service.budget import budget_fields
 from service.errors import BadConfiguration, InvalidImage, ServiceError
 from service.installation import find_model
 from service.logging import configure_logging, ignore_torchvision_fallback
-from service.running.dispatcher import Dispatcher
 from service.settings import Settings, load_settings
 
 app = typer.Typer(help="Serve elastic diffusion transformers.", add_completion=False, rich_markup_mode=None)
@@ -44,6 +42,16 @@ Host = Annotated[str | None, _setting("host")]
 Port = Annotated[int | None, _setting("port")]
 Models = Annotated[str | None, _setting("models")]
 Device = Annotated[str | None, _setting("device")]
+HasWorker = Annotated[
+    bool | None,
+    typer.Option("--worker/--no-worker", help=f"{Settings.model_fields['worker'].description}  [default: worker]"),
+]
+Devices = Annotated[
+    str | None,
+    typer.Option(
+        help="Devices, separated by commas, such as cuda:0,cuda:1: one process runs on each, at ports from --port on."
+    ),
+]
 Config = Annotated[Path | None, typer.Option(help="A TOML file of settings.")]
 
 Model = Annotated[Path, typer.Option(help="A model directory, or a name in checkpoints/.")]
@@ -82,52 +90,47 @@ ReceiptFile = Annotated[Path | None, typer.Option(help="Also write the receipt t
 
 @app.command()
 def serve(
-    host: Host = None, port: Port = None, models: Models = None, device: Device = None, config: Config = None
+    host: Host = None,
+    port: Port = None,
+    models: Models = None,
+    device: Device = None,
+    has_worker: HasWorker = None,
+    config: Config = None,
 ) -> None:
     """Load the models and answer HTTP requests. Every setting can be given as an ELASTIC_… variable too."""
-    settings = load_settings(config, host=host, port=port, models=models, device=device)
+    settings = load_settings(config, host=host, port=port, models=models, device=device, worker=has_worker)
     configure_logging(settings.log_level, settings.log_format)
     from service.app import create_app
+    from service.serving import run_server
 
-    _serve(settings, create_app)
+    run_server(settings, create_app)
 
 
 @app.command()
 def worker(
-    host: Host = None, port: Port = None, models: Models = None, device: Device = None, config: Config = None
+    host: Host = None,
+    port: Port = None,
+    models: Models = None,
+    device: Device = None,
+    devices: Devices = None,
+    config: Config = None,
 ) -> None:
-    """Run jobs that servers have queued in the same Redis. Answers only /healthz, /readyz and /metrics."""
-    settings = load_settings(config, host=host, port=port, models=models, device=device)
+    """Run jobs that servers have queued in the same Redis. Answers /healthz, /readyz, /metrics and /admin/models."""
+    settings = load_settings(config, host=host, port=port, models=models, device=device, worker=True)
     configure_logging(settings.log_level, settings.log_format)
     if settings.redis_url is None:
         raise typer.BadParameter("a worker shares a queue with servers: set ELASTIC_REDIS_URL")
+    if devices is not None:
+        if device is not None:
+            raise typer.BadParameter("give --device or --devices, not both")
+        from service.supervisor import run_workers, worker_commands
+
+        run_workers(worker_commands(settings, devices, models=models, config=config))
+        return
     from service.app import create_worker_app
+    from service.serving import run_server
 
-    _serve(settings, create_worker_app)
-
-
-def _serve(settings: Settings, create: Callable[[Settings, Dispatcher], FastAPI]) -> None:
-    directories = settings.model_directories
-    from service.server import check_address
-    from service.server import serve as serve_http
-
-    check_address(settings.host, settings.port)  # loading the models may take minutes
-    from models.zoo import load_engine  # imports torch, so only where something is computed
-    from service.app import build_dispatcher
-
-    dispatcher = build_dispatcher(
-        settings,
-        lambda: load_engine(
-            directories,
-            device=settings.device,
-            router_weights=settings.router_weights,
-            background_remover=settings.background_remover,
-            options=settings.load_options,
-        ),
-    )
-    web = create(settings, dispatcher)  # before the models load, so that a bad configuration is reported at once
-    dispatcher.worker.start()
-    serve_http(settings, web, dispatcher)
+    run_server(settings, create_worker_app)
 
 
 @app.command()

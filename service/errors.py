@@ -14,6 +14,8 @@ ServiceError
 ├── UnsupportedMediaType  the call does not accept bodies of this media type or encoding
 ├── InvalidJson           the body is not JSON in UTF-8
 ├── InvalidImage          an input image cannot be read, or exceeds a limit
+├── ModelUnavailable      no worker holds the model now; has the time of the next try
+├── ModelNotLoadable      a model can't be loaded: its directory is broken, or there is no room for it
 ├── Overloaded            the predicted backlog is too long; has the time of the next try
 ├── DeadlineUnreachable   even the lowest allowed quality would take too long
 ├── Draining              the server is shutting down
@@ -97,6 +99,19 @@ class InvalidImage(ServiceError):
     def __reduce__(self) -> tuple[type[Self], tuple[str, str]]:
         """It is raised in other processes too."""
         return type(self), (str(self), self.param)
+
+
+class ModelUnavailable(ServiceError):
+    """`model` is empty if there is no model of the kind that was asked for."""
+
+    def __init__(self, message: str, model: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.model = model
+        self.retry_after_s = retry_after_s
+
+
+class ModelNotLoadable(ServiceError):
+    pass
 
 
 class Overloaded(ServiceError):

@@ -1,16 +1,20 @@
 """Every Prometheus series of the service, declared together. Labels come from closed sets only."""
 
+import math
 from collections import Counter as Tally
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from models.card import ModelCard
-from models.report import Decision, StepReport
+from models.curve import EXACT, FORECAST, Preset
+from models.report import Decision, GenerationSummary, StepReport
 from models.request import Budget, ComputeBudget, LatencyBudget, PresetBudget, QualityBudget
 from service.jobs.job import JobSnapshot, JobStatus
+from service.scheduling.fleet import Load, WorkerRecord, WorkerState, wanted_workers
+from service.scheduling.waiting import backlog_s, pace_of
 
 Metric = TypeVar("Metric", Counter, Gauge, Histogram)
 
@@ -39,6 +43,9 @@ _BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 _DEADLINE_OUTCOMES = _MET, _MISSED = ("met", "missed")
 _LOOKUPS = _HIT, _MISS = ("hit", "miss")
 _STEP_DECISIONS = _COMPUTED, _FORECAST = ("computed", "forecast")
+_LESS_THAN_EXACT = 0.95
+_VARIED = "varied"
+_RESULT_DECISIONS = (_VARIED, Decision.RUN, Decision.SKIP, Decision.REUSE)
 
 # A "request" is one API call, whatever its number of artifacts.
 BLOCK_DECISIONS = Series(
@@ -98,6 +105,13 @@ COMPUTE_RATIO_ERROR = Series(
     "Distance of an artifact's compute ratio from the calibrated one.",
     buckets=_RATIO_ERRORS,
 )
+SAVING_RESULTS = Series(
+    Counter,
+    "elastic_saving_results_total",
+    "Artifacts whose budget asks for clearly less than exact: varied, or the one decision that all blocks had in all "
+    "steps; if routers decide, in all computed steps.",
+    ("model", "decisions"),
+)
 PROMPTS = Series(
     Counter,
     "elastic_prompts_total",
@@ -106,6 +120,22 @@ PROMPTS = Series(
 )
 RUNNING = Series(Gauge, "elastic_requests_running", "Requests that this worker has claimed.")
 WAITING = Series(Gauge, "elastic_requests_waiting", "Requests in the queue, which servers may share.")
+BACKLOG = Series(
+    Gauge,
+    "elastic_backlog_seconds",
+    "Predicted seconds of work in all queued and running jobs, for one worker; a running job counts as 1 s at least.",
+)
+WORKERS = Series(Gauge, "elastic_workers", "Living workers that have the model, by state.", ("model", "state"))
+WANTED_WORKERS = Series(
+    Gauge,
+    "elastic_wanted_workers",
+    "Workers that finish the backlog within target_backlog_s; never fewer than those that are busy.",
+)
+PACE = Series(
+    Gauge,
+    "elastic_worker_pace_ratio",
+    "Measured seconds for each predicted one: the mean over the model's workers, NaN without any.",
+)
 QUEUE_TIME = Series(
     Histogram,
     "elastic_request_queue_time_seconds",
@@ -146,6 +176,7 @@ ALL_SERIES: tuple[Series[Any], ...] = (
     *(BLOCK_DECISIONS, STEPS, BLOCK_LATENCY, MLP_WIDTH, ROUTER_LATENCY, STEP_LATENCY, STAGE_LATENCY, BATCH_SIZE),
     *(COMPUTE_RATIO, COMPUTE_RATIO_ERROR, RUNNING, WAITING, QUEUE_TIME, E2E_LATENCY, REQUESTS, BATCH_GROUPS),
     *(RECOVERED, STORE_ERRORS, GPU_MEMORY, DEADLINES, DEGRADED, REJECTED, PROMPTS, COMPILED),
+    *(SAVING_RESULTS, BACKLOG, WORKERS, WANTED_WORKERS, PACE),
 )
 
 
@@ -155,10 +186,12 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self._metrics = {series.name: series.create(self._registry) for series in ALL_SERIES}
+        self._models: set[str] = set()
 
     def declare(self, cards: Iterable[ModelCard]) -> None:
         """Create the models' counters at 0: a rate in Prometheus does not count the first value of a series."""
         for card in cards:
+            self._models.add(card.id)
             for block in card.blocks:
                 for decision in Decision:
                     self._of(BLOCK_DECISIONS, card.id, block, decision)
@@ -167,6 +200,8 @@ class Metrics:
             for status in JobStatus:
                 if status.is_terminal:
                     self._of(REQUESTS, card.id, status)
+            for decisions in _RESULT_DECISIONS:
+                self._of(SAVING_RESULTS, card.id, decisions)
             for outcome in _LOOKUPS:
                 self._of(PROMPTS, card.id, outcome)
             for outcome in _DEADLINE_OUTCOMES:
@@ -213,6 +248,8 @@ class Metrics:
             measured, predicted = receipt.summary.compute_ratio, receipt.summary.compute_ratio_predicted
             self._of(COMPUTE_RATIO, job.model).observe(measured)
             self._of(COMPUTE_RATIO_ERROR, job.model).observe(abs(measured - predicted))
+            if _asks_to_save(job.requests[0].budget):
+                self._of(SAVING_RESULTS, job.model, _decisions_of(receipt.summary)).inc()
 
     def observe_groups(self, models: Iterable[str], groups: Iterable[str]) -> None:
         """`models` are all loaded models, `groups` the model of each group."""
@@ -233,12 +270,23 @@ class Metrics:
     def observe_rejection(self, model: str, code: str) -> None:
         self._of(REJECTED, model, code).inc()
 
-    def exposition(self, models: Iterable[str], running: Mapping[str, int], waiting: Mapping[str, int] | None) -> bytes:
-        """The page for Prometheus. `running` and `waiting` count requests by model; None leaves the last count."""
-        for model in models:
+    def observe_queue(self, load: Load, workers: Sequence[WorkerRecord], *, target_backlog_s: float) -> None:
+        """The shared queue and its workers, which all servers describe alike. Models that are gone get zeros."""
+        self._models.update(load.models, *(worker.cards for worker in workers))
+        for model in self._models:
+            states = Tally(worker.state for worker in workers if model in worker.cards)
+            for state in WorkerState:
+                self._of(WORKERS, model, state).set(states[state])
+            seconds, pace = backlog_s(model, load, workers), pace_of(model, workers)
+            self._of(WAITING, model).set(load.of(model).num_queued)
+            self._of(BACKLOG, model).set(seconds)
+            self._of(WANTED_WORKERS, model).set(wanted_workers(seconds, states[WorkerState.BUSY], target_backlog_s))
+            self._of(PACE, model).set(math.nan if pace is None else pace)
+
+    def exposition(self, running: Mapping[str, int]) -> bytes:
+        """The page for Prometheus. `running` counts this worker's requests by model."""
+        for model in self._models:
             self._of(RUNNING, model).set(running.get(model, 0))
-            if waiting is not None:
-                self._of(WAITING, model).set(waiting.get(model, 0))
         return generate_latest(self._registry)
 
     def _of(self, series: Series[Metric], *labels: str) -> Metric:
@@ -257,3 +305,29 @@ def _preset_label(budget: Budget) -> str:
             return "compute_ratio"
         case LatencyBudget():
             return "latency"
+
+
+def _asks_to_save(budget: Budget) -> bool:
+    """Whether a budget asks for clearly less than exact. A deadline does not: there may be time enough."""
+    match budget:
+        case PresetBudget(preset):
+            return preset is not Preset.EXACT
+        case QualityBudget(quality):
+            return quality <= _LESS_THAN_EXACT
+        case ComputeBudget(compute_ratio):
+            return compute_ratio <= _LESS_THAN_EXACT
+        case LatencyBudget():
+            return False
+
+
+def _decisions_of(summary: GenerationSummary) -> str:
+    """The one decision that a result's blocks had, or that they were varied."""
+    counts = {
+        Decision.RUN: summary.num_run,
+        Decision.SKIP: summary.num_skipped,
+        Decision.REUSE: summary.num_reused,
+    }
+    if summary.rule in (EXACT.rule, FORECAST):  # the budget decides about steps alone
+        counts[Decision.FORECAST] = summary.num_forecast
+    made = [decision for decision, count in counts.items() if count]
+    return made[0] if len(made) == 1 else _VARIED

@@ -39,6 +39,11 @@ class Settings(BaseSettings):
 
     host: str = Field(default="127.0.0.1", description="The address to listen on.")
     port: int = Field(default=8000, ge=0, le=65535, description="The port to listen on; 0 takes a free one.")
+    worker: bool = Field(
+        default=True,
+        description="Whether this server runs jobs itself. Else it is an API node, which loads no models: it needs "
+        "redis_url, and serves the models of the workers there.",
+    )
     public_url: str | None = Field(
         default=None,
         description="This server's address as clients see it, for links, such as https://example.org/images; by "
@@ -48,7 +53,7 @@ class Settings(BaseSettings):
         default=(Path("tiny-flux"), Path("tiny-qwen-image"), Path("tiny-hunyuan3d")),
         min_length=1,
         description="Model directories, or names in checkpoints/, separated by commas. The first image model and the "
-        "first mesh model are the defaults.",
+        "first mesh model are the defaults. An API node expects workers to have them; by default it expects none.",
     )
     model_aliases: Annotated[Mapping[str, str], NoDecode] = Field(
         default_factory=dict,
@@ -132,6 +137,11 @@ class Settings(BaseSettings):
         default=120.0,
         gt=0,
         description="New requests are refused (503 overloaded) above these predicted seconds of accepted work.",
+    )
+    target_backlog_s: float = Field(
+        default=30.0,
+        gt=0,
+        description="The metric elastic_wanted_workers says how many workers finish the backlog in these seconds.",
     )
     grace_s: float = Field(default=30.0, ge=0, description="Seconds that accepted requests have to finish at shutdown.")
     max_body_bytes: int = Field(
@@ -259,6 +269,11 @@ class Settings(BaseSettings):
         return tuple(find_model(model, self.loras) for model in self.models)
 
     @property
+    def wanted_models(self) -> tuple[str, ...]:
+        """The ids of the models that an API node expects workers to have, in the order of `models`."""
+        return tuple(path.name for path in self.models) if "models" in self.model_fields_set else ()
+
+    @property
     def has_keys(self) -> bool:
         """Whether callers need an API key."""
         return self.api_keys is not None or self.api_keys_file is not None
@@ -302,11 +317,11 @@ class Settings(BaseSettings):
 
     @field_validator("loras")
     @classmethod
-    def _check_loras(cls, value: Mapping[str, str]) -> Mapping[str, str]:
+    def _check_loras(cls, value: Mapping[str, str], info: ValidationInfo) -> Mapping[str, str]:
         for name, place in value.items():
             if not re.fullmatch(r"[\w.-]+", name):
                 raise _refusal(f"loras has the name '{name}'; names may have letters, digits, '.', '_' and '-'")
-            if not (lora := Lora.at(place)).file.is_file():
+            if not (lora := Lora.at(place)).file.is_file() and info.data.get("worker"):  # else it is not read
                 raise _refusal(f"loras {name}: there is no file '{lora.file}'")
         return value
 
@@ -315,7 +330,7 @@ class Settings(BaseSettings):
     def _check_aliases(cls, value: Mapping[str, str], info: ValidationInfo) -> Mapping[str, str]:
         names = [path.name for path in info.data.get("models", ())]  # a model's id is the name of its directory
         for pattern, model in value.items():
-            if model not in names:
+            if model not in names and info.data.get("worker"):  # else it depends on other processes
                 raise _refusal(f"model_aliases {pattern}={model} names none of the models: {', '.join(names)}")
         return value
 
@@ -331,21 +346,15 @@ class Settings(BaseSettings):
         )
 
     @model_validator(mode="after")
-    def _check_compile(self) -> Self:
+    def _check_combinations(self) -> Self:
+        if not self.worker and self.redis_url is None:
+            raise _refusal("a server without a worker needs redis_url, such as redis://localhost:6379/0, for its jobs")
         if self.compile and self.offload is Offload.LAYERS:
             raise _refusal("compile can't be combined with offload 'layers'; leave one of them out")
         if self.compile and self.weights is Weights.FLOAT8:
             raise _refusal("compile can't be combined with weights 'float8'; leave one of them out")
-        return self
-
-    @model_validator(mode="after")
-    def _check_offload(self) -> Self:
         if self.offload is Offload.LAYERS and self.device.startswith("cpu"):
             raise _refusal(f"offload 'layers' needs a GPU, but device is '{self.device}'; leave offload out")
-        return self
-
-    @model_validator(mode="after")
-    def _check_webhooks(self) -> Self:
         if self.webhook_hosts and self.webhook_secret is None:
             raise _refusal("webhook_hosts requires webhook_secret, which signs the calls")
         return self

@@ -1,144 +1,30 @@
 """Write Grafana's dashboard: `python deploy/grafana/dashboard.py`. A test compares the written file with this script.
 
-The JSON of a panel is mostly layout and repetition. Here a panel is its title, its unit and its queries. The metrics
-are declared in `service/metrics.py`.
+`panels.py` has what a panel is and how it is written, `queries.py` what queries share.
 """
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+from block_row import BLOCKS
+from panels import Query, Row, dashboard, lines, stat
+from queries import (
+    BACKLOG,
+    BLOCK_DECISIONS,
+    LIVING_WORKERS,
+    OF_MODEL,
+    RUNNING,
+    WAITING,
+    WANTED_WORKERS,
+    WORKERS_BY_STATE,
+    mean,
+    median_and_p95,
+    or_none,
+    quantile,
+    ratio,
+)
 
 OUT = Path(__file__).parent / "dashboards" / "elastic-dit.json"
-# The schema of Grafana 12. Newer versions read older schemas and migrate them in memory.
-SCHEMA_VERSION = 41
-DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
-OF_MODEL = 'model=~"$model"'
-_COLUMNS = 24
-_RED, _AMBER, _GREEN, _BLUE = "semi-dark-red", "semi-dark-orange", "semi-dark-green", "semi-dark-blue"
-
-
-@dataclass(frozen=True, slots=True)
-class Query:
-    """`legend` is a template over the series' labels. An instant query returns one table, other queries a series."""
-
-    expr: str
-    legend: str = ""
-    is_instant: bool = False
-    is_heatmap: bool = False
-
-    def target(self, index: int) -> dict[str, Any]:
-        return {
-            "refId": chr(ord("A") + index),
-            "datasource": DATASOURCE,
-            "expr": self.expr,
-            "legendFormat": self.legend or "__auto",
-            "format": "table" if self.is_instant else "heatmap" if self.is_heatmap else "time_series",
-            "instant": self.is_instant,
-            "range": not self.is_instant,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    title: str
-    description: str
-    unit: str
-    queries: tuple[Query, ...]
-    kind: str = "timeseries"
-    width: int = 8
-    height: int = 8
-    maximum: float | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    custom: dict[str, Any] = field(default_factory=dict)
-    overrides: tuple[dict[str, Any], ...] = ()
-    transformations: tuple[dict[str, Any], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """Panels under a heading. `repeat` names a variable; the row is then drawn once per value."""
-
-    title: str
-    panels: tuple[Panel, ...]
-    repeat: str | None = None
-
-
-def stat(title: str, description: str, unit: str, expr: str) -> Panel:
-    options = {
-        "colorMode": "value",
-        "graphMode": "area",
-        "justifyMode": "auto",
-        "orientation": "auto",
-        "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
-        "textMode": "value",
-    }
-    return Panel(title, description, unit, (Query(expr),), "stat", width=4, height=4, options=options)
-
-
-def lines(title: str, description: str, unit: str, *queries: Query, **more: Any) -> Panel:
-    options = {
-        "legend": {"displayMode": "list", "placement": "bottom", "showLegend": True, "calcs": []},
-        "tooltip": {"mode": "multi", "sort": "desc"},
-    }
-    custom = {"drawStyle": "line", "lineWidth": 1, "fillOpacity": 10, "showPoints": "never", "spanNulls": False}
-    return Panel(title, description, unit, queries, options=options, custom=custom, **more)
-
-
-def lines_by_block(title: str, description: str, unit: str, expr: str, **more: Any) -> Panel:
-    """One line per block, with the means in a table."""
-    options = {
-        "legend": {"displayMode": "table", "placement": "right", "showLegend": True, "calcs": ["mean"]},
-        "tooltip": {"mode": "multi", "sort": "desc"},
-    }
-    custom = {"drawStyle": "line", "lineWidth": 1, "fillOpacity": 0, "showPoints": "never", "spanNulls": False}
-    return Panel(
-        title, description, unit, (Query(expr, "{{block}}"),), width=12, options=options, custom=custom, **more
-    )
-
-
-def quantile(q: float, metric: str, *labels: str) -> str:
-    by = ", ".join([*labels, "le"])
-    return f"histogram_quantile({q}, sum by ({by}) (rate({metric}_bucket{{{OF_MODEL}}}[$__rate_interval])))"
-
-
-def mean(metric: str, *labels: str) -> str:
-    return ratio(f"{metric}_sum", f"{metric}_count", *labels)
-
-
-def ratio(above: str, below: str, *labels: str) -> str:
-    by = f" by ({', '.join(labels)})" if labels else ""
-    window = f"{{{OF_MODEL}}}[$__rate_interval]"
-    return f"sum{by} (rate({above}{window})) / sum{by} (rate({below}{window}))"
-
-
-def share_of_decision(decision: str) -> str:
-    """Of the decisions in computed steps."""
-
-    def rate(matcher: str) -> str:
-        return f"sum by (block) (rate(elastic_block_decisions_total{{{OF_MODEL}, {matcher}}}[$__rate_interval]))"
-
-    return rate(f'decision="{decision}"') + " / " + rate('decision!="forecast"')
-
-
-def median_and_p95(metric: str, *labels: str) -> tuple[Query, Query]:
-    legend = " ".join(f"{{{{{label}}}}}" for label in labels)
-    return (
-        Query(quantile(0.5, metric, *labels), f"{legend} p50"),
-        Query(quantile(0.95, metric, *labels), f"{legend} p95"),
-    )
-
-
-def or_none(expr: str) -> str:
-    """`expr`, or zero. For series that begin with their first event, so that the panel does not say "No data"."""
-    return f"{expr} or vector(0)"
-
-
-# Every process reports the whole shared queue, so waiting is a maximum. Each reports its own running jobs, so running
-# is a sum.
-RUNNING = f"sum by (model) (elastic_requests_running{{{OF_MODEL}}})"
-WAITING = f"max by (model) (elastic_requests_waiting{{{OF_MODEL}}})"
-_ROWS_OF_BLOCKS = f"elastic_block_decisions_total{{{OF_MODEL}}}"
 
 NOW = Row(
     "Now",
@@ -168,7 +54,7 @@ NOW = Row(
             "Share of block decisions that were not run: skipped, re-used or forecast.",
             "percentunit",
             f'1 - sum(rate(elastic_block_decisions_total{{{OF_MODEL}, decision="run"}}[$__rate_interval]))'
-            f" / sum(rate({_ROWS_OF_BLOCKS}[$__rate_interval]))",
+            f" / sum(rate({BLOCK_DECISIONS}[$__rate_interval]))",
         ),
     ),
 )
@@ -236,8 +122,49 @@ COMPUTE = Row(
             Query(mean("elastic_compute_ratio", "model"), "{{model}} mean"),
             Query(quantile(0.9, "elastic_compute_ratio", "model"), "{{model}} p90"),
             maximum=1,
-            width=6,
         ),
+        lines(
+            "Error of the predicted compute ratio",
+            "Difference between the counted compute ratio and the calibration's. If it stays high, calibrate again "
+            "with prompts like the current ones.",
+            "percentunit",
+            Query(mean("elastic_predicted_compute_ratio_error", "model"), "{{model}} mean"),
+            Query(quantile(0.95, "elastic_predicted_compute_ratio_error", "model"), "{{model}} p95"),
+        ),
+        lines(
+            "Decisions of results",
+            "Results whose budgets ask for less than exact: varied, as they should be, or the one decision that all "
+            "their blocks had.",
+            "cps",
+            Query(
+                f"sum by (model, decisions) (rate(elastic_saving_results_total{{{OF_MODEL}}}[$__rate_interval]))",
+                "{{model}} {{decisions}}",
+            ),
+        ),
+        lines(
+            "GPU memory",
+            "As PyTorch counts it, and what is planned: limit, reserve, weights, and what requests hold. Empty "
+            "on a CPU without a limit.",
+            "bytes",
+            Query(or_none("sum by (instance, kind) (elastic_gpu_memory_bytes)"), "{{instance}} {{kind}}"),
+            width=12,
+        ),
+        lines(
+            "Prompts",
+            "Found in the cache (hit), or encoded (miss).",
+            "cps",
+            Query(
+                f"sum by (model, outcome) (rate(elastic_prompts_total{{{OF_MODEL}}}[$__rate_interval]))",
+                "{{model}} {{outcome}}",
+            ),
+            width=12,
+        ),
+    ),
+)
+
+STEPS = Row(
+    "Steps",
+    (
         lines(
             "Denoise steps",
             "Of images and meshes. Forecast steps run nothing of the model.",
@@ -249,12 +176,10 @@ COMPUTE = Row(
             width=6,
         ),
         lines(
-            "Error of the predicted compute ratio",
-            "Difference between the counted compute ratio and the calibration's. If it stays high, calibrate again "
-            "with prompts like the current ones.",
-            "percentunit",
-            Query(mean("elastic_predicted_compute_ratio_error", "model"), "{{model}} mean"),
-            Query(quantile(0.95, "elastic_predicted_compute_ratio_error", "model"), "{{model}} p95"),
+            "Computed step",
+            "Time of one computed step of a batch.",
+            "s",
+            *median_and_p95("elastic_step_latency_seconds", "model"),
             width=6,
         ),
         lines(
@@ -265,10 +190,11 @@ COMPUTE = Row(
             width=6,
         ),
         lines(
-            "Computed step",
-            "Time of one computed step of a batch.",
-            "s",
-            *median_and_p95("elastic_step_latency_seconds", "model"),
+            "Batch groups",
+            "Groups in which running requests step: of one shape and similar sparsity.",
+            "none",
+            Query(f"sum by (model) (elastic_batch_groups{{{OF_MODEL}}})", "{{model}}"),
+            width=6,
         ),
         lines(
             "Routers",
@@ -277,6 +203,7 @@ COMPUTE = Row(
             Query(
                 ratio("elastic_router_latency_seconds_sum", "elastic_step_latency_seconds_sum", "model"), "{{model}}"
             ),
+            width=12,
         ),
         lines(
             "Compiled graphs",
@@ -288,131 +215,55 @@ COMPUTE = Row(
                 ),
                 "{{model}} {{kind}}",
             ),
-        ),
-        lines(
-            "GPU memory",
-            "As PyTorch counts it, and what is planned: limit, reserve, weights, and what requests hold. Empty "
-            "on a CPU without a limit.",
-            "bytes",
-            Query(or_none("sum by (instance, kind) (elastic_gpu_memory_bytes)"), "{{instance}} {{kind}}"),
-        ),
-        lines(
-            "Prompts",
-            "Found in the cache (hit), or encoded (miss).",
-            "cps",
-            Query(
-                f"sum by (model, outcome) (rate(elastic_prompts_total{{{OF_MODEL}}}[$__rate_interval]))",
-                "{{model}} {{outcome}}",
-            ),
+            width=12,
         ),
     ),
 )
 
-
-def _coloured(decision: str, colour: str) -> dict[str, Any]:
-    return {
-        "matcher": {"id": "byName", "options": decision},
-        "properties": [{"id": "color", "value": {"mode": "fixed", "fixedColor": colour}}],
-    }
-
-
-BLOCKS = Row(
-    "Blocks of $model",
+WORKERS = Row(
+    "Workers",
     (
-        Panel(
-            "Decisions by block",
-            "Share of rows that each block ran, re-used, skipped and left to forecasts in the selected time range.",
-            "percentunit",
-            (
-                Query(
-                    f"sum by (block, decision) (increase({_ROWS_OF_BLOCKS}[$__range]))"
-                    f" / on (block) group_left () sum by (block) (increase({_ROWS_OF_BLOCKS}[$__range]))",
-                    is_instant=True,
-                ),
-            ),
-            "barchart",
+        lines(
+            "Workers by state",
+            "Living workers that have the model. A draining worker finishes its jobs and takes no more.",
+            "none",
+            Query(WORKERS_BY_STATE, "{{model}} {{state}}"),
             width=12,
-            maximum=1,
-            options={
-                "orientation": "auto",
-                "xField": "block\\decision",
-                "stacking": "normal",
-                "showValue": "never",
-                "barWidth": 0.9,
-                "groupWidth": 0.7,
-                "xTickLabelRotation": -45,
-                "xTickLabelSpacing": 0,
-                "legend": {"displayMode": "list", "placement": "bottom", "showLegend": True, "calcs": []},
-                "tooltip": {"mode": "multi", "sort": "none"},
-            },
-            custom={"fillOpacity": 80, "lineWidth": 0},
-            overrides=(
-                _coloured("run", _RED),
-                _coloured("reuse", _AMBER),
-                _coloured("skip", _GREEN),
-                _coloured("forecast", _BLUE),
-            ),
-            transformations=(
-                {
-                    "id": "groupingToMatrix",
-                    "options": {"rowField": "block", "columnField": "decision", "valueField": "Value"},
-                },
-            ),
         ),
-        Panel(
-            "Block latency",
-            "Distribution of the time of one block in one step of a batch, over all blocks.",
-            "s",
-            (
-                Query(
-                    f"sum by (le) (increase(elastic_block_latency_seconds_bucket{{{OF_MODEL}}}[$__rate_interval]))",
-                    "{{le}}",
-                    is_heatmap=True,
-                ),
-            ),
-            "heatmap",
+        lines(
+            "Pace",
+            "Measured over predicted seconds of the latest work, the mean over the workers. Above 1 they are slower "
+            "than when their models were loaded; batches bring it below 1.",
+            "none",
+            Query(f"max by (model) (elastic_worker_pace_ratio{{{OF_MODEL}}})", "{{model}}"),
             width=12,
-            options={
-                "calculate": False,
-                "cellGap": 1,
-                "color": {"mode": "scheme", "scheme": "Oranges", "exponent": 0.5, "steps": 64, "fill": "dark-orange"},
-                "exemplars": {"color": "rgba(255,0,255,0.7)"},
-                "filterValues": {"le": 1e-9},
-                "legend": {"show": True},
-                "rowsFrame": {"layout": "auto"},
-                "tooltip": {"mode": "single", "yHistogram": False, "showColorScale": True},
-                "yAxis": {"axisPlacement": "left", "reverse": False, "unit": "s"},
-            },
-        ),
-        lines_by_block(
-            "Skip rate by block",
-            "Share of rows in computed steps that skip the block.",
-            "percentunit",
-            share_of_decision("skip"),
-            maximum=1,
-        ),
-        lines_by_block(
-            "Re-use rate by block",
-            "Share of rows in computed steps that re-use the block's residual of an earlier one.",
-            "percentunit",
-            share_of_decision("reuse"),
-            maximum=1,
-        ),
-        lines_by_block(
-            "Latency by block, p95",
-            "Time of the block in one step of a batch. Skipped rows take no time, so it falls with the skip rate.",
-            "s",
-            quantile(0.95, "elastic_block_latency_seconds", "block"),
-        ),
-        lines_by_block(
-            "MLP width by block",
-            "Mean width over the rows that run the block.",
-            "percentunit",
-            mean("elastic_block_mlp_width_ratio", "block"),
-            maximum=1,
         ),
     ),
-    repeat="model",
+)
+
+QUEUE = Row(
+    "Backlog",
+    (
+        lines(
+            "Backlog",
+            "Predicted seconds of work in queued and running jobs, for one worker.",
+            "s",
+            Query(BACKLOG, "{{model}}"),
+        ),
+        lines(
+            "Queued",
+            "Requests that no worker has claimed yet.",
+            "none",
+            Query(WAITING, "{{model}}"),
+        ),
+        lines(
+            "Wanted and living workers",
+            "Wanted are those that finish the backlog within target_backlog_s. Living are those that take jobs.",
+            "none",
+            Query(WANTED_WORKERS, "{{model}} wanted"),
+            Query(LIVING_WORKERS, "{{model}} living"),
+        ),
+    ),
 )
 
 TROUBLE = Row(
@@ -445,90 +296,8 @@ TROUBLE = Row(
     ),
 )
 
-
-def dashboard(rows: tuple[Row, ...] = (NOW, REQUESTS, COMPUTE, BLOCKS, TROUBLE)) -> dict[str, Any]:
-    panels: list[dict[str, Any]] = []
-    top = 0
-    for row in rows:
-        heading = {
-            "id": len(panels) + 1,
-            "type": "row",
-            "title": row.title,
-            "collapsed": False,
-            "gridPos": {"h": 1, "w": _COLUMNS, "x": 0, "y": top},
-            "panels": [],
-        }
-        panels.append(heading | ({"repeat": row.repeat} if row.repeat else {}))
-        top += 1
-        left = 0
-        for panel in row.panels:
-            if left + panel.width > _COLUMNS:
-                left, top = 0, top + panel.height
-            panels.append(_panel(panel, len(panels) + 1, left, top))
-            left += panel.width
-        top += row.panels[-1].height
-    return {
-        "uid": "elastic-dit",
-        "title": "Elastic DiT",
-        "description": "Written by deploy/grafana/dashboard.py.",
-        "tags": ["elastic-dit"],
-        "schemaVersion": SCHEMA_VERSION,
-        "editable": False,
-        "graphTooltip": 1,
-        "refresh": "10s",
-        "time": {"from": "now-30m", "to": "now"},
-        "timezone": "browser",
-        "templating": {"list": [_datasource_variable(), _model_variable()]},
-        "annotations": {"list": []},
-        "links": [],
-        "panels": panels,
-    }
-
-
-def _panel(panel: Panel, panel_id: int, left: int, top: int) -> dict[str, Any]:
-    defaults = {"unit": panel.unit, "min": 0, "custom": panel.custom, "color": {"mode": "palette-classic"}}
-    return {
-        "id": panel_id,
-        "type": panel.kind,
-        "title": panel.title,
-        "description": panel.description,
-        "datasource": DATASOURCE,
-        "gridPos": {"h": panel.height, "w": panel.width, "x": left, "y": top},
-        "fieldConfig": {
-            "defaults": defaults if panel.maximum is None else defaults | {"max": panel.maximum},
-            "overrides": list(panel.overrides),
-        },
-        "options": panel.options,
-        "targets": [query.target(index) for index, query in enumerate(panel.queries)],
-        "transformations": list(panel.transformations),
-    }
-
-
-def _datasource_variable() -> dict[str, Any]:
-    return {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"}
-
-
-def _model_variable() -> dict[str, Any]:
-    query = "label_values(elastic_requests_running, model)"
-    return {
-        "name": "model",
-        "label": "Model",
-        "type": "query",
-        "datasource": DATASOURCE,
-        "query": {"query": query, "refId": "models", "qryType": 1},
-        "refresh": 2,  # when the time range changes
-        "sort": 1,
-        "multi": True,
-        "includeAll": True,
-        "allValue": ".*",  # refusals of unknown models have an empty model label
-        "current": {"selected": True, "text": ["All"], "value": ["$__all"]},
-    }
-
-
-def text() -> str:
-    return json.dumps(dashboard(), indent=2) + "\n"
-
+ROWS = (NOW, REQUESTS, QUEUE, WORKERS, COMPUTE, STEPS, BLOCKS, TROUBLE)
 
 if __name__ == "__main__":
-    OUT.write_text(text())
+    OUT.write_text(json.dumps(dashboard(ROWS), indent=2) + "\n")
     print(f"{OUT} written")

@@ -12,11 +12,13 @@ from service.api.events import event_stream
 from service.api.generation_route import CLIENT_CLOSED_REQUEST, GenerationHeaders
 from service.api.job_views import binary_response, job_body, result_body
 from service.api.links import Links, links_of
+from service.api.queue_places import queue_place
 from service.api.schemas import ImageBody, MeshBody, ResponseFormat
 from service.errors import Draining
 from service.jobs.job import Job, JobSnapshot
 from service.jobs.store import ended
 from service.running.dispatcher import Dispatcher
+from service.running.fleet import RETRY_AFTER_S
 from service.settings import Settings
 
 # After draining, answers that are about to be sent may take this long.
@@ -71,13 +73,15 @@ async def _result(job: Job, response_format: ResponseFormat, dispatcher: Dispatc
 
 
 async def _accepted(job: Job, dispatcher: Dispatcher, links: Links) -> JSONResponse:
+    seconds = await dispatcher.backlog_s(job.model)
     headers = {
         "X-Job-ID": job.id,
         "Location": urlsplit(links.to_job(job)).path,
-        "Retry-After": str(max(1, math.ceil(await dispatcher.backlog_s(job.model)))),
+        "Retry-After": str(max(1, math.ceil(seconds)) if math.isfinite(seconds) else RETRY_AFTER_S),
         "Preference-Applied": "respond-async",
     }
-    body = job_body(await dispatcher.store.get(job.id), links)
+    snapshot = await dispatcher.store.get(job.id)
+    body = job_body(snapshot, links, await queue_place(snapshot, dispatcher.store))
     return JSONResponse(body.model_dump(mode="json", exclude_unset=True), 202, headers)
 
 
@@ -91,7 +95,8 @@ async def _ended_or_gone(
     waits = [asyncio.ensure_future(wait) for wait in (_disconnected(request), dispatcher.has_drained.wait())]
     ending = asyncio.create_task(ended(dispatcher.store, job.id))
     try:
-        await asyncio.wait((ending, *waits), timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+        with dispatcher.open_call():
+            await asyncio.wait((ending, *waits), timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
         if dispatcher.has_drained.is_set() and not ending.done():
             await asyncio.wait((ending,), timeout=_LAST_ANSWER_S)
             if not ending.done():

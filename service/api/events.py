@@ -1,7 +1,8 @@
 """The events of a job, sent to clients as server-sent events."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from fastapi.responses import StreamingResponse
@@ -13,6 +14,7 @@ from service.api.errors import raise_if_unsuccessful, status_and_error
 from service.api.job_views import result_body
 from service.api.links import Links
 from service.api.products import product_of
+from service.api.queue_places import UPDATE_S, QueueWatch
 from service.api.responses import ErrorBody
 from service.api.schemas import ResponseFormat
 from service.api.views import usage_body
@@ -56,14 +58,20 @@ async def _lines(
     response_format: ResponseFormat | None,
     cancels: bool,
 ) -> AsyncIterator[bytes]:
-    is_over = False
+    is_over, queue, told_at = False, QueueWatch(job, dispatcher.store), time.monotonic()
     try:
-        async for event in _until_drained(job, dispatcher, after):
+        async for event in _until_drained(
+            job, dispatcher, after, lambda: UPDATE_S if queue.is_queued else KEEP_ALIVE_S
+        ):
             if event is None:
-                yield format_sse_event(comment="still here")
+                line = await _after_silence(queue, time.monotonic() - told_at)
+                if line is not None:
+                    told_at = time.monotonic()
+                    yield line
                 continue
-            is_over = event.name is EventName.ENDED
-            *first, last = await _public(event, job, dispatcher, links, response_format)
+            is_over, told_at = event.name is EventName.ENDED, time.monotonic()
+            queue.is_queued = event.name is EventName.QUEUED
+            *first, last = await _public(event, job, dispatcher, queue, links, response_format)
             for name, data in first:  # without the id: a client that goes on after it must get them all
                 yield _line(name, data)
             yield _line(*last, event.id)
@@ -76,30 +84,40 @@ async def _lines(
             dispatcher.cancel_soon(job.id)
 
 
+async def _after_silence(queue: QueueWatch, silent_s: float) -> bytes | None:
+    """A new place of the queued job, without an id, since nothing has happened to it. Else, in time, a comment."""
+    if queue.is_queued and (place := await queue.change()):
+        return _line(EventName.QUEUED, {"id": queue.job.id, **place})
+    return format_sse_event(comment="still here") if silent_s >= KEEP_ALIVE_S else None
+
+
 def _line(name: str, data: Mapping[str, Any], event_id: str | None = None) -> bytes:
     return format_sse_event(event=name, id=event_id, data_str=to_json({"type": name, **data}).decode())
 
 
-async def _until_drained(job: Job, dispatcher: Dispatcher, after: str) -> AsyncIterator[Event | None]:
-    """The job's events, and None after each silence of KEEP_ALIVE_S. Raises Draining if this server stops first."""
+async def _until_drained(
+    job: Job, dispatcher: Dispatcher, after: str, silence_s: Callable[[], float]
+) -> AsyncIterator[Event | None]:
+    """The job's events, and None after each silence of `silence_s`. Raises Draining if this server stops first."""
     events = follow(dispatcher.store, job.id, after)
     drained = asyncio.create_task(dispatcher.has_drained.wait())
     coming: asyncio.Future[Event] | None = None
     try:
-        while True:
-            coming = coming or asyncio.ensure_future(anext(events))
-            await asyncio.wait((coming, drained), timeout=KEEP_ALIVE_S, return_when=asyncio.FIRST_COMPLETED)
-            if coming.done():
-                try:
-                    event = coming.result()
-                except StopAsyncIteration:
-                    return
-                coming = None
-                yield event
-            elif drained.done():
-                raise Draining(f"the server shuts down; job {job.id} goes on at others", retry_after_s=1)
-            else:
-                yield None
+        with dispatcher.open_call():
+            while True:
+                coming = coming or asyncio.ensure_future(anext(events))
+                await asyncio.wait((coming, drained), timeout=silence_s(), return_when=asyncio.FIRST_COMPLETED)
+                if coming.done():
+                    try:
+                        event = coming.result()
+                    except StopAsyncIteration:
+                        return
+                    coming = None
+                    yield event
+                elif drained.done():
+                    raise Draining(f"the server shuts down; job {job.id} goes on at others", retry_after_s=1)
+                else:
+                    yield None
     finally:
         drained.cancel()
         if coming is not None:
@@ -107,11 +125,18 @@ async def _until_drained(job: Job, dispatcher: Dispatcher, after: str) -> AsyncI
 
 
 async def _public(
-    event: Event, job: Job, dispatcher: Dispatcher, links: Links, response_format: ResponseFormat | None
+    event: Event,
+    job: Job,
+    dispatcher: Dispatcher,
+    queue: QueueWatch,
+    links: Links,
+    response_format: ResponseFormat | None,
 ) -> list[PublicEvent]:
     """The names and the data of an event, as clients see them: the end of a job is an event for each artifact."""
     product = product_of(job.requests[0])
     match event.name:
+        case EventName.QUEUED:
+            return [(event.name, {"id": job.id, **await queue.place()})]
         case EventName.PREVIEW:
             # Previews of an earlier version have no time.
             fields = {"id": job.id, "created_at": int(job.created_at), **product.own_fields(job)}

@@ -18,7 +18,7 @@ from service.api.caller import caller_of
 from service.api.errors import status_and_error
 from service.api.json_body import parse_json
 from service.api.validation import shown
-from service.errors import ServiceError, UnsupportedMediaType
+from service.errors import ModelUnavailable, ServiceError, UnsupportedMediaType
 from service.running.dispatcher import Dispatcher
 from service.settings import Settings
 
@@ -61,7 +61,8 @@ class GenerationRoute(APIRoute):
                 caller = caller_of(request.scope)
                 if caller.job_id is None:
                     dispatcher: Dispatcher = request.app.state.dispatcher
-                    dispatcher.metrics.observe_rejection(caller.model, status_and_error(error)[1].code)
+                    model = error.model if isinstance(error, ModelUnavailable) else caller.model
+                    dispatcher.metrics.observe_rejection(model, status_and_error(error)[1].code)
                 raise
 
         return handle_generation

@@ -2,19 +2,33 @@
 
 import base64
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 
 from fastapi import Response
 
 from service.api.errors import error_of, status_and_error
 from service.api.links import Links
 from service.api.products import product_of
-from service.api.responses import FileBody, ImageResponse, JobBody, LinksBody, MeshResponse, ProgressBody
+from service.api.queue_places import queue_fields
+from service.api.responses import (
+    FileBody,
+    ImageResponse,
+    JobBody,
+    JobList,
+    LinksBody,
+    MeshResponse,
+    ProgressBody,
+    QueueBody,
+)
 from service.api.schemas import ResponseFormat
 from service.api.views import job_receipt_body, receipt_body, usage_body
 from service.jobs.job import FinishedJob, JobSnapshot, JobStatus
+from service.scheduling.waiting import QueuePlace
 
 
-def job_body(snapshot: JobSnapshot, links: Links) -> JobBody:
+def job_body(snapshot: JobSnapshot, links: Links, place: QueuePlace | None = None) -> JobBody:
+    """The job, with its place if it is queued."""
     job, state = snapshot.job, snapshot.state
     num_computed_steps = snapshot.num_steps // len(job.requests)
     is_done = state.status is JobStatus.SUCCEEDED
@@ -24,6 +38,7 @@ def job_body(snapshot: JobSnapshot, links: Links) -> JobBody:
         status=state.status,
         model=job.model,
         created=int(job.created_at),
+        queue=None if place is None else QueueBody(**queue_fields(place)),
         progress=ProgressBody(
             # The last progress may have been lost while the store was away.
             step=num_computed_steps if is_done else state.steps_done // len(job.requests),
@@ -38,6 +53,28 @@ def job_body(snapshot: JobSnapshot, links: Links) -> JobBody:
             content=links.to_artifacts(job) if is_done else [],
         ),
     )
+
+
+def job_list(
+    snapshots: Sequence[JobSnapshot], places: Sequence[QueuePlace | None], links: Links, *, has_more: bool
+) -> JobList:
+    """A page of jobs, each with its place if it is queued. Their receipts have no decisions, which may be megabytes."""
+    ids = [snapshot.job.id for snapshot in snapshots]
+    return JobList(
+        object="list",
+        data=[
+            job_body(_without_decisions(snapshot), links, place)
+            for snapshot, place in zip(snapshots, places, strict=True)
+        ],
+        first_id=ids[0] if ids else None,
+        last_id=ids[-1] if ids else None,
+        has_more=has_more,
+    )
+
+
+def _without_decisions(snapshot: JobSnapshot) -> JobSnapshot:
+    receipts = tuple(receipt.without_decisions() for receipt in snapshot.state.receipts)
+    return replace(snapshot, state=replace(snapshot.state, receipts=receipts))
 
 
 def result_body(

@@ -7,29 +7,31 @@ from typing import TypeVar
 from models.card import ModelCard
 from models.errors import InvalidRequest, UnknownModel
 from service.api.validation import shown
+from service.running.fleet import Fleet
 
 Card = TypeVar("Card", bound=ModelCard)
 
 
-def named_card(name: str, loaded: Mapping[str, ModelCard], aliases: Mapping[str, str]) -> ModelCard:
+def named_card(name: str, fleet: Fleet, aliases: Mapping[str, str]) -> ModelCard:
     """The card of the model `name`, or else that which the first pattern of `aliases` that fits stands for.
 
-    Raises UnknownModel.
+    Raises UnknownModel, and ModelUnavailable if no worker holds the model any more.
     """
-    if name in loaded:
-        return loaded[name]
+    served = fleet.cards
+    if name in served or name in fleet.absent:
+        return fleet.card(name)
     meant = next((model for pattern, model in aliases.items() if fnmatchcase(name, pattern)), None)
     if meant is None:
         raise UnknownModel(
-            f"there is no model {shown(name)}; loaded: {', '.join(loaded)}; the setting model_aliases can let a name "
+            f"there is no model {shown(name)}; loaded: {', '.join(served)}; the setting model_aliases can let a name "
             "stand for one of them"
         )
-    return loaded[meant]
+    return fleet.card(meant)
 
 
 def card_of(
     name: str | None,
-    loaded: Mapping[str, ModelCard],
+    fleet: Fleet,
     card_type: type[Card],
     aliases: Mapping[str, str],
     *,
@@ -37,15 +39,18 @@ def card_of(
 ) -> Card:
     """The card of the model `name`, or the first card of `card_type` if it is None or empty: a preferred one, if any.
 
-    Raises UnknownModel, and InvalidRequest for a model of another type.
+    Raises UnknownModel, ModelUnavailable if no worker holds the model now, and InvalidRequest for a model of another
+    type.
     """
-    cards = {card.id: card for card in loaded.values() if isinstance(card, card_type)}
+    cards = {card.id: card for card in fleet.cards.values() if isinstance(card, card_type)}
     kind = card_type.modality
     if not name:
+        if not cards and (fleet.absent or not fleet.cards):
+            raise fleet.unavailable_kind(kind)
         if not cards:
-            raise UnknownModel(f"no {kind} model is loaded; loaded: {', '.join(loaded)}")
+            raise UnknownModel(f"no {kind} model is loaded; loaded: {', '.join(fleet.cards)}")
         return next(filter(is_preferred, cards.values()), next(iter(cards.values())))
-    card = named_card(name, loaded, aliases)
+    card = named_card(name, fleet, aliases)
     if isinstance(card, card_type):
         return card
     able = f"try {', '.join(cards)}" if cards else f"no {kind} model is loaded"

@@ -9,6 +9,7 @@ from models.curve import Preset
 from models.report import Decision
 from service.jobs.job import JobStatus
 from service.order import QualityLevel
+from service.running.model_changes import ModelStatus
 
 
 class ErrorDetail(BaseModel):
@@ -145,6 +146,13 @@ class ProgressBody(BaseModel):
     num_inference_steps: int
 
 
+class QueueBody(BaseModel):
+    position: int = Field(ge=0, description="How many queued jobs of the same model come first.")
+    eta_s: float | None = Field(
+        ge=0, description="Predicted seconds until the job ends; null while no worker has its model."
+    )
+
+
 class LinksBody(BaseModel):
     """With API keys and `link_secret`, `events` and `content` are signed: they open without a key for a while."""
 
@@ -159,10 +167,19 @@ class JobBody(BaseModel):
     status: JobStatus
     model: str
     created: int
+    queue: QueueBody | None = Field(description="Null unless the job is queued.")
     progress: ProgressBody
     receipt: ReceiptBody | None
     error: ErrorDetail | None
     links: LinksBody
+
+
+class JobList(BaseModel):
+    object: Literal["list"]
+    data: list[JobBody] = Field(description="The newest first. Their receipts have no `decisions`.")
+    first_id: str | None = Field(description="Null if there are no jobs.")
+    last_id: str | None = Field(description="The value of `after` for the next page.")
+    has_more: bool
 
 
 EVENT_STREAM: dict[str, Any] = {
@@ -176,7 +193,8 @@ EVENT_STREAM: dict[str, Any] = {
                 "data": {"type": "string", "contentMediaType": "application/json"},
                 "id": {
                     "type": "string",
-                    "description": "A value for `Last-Event-ID`. An error that ends a stream has none.",
+                    "description": "A value for `Last-Event-ID`. An error that ends a stream has none, nor has a "
+                    "`job.queued` that tells a new `position`.",
                 },
             },
         }
@@ -339,6 +357,27 @@ class HealthBody(BaseModel):
     status: Literal["ok"]
 
 
+class ReadyModel(BaseModel):
+    workers: int = Field(description="How many workers take its jobs.")
+    queued: int = Field(description="How many of its jobs are queued.")
+
+
 class ReadyBody(BaseModel):
     status: Literal["ready", "unavailable"]
     reason: str | None = Field(default=None, description="Why the server is unavailable.")
+    models: dict[str, ReadyModel] = Field(
+        default_factory=dict,
+        description="By id, the models that workers serve, those of the setting `models` of an API node, and those "
+        "that jobs wait for.",
+    )
+
+
+class AdminModelBody(BaseModel):
+    id: str
+    object: Literal["model"]
+    status: ModelStatus
+
+
+class AdminModelList(BaseModel):
+    object: Literal["list"]
+    data: list[AdminModelBody]

@@ -81,7 +81,7 @@ async def edit_image(
     A client that disconnects while it waits cancels its job, unless it gave an `Idempotency-Key` to come back with.
     """
     dispatcher.check_accepting()
-    card = card_of(body.model, dispatcher.cards, ImageCard, settings.model_aliases)
+    card = card_of(body.model, dispatcher.fleet, ImageCard, settings.model_aliases)
     caller.model = card.id
     pictures = await _checked_pictures(body, card, request.app.state.image_checks)
     seed = secrets.randbelow(RANDOM_SEEDS)

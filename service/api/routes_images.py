@@ -47,7 +47,7 @@ async def create_image(
     dispatcher.check_accepting()
     aliases = settings.model_aliases
     card = card_of(
-        body.model, dispatcher.cards, ImageCard, aliases, is_preferred=lambda card: not card.needs_input_image
+        body.model, dispatcher.fleet, ImageCard, aliases, is_preferred=lambda card: not card.needs_input_image
     )
     caller.model = card.id
     seed = secrets.randbelow(RANDOM_SEEDS)

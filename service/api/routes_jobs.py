@@ -11,11 +11,12 @@ from service.api.caller import Caller
 from service.api.dependencies import ApiKeysOfApp, CallerOfRequest, DispatcherOfApp, LinksOfRequest
 from service.api.errors import error_responses
 from service.api.events import event_stream
-from service.api.job_views import job_body
+from service.api.job_views import job_body, job_list
 from service.api.products import PRODUCTS
-from service.api.responses import EVENT_STREAM, JOB_ID_HEADERS, SHOWN, JobBody, header
+from service.api.queue_places import queue_place, queue_places
+from service.api.responses import EVENT_STREAM, JOB_ID_HEADERS, SHOWN, JobBody, JobList, header
 from service.api.validation import shown
-from service.errors import InvalidLink, JobNotFound
+from service.errors import InsufficientScope, InvalidLink, JobNotFound
 from service.jobs.job import JobSnapshot
 from service.jobs.store import BEGINNING, END_ALONE, JobStore
 from service.keys import ApiKeys, Scope
@@ -34,6 +35,38 @@ _EVENT_ID = re.compile(r"[0-9]{1,18}-[0-9]{1,18}", re.ASCII)
 _LAST_EVENT_ID = Header(
     description="The id of the last event that arrived.", json_schema_extra={"pattern": f"^{_EVENT_ID.pattern}$"}
 )
+_AFTER = Query(
+    description="The id of a job: the page begins after it.", json_schema_extra={"pattern": f"^{_JOB_ID.pattern}$"}
+)
+_ALL = Query(alias="all", description="Whether to list the jobs of all keys; needs the scope admin.")
+
+
+@router.get(
+    "",
+    summary="The jobs that this key created, the newest first",
+    operation_id="list_jobs",
+    dependencies=_BY_KEY,
+    response_model_exclude_unset=True,
+    responses=error_responses(404, 422, 503),
+)
+async def list_jobs(
+    caller: CallerOfRequest,
+    dispatcher: DispatcherOfApp,
+    links: LinksOfRequest,
+    limit: Annotated[int, Query(ge=1, le=100, description="The most jobs in this page.")] = 20,
+    after: Annotated[str | None, _AFTER] = None,
+    all_keys: Annotated[bool, _ALL] = False,
+) -> JobList:
+    """Jobs that ended more than `job_ttl_s` ago are gone. Without keys in the settings, all jobs are listed."""
+    if all_keys and caller.key is not None and not caller.key.allows(Scope.ADMIN):
+        raise InsufficientScope("the jobs of all keys need a key with the scope admin")
+    store = dispatcher.store
+    if after is not None:
+        await _own_job(after, caller, store)
+    owner = None if all_keys else caller.owner
+    found = await store.jobs(owner, limit=limit + 1, before=after)
+    page = found[:limit]
+    return job_list(page, await queue_places(page, store), links, has_more=len(found) > limit)
 
 
 @router.get(
@@ -45,7 +78,8 @@ _LAST_EVENT_ID = Header(
     responses={200: SHOWN, **error_responses(404, 503)},
 )
 async def show_job(job_id: str, caller: CallerOfRequest, dispatcher: DispatcherOfApp, links: LinksOfRequest) -> JobBody:
-    return job_body(await _own_job(job_id, caller, dispatcher.store), links)
+    snapshot = await _own_job(job_id, caller, dispatcher.store)
+    return job_body(snapshot, links, await queue_place(snapshot, dispatcher.store))
 
 
 @router.get(

@@ -69,7 +69,7 @@ async def create_mesh(
     A client that disconnects while it waits cancels its job, unless it gave an `Idempotency-Key` to come back with.
     """
     dispatcher.check_accepting()
-    card = card_of(body.model, dispatcher.cards, MeshCard, settings.model_aliases)
+    card = card_of(body.model, dispatcher.fleet, MeshCard, settings.model_aliases)
     caller.model = card.id
     file = await asyncio.to_thread(decode_base64_image, body.input_image)
     image_checks: ImageChecks = request.app.state.image_checks

@@ -29,8 +29,8 @@ async def list_models(dispatcher: DispatcherOfApp, settings: SettingsOfApp) -> M
     "/{model_id:path}",
     summary="One model, by its id or a name that stands for it",
     response_model_exclude_unset=True,
-    responses=error_responses(404),
+    responses=error_responses(404, 503),
 )
 async def show_model(model_id: str, dispatcher: DispatcherOfApp, settings: SettingsOfApp) -> ModelBody:
-    card = named_card(model_id, dispatcher.cards, settings.model_aliases)
+    card = named_card(model_id, dispatcher.fleet, settings.model_aliases)
     return model_body(card, settings.default_budget.to_budget())

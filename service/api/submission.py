@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import math
 import re
 import uuid
 
@@ -69,13 +70,16 @@ async def _backlog(
     order: Order, card: ModelCard, dispatcher: Dispatcher, max_seconds: float, settings: Settings
 ) -> Backlog:
     """The work before `order`: what is in the store, and what this process was adding while that was read."""
-    work, images, pace = dispatcher.work_intake, dispatcher.image_intake, dispatcher.worker.pace.ratio
+    work, images, pace = dispatcher.work_intake, dispatcher.image_intake, dispatcher.fleet.pace(card.id)
     recorded_s, recorded_bytes = work.recorded, images.recorded
     load = await dispatcher.store.load()
+    seconds = dispatcher.fleet.seconds_before(card.id, load)
+    if math.isinf(seconds):  # the last worker has gone since the card was found
+        raise dispatcher.fleet.unavailable(card.id)
     return Backlog(
-        seconds=dispatcher.seconds_before(card.id, load) + (work.admitted - recorded_s) * pace,
+        seconds=seconds + (work.admitted - recorded_s) * pace / dispatcher.fleet.num_workers(card.id),
         max_seconds=max_seconds,
-        finish_s=dispatcher.worker.finish_seconds(card.id),
+        finish_s=dispatcher.fleet.finish_seconds(card.id),
         pace=pace,
         image_bytes=load.image_bytes + images.admitted - recorded_bytes,
         max_image_bytes=settings.max_input_image_bytes,

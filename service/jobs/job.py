@@ -103,6 +103,9 @@ class Receipt:
         """The decisions of all blocks, in the order of their steps; None if the request was not traced."""
         return self.summary.decisions if self.trace is None else unpack(self.trace)
 
+    def without_decisions(self) -> Self:
+        return replace(self, summary=replace(self.summary, decisions=None), trace=None)
+
     def with_packed_trace(self) -> Self:
         """This receipt with its decisions compressed."""
         if self.summary.decisions is None:

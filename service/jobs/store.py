@@ -127,6 +127,10 @@ class Ending:
     artifacts: tuple[bytes, ...] = ()
 
 
+Report = Progress | Preview | Ending
+"""What a worker reports about the jobs that it holds."""
+
+
 @dataclass(frozen=True, slots=True)
 class Recovery:
     """Jobs whose workers died: the ids of requeued jobs, and the jobs that failed for good."""

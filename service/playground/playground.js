@@ -235,6 +235,9 @@ class Run {
       const left = event.eta_s === undefined || event.eta_s === null ? "" : `, ${event.eta_s.toFixed(1)} s left`;
       this.part(".status").textContent =
         `computed step ${event.step} of ${event.num_computed_steps}, ${percent(event.compute_ratio)} of the full compute${left}`;
+    } else if (event.type === "job.queued" && event.position !== undefined) {
+      const end = event.eta_s === null ? "" : `, done in about ${Math.ceil(event.eta_s)} s`;
+      this.part(".status").textContent = `waiting, ${event.position} before this one${end}`;
     } else if (event.type === "job.started") {
       this.part(".status").textContent = "running";
     } else if (isResult(event)) {

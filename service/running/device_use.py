@@ -31,7 +31,7 @@ class DeviceUse:
                 return function()
         except OutOfDeviceMemory as error:
             logger.warning("%s; it is tried again alone", error)
-        with self._alone():
+        with self.alone():
             return function()
 
     @contextmanager
@@ -45,7 +45,7 @@ class DeviceUse:
             self._leave()
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def alone(self) -> Iterator[None]:
         with self._changed:
             self._num_alone += 1
             self._changed.wait_for(lambda: not self._num_using)

@@ -1,31 +1,37 @@
-"""Between the job store and the worker: claims jobs, keeps their leases, and stores what the worker reports."""
+"""Between the job store and the worker: claims jobs, keeps their leases, and stores what the worker reports.
+
+An API node has no worker: it cancels jobs, recovers those of dead workers, and calls webhooks.
+"""
 
 import asyncio
 import logging
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from models.card import ModelCard
 from service.errors import Draining, JobNotFound, JobUnreadable, StoreUnavailable
 from service.jobs.job import Failure, FailureReason, JobSnapshot, log_fields
-from service.jobs.store import Claim, Ending, JobStore, Preview, Progress
+from service.jobs.store import Claim, JobStore
 from service.metrics import Metrics
+from service.running.fleet import Fleet
 from service.running.inbox import Inbox
+from service.running.reports import RETRY_S, Reports
 from service.running.webhook_calls import WebhookCalls
-from service.running.worker import Worker
 from service.scheduling.admission import Intake
-from service.scheduling.fleet import Load, WorkerRecord, seconds_before
+from service.scheduling.fleet import WorkerRecord
+
+if TYPE_CHECKING:  # brings what models are computed with, which an API node never loads
+    from service.running.worker import Worker
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
 """Notifications can be lost, so the queue is also polled at this interval."""
-RETRY_S = 0.5
-"""Delay before the next try of a call to an unreachable store."""
 LAST_STEP_S = 5.0
 """How long a shutdown waits, after the grace period, for a denoise step that is still running, and for other ends."""
 
@@ -39,26 +45,33 @@ class Timing:
 
 
 class Dispatcher:
-    """Runs in one event loop, within `running`; the caller has started the `worker`, which reports to `inbox`.
+    """Runs in one event loop, within `running`; the caller has started the `worker`, if any, which reports to `inbox`.
 
-    `deliver_webhook` calls the webhook of an ended job, and returns whether that succeeded. Without it, none is called.
+    `models` are those that should be served, see `Fleet`. `deliver_webhook` calls the webhook of an ended job, and
+    returns whether that succeeded. Without it, none is called.
     """
 
     def __init__(
         self,
         store: JobStore,
-        worker: Worker,
+        worker: "Worker | None",
         inbox: Inbox,
         metrics: Metrics,
         timing: Timing,
         *,
         clock: Callable[[], float],
+        models: Sequence[str] = (),
         deliver_webhook: Callable[[JobSnapshot], Awaitable[bool]] | None = None,
     ) -> None:
         self.store = store
-        self.worker = worker
         self.metrics = metrics
         self.timing = timing
+        self.fleet = Fleet(store, self._own_record, models)
+        self.claiming = asyncio.Lock()
+        """Held while a job is claimed, until the worker has it."""
+        self._worker = worker
+        self._num_calls = 0
+        self._has_news_of_own = asyncio.Event()
         self.work_intake, self.image_intake = Intake(), Intake()
         self.has_drained = asyncio.Event()
         self._has_broken_loop = False
@@ -66,26 +79,50 @@ class Dispatcher:
         self._deliver_webhook = deliver_webhook
         self._clock = clock
         self._drain: asyncio.Task[None] | None = None
-        self._others: list[WorkerRecord] = []  # the other workers that share the queue
         self._background: set[asyncio.Future[object]] = set()
-        self._stuck: dict[str, str] = {}  # leases of jobs whose end could not be stored so far, and why
+        self._reports = Reports(store, inbox, self.in_background, self._record_end)
+
+    @property
+    def worker(self) -> "Worker":
+        """Of a server that has one."""
+        assert self._worker is not None
+        return self._worker
+
+    @property
+    def has_worker(self) -> bool:
+        return self._worker is not None
 
     @property
     def cards(self) -> Mapping[str, ModelCard]:
-        return self.worker.cards
+        """The models that can be asked for."""
+        return self.fleet.cards
 
     @property
     def is_broken(self) -> bool:
         """Whether one of its loops or the worker has failed. It drains then, or has drained."""
-        return self._has_broken_loop or self.worker.is_broken
+        return self._has_broken_loop or (self._worker is not None and self._worker.is_broken)
+
+    def _own_record(self) -> WorkerRecord | None:
+        if self._worker is None:
+            return None
+        return self._worker.record(self.store.worker_id, is_leaving=self._drain is not None)
+
+    def announce_soon(self) -> None:
+        """Tell other processes at once what the worker is now."""
+        self.metrics.declare(self.worker.cards.values())
+        self._has_news_of_own.set()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Claim jobs and store results while the context lasts; drain at its end."""
         self._inbox.connect()
-        self.metrics.declare(self.cards.values())
-        await self.store.open(on_queued=self._inbox.news.set, on_cancelled=self.worker.drop)
-        loops = [self._claim, self._keep_leases, self._store_reports]
+        await self.store.open(on_queued=self._inbox.news.set, on_cancelled=self._drop)
+        with suppress(StoreUnavailable):
+            await self.fleet.refresh()  # so that the first call finds the models
+        loops = [self._watch_fleet, self._recover]
+        if self._worker is not None:
+            self.metrics.declare(self._worker.cards.values())
+            loops += [self._claim, self._announce, self._keep_leases, self._reports.run]
         if self._deliver_webhook is not None:
             loops.append(WebhookCalls(self.store, self._deliver_webhook).run)
         tasks: list[asyncio.Future[object]] = [asyncio.create_task(run()) for run in loops]
@@ -101,30 +138,42 @@ class Dispatcher:
             # Not for ever: a library that loses a cancellation must not keep the process from ending.
             if (await asyncio.wait(tasks, timeout=LAST_STEP_S))[1]:
                 logger.warning("a part of the dispatcher does not end; the server ends without it")
-            with suppress(StoreUnavailable):
-                await self.store.withdraw()
             self._inbox.disconnect()  # reports of a step that is still running are dropped
-            closing = asyncio.create_task(self.store.close())
+            closing = asyncio.create_task(self._close_store())
             if (await asyncio.wait([closing], timeout=LAST_STEP_S))[1]:
                 logger.warning("the job store does not close; the server ends without that")
             else:
                 closing.result()
 
+    async def _close_store(self) -> None:
+        if self._worker is not None:
+            with suppress(StoreUnavailable):  # then it counts as living until its leases would end
+                await self.store.withdraw()
+        await self.store.close()
+
     def check_accepting(self) -> None:
         """Raise Draining once the server is shutting down, StoreUnavailable while finished jobs can't be stored."""
         if self._drain is not None or self.has_drained.is_set():
             raise Draining("the server is shutting down", math.ceil(self.timing.grace_s))
-        if self._stuck:
-            raise StoreUnavailable(f"finished jobs can't be stored: {next(iter(self._stuck.values()))}")
+        if (why := self._reports.why_stuck) is not None:
+            raise StoreUnavailable(f"finished jobs can't be stored: {why}")
 
     async def backlog_s(self, model: str) -> float:
-        """Seconds until a worker of `model` has done the work that is there now. Raises StoreUnavailable."""
-        return self.seconds_before(model, await self.store.load())
+        """Seconds of the work before a new job of `model`; infinite if no worker holds it. Raises StoreUnavailable."""
+        return self.fleet.seconds_before(model, await self.store.load())
 
-    def seconds_before(self, model: str, load: Load) -> float:
-        """Seconds until a worker of `model` has done the work of `load`."""
-        own = self.worker.record(self.store.worker_id, is_leaving=False)
-        return seconds_before(model, load, [own, *self._others])
+    @contextmanager
+    def open_call(self) -> Iterator[None]:
+        """The context in which a client waits for a job. An API node that drains waits for it."""
+        self._num_calls += 1
+        try:
+            yield
+        finally:
+            self._num_calls -= 1
+
+    def _drop(self, job_id: str) -> None:
+        if self._worker is not None:
+            self._worker.drop(job_id)
 
     async def cancel(self, job_id: str) -> JobSnapshot:
         """Cancel a job: a queued job never runs, a running job stops before its next step.
@@ -133,7 +182,7 @@ class Dispatcher:
         """
         snapshot, is_cancelled_now = await self.store.cancel(job_id)
         if is_cancelled_now:
-            self.worker.drop(job_id)
+            self._drop(job_id)
             self._record_end(snapshot)
         return snapshot
 
@@ -150,7 +199,7 @@ class Dispatcher:
                         logger.warning("waiting for the store: %s", error)
                         await asyncio.sleep(RETRY_S)
 
-        self.worker.drop(job_id)
+        self._drop(job_id)
         self.in_background(cancel())
 
     def _drain_if_broken(self, task: asyncio.Future[object]) -> None:
@@ -168,20 +217,29 @@ class Dispatcher:
 
     def num_running(self) -> Counter[str]:
         """How many jobs of each model this worker holds."""
-        return Counter(claim.job.model for claim in self.worker.held())
+        return Counter() if self._worker is None else Counter(claim.job.model for claim in self._worker.held())
 
     async def drain(self) -> None:
         """Finish the accepted jobs within the grace period; release the others to a shared queue, or fail them.
 
-        All calls wait for one and the same draining.
+        Without a worker, other processes finish them, and only open calls have that time. All calls wait for one and
+        the same draining.
         """
         if self._drain is None:
-            self._drain = asyncio.create_task(self._finish_or_give_back())
+            drain = self._let_calls_end if self._worker is None else self._finish_or_give_back
+            self._drain = asyncio.create_task(drain())
         await self._drain
+
+    async def _let_calls_end(self) -> None:
+        grace_ends = time.monotonic() + self.timing.grace_s
+        while self._num_calls and time.monotonic() < grace_ends:
+            await asyncio.sleep(0.02)
+        self.has_drained.set()
 
     async def _finish_or_give_back(self) -> None:
         grace_ends = time.monotonic() + self.timing.grace_s
         self._inbox.news.set()
+        self._has_news_of_own.set()
         while self.worker.is_alive and time.monotonic() < grace_ends and await self._has_work():
             await asyncio.sleep(0.02)
         left, suspects = self.worker.held(), self.worker.suspects()
@@ -228,8 +286,8 @@ class Dispatcher:
             if not self.worker.is_alive and self._drain is None:
                 self.in_background(self.drain())
             try:
-                while self._may_claim() and (claim := await self.store.claim(self.worker.fits())) is not None:
-                    self.worker.take(claim)
+                while self._may_claim() and await self._claim_one():
+                    pass
             except StoreUnavailable as error:
                 logger.warning("nothing can be claimed: %s", error)
                 await asyncio.sleep(RETRY_S)
@@ -238,22 +296,59 @@ class Dispatcher:
                 async with asyncio.timeout(POLL_S):
                     await self._inbox.news.wait()
 
+    async def _claim_one(self) -> bool:
+        async with self.claiming:
+            claim = await self.store.claim(self.worker.fits())
+            if claim is not None:
+                self.worker.take(claim)
+            return claim is not None
+
     def _may_claim(self) -> bool:
         # Results that wait to be stored are in memory, so they count as running.
-        is_behind = self._stuck or len(self._inbox.unstored) >= self.worker.limits.max_running
-        has_room = not is_behind and not self.worker.is_full
+        has_room = self._reports.why_stuck is None and len(self._inbox.unstored) < self.worker.limits.max_running
         # Other servers claim the jobs that a draining server leaves in a shared queue.
         return has_room and self.worker.is_alive and (self._drain is None or not self.store.is_shared)
 
     async def _keep_leases(self) -> None:
-        """Renew the leases of this worker, drop the jobs whose lease is lost, and recover jobs of dead workers."""
+        """Renew the leases of this worker, and drop the jobs whose lease is lost."""
         while True:
             try:
-                await self.store.announce(self.worker.record(self.store.worker_id, is_leaving=self._drain is not None))
-                self._others = [other for other in await self.store.workers() if other.id != self.store.worker_id]
                 for job_id in await self.store.renew([*self.worker.held(), *self._inbox.unstored]):
                     logger.warning("the lease was lost", extra={"job_id": job_id})
                     self.worker.drop(job_id)
+            except StoreUnavailable as error:
+                logger.warning("leases can't be renewed: %s", error)
+                await asyncio.sleep(RETRY_S)
+                continue
+            await asyncio.sleep(self.timing.lease_s / 4)
+
+    async def _announce(self) -> None:
+        """Say what the worker is: as often as its leases are renewed, and whenever its models or its state change."""
+        while True:
+            self._has_news_of_own.clear()
+            record = self._own_record()
+            assert record is not None
+            try:
+                await self.store.announce(record)
+            except StoreUnavailable as error:
+                logger.warning("the worker can't be announced: %s", error)
+                await asyncio.sleep(RETRY_S)
+                continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.timing.lease_s / 4):
+                    await self._has_news_of_own.wait()
+
+    async def _watch_fleet(self) -> None:
+        """Look which workers live."""
+        while True:
+            with suppress(StoreUnavailable):  # the store counts its own errors
+                await self.fleet.refresh()
+            await asyncio.sleep(POLL_S)
+
+    async def _recover(self) -> None:
+        """Recover the jobs of dead workers."""
+        while True:
+            try:
                 recovery = await self.store.recover()
                 self.metrics.observe_recovery(len(recovery.requeued))
                 for job_id in recovery.requeued:
@@ -261,53 +356,10 @@ class Dispatcher:
                 for failed in recovery.failed:
                     self._record_end(failed)
             except StoreUnavailable as error:
-                logger.warning("leases can't be renewed: %s", error)
+                logger.warning("jobs of dead workers can't be recovered: %s", error)
                 await asyncio.sleep(RETRY_S)
                 continue
             await asyncio.sleep(self.timing.lease_s / 4)
-
-    async def _store_reports(self) -> None:
-        """Store what the worker reports. Ends wait for an unreachable store; progress and previews do not."""
-        while True:
-            reports = await self._inbox.next_reports()
-            latest = {report.claim.lease: report for report in reports if isinstance(report, Progress)}
-            for report in reports:
-                match report:
-                    case Progress() if report is latest[report.claim.lease]:
-                        await self._store_if_possible(report.claim, self.store.record(report))
-                    case Preview():
-                        await self._store_if_possible(report.claim, self.store.add_preview(report))
-                    case Ending():  # in a task of its own: one that can't be stored must not hold up the others
-                        self.in_background(self._store_end(report))
-
-    async def _store_if_possible(self, claim: Claim, storing: Awaitable[None]) -> None:
-        try:
-            await storing
-        except StoreUnavailable:
-            pass  # the store counts its own errors
-        except Exception:
-            logger.exception("a report can't be stored", extra=log_fields(claim.job))
-
-    async def _store_end(self, ending: Ending) -> None:
-        """Store the end of a job, however often that has to be tried."""
-        job, lease = ending.claim.job, ending.claim.lease
-        try:
-            while True:
-                try:
-                    snapshot = await self.store.end(ending)
-                    break
-                except StoreUnavailable as error:
-                    if lease not in self._stuck:
-                        logger.warning("the end can't be stored yet: %s", error, extra=log_fields(job))
-                    self._stuck[lease] = str(error)
-                    await asyncio.sleep(RETRY_S)
-            if snapshot is not None:
-                self._record_end(snapshot)
-        except Exception:  # of this job alone, whose lease now runs out
-            logger.exception("the end can't be stored", extra=log_fields(job))
-        finally:
-            self._stuck.pop(lease, None)
-            self._inbox.settle(ending.claim)
 
     def _record_end(self, snapshot: JobSnapshot) -> None:
         """Count and log an ended job."""

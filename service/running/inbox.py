@@ -2,8 +2,7 @@
 
 import asyncio
 
-from service.jobs.store import Claim, Ending
-from service.running.publisher import Report
+from service.jobs.store import Claim, Ending, Report
 
 
 class Inbox:

@@ -24,7 +24,7 @@ from models.report import GenerationSummary
 from models.request import MeshRequest
 from service.errors import SandboxFailed
 from service.jobs.job import Failure, FailureReason, JobStatus, Receipt, StageSeconds, log_fields
-from service.jobs.store import Claim, Ending, Preview, Progress
+from service.jobs.store import Claim, Ending, Preview, Report
 from service.metrics import Metrics
 from service.running.device_use import DeviceUse
 from service.running.output import encode_output
@@ -36,9 +36,6 @@ logger = logging.getLogger(__name__)
 
 Decoded = NDArray[np.uint8] | CleanMesh | FieldSamples
 """Pixels, a mesh, or a field, which still has to become a mesh."""
-
-Report = Progress | Preview | Ending
-"""What a worker reports about the jobs that it holds."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,8 +99,7 @@ class Room:
 
     def kinds(self, running: Sequence[Running]) -> dict[str, int]:
         """What is planned of the device, by kind, for metrics; empty where nothing limits it."""
-        memory = self._memory
-        if math.isinf(memory.limit):
+        if not self.cards or math.isinf((memory := self._memory).limit):
             return {}
         return {
             "limit": int(memory.limit),

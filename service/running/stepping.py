@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from models.card import ModelCard
 from models.errors import DeviceLost, OutOfDeviceMemory
 from models.report import StepReport
+from service.jobs.store import Report
 from service.metrics import Metrics
 from service.running.device_use import DeviceUse
 from service.running.held import Running, preview_steps
-from service.running.publisher import PendingPreview, Publisher, Report
+from service.running.publisher import PendingPreview, Publisher
 from service.running.room import Room
 from service.scheduling.batching import Candidate, FairShare
 from service.scheduling.cost import dense_step_seconds

@@ -13,11 +13,12 @@ from models.card import ModelCard
 from models.errors import DeviceLost, OutOfDeviceMemory
 from models.mesh.surface import FieldSamples
 from service.jobs.job import JobStatus
-from service.jobs.store import Claim, Ending, Fit, Fits, JobKind
+from service.jobs.store import Claim, Ending, Fit, Fits, JobKind, Report
 from service.metrics import Metrics
 from service.running.device_use import DeviceUse
+from service.running.engine_changes import EngineChanges
 from service.running.held import DECODE_TURN_S, HeldJob, Running
-from service.running.publisher import Decoded, Denoised, Publisher, Report
+from service.running.publisher import Decoded, Denoised, Publisher
 from service.running.room import Newcomer, Room, WorkerLimits
 from service.running.starting import Starter
 from service.running.stepping import Stepper
@@ -46,15 +47,20 @@ class Worker:
         metrics: Metrics,
         limits: WorkerLimits,
         *,
+        device: str = "cpu",
+        version: str = "",
         report: Callable[[Report], None],
         on_room: Callable[[], None],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.limits = limits
         self.cards: Mapping[str, ModelCard] = {}
+        """Those of the models whose jobs it takes."""
         self.is_broken = False
         """Whether the thread has ended because of an error."""
         self.pace = Pace()
+        self._device_name = device
+        self._version = version
         self._report = report
         self._on_room = on_room
         self._metrics = metrics
@@ -76,6 +82,7 @@ class Worker:
         self._loaded: Future[None] = Future()
         self._thread = Thread(target=self._run, name="worker", daemon=True)
         self._is_stopping = False
+        self._changes = EngineChanges()
         self._lock = Lock()  # protects the attributes that several threads use: `_held` and `_running`
         self._held: dict[str, HeldJob] = {}
         self._running: list[Running] = []
@@ -124,6 +131,35 @@ class Worker:
             self._thread.join(timeout_s)
         return not self.is_alive
 
+    def record(self, worker_id: str, *, is_leaving: bool) -> WorkerRecord:
+        """What to tell other processes of this worker."""
+        held, cards = self.held(), self.cards
+        busy = WorkerState.BUSY if held else WorkerState.IDLE
+        finish_s = {model: self.finish_seconds(model) for model in cards}
+        return WorkerRecord(
+            id=worker_id,
+            version=self._version,
+            device=self._device_name,
+            state=WorkerState.DRAINING if is_leaving else busy,
+            cards=cards,
+            pace=self.pace.ratio,
+            finish_s={model: seconds for model, seconds in finish_s.items() if seconds},
+            num_held=sum(len(claim.job.requests) for claim in held),
+            max_running=self.limits.max_running,
+        )
+
+    def withhold(self, model: str) -> None:
+        """Take no more jobs of a model."""
+        self.cards = {name: card for name, card in self.cards.items() if name != model}
+
+    def change_models(self, change: "Callable[[Engine], None]") -> Future[None]:
+        """Let `change` add or remove models of the engine, between two turns. The future has what it raises."""
+        done = self._changes.ask(change)
+        self._wake.set()
+        if not self.is_alive:
+            self._changes.refuse()
+        return done
+
     def fits(self) -> Fits:
         """What to claim: requests that could start before any that waits here.
 
@@ -150,30 +186,13 @@ class Worker:
             num_waiting = sum(len(held.unstarted) for held in self._held.values())
             return self._room.is_full(num_waiting + len(self._running), is_high=True)
 
-    def record(self, worker_id: str, *, is_leaving: bool) -> WorkerRecord:
-        """What to tell other processes of this worker."""
-        held = self.held()
-        busy = WorkerState.BUSY if held else WorkerState.IDLE
-        finish_s = {model: self.finish_seconds(model) for model in self.cards}
-        return WorkerRecord(
-            id=worker_id,
-            version="",
-            device="",
-            state=WorkerState.DRAINING if is_leaving else busy,
-            cards=self.cards,
-            pace=self.pace.ratio,
-            finish_s={model: seconds for model, seconds in finish_s.items() if seconds},
-            num_held=sum(len(claim.job.requests) for claim in held),
-            max_running=self.limits.max_running,
-        )
-
     def take(self, claim: Claim) -> None:
         """Run this job, which was claimed because it `fits`."""
         job = claim.job
         held = HeldJob(
             claim,
             shape_of(job.requests[0]),
-            self.cards[job.model].memory_of(job.requests[0]),
+            self._room.cards[job.model].memory_of(job.requests[0]),
             unstarted=list(range(len(job.requests))),
             num_steps=[request.num_computed_steps for request in job.requests],
         )
@@ -223,7 +242,7 @@ class Worker:
             self._loaded.set_exception(error)
             return
         self._engine = engine
-        self.cards = self._room.cards = self._publisher.cards = engine.cards
+        self._take_cards(engine)
         self._loaded.set_result(None)
         try:
             while True:
@@ -241,12 +260,17 @@ class Worker:
         finally:
             self._starter.close()
             self._publisher.close()
+            self._changes.refuse()
             self._on_room()
+
+    def _take_cards(self, engine: "Engine") -> None:
+        self.cards = self._room.cards = self._publisher.cards = engine.cards
 
     def _take_turn(self, engine: "Engine") -> None:
         if self._device_lost is not None:
             raise self._device_lost
         self._drop_unwanted()
+        self._changes.make(engine, self._device, on_change=self._take_cards)
         self._decode_done(engine)
         with self._lock:
             jobs = list(self._held.values())

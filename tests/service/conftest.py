@@ -269,6 +269,12 @@ class DrawnEngine:
         self.fields: list[int] = []
         self.dropped_fields: list[int] = []
 
+    def add(self, card: ModelCard) -> None:
+        self.cards = {**self.cards, card.id: card}
+
+    def remove(self, model: str) -> None:
+        self.cards = {name: card for name, card in self.cards.items() if name != model}
+
     def preparation(self, request: ImageRequest | MeshRequest) -> Callable[[], Any] | None:
         return None
 

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -7,9 +8,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from models.card import ImageCard
 from models.curve import Preset
 from models.report import BlockReport, GenerationSummary, StepReport
-from models.request import ComputeBudget, LatencyBudget, PresetBudget, QualityBudget
+from models.request import Budget, ComputeBudget, LatencyBudget, PresetBudget, QualityBudget
 from service.jobs.job import Job, JobSnapshot, JobState, JobStatus, Receipt, StageSeconds
 from service.metrics import Metrics
+from service.scheduling.fleet import Load, ModelLoad, WorkerState
+from tests.fixtures.workers import worker
 
 MakeJob = Callable[..., Job]
 SUCCEEDED = JobState(JobStatus.SUCCEEDED, started_at=2.0, ended_at=5.0)
@@ -17,7 +20,7 @@ SUCCEEDED = JobState(JobStatus.SUCCEEDED, started_at=2.0, ended_at=5.0)
 
 def samples(metrics: Metrics) -> dict[str, float]:
     """The value of each series, by its name and its label values in the order of the labels' names."""
-    page = metrics.exposition(["drawn"], {}, {}).decode()
+    page = metrics.exposition({}).decode()
     return {
         " ".join((sample.name, *(value for _, value in sorted(sample.labels.items())))): sample.value
         for family in text_string_to_metric_families(page)
@@ -122,11 +125,79 @@ def test_latency_is_labelled_by_a_closed_set_of_budgets(
     assert samples(metrics)[f"elastic_e2e_request_latency_seconds_count drawn {label}"] == 1.0
 
 
-def test_queue_keeps_its_last_length_while_the_store_is_away(metrics: Metrics) -> None:
-    metrics.exposition(["drawn"], {"drawn": 1}, {"drawn": 7})
-    page = metrics.exposition(["drawn"], {"drawn": 2}, None).decode()
-    assert 'elastic_requests_waiting{model="drawn"} 7.0' in page
-    assert 'elastic_requests_running{model="drawn"} 2.0' in page
+@pytest.mark.parametrize(
+    ("rule", "counts", "decisions"),
+    [
+        ("forecast", (8, 0, 0, 4), "varied"),
+        ("forecast", (8, 0, 0, 0), "run"),  # no step was forecast
+        ("dense", (8, 0, 0, 0), "run"),  # what a model without a curve makes of every budget
+        ("forecast+router", (5, 2, 1, 4), "varied"),
+        ("forecast+router", (8, 0, 0, 4), "run"),
+        ("router", (0, 8, 0, 0), "skip"),
+        ("router", (0, 0, 8, 0), "reuse"),
+    ],
+)
+def test_results_of_saving_budgets_are_counted_by_their_only_decision(
+    rule: str,
+    counts: tuple[int, int, int, int],
+    decisions: str,
+    metrics: Metrics,
+    make_job: MakeJob,
+    summary: GenerationSummary,
+) -> None:
+    num_run, num_skipped, num_reused, num_forecast = counts
+    made = replace(
+        summary,
+        rule=rule,
+        num_run=num_run,
+        num_skipped=num_skipped,
+        num_reused=num_reused,
+        num_forecast=num_forecast,
+    )
+    state = replace(SUCCEEDED, receipts=(Receipt(made, 0.9, StageSeconds(0.1, 0.2, 0.3, 0.4, 1.0), 2.5),))
+    saving: list[Budget] = [PresetBudget(Preset.HIGH), QualityBudget(0.9), ComputeBudget(0.5)]
+    # These may well be exact.
+    others: list[Budget] = [PresetBudget(Preset.EXACT), QualityBudget(1.0), ComputeBudget(1.0), LatencyBudget(9.0)]
+    for budget in (*saving, *others):
+        metrics.observe_end(JobSnapshot(make_job("a", budget=budget), state))
+    counted = {name: value for name, value in samples(metrics).items() if "elastic_saving_results_total" in name}
+    assert counted == {f"elastic_saving_results_total {decisions} drawn": 3.0}
+
+
+def test_queue_and_workers_are_described_by_model(metrics: Metrics) -> None:
+    load = Load({"drawn": ModelLoad(3, 2, queued_s=30.0, running_s=0.5), "lost": ModelLoad(1, 0, queued_s=4.0)})
+    workers = [
+        worker("drawn", pace=2.0, state=WorkerState.BUSY),
+        worker("drawn", "ball", pace=1.0),
+        worker("drawn", pace=9.0, state=WorkerState.DRAINING),
+    ]
+    metrics.observe_queue(load, workers, target_backlog_s=10.0)
+    values = samples(metrics)
+    assert values["elastic_requests_waiting drawn"] == 3.0
+    assert values["elastic_backlog_seconds drawn"] == (30.0 + 2.0) * 1.5  # each running job counts as a second
+    assert values["elastic_wanted_workers drawn"] == 5.0
+    assert values["elastic_worker_pace_ratio drawn"] == 1.5
+    states = ("idle", "busy", "draining")
+    assert [values[f"elastic_workers drawn {state}"] for state in states] == [1.0, 1.0, 1.0]
+    # A model without jobs, and one without workers.
+    assert (values["elastic_backlog_seconds ball"], values["elastic_wanted_workers ball"]) == (0.0, 0.0)
+    assert (values["elastic_backlog_seconds lost"], values["elastic_wanted_workers lost"]) == (4.0, 1.0)
+    assert [values[f"elastic_workers lost {state}"] for state in states] == [0.0, 0.0, 0.0]
+    assert math.isnan(values["elastic_worker_pace_ratio lost"])
+
+
+def test_a_model_that_is_gone_has_zeros(metrics: Metrics) -> None:
+    metrics.observe_queue(Load({"drawn": ModelLoad(1, queued_s=9.0)}), [worker("drawn")], target_backlog_s=10.0)
+    metrics.observe_queue(Load(), [], target_backlog_s=10.0)
+    values = samples(metrics)
+    for name in ("requests_waiting drawn", "backlog_seconds drawn", "wanted_workers drawn", "workers drawn idle"):
+        assert values[f"elastic_{name}"] == 0.0
+
+
+def test_busy_workers_are_wanted_even_if_little_is_left(metrics: Metrics) -> None:
+    busy = [worker("drawn", state=WorkerState.BUSY)] * 3
+    metrics.observe_queue(Load({"drawn": ModelLoad(num_running=3)}), busy, target_backlog_s=10.0)
+    assert samples(metrics)["elastic_wanted_workers drawn"] == 3.0
 
 
 def test_gauges_and_single_counters_have_the_last_and_the_whole(metrics: Metrics) -> None:

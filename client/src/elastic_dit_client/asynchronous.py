@@ -104,6 +104,20 @@ class AsyncClient:
     async def job(self, job_id: str) -> Job:
         return protocol.job_of((await self._answer(protocol.job_call(job_id))).json())
 
+    async def jobs(self, *, all_keys: bool = False) -> AsyncGenerator[Job, None]:
+        """The jobs that this key created, the newest first, read page by page.
+
+        Their receipts have no decisions. `all_keys` lists the jobs of all keys; it needs the scope admin.
+        """
+        after: str | None = None
+        while True:
+            page = (await self._answer(protocol.jobs_call(after, all_keys))).json()
+            for body in page["data"]:
+                yield protocol.job_of(body)
+            if not page["has_more"]:
+                return
+            after = page["last_id"]
+
     def events(self, job_id: str, after: str | None = None) -> AsyncGenerator[StreamEvent, None]:
         """A job's events, from the first one or after the event with the id `after`. Raises ApiError if the job fails.
 

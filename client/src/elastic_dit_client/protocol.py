@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import httpx2
 
@@ -18,6 +18,7 @@ SILENCE_S = 60.0
 _IMAGES, _EDITS, _MESHES = "/v1/images", "/v1/images/edits", "/v1/meshes"
 _ASYNC = {"Prefer": "respond-async"}
 _OWN_FIELDS = {"stream", "response_format"}
+_PAGE = 100
 _TERMINAL = {"succeeded", "failed", "cancelled"}
 
 
@@ -76,6 +77,9 @@ class Job:
 
     `step` of `num_computed_steps` are done, the mean over several images; a deadline may change `num_computed_steps`.
     The other ones of `num_inference_steps` are forecast.
+
+    While the job is queued, `position` jobs of its model come first, and it is predicted to end in `eta_s` seconds.
+    `eta_s` is None while no worker has the model.
     """
 
     id: str
@@ -85,6 +89,8 @@ class Job:
     num_inference_steps: int
     receipt: dict[str, Any] | None
     error: dict[str, Any] | None
+    position: int | None = None
+    eta_s: float | None = None
 
     @property
     def is_terminal(self) -> bool:
@@ -182,6 +188,11 @@ def job_call(job_id: str) -> Call:
     return Call("GET", job_path(job_id))
 
 
+def jobs_call(after: str | None, all_keys: bool) -> Call:
+    query = {"limit": _PAGE, **({} if after is None else {"after": after}), **({"all": "true"} if all_keys else {})}
+    return Call("GET", f"/v1/jobs?{urlencode(query)}")
+
+
 def cancel_call(job_id: str) -> Call:
     return Call("DELETE", job_path(job_id))
 
@@ -215,6 +226,7 @@ def job_of(body: Mapping[str, Any]) -> Job:
         num_inference_steps=progress["num_inference_steps"],
         receipt=body["receipt"],
         error=body["error"],
+        **(body.get("queue") or {}),  # older servers have none
     )
 
 

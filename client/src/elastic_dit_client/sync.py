@@ -101,6 +101,19 @@ class Client:
     def job(self, job_id: str) -> Job:
         return protocol.job_of(self._answer(protocol.job_call(job_id)).json())
 
+    def jobs(self, *, all_keys: bool = False) -> Generator[Job, None, None]:
+        """The jobs that this key created, the newest first, read page by page.
+
+        Their receipts have no decisions. `all_keys` lists the jobs of all keys; it needs the scope admin.
+        """
+        after: str | None = None
+        while True:
+            page = self._answer(protocol.jobs_call(after, all_keys)).json()
+            yield from map(protocol.job_of, page["data"])
+            if not page["has_more"]:
+                return
+            after = page["last_id"]
+
     def events(self, job_id: str, after: str | None = None) -> Generator[StreamEvent, None, None]:
         """A job's events, from the first one or after the event with the id `after`. Raises ApiError if the job fails.
 

@@ -229,3 +229,25 @@ def test_job_belongs_to_the_key_that_made_it(start_client: Callable[..., TestCli
         assert stranger.status_code == 404
         assert stranger.json()["error"]["code"] == "job_not_found"
     assert client.delete(f"/v1/jobs/{job_id}", headers=bearer(keys.metered)).status_code == 404
+
+
+def test_key_lists_its_own_jobs_and_an_admin_those_of_all(start_client: Callable[..., TestClient], keys: Keys) -> None:
+    client = start_client(keys.settings)
+    made = {
+        name: client.post(PATH, json=PROMPT, headers=bearer(secret)).json()["id"]
+        for name, secret in (("maker", keys.maker), ("metered", keys.metered), ("admin", keys.admin))
+    }
+
+    def listed(secret: str, query: str = "") -> list[str]:
+        return [job["id"] for job in client.get(f"/v1/jobs{query}", headers=bearer(secret)).json()["data"]]
+
+    assert {name: listed(secret) for name, secret in (("maker", keys.maker), ("admin", keys.admin))} == {
+        "maker": [made["maker"]],
+        "admin": [made["admin"]],
+    }
+    assert listed(keys.admin, "?all=true") == [made["admin"], made["metered"], made["maker"]]
+    refused = client.get("/v1/jobs?all=true", headers=bearer(keys.maker))
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "insufficient_scope")
+    # A cursor says nothing of other keys' jobs.
+    foreign = client.get(f"/v1/jobs?after={made['admin']}", headers=bearer(keys.maker))
+    assert (foreign.status_code, foreign.json()["error"]["code"]) == (404, "job_not_found")

@@ -15,10 +15,12 @@ from service.api.events import event_stream
 from service.api.job_views import result_body
 from service.api.links import Links
 from service.api.schemas import ResponseFormat
+from service.errors import StoreUnavailable
 from service.jobs.job import Failure, FailureReason, Job, JobStatus, Receipt, StageSeconds
 from service.jobs.store import Claim, Ending, Fit, Preview, Progress
 from service.running.dispatcher import Dispatcher
 from service.settings import Settings
+from tests.fixtures.workers import worker
 
 pytestmark = pytest.mark.anyio
 
@@ -161,6 +163,57 @@ async def test_silent_stream_is_kept_alive(bench: Bench, make_job: MakeJob, monk
     async with asyncio.timeout(20):
         rest = [part async for part in stream if not part.startswith(b":")]
     assert [parsed(part)[1] for part in rest] == ["image_generation.completed"]
+
+
+async def test_stream_of_a_queued_job_tells_its_place_and_again_when_that_changes(
+    bench: Bench, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.api.events.UPDATE_S", 0.001)
+    store = bench.dispatcher.store
+    await store.announce(worker("drawn", pace=0.5))
+    for name in ("first", "second", "a"):
+        await store.add(make_job(name))
+    stream = bench.stream(make_job("a"))
+    async with asyncio.timeout(20):
+        event_id, name, data = parsed(await anext(stream))
+        assert (event_id, name) == ("1-0", "job.queued")
+        assert data == {"type": "job.queued", "id": "a", "position": 2, "eta_s": 3.0}  # three jobs of 2 s, at this pace
+        await store.cancel("second")
+        update = parsed(await anext(stream))
+        # Without an id, so that Last-Event-ID stays that of the last event in the job's history.
+        assert update == (None, "job.queued", {"type": "job.queued", "id": "a", "position": 1, "eta_s": 2.0})
+        # A client that connects again is told the place too, and no event twice.
+        resumed = parsed(await anext(bench.stream(make_job("a"), after="1-0")))
+        assert resumed == update
+        await store.claim(lambda _: Fit.NOW)
+        assert parsed(await anext(stream))[2]["position"] == 0
+        claim = await store.claim(lambda _: Fit.NOW)
+        assert claim is not None
+        await bench.succeed(claim)
+        rest = [parsed(part) async for part in stream]
+    assert [(event_id, name) for event_id, name, _ in rest] == [
+        ("2-0", "job.started"),
+        ("3-0", "image_generation.completed"),
+    ]
+    assert "position" not in (await bench.events(claim.job))[0][2]  # it is no longer queued
+
+
+async def test_stream_of_a_queued_job_goes_on_while_its_place_is_unknown(
+    bench: Bench, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lost(job_id: str) -> int | None:
+        raise StoreUnavailable("Redis can't be reached")
+
+    monkeypatch.setattr("service.api.events.UPDATE_S", 0.001)
+    monkeypatch.setattr("service.api.events.KEEP_ALIVE_S", 0.001)
+    monkeypatch.setattr(bench.dispatcher.store, "position", lost)
+    await bench.dispatcher.store.add(make_job("a"))
+    stream = bench.stream(make_job("a"))
+    assert parsed(await anext(stream))[2] == {"type": "job.queued", "id": "a"}
+    assert (await anext(stream)).startswith(b":")
+    await bench.dispatcher.store.cancel("a")
+    async with asyncio.timeout(20):
+        assert [parsed(part)[1] async for part in stream if not part.startswith(b":")] == ["error"]
 
 
 async def test_draining_server_ends_the_stream_so_that_the_client_can_resume_elsewhere(

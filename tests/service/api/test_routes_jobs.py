@@ -6,6 +6,9 @@ from fastapi.testclient import TestClient
 
 from service.errors import JobUnreadable
 from service.settings import Settings
+from tests.fixtures.waiting import wait_until
+
+ASYNC = {"Prefer": "respond-async"}
 
 
 def test_finished_job_shows_its_receipt_and_content(client: TestClient) -> None:
@@ -18,6 +21,7 @@ def test_finished_job_shows_its_receipt_and_content(client: TestClient) -> None:
         "status": "succeeded",
         "model": "drawn",
         "created": answer["created"],
+        "queue": None,
         "progress": {"step": 4, "num_computed_steps": 4, "num_inference_steps": 4},
         "receipt": answer["receipt"],
         "error": None,
@@ -37,6 +41,80 @@ def test_running_job_shows_its_progress(client: TestClient, engine: Any) -> None
     assert response.status_code == 409
     assert response.json()["error"]["code"] == "job_not_finished"
     engine.gate.set()
+
+
+def test_queued_job_shows_its_place_and_when_it_will_have_ended(
+    start_client: Callable[..., TestClient], settings: Settings, engine: Any
+) -> None:
+    client = start_client(settings.model_copy(update={"max_running": 1}))
+    wait_until(lambda: 'elastic_workers{model="drawn",state="idle"} 1.0' in client.get("/metrics").text)
+    engine.gate.clear()
+    running = client.post("/v1/images", json={"prompt": "a"}, headers=ASYNC).json()
+    assert engine.stepping.wait(20)
+    first, last = (client.post("/v1/images", json={"prompt": "a"}, headers=ASYNC).json() for _ in range(2))
+    assert [job["queue"]["position"] for job in (first, last)] == [0, 1]
+    assert client.get(f"/v1/jobs/{running['id']}").json()["queue"] is None
+    shown = [client.get(f"/v1/jobs/{job['id']}").json() for job in (first, last)]
+    assert [job["queue"]["position"] for job in shown] == [0, 1]
+    assert 0 < shown[0]["queue"]["eta_s"] < shown[1]["queue"]["eta_s"]
+    # A job of high priority comes first.
+    urgent = client.post("/v1/images", json={"prompt": "a", "priority": "high"}, headers=ASYNC).json()
+    assert urgent["queue"]["position"] == 0
+    assert [job["queue"] and job["queue"]["position"] for job in client.get("/v1/jobs").json()["data"]] == [
+        0,
+        2,
+        1,
+        None,
+    ]
+    engine.gate.set()
+
+
+def test_jobs_are_listed_page_by_page_from_the_newest(client: TestClient) -> None:
+    assert client.get("/v1/jobs").json() == {
+        "object": "list",
+        "data": [],
+        "first_id": None,
+        "last_id": None,
+        "has_more": False,
+    }
+    made = [client.post("/v1/images", json={"prompt": "a"}).json()["id"] for _ in range(5)]
+    newest = made[::-1]
+    pages: list[dict[str, Any]] = []
+    after = None
+    while not pages or pages[-1]["has_more"]:
+        pages.append(client.get("/v1/jobs", params={"limit": 2, **({"after": after} if after else {})}).json())
+        after = pages[-1]["last_id"]
+    assert [[job["id"] for job in page["data"]] for page in pages] == [newest[:2], newest[2:4], newest[4:]]
+    assert [page["first_id"] for page in pages] == newest[::2]
+    assert client.get("/v1/jobs", params={"limit": 5}).json()["has_more"] is False
+    assert client.get("/v1/jobs", params={"after": made[0]}).json()["data"] == []
+
+
+def test_listed_jobs_are_as_shown_but_for_their_decisions(client: TestClient) -> None:
+    made = client.post("/v1/images", json={"prompt": "a", "trace": True}).json()["id"]
+    shown = client.get(f"/v1/jobs/{made}").json()
+    assert shown["receipt"].pop("decisions")
+    assert client.get("/v1/jobs").json()["data"] == [shown]
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "code", "param"),
+    [
+        ("limit=0", 422, "invalid_parameter", "limit"),
+        ("limit=101", 422, "invalid_parameter", "limit"),
+        ("limit=many", 422, "invalid_parameter", "limit"),
+        ("all=perhaps", 422, "invalid_parameter", "all"),
+        ("after=job_1", 404, "job_not_found", None),
+        ("after=job_1:picture", 404, "job_not_found", None),
+        ("after=", 404, "job_not_found", None),
+    ],
+)
+def test_bad_queries_of_the_list_are_refused(
+    query: str, status: int, code: str, param: str | None, client: TestClient
+) -> None:
+    response = client.get(f"/v1/jobs?{query}")
+    assert response.status_code == status
+    assert (response.json()["error"]["code"], response.json()["error"]["param"]) == (code, param)
 
 
 @pytest.mark.parametrize("path", ["/v1/jobs/nothing", "/v1/jobs/nothing/content", "/v1/jobs/nothing/events"])

@@ -9,7 +9,9 @@ from tests.fixtures.waiting import wait_until
 
 def test_running_server_is_alive_and_ready(client: TestClient) -> None:
     assert client.get("/healthz").json() == {"status": "ok"}
-    assert client.get("/readyz").json() == {"status": "ready"}
+    of_each = {"workers": 1, "queued": 0}
+    models = {"drawn": of_each, "guided": of_each, "ball": of_each}
+    assert client.get("/readyz").json() == {"status": "ready", "models": models}
 
 
 def test_draining_server_is_alive_but_not_ready(client: Any) -> None:
@@ -77,6 +79,10 @@ def test_metrics_count_what_was_done(client: TestClient) -> None:
         'elastic_predicted_compute_ratio_error_count{model="drawn"} 1.0',
         'elastic_requests_running{model="drawn"} 0.0',
         'elastic_requests_waiting{model="guided"} 0.0',
+        'elastic_saving_results_total{decisions="run",model="drawn"} 1.0',
+        'elastic_backlog_seconds{model="drawn"} 0.0',
+        'elastic_wanted_workers{model="drawn"} 0.0',
+        'elastic_workers{model="guided",state="draining"} 0.0',
         'elastic_request_queue_time_seconds_count{model="drawn"} 2.0',
         'elastic_e2e_request_latency_seconds_count{model="drawn",preset="fast"} 1.0',
         'elastic_requests_total{model="drawn",status="succeeded"} 1.0',

@@ -59,7 +59,7 @@ def submit_image(dispatcher: Dispatcher) -> SubmitImage:
 
     async def submit_image(request: Request | None = None, *, headers: GenerationHeaders = PLAIN, **fields: Any) -> Job:
         body = ImageBody.model_validate({"prompt": "a red circle", **fields})
-        card = card_of(body.model, dispatcher.cards, ImageCard, {})
+        card = card_of(body.model, dispatcher.fleet, ImageCard, {})
         order = parse_image_body(body, card, default_budget=SETTINGS.default_budget, random_seed=0)
         return await submit(order, card, body, headers, request or call(), dispatcher, SETTINGS)
 

@@ -164,6 +164,24 @@ def test_models_are_listed(api: Any) -> None:
     assert [model["id"] for model in api.models()] == ["drawn", "guided", "ball"]
 
 
+def test_jobs_are_listed_from_the_newest_over_all_pages(api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("elastic_dit_client.protocol._PAGE", 2)
+    made = [api.generate_image("a", seed=seed).job_id for seed in range(3)]
+    assert [job.id for job in api.jobs()] == made[::-1]
+    assert [job.id for job in api.jobs(all_keys=True)] == made[::-1]
+
+
+def test_queued_job_has_its_place(api: Any, engine: Any) -> None:
+    engine.gate.clear()
+    jobs = [api.submit_image("a", n=10) for _ in range(9)]
+    waiting = [job for job in map(api.job, [job.id for job in jobs]) if job.status == "queued"]
+    assert [job.position for job in waiting] == list(range(len(waiting)))
+    assert waiting
+    for job in jobs:
+        api.cancel(job.id)
+    assert api.job(jobs[0].id).position is None
+
+
 def test_stream_that_is_closed_early_cancels_its_job(api: Any, engine: Any) -> None:
     engine.gate.clear()
     with closing(api.stream_image("a red circle")) as events:

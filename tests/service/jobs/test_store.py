@@ -1,7 +1,6 @@
 """The contract of every job store."""
 
 import asyncio
-import random
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -518,69 +517,3 @@ async def test_worker_is_known_while_it_announces_itself(
     assert await bench.store.workers() == [slower]
     await bench.store.withdraw()
     assert await bench.store.workers() == []
-
-
-@pytest.mark.parametrize("seed", range(3))
-async def test_sums_are_those_of_the_records_whatever_happened(seed: int, bench: Any, make_job: MakeJob) -> None:
-    """Jobs are added, claimed, released, cancelled and ended at random; workers die, and calls are repeated."""
-    chance, store, names, claims = random.Random(seed), bench.store, list[str](), list[Claim]()
-
-    async def add() -> None:
-        names.append(f"a{len(names)}")
-        owner = chance.choice(("key", "other", None))
-        job = replace(make_job(names[-1], width=chance.choice((64, 128))), owner=owner, created_at=chance.random())
-        if chance.random() < 0.3:
-            job = replace(job, model="ball", requests=(MESH,))
-        job = replace(job, predicted_seconds=chance.random() * 10, priority=chance.choice(list(Priority)))
-        for _ in range(2 if store.is_shared else 1):
-            await store.add(job)
-
-    async def claim_one() -> None:
-        verdicts = {"drawn 64x64": chance.choice(list(Fit)), "drawn 128x64": chance.choice(list(Fit))}
-        claimed = await store.claim(lambda kind: verdicts.get(kind.shape, Fit.NOW))
-        claims.extend([] if claimed is None else [claimed])
-
-    async def progress() -> None:
-        await store.record(Progress(chance.choice(claims), chance.randint(0, 4), 4, 0.5, 1.0))
-
-    async def release() -> None:
-        claimed = chance.choice(claims)
-        for _ in range(2):
-            await store.release(claimed)
-
-    async def end() -> None:
-        ending = Ending(chance.choice(claims), JobStatus.FAILED, failure=BROKEN)
-        for _ in range(2):
-            await store.end(ending)
-
-    async def cancel() -> None:
-        await store.cancel(chance.choice(names))
-
-    async def die() -> None:
-        await bench.elapse(0.35)
-        await store.recover()
-
-    for number in range(60):
-        doing = chance.choices(
-            (add, claim_one, progress, release, end, cancel, die), (5, 5, 3, 1, 2, 2, number % 20 == 9)
-        )
-        if claims or doing[0] in (add, claim_one):
-            await doing[0]()
-    live = await store.live_jobs()
-    for owner in ("key", "other"):
-        load = await store.load(owner)
-        own = [found for found in live if found.job.owner == owner]
-        assert load.own_s == pytest.approx(sum(found.remaining_seconds for found in own), abs=1e-4)
-    for model in ("drawn", "ball"):
-        for status in (JobStatus.QUEUED, JobStatus.RUNNING):
-            found = [one for one in live if (one.job.model, one.state.status) == (model, status)]
-            seconds_left = sum(one.remaining_seconds for one in found)
-            summed = load.of(model)
-            is_queued = status is JobStatus.QUEUED
-            assert (summed.num_queued if is_queued else summed.num_running) == len(found)
-            assert (summed.queued_s if is_queued else summed.running_s) == pytest.approx(seconds_left, abs=1e-4)
-    assert load.image_bytes == 256 * sum(found.job.model == "ball" for found in live)
-    # And nothing is left of them when all have ended
-    for found in live:
-        await store.cancel(found.job.id)
-    assert await store.load("key") == Load()

@@ -97,6 +97,7 @@ class SharedStore(FragileStore):
 def build(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Build:
     """A dispatcher around a store, with a worker that has been started; it retries and polls quickly."""
     monkeypatch.setattr("service.running.dispatcher.RETRY_S", 0.01)
+    monkeypatch.setattr("service.running.reports.RETRY_S", 0.01)
     monkeypatch.setattr("service.running.dispatcher.POLL_S", 0.01)
 
     def build(
@@ -134,7 +135,7 @@ def held_ids(dispatcher: Dispatcher) -> set[str]:
 
 def line_of(dispatcher: Dispatcher, name: str) -> str:
     """The value of a series, by its name and labels."""
-    page = dispatcher.metrics.exposition([], {}, {}).decode()
+    page = dispatcher.metrics.exposition({}).decode()
     return next(line.rpartition(" ")[2] for line in page.splitlines() if line.startswith(name + " "))
 
 

@@ -20,7 +20,7 @@ def test_images_of_a_job_share_what_is_encoded(service: Any, engine: Any, make_j
     assert engine.encoded == [(5, False), (6, True), (7, True), (8, True)]
     # The first alone has looked for its prompt, and found it
     service.submit(make_job("b", seeds=(1, 2))).result(TIMEOUT_S)
-    page = service.dispatcher.metrics.exposition(["drawn"], {}, {}).decode()
+    page = service.dispatcher.metrics.exposition({}).decode()
     assert 'elastic_prompts_total{model="drawn",outcome="hit"} 1.0' in page
     assert 'elastic_prompts_total{model="drawn",outcome="miss"} 1.0' in page
 

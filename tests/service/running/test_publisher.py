@@ -15,11 +15,11 @@ from models.errors import DeviceLost, EmptySurface, GenerationError, InvalidRequ
 from models.file_formats import OutputFormat
 from models.report import GenerationSummary
 from service.jobs.job import FailureReason, Job, JobStatus
-from service.jobs.store import Claim, Ending, Preview
+from service.jobs.store import Claim, Ending, Preview, Report
 from service.metrics import Metrics
 from service.order import Output
 from service.running.device_use import DeviceUse
-from service.running.publisher import Denoised, PendingPreview, Publisher, Report
+from service.running.publisher import Denoised, PendingPreview, Publisher
 
 MakeJob = Callable[..., Job]
 Decode = Callable[[], Any]

@@ -1,23 +1,16 @@
 import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
 from service.scheduling.fleet import (
     Load,
     ModelLoad,
-    WorkerRecord,
     WorkerState,
     seconds_before,
     wanted_workers,
 )
-
-
-def worker(*models: str, pace: float = 1.0, state: WorkerState = WorkerState.IDLE) -> WorkerRecord:
-    cards: dict[str, Any] = dict.fromkeys(models)  # only their names count here
-    return WorkerRecord(id=" ".join(models), version="1", device="cpu", state=state, cards=cards, pace=pace)
-
+from tests.fixtures.workers import worker
 
 LOAD = Load({"a": ModelLoad(3, 1, queued_s=30.0, running_s=10.0), "b": ModelLoad(queued_s=12.0)})
 

@@ -1,0 +1,53 @@
+"""Changes of an engine's models, which other threads ask for and the worker's thread makes."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, NamedTuple
+
+from models.errors import DeviceLost
+from service.errors import Draining
+from service.running.device_use import DeviceUse
+
+if TYPE_CHECKING:  # models.engine brings torch, which the API side never loads
+    from models.engine import Engine
+
+
+class _Change(NamedTuple):
+    make: "Callable[[Engine], None]"
+    done: Future[None]
+
+
+class EngineChanges:
+    """Any thread may call this, but for `make`."""
+
+    def __init__(self) -> None:
+        self._asked: SimpleQueue[_Change] = SimpleQueue()
+
+    def ask(self, change: "Callable[[Engine], None]") -> Future[None]:
+        """Let `change` add or remove models. The future has what it raises."""
+        self._asked.put(asked := _Change(change, Future()))
+        return asked.done
+
+    def make(self, engine: "Engine", device: DeviceUse, *, on_change: "Callable[[Engine], None]") -> None:
+        """Make the changes that were asked for, each with the device to itself: a new model is measured.
+
+        Raises DeviceLost.
+        """
+        while not self._asked.empty():
+            asked = self._asked.get()
+            try:
+                with device.alone():
+                    asked.make(engine)
+                on_change(engine)
+            except Exception as error:
+                asked.done.set_exception(error)
+                if isinstance(error, DeviceLost):
+                    raise
+            else:
+                asked.done.set_result(None)
+
+    def refuse(self) -> None:
+        """Fail those that were asked for: the worker has ended."""
+        while not self._asked.empty():
+            self._asked.get().done.set_exception(Draining("the worker has ended", retry_after_s=1))
