@@ -94,11 +94,11 @@ def serve(
     port: Port = None,
     models: Models = None,
     device: Device = None,
-    has_worker: HasWorker = None,
+    worker: HasWorker = None,
     config: Config = None,
 ) -> None:
     """Load the models and answer HTTP requests. Every setting can be given as an ELASTIC_… variable too."""
-    settings = load_settings(config, host=host, port=port, models=models, device=device, worker=has_worker)
+    settings = load_settings(config, host=host, port=port, models=models, device=device, worker=worker)
     configure_logging(settings.log_level, settings.log_format)
     from service.app import create_app
     from service.serving import run_server

@@ -140,7 +140,7 @@ def test_api_node_serves_what_workers_hold(start: Start) -> None:
         for fields, model in (({"model": "tiny-flux"}, "tiny-flux"), ({}, "tiny-qwen-image")):
             made = client.post("/v1/images", json={**PROMPT, "budget": {"preset": "draft"}, **fields})
             assert (made.status_code, made.json()["model"]) == (200, model)
-        job_id = client.post("/v1/images", json={**LONG, "model": "tiny-flux"}, headers=ASYNC).json()["id"]
+        job_id = client.post("/v1/images", json={**LONG, "n": 1, "model": "tiny-flux"}, headers=ASYNC).json()["id"]
         wait_for(url, job_id, "running")
         flux.kill()
         wait_until(
