@@ -199,7 +199,7 @@ class Bench:
         num_processes = min(num_workers, self._num_processes)
         parts = [num_workers // num_processes + (n < num_workers % num_processes) for n in range(num_processes)]
         return [
-            self._pool.submit(work, self._url, part, service_s, until, f"w{number}")
+            self._pool.submit(work, self._url, part, service_s, time.time() + _WARM_UP_S, until, f"w{number}")
             for number, part in enumerate(parts)
         ]
 

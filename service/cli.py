@@ -94,11 +94,11 @@ def serve(
     port: Port = None,
     models: Models = None,
     device: Device = None,
-    has_worker: HasWorker = None,
+    worker: HasWorker = None,
     config: Config = None,
 ) -> None:
     """Load the models and answer HTTP requests. Every setting can be given as an ELASTIC_… variable too."""
-    settings = load_settings(config, host=host, port=port, models=models, device=device, worker=has_worker)
+    settings = load_settings(config, host=host, port=port, models=models, device=device, worker=worker)
     configure_logging(settings.log_level, settings.log_format)
     from service.app import create_app
     from service.serving import run_server
@@ -123,9 +123,9 @@ def worker(
     if devices is not None:
         if device is not None:
             raise typer.BadParameter("give --device or --devices, not both")
-        from service.supervisor import run_workers
+        from service.supervisor import run_workers, worker_commands
 
-        run_workers(settings, devices, models=models, config=config)
+        run_workers(worker_commands(settings, devices, models=models, config=config))
         return
     from service.app import create_worker_app
     from service.serving import run_server

@@ -128,11 +128,12 @@ def _drain_when_alone() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def run_workers(settings: Settings, devices: str, *, models: str | None, config: Path | None) -> None:
-    """Run `elastic-dit worker` on each of `devices`, such as cuda:0,cuda:1, until SIGTERM or SIGINT.
+def worker_commands(
+    settings: Settings, devices: str, *, models: str | None, config: Path | None
+) -> dict[str, Sequence[str]]:
+    """The command for each of `devices`, such as cuda:0,cuda:1, by its name. Raises BadConfiguration.
 
-    The first listens at `settings.port`, each other one at the next port; with port 0 each takes a free one, which it
-    logs. Raises BadConfiguration, Broken.
+    The first listens at `settings.port`, each other one at the next port; with port 0 each takes a free one.
     """
     names = [name.strip() for name in devices.split(",")]
     if "" in names:
@@ -144,8 +145,13 @@ def run_workers(settings: Settings, devices: str, *, models: str | None, config:
         name = device if device not in commands else f"{device} ({index})"
         options = ["--device", device, "--host", settings.host, "--port", str(port), *given]
         commands[name] = [sys.executable, "-m", "service.cli", "worker", *options]
+    return commands
+
+
+def run_workers(commands: dict[str, Sequence[str]]) -> None:
+    """Keep a worker running for each command until SIGTERM or SIGINT. Raises Broken."""
     supervisor = Supervisor(commands)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: supervisor.stop())
-    logger.info("process %d runs a worker on each of %s", os.getpid(), ", ".join(names))
+    logger.info("process %d runs a worker on each of %s", os.getpid(), ", ".join(commands))
     supervisor.run()

@@ -253,9 +253,16 @@ class RedisStore:
         """The fields of the job's record if this call ended it."""
         changed = {"ended_at": self.clock(), **fields}
         pairs = [part for pair in changed.items() for part in pair]
+        models, num_looks = json.dumps(self._claims.models), self._claims.num_looks
+        arguments = [job_id, lease, self._job_ttl_ms, self._events_ttl_ms, status, self.worker_id, models, *pairs]
         async with self._operation("end"):
-            ended = await self._run(self._end, job_id, lease, self._job_ttl_ms, self._events_ttl_ms, status, *pairs)
-        return None if ended is None else dict(zip(ended[::2], ended[1::2], strict=True))
+            answer = await self._run(self._end, *arguments)
+        if answer is None:
+            return None
+        ended, is_idle = answer
+        if is_idle and self._claims.models:
+            self._claims.rest(num_looks)
+        return dict(zip(ended[::2], ended[1::2], strict=True))
 
     async def release(self, claim: Claim) -> None:
         async with self._operation("release"):

@@ -13,7 +13,7 @@ from service.jobs.redis_records import KindEntry, load_kind, model_of
 from service.jobs.redis_scripts import COMMON
 from service.jobs.store import Fit, Fits, JobKind
 
-_POLL_S = 4.0
+_POLL_S = 8.0
 """Messages can be lost, so an idle worker looks at the queues at this interval."""
 _POLL_WAITING_S = 1.0
 """How often a worker looks while jobs wait that do not fit. It is not woken for others of their class then."""
@@ -68,17 +68,10 @@ while true do
     local waiting, unknown, kind = look()
     if not kind then
         if #unknown > 0 then return {'', '', {}, waiting, unknown} end
-        local now, has_jobs = now_ms(), {}
+        local has_jobs = {}
         for _, waits in ipairs(waiting) do has_jobs[class_of(waits)] = true end
         for class in pairs(has_jobs) do wake(class) end
-        for _, model in ipairs(asked.models) do
-            for _, class in ipairs({'h' .. model, 'n' .. model}) do
-                if not has_jobs[class] then
-                    redis.call('ZREMRANGEBYSCORE', prefix .. 'idle:' .. class, '-inf', now - 60000)
-                    redis.call('ZADD', prefix .. 'idle:' .. class, now, worker)
-                end
-            end
-        end
+        rest(worker, asked.models, has_jobs)
         return {'', '', {}, waiting, {}}
     end
     local id = redis.call('ZRANGE', prefix .. 'queue:' .. kind, 0, 0)[1]
@@ -127,6 +120,8 @@ class Claims:
     def __init__(self, redis: Any, prefix: str, worker_id: str, *, lease_ms: int) -> None:
         self.models: Sequence[str] = ()
         """The models of this worker, once it has announced them."""
+        self.num_looks = 0
+        """How often it looked at the queues."""
         self._worker_id = worker_id
         self._prefix = prefix
         self._claim = redis.register_script(CLAIM)
@@ -139,6 +134,11 @@ class Claims:
 
     def wake(self) -> None:
         self._is_woken = True
+
+    def rest(self, num_looks: int) -> None:
+        """Another script has put the worker down as idle, since nothing is queued. `num_looks` is from before that."""
+        if num_looks == self.num_looks:
+            self._sleep([])
 
     async def claim(self, fits: Fits, started_at: float) -> Claimed | None:
         async with self._lock:
@@ -158,7 +158,7 @@ class Claims:
                 return None
             if len(self._known) > _MOST_KINDS:
                 self._known.clear()
-            self._waiting, self._looks_at = [], 0.0
+            self._waiting, self._looks_at, self.num_looks = [], 0.0, self.num_looks + 1
             lease = uuid.uuid4().hex
             while True:
                 self._is_woken = False  # here, since it may be woken again before the answer arrives

@@ -25,6 +25,7 @@ class Messages:
         self._channels: set[str] = set()
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._is_closing = False
 
     def listen(self, channel: str) -> None:
         self._channels.add(channel)
@@ -38,13 +39,14 @@ class Messages:
         self._task = asyncio.create_task(self._run())
 
     async def close(self) -> None:
+        self._is_closing = True
         if self._task is not None:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
                 await self._task
 
     async def _run(self) -> None:
-        while True:
+        while not self._is_closing:
             try:
                 async with self._redis.pubsub() as connection:
                     await _first_of(self._subscribe(connection), self._receive(connection))
@@ -65,7 +67,7 @@ class Messages:
             await self._changed.wait()
 
     async def _receive(self, connection: Any) -> None:
-        while True:
+        while not self._is_closing:  # the library may lose a cancellation that comes together with its own time limit
             if not connection.subscribed:
                 await asyncio.sleep(0.01)
                 continue

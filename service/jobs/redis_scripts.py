@@ -101,6 +101,18 @@ local function wake(class)
         if not worker or redis.call('PUBLISH', prefix .. 'worker:' .. worker, 'queued') > 0 then return end
     end
 end
+-- Put a worker down as idle in the classes of its models, but for those that have jobs.
+local function rest(worker, models, has_jobs)
+    local now = now_ms()
+    for _, model in ipairs(models) do
+        for _, class in ipairs({'h' .. model, 'n' .. model}) do
+            if not has_jobs[class] then
+                redis.call('ZREMRANGEBYSCORE', prefix .. 'idle:' .. class, '-inf', now - 60000)
+                redis.call('ZADD', prefix .. 'idle:' .. class, now, worker)
+            end
+        end
+    end
+end
 local function enqueue(id, kind, kind_json, place)
     local queue = prefix .. 'queue:' .. kind
     redis.call('ZADD', queue, place, id)
@@ -135,14 +147,17 @@ local function queue_again(id)
     end
     tell(id, 'job.queued', '{}')
 end
+-- Returns the job's entry, nothing if it was not counted: then the version before may have queued it.
 local function let_go(id)
     redis.call('ZREM', prefix .. 'leases', id)
     local entry = recount(id)
-    if entry then
+    if not entry then
+        redis.call('ZREM', prefix .. 'queue', id)
+        redis.call('HDEL', prefix .. 'live', id)
+    elseif entry[1] == 'queued' then
         dequeue(id, entry[7])
     end
-    redis.call('ZREM', prefix .. 'queue', id)
-    redis.call('HDEL', prefix .. 'live', id)
+    return entry
 end
 local function is_gone(id)
     local job = prefix .. 'job:' .. id
@@ -221,8 +236,10 @@ tell(id, ARGV[3], ARGV[4])
 """
 )
 
-# ARGV: id, lease or '' to end it without one, ms to keep the record, ms to keep the events, status, fields…
-# Returns the fields of the job, one after the other, if this call ended it.
+# ARGV: id, lease or '' to end it without one, ms to keep the record, ms to keep the events, status, worker, JSON of its
+# models, fields…
+# Returns the fields of the job, one after the other, if this call ended it, and 1 if nothing is queued. The worker that
+# ended its job has room for another one, so it is idle then.
 END = (
     COMMON
     + """
@@ -232,28 +249,28 @@ local status = redis.call('HGET', job, 'status')
 if status ~= 'queued' and status ~= 'running' then
     let_go(id)
     if lease == '' or redis.call('HGET', job, 'ended_by') ~= lease then return false end
-    return redis.call('HGETALL', job)
+    return {redis.call('HGETALL', job), 0}
 end
 if lease ~= '' and not is_mine(id, lease) then return false end
-local entry = redis.call('HGET', prefix .. 'counted', id)
-let_go(id)
-local worker = redis.call('HGET', job, 'worker')
+local entry = let_go(id)
+local holder = redis.call('HGET', job, 'worker')
 redis.call('HDEL', job, 'lease', 'worker')
-redis.call('HSET', job, 'status', ARGV[5], 'ended_by', lease, unpack(ARGV, 6))
+redis.call('HSET', job, 'status', ARGV[5], 'ended_by', lease, unpack(ARGV, 8))
 if redis.call('HEXISTS', job, 'webhook_url') == 1 then
     redis.call('ZADD', prefix .. 'webhooks', 0, id)
 end
 redis.call('DEL', job .. ':picture')
 tell(id, 'job.ended', '{"status": "' .. ARGV[5] .. '"}')
-if worker and lease == '' then redis.call('PUBLISH', prefix .. 'worker:' .. worker, ARGV[5] .. ':' .. id) end
+if holder and lease == '' then redis.call('PUBLISH', prefix .. 'worker:' .. holder, ARGV[5] .. ':' .. id) end
 redis.call('PEXPIRE', job, ARGV[3])
 local key = redis.call('HGET', job, 'key')
 if key then redis.call('PEXPIRE', key, ARGV[3]) end
 redis.call('PEXPIRE', job .. ':events', ARGV[4])
-local owner = entry and cjson.decode(entry)[6] or ''
-redis.call('ZADD', prefix .. 'expiring', now_ms() + ARGV[3], id .. ' ' .. owner)
+redis.call('ZADD', prefix .. 'expiring', now_ms() + ARGV[3], id .. ' ' .. (entry and entry[6] or ''))
 trim(2)
-return redis.call('HGETALL', job)
+local is_idle = lease ~= '' and redis.call('EXISTS', prefix .. 'heads') == 0
+if is_idle then rest(ARGV[6], cjson.decode(ARGV[7]), {}) end
+return {redis.call('HGETALL', job), is_idle and 1 or 0}
 """
 )
 

@@ -119,6 +119,43 @@ def test_cancel_reaches_the_worker_across_servers(start: Start) -> None:
     wait_until(lambda: is_idle(first) and is_idle(worker))
 
 
+def test_api_node_serves_what_workers_hold(start: Start) -> None:
+    """Two workers of different models behind a server without any; one dies with a job, the other loads its model."""
+    api = start("serve", ELASTIC_WORKER="false", ELASTIC_MODELS="tiny-qwen-image,tiny-flux")
+    url = api.wait_until_ready()
+    with httpx2.Client(base_url=url, timeout=TIMEOUT_S) as client:
+
+        def workers() -> dict[str, int]:
+            return {model: found["workers"] for model, found in client.get("/readyz").json()["models"].items()}
+
+        assert (client.get("/readyz").status_code, workers()) == (503, {"tiny-qwen-image": 0, "tiny-flux": 0})
+        refused = client.post("/v1/images", json={**PROMPT, "model": "tiny-flux"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_unavailable")
+        assert client.post("/v1/images", json={**PROMPT, "model": "tiny"}).status_code == 404
+        flux, qwen = start("worker"), start("worker", ELASTIC_MODELS="checkpoints/tiny-qwen-image")
+        for process in (flux, qwen):
+            process.wait_until_ready()
+        wait_until(lambda: workers() == {"tiny-qwen-image": 1, "tiny-flux": 1})
+        assert client.get("/readyz").status_code == 200
+        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["tiny-qwen-image", "tiny-flux"]
+        for fields, model in (({"model": "tiny-flux"}, "tiny-flux"), ({}, "tiny-qwen-image")):
+            made = client.post("/v1/images", json={**PROMPT, "budget": {"preset": "draft"}, **fields})
+            assert (made.status_code, made.json()["model"]) == (200, model)
+        job_id = client.post("/v1/images", json={**LONG, "n": 1, "model": "tiny-flux"}, headers=ASYNC).json()["id"]
+        wait_for(url, job_id, "running")
+        flux.kill()
+        wait_until(
+            lambda: workers()["tiny-flux"] == 0 and client.get(f"/v1/jobs/{job_id}").json()["status"] == "queued"
+        )
+        assert client.get("/readyz").json()["models"]["tiny-flux"] == {"workers": 0, "queued": 1}
+        refused = client.post("/v1/images", json={**PROMPT, "model": "tiny-flux"})
+        assert "no worker holds the model 'tiny-flux': the last one was seen" in refused.json()["error"]["message"]
+        assert httpx2.post(f"{qwen.url}/admin/models/tiny-flux/load", timeout=TIMEOUT_S).status_code == 200
+        wait_for(url, job_id, "succeeded")
+        assert image_file(url, job_id)
+    assert api.stop() == 0
+
+
 @pytest.mark.slow
 def test_nothing_is_lost_or_made_twice_whatever_fails() -> None:
     outcome = run(14, seed=5, mean_s=1, num_faults=3, num_servers=1, num_workers=1)

@@ -31,6 +31,8 @@ from service.settings import Settings
         (["mesh", "--image", "a.png", "--out", "no/a.glb"], "--out no/a.glb: there is no folder no; create it"),
         (["mesh", "--image", "a.png", "--receipt", "no/a.json"], "--receipt no/a.json: there is no folder no"),
         (["generate", "--prompt", "", "--model", "."], "prompt is empty"),
+        (["serve", "--no-worker"], "a server without a worker needs redis_url, such as redis://localhost:6379/0"),
+        (["worker", "--devices", "cpu,cpu"], "a worker shares a queue with servers: set ELASTIC_REDIS_URL"),
         (["generate", "--prompt", "a", "--model", ".", "--budget", "quick"], "budget.preset 'quick' is not one of"),
         (["generate", "--prompt", "a", "--model", ".", "--budget", "quality=2"], "budget.quality 2.0 is above 1"),
         (["generate", "--prompt", "a", "--model", ".", "--budget", "speed=2"], "unknown field budget.speed"),
@@ -107,8 +109,9 @@ def test_options_show_the_description_and_default_of_their_setting(command: str)
     group = typer.main.get_command(app)
     assert isinstance(group, typer.core.TyperGroup)
     shown = {parameter.name: getattr(parameter, "help", "") for parameter in group.commands[command].params}
-    assert set(shown) == {"host", "port", "models", "device", "config"}
-    for name in set(shown) - {"config"}:
+    own = {"serve": {"worker"}, "worker": {"devices"}}[command]
+    assert set(shown) == {"host", "port", "models", "device", "config", *own}
+    for name in set(shown) - {"config", "devices"}:
         field = Settings.model_fields[name]
         assert field.description
         assert field.description in shown[name]

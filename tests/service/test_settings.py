@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -173,3 +174,12 @@ def test_unknown_options_of_loading_are_refused_with_those_known(name: str, monk
     known = {"offload": "'none', 'text_encoders' or 'layers'", "weights": "'auto', 'float32', 'bfloat16' or 'float8'"}
     with pytest.raises(ValidationError, match=f"Input should be {known[name]}"):
         load_settings()
+
+
+def test_api_node_needs_redis_and_none_of_the_workers_files() -> None:
+    with pytest.raises(ValidationError, match="needs redis_url"):
+        load_settings(worker=False)
+    there: dict[str, Any] = {"redis_url": "redis://localhost:6379/0", "worker": False}
+    settings = load_settings(model_aliases="gpt-*=far", loras="style=/far/style.safetensors", **there)
+    assert (settings.wanted_models, settings.model_aliases) == ((), {"gpt-*": "far"})
+    assert load_settings(models="/srv/flux, qwen", **there).wanted_models == ("flux", "qwen")

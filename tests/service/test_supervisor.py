@@ -12,8 +12,9 @@ from threading import Thread
 import pytest
 
 from service import supervisor
-from service.errors import Broken
-from service.supervisor import Supervisor
+from service.errors import BadConfiguration, Broken
+from service.settings import Settings
+from service.supervisor import Supervisor, worker_commands
 from tests.fixtures.waiting import wait_until
 
 # Writes a line when it starts and when it is told to drain, which takes it a moment.
@@ -132,3 +133,17 @@ def test_worker_that_fails_to_drain_is_told(tmp_path: Path, run: Callable[[Super
     wait_until(lambda: bool(started(log)))
     running.stop()
     assert str(running.error) == "the worker on cpu ended with status 1 as it drained"
+
+
+def test_each_device_has_a_port_of_its_own() -> None:
+    settings = Settings(host="0.0.0.0", port=9000)
+    commands = worker_commands(settings, "cuda:0, cuda:1,cpu,cpu", models="a,b", config=Path("c.toml"))
+    assert [*commands] == ["cuda:0", "cuda:1", "cpu", "cpu (3)"]
+    assert [*commands["cuda:1"]] == [
+        *(sys.executable, "-m", "service.cli", "worker", "--device", "cuda:1", "--host", "0.0.0.0", "--port", "9001"),
+        *("--models", "a,b", "--config", "c.toml"),
+    ]
+    free = worker_commands(Settings(port=0), "cpu,cpu", models=None, config=None)
+    assert [command[-2:] for command in free.values()] == [["--port", "0"]] * 2
+    with pytest.raises(BadConfiguration, match="'cuda:0,' has an empty name; write cuda:0,cuda:1"):
+        worker_commands(settings, "cuda:0,", models=None, config=None)
