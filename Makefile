@@ -9,7 +9,7 @@ PYTHON_CLIENTS := .venv-clients/.stamp-setup
 NODE_CLIENTS := tests/clients/node/node_modules/.stamp-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast test-clients check bench frontier train
+.PHONY: help setup demo serve ray test test-fast test-clients check bench frontier train
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ demo: setup ## start a server, draw prompts and make meshes at every budget, wri
 
 serve: setup ## serve on 127.0.0.1:8000
 	$(BIN)/elastic-dit serve $(ARGS)
+
+ray: setup ## serve on 127.0.0.1:8000 with Ray, which scales the workers of each model; needs redis-server
+	$(BIN)/python -m deploy.ray $(ARGS)
 
 test: setup ## run all tests, in three processes
 	$(BIN)/python -m pytest -n 3 $(ARGS)

@@ -53,7 +53,7 @@ def build_dispatcher(
     Without `load_engine` there is no worker, and nothing that computes is imported.
     """
     metrics, inbox = Metrics(), Inbox()
-    store = _store(settings, metrics, clock)
+    store = build_store(settings, metrics, clock)
     return Dispatcher(
         store,
         _worker(settings, load_engine, metrics, inbox, store.clock) if load_engine else None,
@@ -102,7 +102,8 @@ def _webhooks(
     return Webhooks(settings.webhook_secret.get_secret_value(), describe, clock=clock).deliver
 
 
-def _store(settings: Settings, metrics: Metrics, local_clock: Callable[[], float]) -> JobStore:
+def build_store(settings: Settings, metrics: Metrics, local_clock: Callable[[], float] = time.time) -> JobStore:
+    """The job store of these settings. `metrics` counts its errors."""
     redis = _redis(settings.redis_url) if settings.redis_url is not None else None
     clock = local_clock if redis is None else SharedClock(local_clock)
     limits: dict[str, Any] = {"ttl_s": settings.result_ttl_s, "max_bytes": settings.max_result_bytes}
