@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from ray.serve._private.client import ServeControllerClient
 from ray.serve.context import _get_global_client
 
 from benchmarks.processes import RedisServer, free_port
-from deploy.ray.app import AFTER_GRACE_S, Arguments, build_with
+from deploy.ray.app import Arguments, build_with
 from deploy.ray.worker import LoadEngine
 
 APPLICATION = "elastic-dit"
@@ -87,7 +86,7 @@ def _serve() -> ServeControllerClient:
 
 @contextmanager
 def ray_cluster(arguments: Arguments, load: LoadEngine, folder: Path) -> Iterator[RayCluster]:
-    """A cluster that runs the application until the block ends; then the application drains."""
+    """A cluster that runs the application until the block ends, and is killed then."""
     redis = RedisServer(folder)
     arguments = arguments.model_copy(update={"settings": {**arguments.settings, "redis_url": redis.url}})
     port = free_port()
@@ -101,11 +100,6 @@ def ray_cluster(arguments: Arguments, load: LoadEngine, folder: Path) -> Iterato
         application = serve.RunTarget(build_with(arguments, load), name=APPLICATION)
         serve.run_many([application], wait_for_applications_running=False)
         yield RayCluster(redis, cluster, port)
-        serve.delete(APPLICATION, _blocking=False)
-        ends = time.monotonic() + AFTER_GRACE_S
-        while APPLICATION in serve.status().applications and time.monotonic() < ends:
-            time.sleep(0.2)
-        serve.shutdown()
     finally:
         ray.shutdown()
         cluster.shutdown()
