@@ -8,11 +8,14 @@ from models.card import ModelCard
 from models.memory import ModelMemory, RequestMemory
 from service.running.held import HeldJob, Running
 from service.running.publisher import Publisher
+from service.scheduling.batching import is_light, most_at_once
 from service.scheduling.cost import grid_bytes
 from service.scheduling.memory import DeviceMemory, InMemory
 
 _SHARE_FOR_HIGH = 8
 """One in so many of the places for running requests is kept for those of high priority."""
+_SHARE_FOR_LIGHT = 4
+"""One in so many of the places is kept for light requests, and for those of high priority."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +56,17 @@ class Room:
         """Whether the limits of numbers allow one more, if one of each of `waiting` had started.
 
         One of high priority does not wait for others to end: they leave room for it, and it does not count them among
-        those of its shape.
+        those of its shape. Nor does a light one wait for others than light ones.
         """
         most = self._limits.max_running
+        if not new.is_high:
+            most -= most // _SHARE_FOR_HIGH
+            if not is_light(new.shape):
+                most -= most // _SHARE_FOR_LIGHT
         held = [*waiting, *(other.held for other in running)]
-        is_full = len(held) + self._publisher.num_unfinished >= (
-            most if new.is_high else most - most // _SHARE_FOR_HIGH
-        )
+        is_full = len(held) + self._publisher.num_unfinished >= most
         rivals = sum(other.shape == new.shape and (other.job.is_high or not new.is_high) for other in held)
-        return not is_full and rivals < self.max_batch_size(new.model)
+        return not is_full and rivals < most_at_once(new.shape, self.max_batch_size(new.model))
 
     def has_memory(self, new: Newcomer, waiting: Sequence[HeldJob], running: Sequence[Running]) -> bool:
         """Whether the device's memory allows one more. One of high priority may step without others of its shape."""
