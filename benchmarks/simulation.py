@@ -6,24 +6,21 @@ What is simulated is the device, whose steps take what the model's card predicts
 steps and decoding take turns on it.
 """
 
-import argparse
 import heapq
-from random import Random
-import statistics
 from bisect import insort
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
+from random import Random
 from types import SimpleNamespace
 from typing import Any, cast
 
-from benchmarks.table import TableRow, finish, show
 from models.budget import resolve
 from models.card import Guidance, ImageCard, SizeLimits
 from models.curve import EXACT, ComputedSteps, CurvePoint, Preset
 from models.memory import ImageMemory, Values
-from models.request import Budget, ImageRequest, LatencyBudget, PresetBudget
+from models.request import Budget, ImageRequest
 from models.rules.dense import DensePolicy
 from service.errors import DeadlineUnreachable, Overloaded
 from service.jobs.job import Job, Priority
@@ -84,6 +81,9 @@ CARD = ImageCard(
     ),
 )
 """About tiny-flux at 128x128 on one core."""
+
+
+_LIMITS = WorkerLimits(max_batch_size=8, max_running=16, max_decode_bytes=1)
 
 
 @dataclass(slots=True)
@@ -167,7 +167,6 @@ class Server:
 
     card: ImageCard = CARD
     max_backlog_s: float = 120.0
-    limits: WorkerLimits = WorkerLimits(max_batch_size=8, max_running=16, max_decode_bytes=1)
     takes_turns: bool = False
     num_retries: int = 0
     draws: Random = field(default_factory=lambda: Random(0))
@@ -189,7 +188,7 @@ class Server:
     def serve(self, arrivals: Iterable[Arrival]) -> list[Outcome]:
         """What becomes of each call. Refused ones are repeated when their answer said, at most `num_retries` times."""
         publisher = SimpleNamespace(num_unfinished=0, decoding=Decoding())
-        room = Room(self.limits, cast(Publisher, publisher))
+        room = Room(_LIMITS, cast(Publisher, publisher))
         room.cards = {self.card.id: self.card}
         outcomes = [Outcome(arrival) for arrival in arrivals]
         calls = [(outcome.arrival.at, number, outcome) for number, outcome in enumerate(outcomes)]
@@ -303,7 +302,7 @@ class Server:
     def _step(self) -> None:
         candidates = [running.as_candidate() for running in self._running]
         group = self._turn_taking(candidates) if self.takes_turns else self._precedence.groups(candidates, self.now)[0]
-        group = group[: self.limits.max_batch_size]
+        group = group[: _LIMITS.max_batch_size]
         members, batch = [candidates[index] for index in group], [self._running[index] for index in group]
         for running in batch:
             self._keep_deadline(running)

@@ -74,7 +74,7 @@ async def _accepted(job: Job, dispatcher: Dispatcher, links: Links) -> JSONRespo
     headers = {
         "X-Job-ID": job.id,
         "Location": urlsplit(links.to_job(job)).path,
-        "Retry-After": str(max(1, math.ceil(await dispatcher.backlog_s()))),
+        "Retry-After": str(max(1, math.ceil(await dispatcher.backlog_s(job.model)))),
         "Preference-Applied": "respond-async",
     }
     body = job_body(await dispatcher.store.get(job.id), links)

@@ -47,7 +47,8 @@ async def check_readiness(dispatcher: DispatcherOfApp) -> ReadyBody | JSONRespon
 )
 async def show_metrics(dispatcher: DispatcherOfApp) -> Response:
     try:
-        waiting = await dispatcher.store.num_waiting()
+        load = await dispatcher.store.load()
+        waiting = {model: of_model.num_queued for model, of_model in load.models.items()}
     except StoreUnavailable:  # the store counts its own errors
         waiting = None
     page = dispatcher.metrics.exposition(dispatcher.cards, dispatcher.num_running(), waiting)

@@ -1,11 +1,11 @@
 """The job store of a single process, in its memory."""
 
 import uuid
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import count, dropwhile, islice
 
 from service.errors import IdempotencyKeyReused, JobNotFinished, JobNotFound
 from service.jobs.job import Failure, FinishedJob, Job, JobSnapshot, JobState, JobStatus
@@ -17,22 +17,31 @@ from service.jobs.store import (
     Ending,
     Event,
     EventName,
+    Fit,
     Fits,
     Idempotency,
+    JobKind,
     Preview,
     Progress,
     Recovery,
 )
 from service.order import input_image_bytes
-from service.scheduling.batching import shape_of
+from service.scheduling.fleet import Load, ModelLoad, WorkerRecord
+
+_Entry = tuple[tuple[float, int], str]
+"""Place and arrival of a queued job, and its id."""
+_Sum = tuple[str, str | None]
+"""What is summed up, and for which model or owner. Seconds are in whole microseconds, so that sums are exact."""
 
 
 @dataclass(slots=True)
 class _Record:
     job: Job
-    place: tuple[float, int]
+    kind: JobKind
+    entry: _Entry
     key: tuple[str, str] | None
     state: JobState = field(default_factory=JobState)
+    counted: Counter[_Sum] = field(default_factory=Counter)
     lease: str | None = None
     lease_ends: float = 0.0
     events: list[Event] = field(default_factory=list)
@@ -58,6 +67,7 @@ class MemoryStore:
         clock: Callable[[], float],
     ) -> None:
         self.changes = Changes()
+        self.worker_id = uuid.uuid4().hex
         self._results = results
         self._job_ttl_s = job_ttl_s
         self._events_ttl_s = events_ttl_s
@@ -65,9 +75,12 @@ class MemoryStore:
         self._max_attempts = max_attempts
         self.clock = clock
         self._records: dict[str, _Record] = {}
-        self._queue: list[tuple[tuple[float, int], str]] = []  # (place, job id)
+        self._queues: dict[JobKind, list[_Entry]] = {}  # sorted, none of them empty
         self._arrivals = count()
         self._live: set[str] = set()
+        self._running: set[str] = set()
+        self._sums: Counter[_Sum] = Counter()  # over all live jobs
+        self._worker: WorkerRecord | None = None
         self._keys: dict[tuple[str, str], tuple[str, str]] = {}  # (owner, key) -> (fingerprint, job id)
         self._webhooks: dict[str, tuple[float, int]] = {}  # job id -> (when it is due, how often it was taken)
         self._delete_at: dict[str, float] = {}  # in the order of the jobs' ends, so times rise
@@ -92,7 +105,7 @@ class MemoryStore:
                 return existing
             key = (idempotency.owner, idempotency.key)
             self._keys[key] = (idempotency.fingerprint, job.id)
-        record = _Record(job, (job.place, next(self._arrivals)), key)
+        record = _Record(job, JobKind.of(job), ((job.place, next(self._arrivals)), job.id), key)
         self._records[job.id] = record
         self._live.add(job.id)
         self._queue_again(record)
@@ -119,23 +132,29 @@ class MemoryStore:
         return FinishedJob(job, state, await self._results.get(state.content))
 
     async def claim(self, fits: Fits) -> Claim | None:
-        for entry in self._queue:
-            record = self._records[entry[1]]
-            job = record.job
-            if fits(job.model, shape_of(job.requests[0]), job.is_high, job.memory):
-                self._queue.remove(entry)
-                record.state = replace(
-                    record.state.moved_to(JobStatus.RUNNING),
-                    started_at=self.clock(),
-                    steps_done=0,
-                    num_steps=None,
-                    attempts=record.state.attempts + 1,
-                )
-                record.lease = uuid.uuid4().hex
-                record.lease_ends = self.clock() + self._lease_s
-                self._tell(record, EventName.STARTED)
-                return Claim(record.job, record.lease)
+        for kind, queue in sorted(self._queues.items(), key=lambda item: item[1][0]):
+            match fits(kind):
+                case Fit.NOW:
+                    return self._claim(self._records[queue[0][1]])
+                case Fit.WAITS:
+                    return None
         return None
+
+    def _claim(self, record: _Record) -> Claim:
+        self._leave_queue(record)
+        record.state = replace(
+            record.state.moved_to(JobStatus.RUNNING),
+            started_at=self.clock(),
+            steps_done=0,
+            num_steps=None,
+            attempts=record.state.attempts + 1,
+        )
+        record.lease = uuid.uuid4().hex
+        record.lease_ends = self.clock() + self._lease_s
+        self._running.add(record.job.id)
+        self._count(record)
+        self._tell(record, EventName.STARTED)
+        return Claim(record.job, record.lease)
 
     async def renew(self, claims: Sequence[Claim]) -> set[str]:
         lost = set()
@@ -154,6 +173,7 @@ class MemoryStore:
                 num_steps=progress.num_steps,
                 compute_ratio=progress.compute_ratio,
             )
+            self._count(record)
             self._tell(record, EventName.PROGRESS, **progress.event_data)
 
     async def add_preview(self, preview: Preview) -> None:
@@ -179,8 +199,10 @@ class MemoryStore:
         record = self._record(job_id)
         if record.state.status.is_terminal:
             return record.snapshot, False
+        was_claimed = record.lease is not None
         snapshot = self._end(record, JobStatus.CANCELLED)
-        self._on_cancelled(job_id)
+        if was_claimed:
+            self._on_cancelled(job_id)
         return snapshot, True
 
     async def fail(self, job_id: str, failure: Failure) -> JobSnapshot | None:
@@ -192,9 +214,9 @@ class MemoryStore:
 
     async def recover(self) -> Recovery:
         requeued, failed = [], []
-        for job_id in sorted(self._live):
+        for job_id in sorted(self._running):
             record = self._records[job_id]
-            if record.lease is None or record.lease_ends > self.clock():
+            if record.lease_ends > self.clock():
                 continue
             if record.state.attempts < self._max_attempts:
                 self._queue_again(record)
@@ -223,14 +245,47 @@ class MemoryStore:
     async def live_jobs(self) -> list[JobSnapshot]:
         return [self._records[job_id].snapshot for job_id in self._live]
 
-    async def backlog_s(self) -> float:
-        return sum(self._records[job_id].snapshot.remaining_seconds for job_id in self._live)
+    async def jobs(self, owner: str | None, *, limit: int, before: str | None = None) -> list[JobSnapshot]:
+        self._delete_old()
+        newest_first = reversed(self._records)  # which has them in the order of their arrival
+        if before is not None:
+            if owner not in (None, self._record(before).job.owner):
+                raise JobNotFound(f"there is no job '{before}'")
+            newest_first = dropwhile(lambda job_id: job_id != before, newest_first)
+            next(newest_first)
+        snapshots = (self._records[job_id].snapshot for job_id in newest_first)
+        return list(islice((found for found in snapshots if owner is None or found.job.owner == owner), limit))
 
-    async def input_image_bytes(self) -> int:
-        return sum(input_image_bytes(self._records[job_id].job.requests) for job_id in self._live)
+    async def position(self, job_id: str) -> int | None:
+        record = self._records.get(job_id)
+        if record is None or record.state.status is not JobStatus.QUEUED:
+            return None
+        queues = (queue for kind, queue in self._queues.items() if kind.model == record.kind.model)
+        return sum(bisect_left(queue, record.entry) for queue in queues)
 
-    async def num_waiting(self) -> Counter[str]:
-        return Counter(self._records[job_id].job.model for _, job_id in self._queue)
+    async def load(self, owner: str | None = None) -> Load:
+        sums = self._sums
+        models = {
+            model: ModelLoad(
+                num_queued=sums["queued", model],
+                num_running=sums["running", model],
+                queued_s=sums["queued_us", model] / 1e6,
+                running_s=sums["running_us", model] / 1e6,
+            )
+            for what, model in sums
+            if what in ("queued", "running") and model is not None
+        }
+        own_s = 0.0 if owner is None else sums["own_us", owner] / 1e6
+        return Load(models, image_bytes=sums["image_bytes", None], own_s=own_s)
+
+    async def announce(self, record: WorkerRecord) -> None:
+        self._worker = record
+
+    async def withdraw(self) -> None:
+        self._worker = None
+
+    async def workers(self) -> list[WorkerRecord]:
+        return [] if self._worker is None else [self._worker]
 
     def _record(self, job_id: str) -> _Record:
         self._delete_old()
@@ -246,23 +301,50 @@ class MemoryStore:
         if record.state.status is not JobStatus.QUEUED:
             record.state = record.state.moved_to(JobStatus.QUEUED)
         record.lease = None
-        insort(self._queue, (record.place, record.job.id))
+        self._running.discard(record.job.id)
+        insort(self._queues.setdefault(record.kind, []), record.entry)
+        self._count(record)
         self._tell(record, EventName.QUEUED)
         self._on_queued()
 
     def _end(self, record: _Record, status: JobStatus) -> JobSnapshot:
         now = self.clock()
+        if record.state.status is JobStatus.QUEUED:
+            self._leave_queue(record)
         record.state = replace(record.state.moved_to(status), ended_at=now)
+        self._count(record)
         job = record.job = record.job.without_input_images()
         record.lease = None
         self._live.discard(job.id)
-        self._queue = [entry for entry in self._queue if entry[1] != job.id]
+        self._running.discard(job.id)
         self._delete_at[job.id] = now + self._job_ttl_s
         self._delete_events_at[job.id] = now + self._events_ttl_s
         if job.webhook_url is not None:
             self._webhooks[job.id] = (now, 0)
         self._tell(record, EventName.ENDED, status=status)
         return record.snapshot
+
+    def _leave_queue(self, record: _Record) -> None:
+        queue = self._queues[record.kind]
+        del queue[bisect_left(queue, record.entry)]
+        if not queue:
+            del self._queues[record.kind]
+
+    def _count(self, record: _Record) -> None:
+        """Bring the sums up to date after a change of the job."""
+        job, status = record.job, record.state.status
+        self._sums.subtract(record.counted)
+        for name in record.counted:
+            if not self._sums[name]:
+                del self._sums[name]
+        record.counted.clear()
+        if not status.is_terminal:
+            microseconds = round(record.snapshot.remaining_seconds * 1e6)
+            record.counted[str(status), job.model] = 1
+            record.counted[f"{status}_us", job.model] = microseconds
+            record.counted["own_us", job.owner] = microseconds
+            record.counted["image_bytes", None] = input_image_bytes(job.requests)
+        self._sums.update(record.counted)
 
     def _tell(self, record: _Record, name: EventName, **data: object) -> None:
         record.events.append(Event(f"{len(record.events) + 1}-0", name, data))

@@ -1,37 +1,38 @@
 """The job store in Redis, shared by any number of servers and workers, which may die at any moment."""
 
-import asyncio
 import json
 import logging
 import uuid
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from service.errors import IdempotencyKeyReused, JobNotFinished, JobNotFound, JobUnreadable
+from service.errors import IdempotencyKeyReused, JobNotFinished, JobNotFound, JobUnreadable, StoreUnavailable
 from service.jobs import redis_scripts
 from service.jobs.job import Failure, FailureReason, FinishedJob, Job, JobSnapshot, JobStatus
+from service.jobs.redis_adoption import Adoption
+from service.jobs.redis_claims import Claimed, Claims
+from service.jobs.redis_messages import Messages
 from service.jobs.redis_operations import CHECK_LIMIT_S, LIMIT_S, RESULTS_LIMIT_S, RedisOperations
 from service.jobs.redis_records import (
-    LiveEntry,
+    KindEntry,
     dump_failure,
     dump_job,
-    dump_live,
+    dump_kind,
     dump_receipts,
     load_event,
-    load_live,
     load_pictures,
     load_snapshot,
     version_of,
 )
+from service.jobs.redis_workers import Workers
 from service.jobs.results import Results
 from service.jobs.shared_clock import SharedClock
 from service.jobs.store import (
@@ -48,13 +49,11 @@ from service.jobs.store import (
     Recovery,
 )
 from service.order import pictures_of
+from service.scheduling.fleet import Load, ModelLoad, WorkerRecord
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "elastic:"
-# The queue is read in pieces of this length until a job fits.
-_CHUNK = 64
-_RECONNECT_S = 0.5
 
 
 def connect(url: str) -> Redis:
@@ -92,7 +91,6 @@ class RedisStore:
         on_error: Callable[[str], None],
         prefix: str = PREFIX,
     ) -> None:
-        self.changes = Changes()
         self.worker_id = uuid.uuid4().hex
         self._redis: Any = redis  # redis-py's types leave open whether answers are bytes or texts
         self._results = results
@@ -104,12 +102,18 @@ class RedisStore:
         self._on_error = on_error
         self._operation = RedisOperations(on_error)
         self._prefix = prefix
-        self._channel = f"{prefix}changes"
-        self._listener: asyncio.Task[None] | None = None
+        self._messages = Messages(redis, self._pass_on)
+        self.changes = Changes(
+            on_first=lambda job_id: self._messages.listen(self._key(f"job:{job_id}")),
+            on_last=lambda job_id: self._messages.ignore(self._key(f"job:{job_id}")),
+        )
+        self._adoption = Adoption(redis, prefix)
+        self._workers = Workers(redis, prefix, lease_ms=self._lease_ms)
+        claim = redis.register_script(redis_scripts.CLAIM)
+        self._claims = Claims(partial(self._run, claim), self.worker_id, lease_ms=self._lease_ms)
         self._on_queued: Callable[[], None] = lambda: None
         self._on_cancelled: Callable[[str], None] = lambda job_id: None
         self._add = redis.register_script(redis_scripts.ADD)
-        self._claim = redis.register_script(redis_scripts.CLAIM)
         self._renew = redis.register_script(redis_scripts.RENEW)
         self._record = redis.register_script(redis_scripts.RECORD)
         self._end = redis.register_script(redis_scripts.END)
@@ -117,16 +121,16 @@ class RedisStore:
         self._recover = redis.register_script(redis_scripts.RECOVER)
         self._take_webhook = redis.register_script(redis_scripts.TAKE_WEBHOOK)
         self._settle_webhook = redis.register_script(redis_scripts.SETTLE_WEBHOOK)
+        self._position = redis.register_script(redis_scripts.POSITION)
+        self._jobs = redis.register_script(redis_scripts.JOBS)
 
     async def open(self, *, on_queued: Callable[[], None], on_cancelled: Callable[[str], None]) -> None:
         self._on_queued, self._on_cancelled = on_queued, on_cancelled
-        self._listener = asyncio.create_task(self._listen())
+        self._messages.listen(self._key(f"worker:{self.worker_id}"))
+        self._messages.open()
 
     async def close(self) -> None:
-        if self._listener is not None:
-            self._listener.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._listener
+        await self._messages.close()
         await self._redis.aclose()
 
     async def check(self) -> None:
@@ -145,9 +149,10 @@ class RedisStore:
         name, value = "", ""
         if idempotency is not None:
             name, value = f"{idempotency.owner}:{idempotency.key}", f"{idempotency.fingerprint} {job.id}"
-        entry = dump_live(job, job.predicted_seconds)
+        kind, entry = dump_kind(KindEntry.of(job))
+        of_kind = [job.model, kind, entry, _microseconds(job.predicted_seconds), job.owner or ""]
         async with self._operation("add", RESULTS_LIMIT_S if pictures else LIMIT_S):
-            existing = await self._run(self._add, job.id, job.place, entry, name, value, b"".join(pictures), *fields)
+            existing = await self._run(self._add, job.id, *of_kind, name, value, b"".join(pictures), job.place, *fields)
         return job if existing is None or idempotency is None else await self._existing(idempotency, existing)
 
     async def find(self, idempotency: Idempotency) -> Job | None:
@@ -178,51 +183,30 @@ class RedisStore:
         return FinishedJob(snapshot.job, state, await self._results.get(state.content))
 
     async def claim(self, fits: Fits) -> Claim | None:
-        async for job_id, live in self._waiting():
-            if live is None:
-                await self._fail_unreadable(job_id)
-                continue
-            if live.is_newer or not fits(live.model, live.shape, live.is_high, live.memory):
-                continue
-            if (claim := await self._claim_job(job_id, live.model)) is not None:
-                return claim
-        return None
-
-    async def _waiting(self) -> AsyncIterator[tuple[str, LiveEntry | None]]:
-        """The ids of the waiting jobs in the order of the queue, with their entries; None for an unreadable one."""
-        for start in range(0, 2**31, _CHUNK):
+        while True:
             async with self._operation("claim"):
-                ids = await self._redis.zrange(self._key("queue"), start, start + _CHUNK - 1)
-                entries = await self._redis.hmget(self._key("live"), ids) if ids else []
-            if not ids:
-                return
-            for job_id, entry in zip(ids, entries, strict=True):
-                if entry is not None:  # else another call has ended the job since
-                    yield job_id.decode(), load_live(entry)
-
-    async def _claim_job(self, job_id: str, model: str) -> Claim | None:
-        """None if another worker was faster, or if the job cannot be read, which ends it."""
-        lease = uuid.uuid4().hex
-        async with self._operation("claim"):
-            if await self._run(self._claim, job_id, lease, self._lease_ms, self.clock()) is None:
+                claimed = await self._claims.claim(fits, self.clock())
+            if claimed is None:
                 return None
-            fields = await self._redis.hgetall(self._key(f"job:{job_id}"))
-        try:
-            job = load_snapshot(job_id, fields).job
-            if job.model != model:  # which its worker may not have
-                raise JobUnreadable(job_id)
-            if pictures_of(job.requests[0]):
-                async with self._operation("claim", RESULTS_LIMIT_S):
-                    data = await self._redis.get(self._key(f"job:{job_id}:picture"))
-                if data is None:  # the job was cancelled meanwhile
-                    return None
-                job = load_pictures(job, data, fields)
-        except JobNotFound:
-            return None
-        except JobUnreadable as error:
-            await self._fail_unreadable(job_id, error)
-            return None
-        return Claim(job, lease)
+            job_id = claimed.job_id
+            try:
+                if (job := await self._claimed_job(claimed)) is not None:
+                    return Claim(job, claimed.lease)
+            except JobNotFound:  # another call has ended it since
+                pass
+            except JobUnreadable as error:
+                await self._fail_unreadable(job_id, error)
+
+    async def _claimed_job(self, claimed: Claimed) -> Job | None:
+        """The claimed job with its pictures; None if it has ended since. Raises JobUnreadable, JobNotFound."""
+        job = load_snapshot(claimed.job_id, claimed.fields).job
+        if claimed.kind is None or claimed.kind.model != job.model:  # the worker may not have its model
+            raise JobUnreadable(job.id)
+        if not pictures_of(job.requests[0]):
+            return job
+        async with self._operation("claim", RESULTS_LIMIT_S):
+            data = await self._redis.get(self._key(f"job:{job.id}:picture"))
+        return None if data is None else load_pictures(job, data, claimed.fields)
 
     async def _fail_unreadable(self, job_id: str, error: JobUnreadable | None = None) -> None:
         """End a job without reading its record."""
@@ -234,7 +218,7 @@ class RedisStore:
         pairs = [part for claim in claims for part in (claim.job.id, claim.lease)]
         async with self._operation("renew"):
             asked_at = self.clock.local()
-            lost, now_ms = await self._run(self._renew, self.worker_id, self._lease_ms, *pairs)
+            lost, now_ms = await self._run(self._renew, self._lease_ms, *pairs)
         self.clock.adjust(now_ms / 1000, asked_at=asked_at)
         return {job_id.decode() for job_id in lost}
 
@@ -244,10 +228,10 @@ class RedisStore:
             *("steps_done", progress.steps_done, "num_steps", progress.num_steps),
             *("compute_ratio", progress.compute_ratio),
         ]
-        seconds_left = job.seconds_left(progress.steps_done, progress.num_steps)
-        data, entry = json.dumps(progress.event_data), dump_live(job, seconds_left)
+        microseconds = _microseconds(job.seconds_left(progress.steps_done, progress.num_steps))
+        data = json.dumps(progress.event_data)
         async with self._operation("record"):
-            await self._run(self._record, job.id, lease, EventName.PROGRESS, data, entry, *fields)
+            await self._run(self._record, job.id, lease, EventName.PROGRESS, data, microseconds, *fields)
 
     async def add_preview(self, preview: Preview) -> None:
         job_id, data = preview.claim.job.id, json.dumps(preview.event_data)
@@ -293,6 +277,9 @@ class RedisStore:
             if uptime_s * 1000 < self._lease_ms:
                 return Recovery()
             requeued, given_up = await self._run(self._recover, self._max_attempts)
+            unreadable = await self._adoption.adopt()
+        for job_id in unreadable:
+            await self._fail_unreadable(job_id)
         failed = []
         for job_id, attempts in ((job_id.decode(), attempts) for job_id, attempts in given_up):
             try:
@@ -334,61 +321,91 @@ class RedisStore:
 
     async def live_jobs(self) -> list[JobSnapshot]:
         async with self._operation("live_jobs"):
-            ids = await self._redis.hkeys(self._key("live"))
+            ids = await self._redis.hkeys(self._key("counted"))
         jobs = []
         for job_id in ids:
             with suppress(JobNotFound, JobUnreadable):
                 jobs.append(await self.get(job_id.decode()))
         return jobs
 
-    async def backlog_s(self) -> float:
-        async with self._operation("backlog"):
-            entries = await self._redis.hvals(self._key("live"))
-            num_workers: int = await self._redis.zcard(self._key("workers"))
-        return sum(live.seconds for live in map(load_live, entries) if live is not None) / max(1, num_workers)
+    async def jobs(self, owner: str | None, *, limit: int, before: str | None = None) -> list[JobSnapshot]:
+        async with self._operation("jobs"):
+            found = await self._run(self._jobs, owner or "", limit, before or "")
+        if found is None:
+            raise JobNotFound(f"there is no job '{before}'")
+        jobs = []
+        for job_id, fields in found:
+            with suppress(JobNotFound, JobUnreadable, StoreUnavailable):
+                jobs.append(load_snapshot(job_id.decode(), dict(zip(fields[::2], fields[1::2], strict=True))))
+        return jobs
 
-    async def input_image_bytes(self) -> int:
-        async with self._operation("input_image_bytes"):
-            ids = await self._redis.hkeys(self._key("live"))
-            async with self._redis.pipeline(transaction=False) as sizes:
-                for job_id in ids:
-                    sizes.strlen(self._key(f"job:{job_id.decode()}:picture"))
-                return sum(await sizes.execute())
+    async def position(self, job_id: str) -> int | None:
+        async with self._operation("position"):
+            position: int | None = await self._run(self._position, job_id)
+        return position
 
-    async def num_waiting(self) -> Counter[str]:
-        async with self._operation("num_waiting"):
-            ids = await self._redis.zrange(self._key("queue"), 0, -1)
-            entries = await self._redis.hmget(self._key("live"), ids) if ids else []
-        lives = (load_live(entry) for entry in entries if entry is not None)
-        return Counter(live.model for live in lives if live is not None)
+    async def load(self, owner: str | None = None) -> Load:
+        async with self._operation("load"), self._redis.pipeline() as reading:
+            reading.hgetall(self._key("load"))
+            reading.hget(self._key("owners"), owner or "")
+            sums, own_us = await reading.execute()
+        return _load(sums, own_us)
+
+    async def announce(self, record: WorkerRecord) -> None:
+        if self._claims.models != list(record.cards):
+            self._claims.models = list(record.cards)
+            self._wake()
+        async with self._operation("announce"):
+            await self._workers.announce(self.worker_id, record)
+
+    async def withdraw(self) -> None:
+        async with self._operation("withdraw"):
+            await self._workers.withdraw(self.worker_id)
+
+    async def workers(self) -> list[WorkerRecord]:
+        async with self._operation("workers"):
+            return await self._workers.living()
 
     def _key(self, name: str) -> str:
         return self._prefix + name
 
     async def _run(self, script: Any, *arguments: Any) -> Any:
-        return await script(keys=[self._prefix, self._channel], args=arguments)
+        return await script(keys=[self._prefix], args=arguments)
 
-    async def _listen(self) -> None:
-        """Pass on the messages of the channel until cancelled. One connection serves all waiting tasks."""
-        while True:
-            try:
-                async with self._redis.pubsub() as channel:
-                    await channel.subscribe(self._channel)
-                    while True:
-                        message = await channel.get_message(ignore_subscribe_messages=True, timeout=1)
-                        if message is not None:
-                            self._pass_on(message["data"].decode(errors="replace"))
-            except (RedisError, OSError) as error:
-                logger.warning("lost the connection that announces changes: %s", error)
-                await asyncio.sleep(_RECONNECT_S)
+    def _pass_on(self, channel: str, message: str) -> None:
+        what, _, name = channel.removeprefix(self._prefix).partition(":")
+        if what == "job":
+            self.changes.notify(name)
+        elif message.startswith(f"{JobStatus.CANCELLED}:"):
+            self._on_cancelled(message.partition(":")[2])
+        else:
+            self._wake()
 
-    def _pass_on(self, message: str) -> None:
-        what, _, job_id = message.partition(":")
-        self.changes.notify(job_id)
-        if what == "queued":
-            self._on_queued()
-        elif what == JobStatus.CANCELLED:
-            self._on_cancelled(job_id)
+    def _wake(self) -> None:
+        self._claims.wake()
+        self._on_queued()
+
+
+def _microseconds(seconds: float) -> int:
+    return round(seconds * 1e6)
+
+
+def _load(sums: Mapping[bytes, bytes], own_us: bytes | None) -> Load:
+    numbers = {field.decode(): int(number) for field, number in sums.items()}
+    models = {field.partition(":")[2] for field in numbers if ":" in field}
+    return Load(
+        {
+            model: ModelLoad(
+                num_queued=numbers.get(f"queued:{model}", 0),
+                num_running=numbers.get(f"running:{model}", 0),
+                queued_s=numbers.get(f"queued_us:{model}", 0) / 1e6,
+                running_s=numbers.get(f"running_us:{model}", 0) / 1e6,
+            )
+            for model in models
+        },
+        image_bytes=numbers.get("image_bytes", 0),
+        own_s=int(own_us or 0) / 1e6,
+    )
 
 
 def _snapshot(job_id: str, fields: Mapping[bytes, bytes] | None) -> JobSnapshot | None:

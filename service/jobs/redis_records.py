@@ -10,18 +10,19 @@ Policies are written by the name of their rule, since each rule has its own type
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import accumulate
+from typing import Self
 
-from pydantic import FiniteFloat, TypeAdapter
+from pydantic import TypeAdapter
 
 from models.curve import point_entry, point_of
 from models.memory import NO_MEMORY, RequestMemory
 from models.request import ImageRequest
 from service.errors import JobNotFound, JobUnreadable, StoreUnavailable
 from service.jobs.job import Failure, Job, JobSnapshot, JobState, JobStatus, Receipt
-from service.jobs.store import Event, EventName
+from service.jobs.store import Event, EventName, JobKind
 from service.order import pictures_of
-from service.scheduling.batching import shape_of
 
 RECORD_VERSION = 3
 """The version of the newest records that are read. Records of version 1 do not say theirs."""
@@ -33,16 +34,14 @@ _FAILURE = TypeAdapter(Failure)
 
 
 @dataclass(frozen=True, slots=True)
-class LiveEntry:
-    """What the queue and the backlog need to know of a job. `seconds` is the predicted work that is left.
+class KindEntry:
+    """What is written of a `JobKind`, and the version of its jobs' records.
 
-    Entries without `is_high`, whether the job has high priority, or `memory`, what each of its requests takes of the
-    device, are of an earlier version.
+    Entries without `is_high` or `memory` are of an earlier version.
     """
 
     model: str
     shape: str
-    seconds: FiniteFloat
     version: int = 1
     is_high: bool = False
     memory: RequestMemory = NO_MEMORY
@@ -52,8 +51,17 @@ class LiveEntry:
         """Whether a newer version of the server wrote it, which this one leaves to others."""
         return self.version > RECORD_VERSION
 
+    @property
+    def kind(self) -> JobKind:
+        return JobKind(self.model, self.shape, self.is_high, self.memory)
 
-_LIVE = TypeAdapter(LiveEntry)
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        kind = JobKind.of(job)
+        return cls(kind.model, kind.shape, version_of(job), kind.is_high, kind.memory)
+
+
+_KIND = TypeAdapter(KindEntry)
 
 
 def version_of(job: Job) -> int:
@@ -66,15 +74,21 @@ def version_of(job: Job) -> int:
     return RECORD_VERSION if is_new else _VERSION_OF_OPAQUE_IMAGES_FROM_TEXT
 
 
-def dump_live(job: Job, seconds_left: float) -> bytes:
-    shape, seconds = shape_of(job.requests[0]), round(seconds_left, 6)
-    return _LIVE.dump_json(LiveEntry(job.model, shape, seconds, version_of(job), job.is_high, job.memory))
+def dump_kind(entry: KindEntry) -> tuple[str, bytes]:
+    """The name of a kind, see `redis_scripts`, and its entry. The name says all: its entry never changes."""
+    data = _KIND.dump_json(entry, exclude_defaults=True)
+    return f"{sha256(data).hexdigest()[:16]}{'h' if entry.is_high else 'n'}{entry.model}", data
 
 
-def load_live(data: bytes) -> LiveEntry | None:
-    """None if `data` is not what `dump_live` writes."""
+def model_of(name: str) -> str:
+    """The model of the kind of this name."""
+    return name[17:]
+
+
+def load_kind(data: bytes) -> KindEntry | None:
+    """None if `data` is not what `dump_kind` writes."""
     try:
-        return _LIVE.validate_json(data)
+        return _KIND.validate_json(data)
     except ValueError:
         return None
 

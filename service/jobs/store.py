@@ -7,16 +7,17 @@ memory: every method is atomic, and the first call that ends a job decides how i
 import asyncio
 import base64
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any, Protocol
+from enum import Enum, StrEnum
+from typing import Any, Protocol, Self
 
 from models.memory import RequestMemory
 from service.errors import StoreUnavailable
 from service.jobs.job import Failure, FinishedJob, Job, JobSnapshot, JobStatus, Receipt
+from service.scheduling.batching import shape_of
+from service.scheduling.fleet import Load, WorkerRecord
 
 # Notifications can be lost with their connection, so events are also polled at this interval.
 _POLL_S = 1.0
@@ -134,9 +135,33 @@ class Recovery:
     failed: tuple[JobSnapshot, ...] = ()
 
 
-Fits = Callable[[str, str, bool, RequestMemory], bool]
-"""Whether a worker has room for a job of this model and shape (`scheduling.batching.shape_of`), perhaps `is_high`, each
-of whose requests takes so much memory. It is asked for one job after the other, in the order of the queue."""
+@dataclass(frozen=True, slots=True)
+class JobKind:
+    """What a worker needs to know of a job to say whether it has room for it. Jobs of one kind wait in one queue.
+
+    `shape` is that of `scheduling.batching.shape_of`; each of the job's requests takes `memory` of the device.
+    """
+
+    model: str
+    shape: str
+    is_high: bool
+    memory: RequestMemory
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        return cls(job.model, shape_of(job.requests[0]), job.is_high, job.memory)
+
+
+class Fit(Enum):
+    """Whether a worker has room for a kind of job."""
+
+    NOW = "now"  # it can start one
+    WAITS = "waits"  # it has to wait for memory; so do the jobs behind it, else it would be overtaken for ever
+    NO = "no"  # it passes over those
+
+
+Fits = Callable[[JobKind], Fit]
+"""It is asked once for each kind of waiting job, not for each job."""
 
 
 class JobStore(Protocol):
@@ -148,6 +173,8 @@ class JobStore(Protocol):
     is_shared: bool
     """Whether jobs outlive this process, and other processes may claim them."""
     changes: "Changes"
+    worker_id: str
+    """The id of this process' worker, if it has one."""
 
     @property
     def clock(self) -> Callable[[], float]:
@@ -157,7 +184,8 @@ class JobStore(Protocol):
     async def open(self, *, on_queued: Callable[[], None], on_cancelled: Callable[[str], None]) -> None:
         """Begin to pass on changes, also from other processes.
 
-        From now on `on_queued` is called when a job joins the queue, `on_cancelled` with the id of a cancelled job.
+        From now on `on_queued` is called when this process should try to claim, and `on_cancelled` with the id of each
+        job that it has claimed and that is cancelled.
         """
         ...
 
@@ -184,11 +212,15 @@ class JobStore(Protocol):
         ...
 
     async def claim(self, fits: Fits) -> Claim | None:
-        """Set the first waiting job that `fits` running: by priority, then by deadline, then by arrival."""
+        """Set the first waiting job that `fits` running: by priority, then by deadline, then by arrival.
+
+        A store that other processes share may answer None without a look at the queue. It calls `on_queued` when a look
+        is worth it.
+        """
         ...
 
     async def renew(self, claims: Sequence[Claim]) -> set[str]:
-        """Prolong leases, and show that this worker lives. Returns the ids of jobs whose leases are lost."""
+        """Prolong leases. Returns the ids of jobs whose leases are lost."""
         ...
 
     async def record(self, progress: Progress) -> None:
@@ -238,23 +270,43 @@ class JobStore(Protocol):
         """Queued and running jobs."""
         ...
 
-    async def backlog_s(self) -> float:
-        """Predicted seconds of work in all queued and running jobs, divided by the number of living workers."""
+    async def jobs(self, owner: str | None, *, limit: int, before: str | None = None) -> list[JobSnapshot]:
+        """The jobs of an API key, or of all if `owner` is None, newest first: those that came before the job `before`.
+
+        Jobs that can't be read are left out. Raises JobNotFound if there is no job `before`.
+        """
         ...
 
-    async def input_image_bytes(self) -> int:
-        """The size of the input images of all queued and running jobs."""
+    async def position(self, job_id: str) -> int | None:
+        """How many queued jobs of the same model are claimed before this one; None unless it is queued."""
         ...
 
-    async def num_waiting(self) -> Counter[str]:
-        """How many jobs of each model are queued."""
+    async def load(self, owner: str | None = None) -> Load:
+        """The work that is left, and how much of it is that of `owner`. It takes no longer if there are more jobs."""
+        ...
+
+    async def announce(self, record: WorkerRecord) -> None:
+        """Say what this worker is and does. It counts as living until its leases would end."""
+        ...
+
+    async def withdraw(self) -> None:
+        """This worker has ended."""
+        ...
+
+    async def workers(self) -> list[WorkerRecord]:
+        """The living workers. A record that this version can't read is left out."""
         ...
 
 
 @dataclass(slots=True)
 class Changes:
-    """Wakes the tasks of this process that wait for news of a job."""
+    """Wakes the tasks of this process that wait for news of a job.
 
+    `on_first` is called with a job's id when the first of them begins to wait for it, `on_last` when the last one ends.
+    """
+
+    on_first: Callable[[str], None] = lambda job_id: None
+    on_last: Callable[[str], None] = lambda job_id: None
     _waiting: dict[str, set[asyncio.Event]] = field(default_factory=dict)
 
     def notify(self, job_id: str) -> None:
@@ -265,6 +317,8 @@ class Changes:
     def of(self, job_id: str) -> Iterator[asyncio.Event]:
         """An event that is set whenever the job changes."""
         changed = asyncio.Event()
+        if job_id not in self._waiting:
+            self.on_first(job_id)
         self._waiting.setdefault(job_id, set()).add(changed)
         try:
             yield changed
@@ -272,6 +326,7 @@ class Changes:
             self._waiting[job_id].discard(changed)
             if not self._waiting[job_id]:
                 del self._waiting[job_id]
+                self.on_last(job_id)
 
 
 async def follow(store: JobStore, job_id: str, after: str = BEGINNING) -> AsyncIterator[Event]:

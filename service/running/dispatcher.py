@@ -17,7 +17,8 @@ from service.metrics import Metrics
 from service.running.inbox import Inbox
 from service.running.webhook_calls import WebhookCalls
 from service.running.worker import Worker
-from service.scheduling.admission import Intake
+from service.scheduling.admission import Intake, Promises
+from service.scheduling.fleet import Load, WorkerRecord, seconds_before
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +60,14 @@ class Dispatcher:
         self.metrics = metrics
         self.timing = timing
         self.work_intake, self.image_intake = Intake(), Intake()
+        self.promises = Promises()
         self.has_drained = asyncio.Event()
         self._has_broken_loop = False
         self._inbox = inbox
         self._deliver_webhook = deliver_webhook
         self._clock = clock
         self._drain: asyncio.Task[None] | None = None
+        self._others: list[WorkerRecord] = []  # the other workers that share the queue
         self._background: set[asyncio.Future[object]] = set()
         self._stuck: dict[str, str] = {}  # leases of jobs whose end could not be stored so far, and why
 
@@ -99,6 +102,8 @@ class Dispatcher:
             # Not for ever: a library that loses a cancellation must not keep the process from ending.
             if (await asyncio.wait(tasks, timeout=LAST_STEP_S))[1]:
                 logger.warning("a part of the dispatcher does not end; the server ends without it")
+            with suppress(StoreUnavailable):
+                await self.store.withdraw()
             self._inbox.disconnect()  # reports of a step that is still running are dropped
             closing = asyncio.create_task(self.store.close())
             if (await asyncio.wait([closing], timeout=LAST_STEP_S))[1]:
@@ -113,9 +118,14 @@ class Dispatcher:
         if self._stuck:
             raise StoreUnavailable(f"finished jobs can't be stored: {next(iter(self._stuck.values()))}")
 
-    async def backlog_s(self) -> float:
-        """Seconds of work for each worker, at this worker's measured pace. Raises StoreUnavailable."""
-        return await self.store.backlog_s() * self.worker.pace.ratio
+    async def backlog_s(self, model: str) -> float:
+        """Seconds until a worker of `model` has done the work that is there now. Raises StoreUnavailable."""
+        return self.seconds_before(model, await self.store.load())
+
+    def seconds_before(self, model: str, load: Load) -> float:
+        """Seconds until a worker of `model` has done the work of `load`."""
+        own = self.worker.record(self.store.worker_id, is_leaving=False)
+        return seconds_before(model, load, [own, *self._others])
 
     async def cancel(self, job_id: str) -> JobSnapshot:
         """Cancel a job: a queued job never runs, a running job stops before its next step.
@@ -191,7 +201,7 @@ class Dispatcher:
         if self.worker.held():
             return True
         await asyncio.sleep(0)  # receive what the worker reported just before it let go of its last job
-        return bool(self._inbox.unstored) or (not self.store.is_shared and bool(await self.store.live_jobs()))
+        return bool(self._inbox.unstored) or (not self.store.is_shared and bool((await self.store.load()).models))
 
     async def _give_back(self, left: list[Claim], suspects: set[str]) -> None:
         """Jobs that may have broken the worker keep their leases, so that their end counts as that of a dead worker.
@@ -231,7 +241,8 @@ class Dispatcher:
 
     def _may_claim(self) -> bool:
         # Results that wait to be stored are in memory, so they count as running.
-        has_room = not self._stuck and len(self._inbox.unstored) < self.worker.limits.max_running
+        is_behind = self._stuck or len(self._inbox.unstored) >= self.worker.limits.max_running
+        has_room = not is_behind and not self.worker.is_full
         # Other servers claim the jobs that a draining server leaves in a shared queue.
         return has_room and self.worker.is_alive and (self._drain is None or not self.store.is_shared)
 
@@ -239,6 +250,8 @@ class Dispatcher:
         """Renew the leases of this worker, drop the jobs whose lease is lost, and recover jobs of dead workers."""
         while True:
             try:
+                await self.store.announce(self.worker.record(self.store.worker_id, is_leaving=self._drain is not None))
+                self._others = [other for other in await self.store.workers() if other.id != self.store.worker_id]
                 for job_id in await self.store.renew([*self.worker.held(), *self._inbox.unstored]):
                     logger.warning("the lease was lost", extra={"job_id": job_id})
                     self.worker.drop(job_id)

@@ -58,15 +58,19 @@ class Room:
         One of high priority does not wait for others to end: they leave room for it, and it does not count them among
         those of its shape. Nor does a light one wait for others than light ones.
         """
-        most = self._limits.max_running
-        if not new.is_high:
-            most -= most // _SHARE_FOR_HIGH
-            if not is_light(new.shape):
-                most -= most // _SHARE_FOR_LIGHT
         held = [*waiting, *(other.held for other in running)]
-        is_full = len(held) + self._publisher.num_unfinished >= most
+        is_full = self.is_full(len(held), is_high=new.is_high, is_light=is_light(new.shape))
         rivals = sum(other.shape == new.shape and (other.job.is_high or not new.is_high) for other in held)
         return not is_full and rivals < most_at_once(new.shape, self.max_batch_size(new.model))
+
+    def is_full(self, num_held: int, *, is_high: bool, is_light: bool) -> bool:
+        """Whether the worker has no place for one more request beside those that wait or run, whatever its shape."""
+        most = self._limits.max_running
+        if not is_high:
+            most -= most // _SHARE_FOR_HIGH
+            if not is_light:
+                most -= most // _SHARE_FOR_LIGHT
+        return num_held + self._publisher.num_unfinished >= most
 
     def has_memory(self, new: Newcomer, waiting: Sequence[HeldJob], running: Sequence[Running]) -> bool:
         """Whether the device's memory allows one more. One of high priority may step without others of its shape."""

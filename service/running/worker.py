@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 
 from models.card import ModelCard
 from models.errors import DeviceLost, OutOfDeviceMemory
-from models.memory import RequestMemory
 from models.mesh.surface import FieldSamples
 from service.jobs.job import JobStatus
-from service.jobs.store import Claim, Ending, Fits
+from service.jobs.store import Claim, Ending, Fit, Fits, JobKind
 from service.metrics import Metrics
 from service.running.device_use import DeviceUse
 from service.running.held import DECODE_TURN_S, HeldJob, Running
@@ -23,6 +22,7 @@ from service.running.room import Newcomer, Room, WorkerLimits
 from service.running.starting import Starter
 from service.running.stepping import Stepper
 from service.scheduling.batching import FairShare, shape_of
+from service.scheduling.fleet import WorkerRecord, WorkerState
 from service.scheduling.pace import Pace
 from service.scheduling.precedence import Precedence
 
@@ -125,26 +125,47 @@ class Worker:
         return not self.is_alive
 
     def fits(self) -> Fits:
-        """What to claim in one look at the queue: requests that could start before any that waits here.
+        """What to claim: requests that could start before any that waits here.
 
-        One that the device could run, but has no memory for now, holds up those behind it, so that it is not overtaken
-        for ever. One that the device could never run is left to other workers.
+        One that the device could run, but has no memory for now, waits. One that the device could never run is left to
+        other workers.
         """
-        has_to_wait = False
 
-        def fits(model: str, shape: str, is_high: bool, memory: RequestMemory) -> bool:
-            nonlocal has_to_wait
-            if has_to_wait or model not in self.cards or not self._room.is_large_enough(memory):
-                return False
-            new = Newcomer(model, shape, is_high, memory)
+        def fits(kind: JobKind) -> Fit:
+            if kind.model not in self.cards or not self._room.is_large_enough(kind.memory):
+                return Fit.NO
+            new = Newcomer(kind.model, kind.shape, kind.is_high, kind.memory)
             with self._lock:
                 waiting = [held for held in self._held.values() for _ in held.unstarted]
                 if not self._room.has_place(new, waiting, self._running):
-                    return False
-                has_to_wait = not self._room.has_memory(new, waiting, self._running)
-            return not has_to_wait
+                    return Fit.NO
+                return Fit.NOW if self._room.has_memory(new, waiting, self._running) else Fit.WAITS
 
         return fits
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it holds as many requests as it may, so that no kind of job `fits`."""
+        with self._lock:
+            num_waiting = sum(len(held.unstarted) for held in self._held.values())
+            return self._room.is_full(num_waiting + len(self._running), is_high=True, is_light=True)
+
+    def record(self, worker_id: str, *, is_leaving: bool) -> WorkerRecord:
+        """What to tell other processes of this worker."""
+        held = self.held()
+        busy = WorkerState.BUSY if held else WorkerState.IDLE
+        finish_s = {model: self.finish_seconds(model) for model in self.cards}
+        return WorkerRecord(
+            id=worker_id,
+            version="",
+            device="",
+            state=WorkerState.DRAINING if is_leaving else busy,
+            cards=self.cards,
+            pace=self.pace.ratio,
+            finish_s={model: seconds for model, seconds in finish_s.items() if seconds},
+            num_held=sum(len(claim.job.requests) for claim in held),
+            max_running=self.limits.max_running,
+        )
 
     def take(self, claim: Claim) -> None:
         """Run this job, which was claimed because it `fits`."""

@@ -17,7 +17,6 @@ from service.scheduling.deadline import check_reachable
 from service.scheduling.load import lowered_quality
 from service.scheduling.memory import check_fits
 
-
 _MOST_PROMISED = 2.0
 """How much refused work counts, over the longest backlog. Callers may never come again."""
 _SHARE_OF_FREE = 4.0

@@ -127,7 +127,7 @@ class FairShare:
     def spend(self, seconds: float) -> None:
         """Note that requests have had so much of the work that they joined with, or that they no longer need it."""
         while self._ends and seconds > 0:
-            end, weight = self._ends[0]
+            end, _ = self._ends[0]
             weights = sum(weight for _, weight in self._ends)
             needed = (end - self._now) * weights
             if needed > seconds:

@@ -16,7 +16,7 @@ from service.api.job_views import result_body
 from service.api.links import Links
 from service.api.schemas import ResponseFormat
 from service.jobs.job import Failure, FailureReason, Job, JobStatus, Receipt, StageSeconds
-from service.jobs.store import Claim, Ending, Preview, Progress
+from service.jobs.store import Claim, Ending, Fit, Preview, Progress
 from service.running.dispatcher import Dispatcher
 from service.settings import Settings
 
@@ -34,7 +34,7 @@ class Bench:
 
     async def claimed(self, job: Job) -> Claim:
         await self.dispatcher.store.add(job)
-        claim = await self.dispatcher.store.claim(lambda *_: True)
+        claim = await self.dispatcher.store.claim(lambda _: Fit.NOW)
         assert claim is not None
         return claim
 

@@ -434,7 +434,7 @@ async def _hang_up_while_stepping(
 
 
 def test_bug_is_answered_500_in_our_format(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client.app.state.dispatcher.store, "backlog_s", lambda: 1 / 0)
+    monkeypatch.setattr(client.app.state.dispatcher.store, "load", lambda: 1 / 0)
     response = client.post("/v1/images", json=PROMPT)
     assert response.status_code == 500
     assert response.json()["error"]["code"] == "internal_error"

@@ -22,6 +22,7 @@ from service.jobs.job import Job, Priority
 from service.jobs.memory import MemoryStore
 from service.keys import ApiKey, Scope
 from service.running.dispatcher import Dispatcher
+from service.scheduling.fleet import Load
 from service.settings import Settings
 
 pytestmark = pytest.mark.anyio
@@ -142,23 +143,23 @@ async def test_calls_that_arrive_together_are_not_all_accepted(
     """Each call of a burst reads the backlog before the others are recorded, as with Redis."""
     num_calls, num_reads = 20, 0
     all_have_read = asyncio.Event()
-    read = dispatcher.store.backlog_s
+    read = dispatcher.store.load
 
-    async def backlog_s() -> float:
+    async def load() -> Load:
         nonlocal num_reads
-        seconds = await read()
+        found = await read()
         num_reads += 1
         if num_reads == num_calls:
             all_have_read.set()
         await all_have_read.wait()
-        return seconds
+        return found
 
-    monkeypatch.setattr(dispatcher.store, "backlog_s", backlog_s)
+    monkeypatch.setattr(dispatcher.store, "load", load)
     calls = [submit_image(budget={"quality": 1.0}) for _ in range(num_calls)]  # 2 s each
     answers = await asyncio.gather(*calls, return_exceptions=True)
     assert sum(isinstance(answer, Job) for answer in answers) == 5
     assert sum(isinstance(answer, Overloaded) for answer in answers) == 15
-    assert await read() == 10.0
+    assert (await read()).of("drawn").seconds == 10.0
     with pytest.raises(Overloaded, match=r"has 10\.0 s of work"):
         await submit_image(budget={"quality": 1.0})
 

@@ -20,14 +20,16 @@ from service.jobs.redis import RedisStore, connect
 from service.jobs.redis_records import RECORD_VERSION
 from service.jobs.results import RedisResults
 from service.jobs.shared_clock import SharedClock
-from service.jobs.store import Claim, Ending, EventName, Idempotency, Progress, ended, follow
-from tests.fixtures.job_records import FAILURE, RECEIPT, dump, play, restore, scenario_jobs
+from service.jobs.store import Claim, Ending, EventName, Fit, Idempotency, ended, follow
+from service.scheduling.fleet import Load, ModelLoad, WorkerRecord, WorkerState
+from tests.fixtures.job_records import FAILURE, MESH, RECEIPT, dump, play, restore, scenario_jobs
 
 pytestmark = [pytest.mark.anyio, pytest.mark.redis]
 
 MakeJob = Callable[..., Job]
 LEASE_S = 0.05
 VERSION_1 = json.loads((Path(__file__).parent / "version_1_records.json").read_text())
+ONE_RUNNING = Load({"drawn": ModelLoad(num_running=1, running_s=2.0)})
 EDIT = ImageEdit((b"abc",), mask=b"d", strength=0.5)
 _names = itertools.count()
 
@@ -42,9 +44,12 @@ class Shared:
     errors: list[str] = field(default_factory=list)
 
     async def claim(self) -> Claim:
-        claim = await self.store.claim(lambda *_: True)
+        claim = await self.claim_if_any()
         assert claim is not None
         return claim
+
+    async def claim_if_any(self) -> Claim | None:
+        return await self.store.claim(lambda _: Fit.NOW)
 
     async def set_in_job(self, job_id: str, **fields: Any) -> None:
         """Change fields of a job's fixed record; None deletes one."""
@@ -142,8 +147,15 @@ async def break_state(shared: Shared) -> None:
     await shared.redis.hset(f"{shared.prefix}job:broken", "num_steps", "many")
 
 
-async def break_live_entry(shared: Shared) -> None:
-    await shared.redis.hset(f"{shared.prefix}live", "broken", '{"model": "drawn"}')
+async def break_kind(shared: Shared) -> None:
+    (kind,) = await shared.redis.hkeys(f"{shared.prefix}kinds")
+    name = b"0" * 16 + kind[16:]
+    await shared.redis.hset(f"{shared.prefix}kinds", name, '{"model": "drawn"}')
+    entry = json.loads(await shared.redis.hget(f"{shared.prefix}counted", "broken"))
+    await shared.redis.hset(f"{shared.prefix}counted", "broken", json.dumps([*entry[:-1], name.decode()]))
+    await shared.redis.zrem(f"{shared.prefix}queue:{kind.decode()}", "broken")
+    await shared.redis.zadd(f"{shared.prefix}queue:{name.decode()}", {"broken": 1})
+    await shared.redis.zadd(f"{shared.prefix}heads", {name: 1})
 
 
 BREAKS = (
@@ -174,17 +186,13 @@ async def test_queued_job_that_cannot_be_read_fails_alone(break_record: Any, sha
     assert shared.errors == ["read"]
 
 
-@pytest.mark.parametrize("break_record", [break_live_entry, break_model])
-async def test_job_whose_entry_in_the_queue_is_not_its_own_fails_alone(
-    break_record: Any, shared: Shared, make_job: MakeJob
-) -> None:
+@pytest.mark.parametrize("break_record", [break_kind, break_model])
+async def test_job_whose_kind_is_not_its_own_fails_alone(break_record: Any, shared: Shared, make_job: MakeJob) -> None:
     for number, name in enumerate(("broken", "whole")):
         await shared.store.add(replace(make_job(name), created_at=float(number)))
     await break_record(shared)
-    assert await shared.store.backlog_s() >= 2.0
-    assert (await shared.store.num_waiting())["drawn"] >= 1
     assert (await shared.claim()).job.id == "whole"
-    assert await shared.store.backlog_s() == 2.0
+    assert await shared.store.load() == ONE_RUNNING
     state = (await shared.store.get("broken")).state
     assert state.failure is not None
     assert (state.status, state.failure.reason) == (JobStatus.FAILED, FailureReason.GENERATION_FAILED)
@@ -214,24 +222,24 @@ async def test_job_whose_record_is_gone_holds_nothing_up(shared: Shared, make_jo
     await shared.let_die(running, whole)
     assert (await shared.store.recover()).requeued == ("whole",)
     assert (await shared.claim()).job.id == "whole"
-    assert await shared.store.claim(lambda *_: True) is None
+    assert await shared.store.claim(lambda _: Fit.NOW) is None
     assert await shared.store.end(Ending(running, JobStatus.SUCCEEDED, artifacts=(b"late",))) is None
-    assert await shared.store.backlog_s() == 2.0
+    assert await shared.store.load() == ONE_RUNNING
     assert shared.errors == []
 
 
 @pytest.mark.parametrize("is_deleted", [False, True])
-async def test_broken_entry_of_an_ended_job_leaves_the_queue(
+async def test_job_that_ended_without_leaving_the_queue_is_not_claimed(
     is_deleted: bool, shared: Shared, make_job: MakeJob
 ) -> None:
+    """As a process of the version before leaves it, which knows nothing of the queues of kinds."""
     await shared.store.add(make_job("broken"))
-    await shared.store.cancel("broken")
-    await shared.redis.zadd(f"{shared.prefix}queue", {"broken": 1})
-    await break_live_entry(shared)
+    await shared.redis.hset(f"{shared.prefix}job:broken", "status", "cancelled")
     if is_deleted:
         await shared.redis.delete(f"{shared.prefix}job:broken")
-    assert await shared.store.claim(lambda *_: True) is None
-    assert await shared.redis.exists(f"{shared.prefix}queue", f"{shared.prefix}live") == 0
+    assert await shared.store.claim(lambda _: Fit.NOW) is None
+    for name in ("heads", "kinds", "counted", "load"):
+        assert await shared.redis.exists(f"{shared.prefix}{name}") == 0
     assert await shared.redis.exists(f"{shared.prefix}job:broken:events") == (not is_deleted)
 
 
@@ -260,9 +268,10 @@ async def test_idempotency_key_of_a_job_whose_record_is_gone_makes_another(share
 async def test_strange_messages_and_events_are_passed_over(shared: Shared, make_job: MakeJob) -> None:
     queued = asyncio.Event()
     await shared.store.open(on_queued=queued.set, on_cancelled=lambda job_id: None)
-    while await shared.redis.publish(f"{shared.prefix}changes", b"\xff") == 0:  # until the store listens
+    channel = f"{shared.prefix}worker:{shared.store.worker_id}"
+    while await shared.redis.publish(channel, b"\xff") == 0:  # until the store listens
         await asyncio.sleep(0.001)
-    await shared.redis.publish(f"{shared.prefix}changes", b"queued")
+    await shared.redis.publish(channel, b"cancelled")
     await shared.store.add(make_job("a"))
     await shared.redis.xadd(f"{shared.prefix}job:a:events", {"name": "job.dreamt", "data": "{}"})
     await shared.redis.xadd(f"{shared.prefix}job:a:events", {"name": "job.progress", "data": "{"})
@@ -274,30 +283,29 @@ async def test_strange_messages_and_events_are_passed_over(shared: Shared, make_
 
 
 async def test_job_of_a_newer_version_is_left_to_newer_processes(shared: Shared, make_job: MakeJob) -> None:
-    for number, name in enumerate(("newer", "whole")):
-        await shared.store.add(replace(make_job(name), created_at=float(number)))
-    live = json.loads(await shared.redis.hget(f"{shared.prefix}live", "newer"))
-    await shared.redis.hset(f"{shared.prefix}live", "newer", json.dumps({**live, "version": RECORD_VERSION + 1}))
-    await shared.redis.hset(f"{shared.prefix}job:newer", "version", RECORD_VERSION + 1)
+    with pytest.MonkeyPatch.context() as newer:
+        newer.setattr("service.jobs.redis_records.version_of", lambda job: RECORD_VERSION + 1)
+        newer.setattr("service.jobs.redis.version_of", lambda job: RECORD_VERSION + 1)
+        await shared.store.add(make_job("newer"))
+    await shared.store.add(replace(make_job("whole"), created_at=1.0))
     assert (await shared.claim()).job.id == "whole"
-    assert await shared.store.claim(lambda *_: True) is None
+    assert await shared.store.claim(lambda _: Fit.NOW) is None
     with pytest.raises(StoreUnavailable, match="newer"):  # which clients try again
         await shared.store.get("newer")
-    assert await shared.redis.zrange(f"{shared.prefix}queue", 0, -1) == [b"newer"]
+    assert await shared.store.position("newer") == 0
 
 
 async def test_edits_are_left_to_versions_that_know_them(shared: Shared, make_job: MakeJob) -> None:
-    """A worker of the version before passes over entries of version 3, as the test before this one shows."""
+    """A worker of the version before passes over kinds of version 3, as the test before this one shows."""
     await shared.store.add(make_job("edit", edit=EDIT))
     await shared.store.add(make_job("image"))
-    versions = {}
-    for name in ("edit", "image"):
-        entry = json.loads(await shared.redis.hget(f"{shared.prefix}live", name))
-        versions[name] = (entry["version"], await shared.redis.hget(f"{shared.prefix}job:{name}", "version"))
-    assert versions == {"edit": (3, b"3"), "image": (2, b"2")}
-    claims = [await shared.claim(), await shared.claim()]
-    await shared.store.record(Progress(claims[0], 1, 4, 0.5, 1.0))
-    assert json.loads(await shared.redis.hget(f"{shared.prefix}live", "edit"))["version"] == 3
+    assert await versions(shared, "edit", "image") == [(3, 3), (2, 2)]
+
+
+async def versions(shared: Shared, *names: str) -> list[tuple[int, int]]:
+    """The versions of the jobs' records and of their kinds."""
+    fields = [await shared.redis.hmget(f"{shared.prefix}job:{name}", "version", "kind") for name in names]
+    return [(int(version), json.loads(kind)["version"]) for version, kind in fields]
 
 
 @pytest.mark.parametrize("sizes", ["[3]", "[4]", "[3, 0, 1]", "many"])
@@ -323,15 +331,11 @@ async def test_job_whose_pictures_are_gone_is_not_run(shared: Shared, make_job: 
 
 
 async def test_transparent_images_are_left_to_versions_that_know_them(shared: Shared, make_job: MakeJob) -> None:
-    """A worker of the version before passes over entries of version 3, as the test before this one shows."""
+    """A worker of the version before passes over kinds of version 3, as the test before this one shows."""
     await shared.store.add(make_job("transparent", is_transparent=True))
     await shared.store.add(make_job("opaque"))
-    versions = {}
-    for name in ("transparent", "opaque"):
-        live = json.loads(await shared.redis.hget(f"{shared.prefix}live", name))
-        record = await shared.redis.hget(f"{shared.prefix}job:{name}", "version")
-        versions[name] = (live["version"], int(record))
-    assert versions == {"transparent": (RECORD_VERSION, RECORD_VERSION), "opaque": (2, 2)}
+    new = (RECORD_VERSION, RECORD_VERSION)
+    assert await versions(shared, "transparent", "opaque") == [new, (2, 2)]
     (request,) = (await shared.store.get("transparent")).job.requests
     assert isinstance(request, ImageRequest)
     assert request.is_transparent
@@ -365,11 +369,14 @@ async def test_records_of_the_version_before_are_read_as_they_were_written(
 async def test_version_before_can_read_the_records(
     shared: Shared, make_job: MakeJob, forecasting_card: ImageCard
 ) -> None:
-    """It ignores fields that it does not know. So all that it wrote must be there, and mean the same."""
+    """It ignores fields that it does not know. So all that it wrote must be there, and mean the same.
+
+    But it leaves queued jobs to newer workers: it had one queue for all kinds of jobs.
+    """
     await play(shared.store, scenario_jobs(make_job, forecasting_card))
     await shared.store.renew([])
     written = await dump(shared.redis, shared.prefix)
-    names = {name for name in VERSION_1 if not name.startswith(("result:", "workers"))}
+    names = {name for name in VERSION_1 if not name.startswith(("result:", "workers", "queue", "live"))}
     assert names <= written.keys()
     for name in names:
         assert_contains(written[name], VERSION_1[name], name)
@@ -471,3 +478,82 @@ async def test_servers_whose_clocks_differ_agree_on_times_and_places(share: Shar
     assert abs(state.started_at - claim.job.created_at) < 300
     assert claim.job.deadline_at is not None
     assert 300 < claim.job.deadline_at - behind.store.clock() < 900
+
+
+async def test_record_of_a_worker_that_cannot_be_read_is_passed_over(
+    share: Share, drawn_card: ImageCard, caplog: pytest.LogCaptureFixture
+) -> None:
+    readers, announced = await share(), []
+    for _ in range(4):
+        server = await share()
+        record = WorkerRecord(server.store.worker_id, "1", "cpu", WorkerState.IDLE, {"drawn": drawn_card})
+        await server.store.announce(record)
+        announced.append(record)
+    key = f"{readers.prefix}worker_records"
+    entries = [json.loads(await readers.redis.hget(key, record.id)) for record in announced]
+    # Given records of a newer version, a broken one, and one whose card can't be read
+    await readers.redis.hset(key, announced[0].id, json.dumps({**entries[0], "speed": 3}))
+    await readers.redis.hset(key, announced[1].id, json.dumps({**entries[1], "state": "dreaming"}))
+    await readers.redis.hset(key, announced[2].id, b"{")
+    await readers.redis.set(f"{readers.prefix}card:other", b'{"modality": "video"}')
+    await readers.redis.hset(key, announced[3].id, json.dumps({**entries[3], "cards": {"drawn": "other"}}))
+    for _ in range(2):
+        found = {record.id: record for record in await readers.store.workers()}
+    assert found == {announced[0].id: announced[0], announced[3].id: replace(announced[3], cards={})}
+    assert len(caplog.records) == 3  # one line for each
+    # And all are forgotten when their leases have ended
+    await asyncio.sleep(2 * LEASE_S)
+    assert await readers.store.workers() == []
+
+
+async def test_idle_worker_is_woken_by_a_job_of_its_models_and_does_not_look_before(
+    share: Share, make_job: MakeJob, drawn_card: ImageCard
+) -> None:
+    first, second, api = await share(), await share(), await share()
+    woken: dict[str, asyncio.Event] = {}
+    for server in (first, second):
+        name = server.store.worker_id
+        woken[name] = asyncio.Event()
+        await server.store.open(on_queued=woken[name].set, on_cancelled=lambda job_id: None)
+        await server.store.announce(WorkerRecord(name, "1", "cpu", WorkerState.IDLE, {"drawn": drawn_card}))
+        while await server.redis.publish(f"{server.prefix}worker:{name}", b"") == 0:  # until it listens
+            await asyncio.sleep(0.001)
+    async with asyncio.timeout(20):
+        await asyncio.sleep(0.05)
+        for server in (first, second):
+            assert await server.claim_if_any() is None
+            woken[server.store.worker_id].clear()
+        # A job of another model wakes nobody, and one of theirs the one that has been idle for longer
+        await api.store.add(replace(make_job("other"), model="ball", requests=(MESH,)))
+        await api.store.add(make_job("a"))
+        await woken[first.store.worker_id].wait()
+        assert not woken[second.store.worker_id].is_set()
+        assert await second.claim_if_any() is None  # without a look at the queue
+        # If it does not fit there, the next one is woken
+        assert await first.store.claim(lambda _: Fit.NO) is None
+        await woken[second.store.worker_id].wait()
+        assert (await second.claim()).job.id == "a"
+
+
+async def test_jobs_of_the_version_before_are_found(shared: Shared, make_job: MakeJob) -> None:
+    """Its servers may add jobs while newer ones run, and its processes may queue a newer job again."""
+    await shared.store.add(make_job("requeued"))
+    await shared.claim()
+    await shared.redis.hset(f"{shared.prefix}job:requeued", "status", "queued")
+    await shared.redis.hdel(f"{shared.prefix}job:requeued", "lease")
+    await shared.redis.zadd(f"{shared.prefix}queue", {"requeued": 5.0, "gone": 1.0, "broken": 2.0})
+    await shared.redis.zrem(f"{shared.prefix}leases", "requeued")
+    await shared.redis.hset(f"{shared.prefix}job:broken", mapping={"status": "queued", "place": "2.0"})
+    await shared.store.recover()
+    assert (await shared.store.load()).of("drawn") == ModelLoad(1, 0, queued_s=2.0)
+    assert await shared.redis.hget(f"{shared.prefix}job:broken", "status") == b"failed"
+    assert (await shared.claim()).job.id == "requeued"
+    assert await shared.redis.exists(f"{shared.prefix}queue", f"{shared.prefix}live") == 0
+
+
+async def test_cancelled_job_of_the_version_before_is_counted_no_more(shared: Shared, make_job: MakeJob) -> None:
+    for name in ("a", "b"):
+        await shared.store.add(make_job(name))
+    await shared.redis.hset(f"{shared.prefix}job:a", "status", "cancelled")
+    await shared.store.recover()
+    assert (await shared.store.load()).of("drawn").num_queued == 1

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from models.card import ImageCard, MeshCard
 from models.curve import ComputedSteps, CurvePoint
 from models.report import Decision, GenerationSummary, MeshReport, StepDecision
 from models.request import ComputeBudget, ImageEdit, MeshRequest
@@ -24,7 +25,21 @@ from service.jobs.job import (
     Receipt,
     StageSeconds,
 )
-from service.jobs.store import Changes, Claim, Ending, EventName, Idempotency, Preview, Progress, ended, follow
+from service.jobs.store import (
+    Changes,
+    Claim,
+    Ending,
+    EventName,
+    Fit,
+    Fits,
+    Idempotency,
+    JobKind,
+    Preview,
+    Progress,
+    ended,
+    follow,
+)
+from service.scheduling.fleet import Load, ModelLoad, WorkerRecord, WorkerState
 
 pytestmark = pytest.mark.anyio
 
@@ -64,8 +79,18 @@ MESH = MeshRequest(
 EDIT = ImageEdit((bytes(range(200)), b"second"), mask=b"mask", strength=0.5)
 
 
-def anything(*_: object) -> bool:
-    return True
+def only(shape: str, asked: list[JobKind]) -> Fits:
+    """A worker that has room for jobs of this shape; `asked` is what it was asked."""
+
+    def fits(kind: JobKind) -> Fit:
+        asked.append(kind)
+        return Fit.NOW if kind.shape == shape else Fit.NO
+
+    return fits
+
+
+def anything(_: JobKind) -> Fit:
+    return Fit.NOW
 
 
 async def claim(bench: Any) -> Claim:
@@ -97,14 +122,14 @@ async def test_pictures_of_an_edit_are_deleted_when_its_job_ends(
     job = make_job("a", seeds=(3, 4), edit=EDIT)
     await bench.store.add(job)
     claimed = await claim(bench)
-    assert await bench.store.input_image_bytes() == 200 + 6 + 4  # not once for each request
+    assert (await bench.store.load()).image_bytes == 200 + 6 + 4  # not once for each request
     if status is JobStatus.CANCELLED:
         await bench.store.cancel("a")
     else:
         await bench.store.end(Ending(claimed, status, artifacts=(b"a", b"b")))
     emptied = ImageEdit((b"", b""), mask=b"", strength=0.5)
     assert (await bench.store.get("a")).job.requests == make_job("a", seeds=(3, 4), edit=emptied).requests
-    assert await bench.store.input_image_bytes() == 0
+    assert (await bench.store.load()).image_bytes == 0
 
 
 @pytest.mark.parametrize("status", [JobStatus.SUCCEEDED, JobStatus.CANCELLED])
@@ -134,14 +159,26 @@ async def test_claim_passes_over_what_does_not_fit(bench: Any, make_job: MakeJob
     for number in range(70):
         await bench.store.add(replace(make_job(f"a{number}"), created_at=float(number)))
     await bench.store.add(replace(make_job("wide", width=128), created_at=99.0))
-    assert await bench.store.claim(lambda *_: False) is None
-    claimed = await bench.store.claim(lambda *job: job[:3] == ("drawn", "drawn 128x64", False))
+    asked: list[JobKind] = []
+    assert await bench.store.claim(only("drawn 128x128", asked)) is None
+    assert [kind.shape for kind in asked] == ["drawn 64x64", "drawn 128x64"]  # once for each kind
+    claimed = await bench.store.claim(only("drawn 128x64", asked))
     assert claimed.job.id == "wide"
-    assert await bench.store.num_waiting() == {"drawn": 70}
+    assert (await bench.store.load()).of("drawn").num_queued == 70
     # Room may be kept for high priority
     await bench.store.add(make_job("high", priority=Priority.HIGH))
     await bench.store.add(make_job("other high", priority=Priority.HIGH))
-    assert (await bench.store.claim(lambda *job: job[:3] == ("drawn", "drawn 64x64", True))).job.id == "high"
+    assert (await bench.store.claim(lambda kind: Fit.NOW if kind.is_high else Fit.NO)).job.id == "high"
+
+
+async def test_kind_that_waits_for_memory_holds_up_those_behind_it(bench: Any, make_job: MakeJob) -> None:
+    for number, width in enumerate((64, 128, 192)):
+        await bench.store.add(replace(make_job(f"{width}", width=width), created_at=float(number)))
+    fits = {"drawn 64x64": Fit.NO, "drawn 128x64": Fit.WAITS, "drawn 192x64": Fit.NOW}
+    assert await bench.store.claim(lambda kind: fits[kind.shape]) is None
+    fits["drawn 128x64"] = Fit.NOW
+    claimed = [await bench.store.claim(lambda kind: fits[kind.shape]) for _ in range(3)]
+    assert [None if one is None else one.job.id for one in claimed] == ["128", "192", None]
 
 
 async def test_two_never_claim_the_same_job(bench: Any, make_job: MakeJob) -> None:
@@ -188,8 +225,7 @@ async def test_cancelled_job_leaves_the_queue_and_is_announced(bench: Any, make_
     assert await bench.store.claim(anything) is None
     assert await bench.store.renew([claimed]) == {claimed.job.id}
     async with asyncio.timeout(20):
-        announced = {await bench.cancelled.get() for _ in range(2)}
-    assert announced == {"a", "b"}
+        assert await bench.cancelled.get() == claimed.job.id  # the other one was nobody's
 
 
 async def test_failed_job_says_why(bench: Any, make_job: MakeJob) -> None:
@@ -263,31 +299,35 @@ async def test_released_job_returns_to_its_place_without_an_attempt(bench: Any, 
         await bench.store.release(claimed)
 
 
-async def test_backlog_counts_what_is_left(bench: Any, make_job: MakeJob) -> None:
+async def seconds(bench: Any) -> float:
+    return (await bench.store.load()).of("drawn").seconds
+
+
+async def test_load_counts_what_is_left(bench: Any, make_job: MakeJob) -> None:
     for number, name in enumerate(("a", "b")):
         await bench.store.add(replace(make_job(name), created_at=float(number)))
-    assert await bench.store.backlog_s() == 4.0
+    assert await seconds(bench) == 4.0
     claimed = await claim(bench)
     await bench.store.record(Progress(claimed, 1, 4, 0.5, 1.0))
-    assert await bench.store.backlog_s() == 3.5
+    assert await seconds(bench) == 3.5
     # A deadline has left out two of its steps
     await bench.store.record(Progress(claimed, 1, 2, 0.5, 1.0))
-    assert await bench.store.backlog_s() == 3.0
+    load = await bench.store.load()
+    assert load == Load({"drawn": ModelLoad(1, 1, queued_s=2.0, running_s=1.0)})
     assert (await bench.store.get("a")).num_steps == 2
-    assert await bench.store.num_waiting() == {"drawn": 1}
     await bench.store.cancel("a")
-    assert await bench.store.backlog_s() == 2.0
+    assert await seconds(bench) == 2.0
 
 
 async def test_size_of_input_images_is_that_of_jobs_that_have_not_ended(bench: Any, make_job: MakeJob) -> None:
-    assert await bench.store.input_image_bytes() == 0
+    assert (await bench.store.load()).image_bytes == 0
     for name in ("a", "b"):
         await bench.store.add(replace(make_job(name), model=MESH.model, requests=(MESH,)))
     await bench.store.add(make_job("c"))
     await claim(bench)
-    assert await bench.store.input_image_bytes() == 2 * 256
+    assert (await bench.store.load()).image_bytes == 2 * 256
     await bench.store.cancel("a")
-    assert await bench.store.input_image_bytes() == 256
+    assert (await bench.store.load()).image_bytes == 256
 
 
 async def test_same_key_makes_one_job_however_many_ask_at_once(bench: Any, make_job: MakeJob) -> None:
@@ -394,3 +434,72 @@ async def test_key_lives_as_long_as_its_job(bench: Any, make_job: MakeJob) -> No
     assert (await bench.store.find(same)).id == "a"
     await bench.elapse(0.6)
     assert await bench.store.find(same) is None
+
+
+async def test_jobs_are_listed_newest_first_page_by_page(bench: Any, make_job: MakeJob) -> None:
+    for number in range(5):
+        await bench.store.add(replace(make_job(f"a{number}"), owner="key" if number % 2 else "other"))
+    await bench.store.add(make_job("nobody's"))
+    await bench.store.cancel("a3")
+
+    async def names(owner: str | None, **page: Any) -> list[str]:
+        return [found.job.id for found in await bench.store.jobs(owner, **page)]
+
+    assert await names(None, limit=9) == ["nobody's", "a4", "a3", "a2", "a1", "a0"]
+    assert await names("key", limit=1) == ["a3"]
+    assert await names("key", limit=9, before="a3") == ["a1"]
+    assert await names("key", limit=9, before="a1") == []
+    assert await names(None, limit=2, before="a3") == ["a2", "a1"]
+    with pytest.raises(JobNotFound, match="'b'"):
+        await names("key", limit=9, before="b")
+    # Those whose record is deleted are no longer listed
+    await bench.elapse(1.2)
+    assert await names("key", limit=9) == ["a1"]
+
+
+async def test_position_counts_the_jobs_of_the_model_that_come_before(bench: Any, make_job: MakeJob) -> None:
+    for number, width in enumerate((64, 128, 64, 128)):
+        await bench.store.add(replace(make_job(f"a{number}", width=width), created_at=float(number)))
+    await bench.store.add(replace(make_job("m"), model="ball", requests=(MESH,)))
+    await bench.store.add(replace(make_job("high", priority=Priority.HIGH), created_at=9.0))
+    names = ("high", "a0", "a1", "a2", "a3", "m")
+    assert [await bench.store.position(name) for name in names] == [0, 1, 2, 3, 4, 0]
+    assert (await claim(bench)).job.id == "high"
+    await bench.store.cancel("a1")
+    assert [await bench.store.position(name) for name in names] == [None, 0, None, 1, 2, 0]
+    assert await bench.store.position("unknown") is None
+
+
+async def test_load_is_that_of_each_model_and_of_one_key(bench: Any, make_job: MakeJob) -> None:
+    assert await bench.store.load("key") == Load()
+    await bench.store.add(replace(make_job("a"), owner="key", predicted_seconds=0.1))
+    await bench.store.add(replace(make_job("b"), owner="other", predicted_seconds=0.2))
+    await bench.store.add(replace(make_job("m"), owner="key", model="ball", requests=(MESH,)))
+    models = {"drawn": ModelLoad(2, queued_s=0.3), "ball": ModelLoad(1, queued_s=2.0)}
+    assert await bench.store.load("key") == Load(models, image_bytes=256, own_s=2.1)
+    assert (await bench.store.load("nobody")).own_s == (await bench.store.load()).own_s == 0.0
+    for name in "abm":
+        await bench.store.cancel(name)
+    assert await bench.store.load("key") == Load()
+
+
+async def test_worker_is_known_while_it_announces_itself(
+    bench: Any, drawn_card: ImageCard, forecasting_card: ImageCard, mesh_card: MeshCard
+) -> None:
+    cards = {card.id: card for card in (drawn_card, forecasting_card, mesh_card)}
+    record = WorkerRecord(
+        *(bench.store.worker_id, "1.2", "cuda:0", WorkerState.BUSY, cards),
+        pace=1.25,
+        finish_s={"drawn": 0.5},
+        num_held=3,
+        max_running=16,
+    )
+    assert await bench.store.workers() == []
+    await bench.store.announce(record)
+    assert await bench.store.workers() == [record]
+    # A card that has changed is sent again
+    slower = replace(record, cards={**cards, "drawn": replace(drawn_card, dense_step_seconds=99.0)})
+    await bench.store.announce(slower)
+    assert await bench.store.workers() == [slower]
+    await bench.store.withdraw()
+    assert await bench.store.workers() == []

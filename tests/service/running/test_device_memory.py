@@ -20,7 +20,7 @@ from models.state import DenoiseState
 from models.zoo import load_engine
 from service.app import build_dispatcher, create_app
 from service.jobs.job import Job
-from service.jobs.store import Claim
+from service.jobs.store import Claim, Fit, JobKind
 from service.scheduling.memory import usual_request
 from service.settings import Settings
 from tests.fixtures.waiting import wait_until
@@ -131,14 +131,13 @@ def test_worker_leaves_jobs_that_are_too_large_and_lets_none_overtake_one_that_w
     worker.start()
     fits = worker.fits()
     # Then what never fits is passed over
-    assert not fits("drawn", "drawn 64x64", False, RequestMemory(running=room + 2))
-    assert fits("drawn", "drawn 64x64", False, job.memory)
-    # And once a request has to wait for room, none behind it is claimed in this look at the queue
+    assert fits(JobKind("drawn", "drawn 64x64", False, RequestMemory(running=room + 2))) is Fit.NO
+    assert fits(JobKind.of(job)) is Fit.NOW
+    # And what has to wait for room holds up those behind it
     engine.gate.clear()
     worker.take(Claim(job, "lease"))
-    assert not fits("drawn", "drawn 128x64", False, RequestMemory(running=room))
-    assert not fits("drawn", "drawn 64x64", False, RequestMemory(running=10))
-    assert worker.fits()("drawn", "drawn 64x64", False, RequestMemory(running=10))
+    assert fits(JobKind("drawn", "drawn 128x64", False, RequestMemory(running=room))) is Fit.WAITS
+    assert fits(JobKind("drawn", "drawn 64x64", False, RequestMemory(running=10))) is Fit.NOW
     worker.drop("a")
     engine.gate.set()
     assert worker.stop(20)

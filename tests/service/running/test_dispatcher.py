@@ -19,7 +19,7 @@ from service.errors import Draining, StoreUnavailable
 from service.jobs.job import FailureReason, Job, JobSnapshot, JobStatus
 from service.jobs.memory import MemoryStore
 from service.jobs.results import MemoryResults, Results, VolumeResults
-from service.jobs.store import Ending, EventName, Preview, Progress, ended
+from service.jobs.store import Ending, EventName, Fit, Preview, Progress, ended
 from service.metrics import Metrics
 from service.running.dispatcher import Dispatcher, Timing
 from service.running.inbox import Inbox
@@ -148,7 +148,7 @@ async def test_only_jobs_that_the_worker_has_room_for_are_claimed(build: Build, 
             await store.add(make_job(name))
         await until(lambda: held_ids(dispatcher) == {"a"})
         assert dispatcher.num_running() == {"drawn": 1}
-        assert await store.num_waiting() == {"drawn": 1}
+        assert (await store.load()).of("drawn").num_queued == 1
         engine.gate.set()
         assert await status_at_end(store, "b") is JobStatus.SUCCEEDED
 
@@ -216,7 +216,7 @@ async def test_job_whose_lease_is_lost_leaves_the_worker(build: Build, engine: A
         await until(engine.stepping.is_set)
         (claim,) = dispatcher.worker.held()
         await store.release(claim)
-        taken = await store.claim(lambda *_: True)  # by another worker
+        taken = await store.claim(lambda _: Fit.NOW)  # by another worker
         assert taken is not None
         await until(lambda: claim not in dispatcher.worker.held())
         engine.gate.set()
@@ -230,7 +230,7 @@ async def test_jobs_of_a_dead_worker_are_finished_or_given_up(build: Build, make
     store = FragileStore(clock=lambda: now[0])
 
     async def claim_and_die(job_id: str) -> None:
-        claimed = await store.claim(lambda *_: True)
+        claimed = await store.claim(lambda _: Fit.NOW)
         assert claimed is not None
         assert claimed.job.id == job_id
         now[0] += 20.0  # longer than a lease
@@ -418,7 +418,7 @@ async def test_results_wait_until_their_volume_has_room_and_no_more_are_made(
         assert str(tmp_path) not in str(refused.value)
         with pytest.raises(StoreUnavailable, match="No space left on device"):
             await store.check()
-        assert (await store.num_waiting())["drawn"] >= 2
+        assert (await store.load()).of("drawn").num_queued >= 2
         await until(lambda: not list(tmp_path.iterdir()))  # between two tries nothing is left of the last one
         # When there is room again, everything is delivered
         room.close()

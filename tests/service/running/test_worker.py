@@ -84,7 +84,7 @@ def test_backlog_follows_the_measured_pace(service: Any, engine: Any, make_job: 
     # Then the next one counts less, until it ends
     engine.gate.clear()
     waiting = service.submit(make_job("b"))
-    assert service.run(service.dispatcher.backlog_s()) == pytest.approx(2.0 * ratio)
+    assert service.run(service.dispatcher.backlog_s("drawn")) == pytest.approx(2.0 * ratio)
     # And what is cancelled before its first step proves nothing
     service.wait_until_taken("b")
     service.cancel("b")
