@@ -216,6 +216,7 @@ class Server:
             promised_s=self._promises.seconds(at),
             own_s=self._own_s[arrival.owner] * pace,
             weight=None if arrival.owner is None else arrival.weight,
+            num_keys=sum(own_s > 1e-6 for own_s in self._own_s.values()) + (self._own_s[arrival.owner] <= 1e-6),
         )
         try:
             admission = admit(Order((arrival.request,), Output(), None, None), self.card, backlog)
@@ -247,7 +248,14 @@ class Server:
             deadline_at=deadline_at,
             due_at=at
             if self.takes_turns
-            else due_at(at, seconds * pace, deadline_at=deadline_at, own_s=own_s, weight=arrival.weight),
+            else due_at(
+                at,
+                seconds * pace,
+                deadline_at=deadline_at,
+                own_s=own_s,
+                weight=arrival.weight,
+                num_keys=backlog.num_keys,
+            ),
         )
         outcome.job, outcome.retry_after_s = job, None
         self._outcomes[job.id] = outcome

@@ -94,6 +94,7 @@ async def _backlog(
         promised_s=dispatcher.promises.seconds(dispatcher.store.clock()),
         own_s=0.0 if caller.key is None or not all_s else load.own_s / all_s * seconds,
         weight=None if caller.key is None else caller.key.weight,
+        num_keys=load.num_owners + (not load.own_s),
     )
 
 
@@ -150,6 +151,7 @@ def _job_of(admission: Admission, backlog: Backlog, body: GenerationBody, caller
             deadline_at=deadline_at,
             own_s=backlog.own_s,
             weight=backlog.weight or 1.0,
+            num_keys=backlog.num_keys,
         ),
     )
 

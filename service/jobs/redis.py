@@ -5,6 +5,7 @@ import logging
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -348,8 +349,9 @@ class RedisStore:
         async with self._operation("load"), self._redis.pipeline() as reading:
             reading.hgetall(self._key("load"))
             reading.hget(self._key("owners"), owner or "")
-            sums, own_us = await reading.execute()
-        return _load(sums, own_us)
+            reading.hlen(self._key("owners"))
+            sums, own_us, num_owners = await reading.execute()
+        return replace(_load(sums, own_us), num_owners=num_owners)
 
     async def announce(self, record: WorkerRecord) -> None:
         if self._claims.models != list(record.cards):

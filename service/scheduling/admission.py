@@ -31,7 +31,7 @@ class Backlog:
     encoding the last result of the order's model took. `image_bytes` is the size of the input images before the order,
     at most `max_image_bytes`. `promised_s` is refused work whose callers were told to come again and have not yet.
     `own_s` are the seconds of it that the order's API key has, and `weight` is that of the
-    key, None on a server without keys.
+    key, None on a server without keys. `num_keys` keys have work, the order's included.
     """
 
     seconds: float
@@ -43,6 +43,7 @@ class Backlog:
     promised_s: float = 0.0
     own_s: float = 0.0
     weight: float | None = None
+    num_keys: int = 1
 
 
 @dataclass(slots=True)
