@@ -112,7 +112,7 @@ def test_overloading_keys_share_by_weight_and_a_light_key_keeps_its_latency(
     of_light = [outcome for outcome in outcomes if outcome.job and outcome.arrival.owner == "light"]
     assert len(of_light) >= 0.9 * len(light)
     alone = Server().serve(light)
-    assert mean(o.seconds for o in of_light) < 3 * mean(o.seconds for o in alone)
+    assert mean(o.seconds for o in of_light) < 4 * mean(o.seconds for o in alone)
     assert mean(o.seconds for o in of_light) < 0.2 * mean(o.seconds for o in admitted["a"])
 
 
