@@ -145,7 +145,8 @@ def shape_of(request: GenerationRequest) -> str:
     many of one kind run at a time, and light ones find a place.
     """
     if request.wants_exact:
-        return _size_of(request) + _EXACT_SUFFIX
+        # A mesh keeps its place while its field is decoded, and others take steps meanwhile.
+        return _size_of(request) + (_EXACT_SUFFIX if isinstance(request, ImageRequest) else " exact mesh")
     is_light = request.num_computed_steps <= _LIGHT * request.num_steps
     return _size_of(request) + _LIGHT_SUFFIX * is_light
 

@@ -25,9 +25,9 @@ def due_at(
 
     `own_s` are the predicted seconds of the jobs that its API key has, waiting and running. With fair shares among
     `num_keys` keys, these would be done after so many times that time, over the key's weight, and the job is due in
-    proportion to that (after weighted fair queueing, Demers, Keshav and Shenker 1989, https://doi.org/10.1145/75246.75248). So keys that
-    ask for more than there is get shares in proportion to their weights, and a key with one job does not wait for a
-    key with hundreds.
+    proportion to that (after weighted fair queueing, Demers, Keshav and Shenker 1989,
+    https://doi.org/10.1145/75246.75248). So keys that ask for more than there is get shares in proportion to their
+    weights, and a key with one job does not wait for a key with hundreds.
     """
     due = created_at + _PATIENCE * seconds + _PATIENCE_OF_KEY * num_keys * own_s / weight
     return due if deadline_at is None else min(due, created_at + _SHARE_OF_DEADLINE * (deadline_at - created_at))
