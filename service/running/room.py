@@ -8,7 +8,7 @@ from models.card import ModelCard
 from models.memory import ModelMemory, RequestMemory
 from service.running.held import HeldJob, Running
 from service.running.publisher import Publisher
-from service.scheduling.batching import is_light, most_at_once
+from service.scheduling.batching import is_light, most_at_once, step_shape
 from service.scheduling.cost import grid_bytes
 from service.scheduling.memory import DeviceMemory, InMemory
 
@@ -74,9 +74,9 @@ class Room:
 
     def has_memory(self, new: Newcomer, waiting: Sequence[HeldJob], running: Sequence[Running]) -> bool:
         """Whether the device's memory allows one more. One of high priority may step without others of its shape."""
-        entries = [*(InMemory(held.shape, held.memory) for held in waiting), *map(_entry, running)]
+        entries = [*(InMemory(step_shape(held.shape), held.memory) for held in waiting), *map(_entry, running)]
         max_batch_size = 1 if new.is_high else self.max_batch_size(new.model)
-        return self._device(entries).can_start(InMemory(new.shape, new.memory), max_batch_size)
+        return self._device(entries).can_start(InMemory(step_shape(new.shape), new.memory), max_batch_size)
 
     def max_batch_size(self, model: str) -> int:
         return min(self._limits.max_batch_size, self.cards[model].max_batch_size)
@@ -126,4 +126,4 @@ class Room:
 
 
 def _entry(running: Running) -> InMemory:
-    return InMemory(running.held.shape, running.memory, running.state.is_done)
+    return InMemory(step_shape(running.held.shape), running.memory, running.state.is_done)

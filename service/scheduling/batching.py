@@ -156,6 +156,11 @@ def most_at_once(shape: str, max_batch_size: int) -> int:
     return min(_MOST_EXACT, max_batch_size) if shape.endswith(_EXACT_SUFFIX) else max_batch_size
 
 
+def step_shape(shape: str) -> str:
+    """What requests that can share steps have in common: light ones share them with others."""
+    return shape.removesuffix(_LIGHT_SUFFIX)
+
+
 def is_light(shape: str) -> bool:
     """Whether requests of this shape compute few of their steps."""
     return shape.endswith(_LIGHT_SUFFIX)
