@@ -52,18 +52,22 @@ def serve(engine: Engine, requests: Sequence[GenerationRequest], group: Group) -
     for state in states:
         state.exact_tolerance = None  # so that dense ones share steps
     costs = [block_seconds(request, card) for request in requests]
-    virtual_times, ends = [0.0] * len(states), [0.0] * len(states)
+    alone = [
+        Candidate(state.batch_key, 0.0, state.expected_runs, cost).step_seconds
+        for state, cost in zip(states, costs, strict=True)
+    ]
+    turns = [
+        fair_share.join(state.num_computed_steps * seconds, 1.0) for state, seconds in zip(states, alone, strict=True)
+    ]
+    ends = [0.0] * len(states)
     running = list(range(len(states)))
     started = time.perf_counter()
     while running:
-        candidates = [
-            Candidate(states[i].batch_key, virtual_times[i], states[i].expected_runs, costs[i]) for i in running
-        ]
+        candidates = [Candidate(states[i].batch_key, turns[i], states[i].expected_runs, costs[i]) for i in running]
         chosen = group(candidates)[0]
-        report = engine.step([states[running[place]] for place in chosen])
-        had = fair_share.after_step([candidates[place] for place in chosen], report.seconds)
-        for place, virtual_time in zip(chosen, had, strict=True):
-            virtual_times[running[place]] = virtual_time
+        engine.step([states[running[place]] for place in chosen])
+        for place in chosen:
+            fair_share.spend(alone[running[place]])
             if states[running[place]].is_done:
                 ends[running[place]] = time.perf_counter() - started
         running = [i for i in running if not states[i].is_done]

@@ -115,6 +115,8 @@ class ModelNotLoadable(ServiceError):
 
 
 class Overloaded(ServiceError):
+    retry_after_s: int
+
     def __init__(self, message: str, retry_after_s: int) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s

@@ -33,11 +33,15 @@ class Scope(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """A known key. `id` names it in logs and as the owner of jobs; it is not secret."""
+    """A known key. `id` names it in logs and as the owner of jobs; it is not secret.
+
+    `weight` is its share of an overloaded server, relative to other keys.
+    """
 
     id: str
     scopes: frozenset[Scope]
     rate_limit: RateLimitItem | None = None
+    weight: float = 1.0
 
     def allows(self, scope: Scope) -> bool:
         return scope in self.scopes or Scope.ADMIN in self.scopes
@@ -52,6 +56,7 @@ class KeyEntry(BaseModel):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     scopes: tuple[Scope, ...] = Field(min_length=1)
     rate_limit: str | None = None
+    weight: float = Field(default=1.0, gt=0, le=1000, allow_inf_nan=False)
 
     def to_toml(self) -> str:
         scopes = ", ".join(f'"{scope}"' for scope in self.scopes)
@@ -147,7 +152,7 @@ def _parse_entry(entry: Any, where: str) -> tuple[str, ApiKey]:
         raise BadConfiguration(f"{where}: {_reason(error)}") from None  # pydantic's message has the values
     except ValueError as error:
         raise BadConfiguration(f"{where}: rate_limit: {error}") from error
-    return parsed.sha256, ApiKey(parsed.id, frozenset(parsed.scopes), limit)
+    return parsed.sha256, ApiKey(parsed.id, frozenset(parsed.scopes), limit, parsed.weight)
 
 
 def _reason(error: ValidationError) -> str:

@@ -14,11 +14,14 @@ from service.api.caller import Caller, caller_of
 from service.api.generation_route import GenerationHeaders
 from service.api.schemas import GenerationBody, ResponseFormat
 from service.api.validation import shown
+from service.errors import Overloaded
 from service.jobs.job import Job, Priority
 from service.jobs.store import Idempotency
 from service.order import Order, input_image_bytes
 from service.running.dispatcher import Dispatcher
 from service.scheduling.admission import Admission, Backlog, admit
+from service.scheduling.cost import order_seconds
+from service.scheduling.queueing import due_at
 from service.settings import Settings
 from service.webhooks import check_webhook_url
 
@@ -50,8 +53,13 @@ async def submit(
     recorded = None if idempotency is None else await dispatcher.store.find(idempotency)
     if recorded is None:
         created_at = dispatcher.store.clock()
-        backlog = await _backlog(order, card, dispatcher, _max_backlog_s(body, settings), settings)
-        job = _job_of(admit(order, card, backlog), body, caller, created_at)
+        backlog = await _backlog(order, card, dispatcher, caller, _max_backlog_s(body, settings), settings)
+        try:
+            job = _job_of(admit(order, card, backlog), backlog, body, caller, created_at)
+        except Overloaded as error:
+            cost_s = order_seconds(order.requests, card) * backlog.pace
+            dispatcher.promises.add(created_at + error.retry_after_s, cost_s)
+            raise
         with (
             dispatcher.work_intake.recording(job.predicted_seconds),
             dispatcher.image_intake.recording(input_image_bytes(job.requests)),
@@ -67,15 +75,16 @@ def _max_backlog_s(body: GenerationBody, settings: Settings) -> float:
 
 
 async def _backlog(
-    order: Order, card: ModelCard, dispatcher: Dispatcher, max_seconds: float, settings: Settings
+    order: Order, card: ModelCard, dispatcher: Dispatcher, caller: Caller, max_seconds: float, settings: Settings
 ) -> Backlog:
     """The work before `order`: what is in the store, and what this process was adding while that was read."""
     work, images, pace = dispatcher.work_intake, dispatcher.image_intake, dispatcher.fleet.pace(card.id)
     recorded_s, recorded_bytes = work.recorded, images.recorded
-    load = await dispatcher.store.load()
+    load = await dispatcher.store.load(caller.owner)
     seconds = dispatcher.fleet.seconds_before(card.id, load)
     if math.isinf(seconds):  # the last worker has gone since the card was found
         raise dispatcher.fleet.unavailable(card.id)
+    all_s = sum(of_model.seconds for of_model in load.models.values())
     return Backlog(
         seconds=seconds + (work.admitted - recorded_s) * pace / dispatcher.fleet.num_workers(card.id),
         max_seconds=max_seconds,
@@ -83,6 +92,10 @@ async def _backlog(
         pace=pace,
         image_bytes=load.image_bytes + images.admitted - recorded_bytes,
         max_image_bytes=settings.max_input_image_bytes,
+        promised_s=dispatcher.promises.seconds(dispatcher.store.clock()),
+        own_s=0.0 if caller.key is None or not all_s else load.own_s / all_s * seconds,
+        weight=None if caller.key is None else caller.key.weight,
+        num_keys=load.num_owners + (not load.own_s),
     )
 
 
@@ -113,8 +126,9 @@ def _check_trace(order: Order, card: ModelCard, most: int) -> None:
         )
 
 
-def _job_of(admission: Admission, body: GenerationBody, caller: Caller, created_at: float) -> Job:
+def _job_of(admission: Admission, backlog: Backlog, body: GenerationBody, caller: Caller, created_at: float) -> Job:
     order = admission.order
+    deadline_at = None if admission.latency_s is None else created_at + admission.latency_s
     return Job(
         id=f"job_{uuid.uuid4().hex}",
         model=order.requests[0].model,
@@ -127,11 +141,19 @@ def _job_of(admission: Admission, body: GenerationBody, caller: Caller, created_
         request_id=caller.request_id,
         created_at=created_at,
         owner=caller.owner,
-        deadline_at=None if admission.latency_s is None else created_at + admission.latency_s,
+        deadline_at=deadline_at,
         is_degraded=admission.is_degraded,
         num_previews=body.partial_images or 0,
         webhook_url=body.webhook_url,
         memory=admission.memory,
+        due_at=due_at(
+            created_at,
+            admission.predicted_seconds * backlog.pace,
+            deadline_at=deadline_at,
+            own_s=backlog.own_s,
+            weight=backlog.weight or 1.0,
+            num_keys=backlog.num_keys,
+        ),
     )
 
 

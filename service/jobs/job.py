@@ -46,8 +46,8 @@ class Priority(StrEnum):
 
 
 _RANKS = {priority: rank for rank, priority in enumerate(Priority)}
-# Jobs without a deadline sort as if due in so many seconds, so deadlines overtake them only so far.
-_DUE_WITHOUT_DEADLINE_S = 60.0
+_DUE_IN_S = 60.0
+"""When a job is due that has neither a time for that, since an earlier version recorded it, nor a deadline."""
 
 
 class FailureReason(StrEnum):
@@ -121,6 +121,7 @@ class Job:
     only meshes have. `request_id` names the API call in logs, `owner` the API key
     that created the job, None without keys. `is_degraded` says that load has lowered the quality. `num_previews` is how
     many previews of the unfinished result its events get. `memory` is what each of its requests takes of the device.
+    `due_at` gives its place in the queue, see `scheduling.queueing`.
     """
 
     id: str
@@ -139,14 +140,15 @@ class Job:
     num_previews: int = 0
     webhook_url: str | None = None
     memory: RequestMemory = NO_MEMORY
+    due_at: float | None = None
 
     @property
     def place(self) -> float:
-        """Its place in the queue, lowest first: by priority, then by deadline.
+        """Its place in the queue, lowest first: by priority, then by when it is due.
 
-        A job without a deadline sorts as if due in 60 s. In milliseconds, which a double holds exactly.
+        In milliseconds, which a double holds exactly.
         """
-        due = self.created_at + _DUE_WITHOUT_DEADLINE_S if self.deadline_at is None else self.deadline_at
+        due = next(due for due in (self.due_at, self.deadline_at, self.created_at + _DUE_IN_S) if due is not None)
         return float(_RANKS[self.priority] * 2**44 + round(due * 1000))
 
     @property

@@ -276,7 +276,8 @@ class MemoryStore:
             if what in ("queued", "running") and model is not None
         }
         own_s = 0.0 if owner is None else sums["own_us", owner] / 1e6
-        return Load(models, image_bytes=sums["image_bytes", None], own_s=own_s)
+        num_owners = sum(what == "own_us" and key is not None for what, key in sums)
+        return Load(models, image_bytes=sums["image_bytes", None], own_s=own_s, num_owners=num_owners)
 
     async def announce(self, record: WorkerRecord) -> None:
         self._worker = record

@@ -354,8 +354,9 @@ class RedisStore:
         async with self._operation("load"), self._redis.pipeline() as reading:
             reading.hgetall(self._key("load"))
             reading.hget(self._key("owners"), owner or "")
-            sums, own_us = await reading.execute()
-        return load_sums(sums, own_us)
+            reading.hlen(self._key("owners"))
+            sums, own_us, num_owners = await reading.execute()
+        return load_sums(sums, own_us, num_owners)
 
     async def announce(self, record: WorkerRecord) -> None:
         if self._claims.models != list(record.cards):

@@ -140,7 +140,7 @@ def load_pictures(job: Job, data: bytes, fields: Mapping[bytes, bytes]) -> Job:
     return job.with_input_images([data[end - size : end] for end, size in zip(accumulate(sizes), sizes, strict=True)])
 
 
-def load_sums(sums: Mapping[bytes, bytes], own_us: bytes | None) -> Load:
+def load_sums(sums: Mapping[bytes, bytes], own_us: bytes | None, num_owners: int) -> Load:
     """The load whose sums in Redis are these, in whole microseconds. `own_us` is that of one owner."""
     numbers = {field.decode(): int(number) for field, number in sums.items()}
     models = {field.partition(":")[2] for field in numbers if ":" in field}
@@ -156,6 +156,7 @@ def load_sums(sums: Mapping[bytes, bytes], own_us: bytes | None) -> Load:
         },
         image_bytes=numbers.get("image_bytes", 0),
         own_s=int(own_us or 0) / 1e6,
+        num_owners=num_owners,
     )
 
 

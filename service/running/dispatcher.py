@@ -22,7 +22,7 @@ from service.running.fleet import Fleet
 from service.running.inbox import Inbox
 from service.running.reports import RETRY_S, Reports
 from service.running.webhook_calls import WebhookCalls
-from service.scheduling.admission import Intake
+from service.scheduling.admission import Intake, Promises
 from service.scheduling.fleet import WorkerRecord
 
 if TYPE_CHECKING:  # brings what models are computed with, which an API node never loads
@@ -73,6 +73,7 @@ class Dispatcher:
         self._num_calls = 0
         self._has_news_of_own = asyncio.Event()
         self.work_intake, self.image_intake = Intake(), Intake()
+        self.promises = Promises()
         self.has_drained = asyncio.Event()
         self._has_broken_loop = False
         self._inbox = inbox

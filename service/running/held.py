@@ -6,21 +6,22 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from models.card import ModelCard
 from models.errors import DeviceLost
 from models.memory import RequestMemory
 from models.mesh.surface import FieldSamples
 from models.request import GenerationRequest
 from service.jobs.job import Job, Priority
 from service.jobs.store import Claim, Progress
-from service.scheduling.batching import Candidate
-from service.scheduling.cost import BlockSeconds, grid_bytes
+from service.scheduling.batching import Candidate, FairShare
+from service.scheduling.cost import BlockSeconds, dense_step_seconds, grid_bytes
 
 if TYPE_CHECKING:  # brings torch, which the API side never loads
     from models.families.family import BranchStart, Encoded
     from models.state import DenoiseState
 
 _WEIGHTS = {Priority.LOW: 0.5, Priority.NORMAL: 1.0, Priority.HIGH: 256.0}
-_DEADLINE_WEIGHT = 2.0
+_DEADLINE_WEIGHT = 3.0
 
 DECODE_TURN_S = 0.05
 """How long a mesh is decoded before others have their turn. Its fair share of the device does not depend on it."""
@@ -89,10 +90,11 @@ class HeldJob:
 class Running:
     """Request `index` of a held job between its start and its last step, or the last turn of its `decoding`.
 
-    `denoise_began`, `last_step_ended` and `denoise_ended` are times of the performance counter. `virtual_time` is the
-    weighted device time that the request has had, see `scheduling.batching.FairShare`. `batch_size_sum` adds up the
-    batch sizes of its computed steps. `pace` is how much longer than predicted its last computed step took, including
-    the steps of other requests. `num_previews` is how many previews were made.
+    `denoise_began`, `steps_began` and `denoise_ended` are times of the performance counter: when it started, when its
+    first step began, when its last one ended. `turn` says when it is its turn, see `scheduling.batching.FairShare`, and
+    `left_s` how much is left of the predicted seconds that this follows from. `batch_size_sum` adds up the batch sizes
+    of its computed steps, `predicted_s` their predicted seconds. `pace` is how much longer they took, including the
+    steps of other requests between them. `num_previews` is how many previews were made.
     """
 
     held: HeldJob
@@ -101,12 +103,14 @@ class Running:
     queue_s: float
     encode_s: float
     denoise_began: float
-    virtual_time: float
     block_seconds: BlockSeconds
+    turn: float = 0.0
+    left_s: float = 0.0
     batch_size_sum: int = 0
+    predicted_s: float = 0.0
     pace: float = 1.0
     num_previews: int = 0
-    last_step_ended: float | None = None
+    steps_began: float | None = None
     denoise_ended: float | None = None
     decoding: Generator[None, None, FieldSamples] | None = None
 
@@ -137,16 +141,38 @@ class Running:
         weight = _WEIGHTS[self.job.priority]
         return weight if self.job.deadline_at is None else max(weight, _DEADLINE_WEIGHT)
 
+    def join(self, fair_share: FairShare) -> None:
+        """Take a place in the order of turns."""
+        decode_s = self.job.decode_seconds / len(self.job.requests)
+        self.left_s = self.state.num_computed_steps * self.as_candidate().step_seconds + decode_s
+        self.turn = fair_share.join(self.left_s, self.weight)
+
+    def spend(self, fair_share: FairShare, seconds: float) -> None:
+        """Note that it has had so many of its predicted seconds, or needs no more of them."""
+        if self.left_s < seconds / 2:
+            # It takes longer than predicted: the rest of it waits as if it came now, so that others do not starve.
+            self.left_s = max(seconds, self.predicted_s)
+            self.turn = fair_share.join(self.left_s, self.weight)
+        spent = min(seconds, self.left_s)
+        self.left_s -= spent
+        fair_share.spend(spent)
+
+    def measure_pace(self, card: ModelCard, began: float, ended: float) -> None:
+        """Note that a step of it began and ended then, by the performance counter.
+
+        Its pace is that of all its steps: it goes on without a break once it is its turn, but for light requests that
+        come.
+        """
+        self.predicted_s += dense_step_seconds(self.request, card) * self.state.point.relative_step_seconds
+        self.steps_began = began if self.steps_began is None else self.steps_began
+        self.pace = (ended - self.steps_began) / self.predicted_s
+
     def as_candidate(self) -> Candidate:
         if self.decoding is not None:
             # Its turn is shared with nobody.
-            return Candidate(
-                self, self.virtual_time, [1.0], BlockSeconds(0.0, DECODE_TURN_S), self.weight, self.job.is_high
-            )
+            return Candidate(self, self.turn, [1.0], BlockSeconds(0.0, DECODE_TURN_S), self.weight, self.job.is_high)
         runs = self.state.expected_runs
-        return Candidate(
-            self.state.batch_key, self.virtual_time, runs, self.block_seconds, self.weight, self.job.is_high
-        )
+        return Candidate(self.state.batch_key, self.turn, runs, self.block_seconds, self.weight, self.job.is_high)
 
 
 def preview_steps(num_previews: int, num_steps: int) -> list[int]:

@@ -8,11 +8,14 @@ from models.card import ModelCard
 from models.memory import ModelMemory, RequestMemory
 from service.running.held import HeldJob, Running
 from service.running.publisher import Publisher
+from service.scheduling.batching import is_light, most_at_once, step_shape
 from service.scheduling.cost import grid_bytes
 from service.scheduling.memory import DeviceMemory, InMemory
 
 _SHARE_FOR_HIGH = 8
 """One in so many of the places for running requests is kept for those of high priority."""
+_SHARE_FOR_LIGHT = 4
+"""One in so many of the places is kept for light requests, and for those of high priority."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,23 +56,27 @@ class Room:
         """Whether the limits of numbers allow one more, if one of each of `waiting` had started.
 
         One of high priority does not wait for others to end: they leave room for it, and it does not count them among
-        those of its shape.
+        those of its shape. Nor does a light one wait for others than light ones.
         """
         held = [*waiting, *(other.held for other in running)]
-        is_full = self.is_full(len(held), is_high=new.is_high)
+        is_full = self.is_full(len(held), is_high=new.is_high, is_light=is_light(new.shape))
         rivals = sum(other.shape == new.shape and (other.job.is_high or not new.is_high) for other in held)
-        return not is_full and rivals < self.max_batch_size(new.model)
+        return not is_full and rivals < most_at_once(new.shape, self.max_batch_size(new.model))
 
-    def is_full(self, num_held: int, *, is_high: bool) -> bool:
+    def is_full(self, num_held: int, *, is_high: bool, is_light: bool) -> bool:
         """Whether the worker has no place for one more request beside those that wait or run, whatever its shape."""
         most = self._limits.max_running
-        return num_held + self._publisher.num_unfinished >= (most if is_high else most - most // _SHARE_FOR_HIGH)
+        if not is_high:
+            most -= most // _SHARE_FOR_HIGH
+            if not is_light:
+                most -= most // _SHARE_FOR_LIGHT
+        return num_held + self._publisher.num_unfinished >= most
 
     def has_memory(self, new: Newcomer, waiting: Sequence[HeldJob], running: Sequence[Running]) -> bool:
         """Whether the device's memory allows one more. One of high priority may step without others of its shape."""
-        entries = [*(InMemory(held.shape, held.memory) for held in waiting), *map(_entry, running)]
+        entries = [*(InMemory(step_shape(held.shape), held.memory) for held in waiting), *map(_entry, running)]
         max_batch_size = 1 if new.is_high else self.max_batch_size(new.model)
-        return self._device(entries).can_start(InMemory(new.shape, new.memory), max_batch_size)
+        return self._device(entries).can_start(InMemory(step_shape(new.shape), new.memory), max_batch_size)
 
     def max_batch_size(self, model: str) -> int:
         return min(self._limits.max_batch_size, self.cards[model].max_batch_size)
@@ -118,4 +125,4 @@ class Room:
 
 
 def _entry(running: Running) -> InMemory:
-    return InMemory(running.held.shape, running.memory, running.state.is_done)
+    return InMemory(step_shape(running.held.shape), running.memory, running.state.is_done)

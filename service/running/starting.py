@@ -133,18 +133,17 @@ class Starter:
         now = time.perf_counter()
         encode_s = encoding.seconds + now - began
         self._metrics.observe_stage(job.model, "encode", encode_s)
-        self._add(
-            Running(
-                held=held,
-                index=index,
-                state=state,
-                queue_s=max(0.0, self._clock() - job.created_at - encode_s),  # clocks agree only roughly
-                encode_s=encode_s,
-                denoise_began=now,
-                virtual_time=self._fair_share.at_start,
-                block_seconds=block_seconds(request, engine.cards[job.model]),
-            )
+        running = Running(
+            held=held,
+            index=index,
+            state=state,
+            queue_s=max(0.0, self._clock() - job.created_at - encode_s),  # clocks agree only roughly
+            encode_s=encode_s,
+            denoise_began=now,
+            block_seconds=block_seconds(request, engine.cards[job.model]),
         )
+        running.join(self._fair_share)
+        self._add(running)
         held.encoding.pop(index)
         held.prepared.pop(index, None)
         if not held.unstarted:

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING
 
-from models.card import ModelCard
 from models.errors import DeviceLost, OutOfDeviceMemory
 from models.report import StepReport
 from service.jobs.store import Report
@@ -15,7 +14,6 @@ from service.running.held import Running, preview_steps
 from service.running.publisher import PendingPreview, Publisher
 from service.running.room import Room
 from service.scheduling.batching import Candidate, FairShare
-from service.scheduling.cost import dense_step_seconds
 from service.scheduling.deadline import point_for
 from service.scheduling.precedence import Precedence
 
@@ -120,10 +118,9 @@ class Stepper:
         """Charge a step to its requests."""
         now = time.perf_counter()
         self._precedence.spend(expected[0].is_high, report.seconds)
-        virtual_times = self._fair_share.after_step(expected, report.seconds)
-        for running, virtual_time in zip(batch, virtual_times, strict=True):
-            _measure_pace(running, engine.cards[running.job.model], now)
-            running.virtual_time = virtual_time
+        for running, candidate in zip(batch, expected, strict=True):
+            running.measure_pace(engine.cards[running.job.model], now - report.seconds, now)
+            running.spend(self._fair_share, candidate.step_seconds)
             running.batch_size_sum += report.batch_size
             running.held.steps_done += 1
             running.held.num_steps[running.index] = running.state.num_computed_steps
@@ -157,9 +154,3 @@ class Stepper:
                 preview = PendingPreview(running.claim, running.index, number, decode, running.memory.preview)
                 self._publisher.preview(preview, on_preview=self._on_preview)
                 running.num_previews += 1
-
-
-def _measure_pace(running: Running, card: ModelCard, now: float) -> None:
-    predicted_s = dense_step_seconds(running.request, card) * running.state.point.relative_step_seconds
-    running.pace = (now - (running.last_step_ended or running.denoise_began)) / predicted_s
-    running.last_step_ended = now

@@ -184,7 +184,7 @@ class Worker:
         """Whether it holds as many requests as it may, so that no kind of job `fits`."""
         with self._lock:
             num_waiting = sum(len(held.unstarted) for held in self._held.values())
-            return self._room.is_full(num_waiting + len(self._running), is_high=True)
+            return self._room.is_full(num_waiting + len(self._running), is_high=True, is_light=True)
 
     def take(self, claim: Claim) -> None:
         """Run this job, which was claimed because it `fits`."""
@@ -290,10 +290,10 @@ class Worker:
 
     def _drop_unwanted(self) -> None:
         """Free the memory of requests whose job was cancelled or has failed."""
-        kept = [running for running in self._running if self.is_held(running.claim)]
-        if len(kept) < len(self._running):
-            with self._lock:
-                self._running = kept
+        unwanted = [running for running in self._running if not self.is_held(running.claim)]
+        for running in unwanted:
+            self._remove(running)
+        if unwanted:
             self._on_room()
         self._publisher.drop_unwanted()
 
@@ -363,7 +363,7 @@ class Worker:
             self._publisher.fail(running.claim, error)
         seconds = time.perf_counter() - began
         self._precedence.spend(candidate.is_high, seconds)
-        (running.virtual_time,) = self._fair_share.after_step([candidate], seconds)
+        running.spend(self._fair_share, seconds)
 
     def _publish(self, running: Running, decode: Callable[[], Decoded]) -> None:
         """Hand a request to the publisher."""
@@ -383,9 +383,13 @@ class Worker:
         self._publisher.publish(denoised, on_artifact=self._look_for_room)
         self._let_go(running)
 
-    def _let_go(self, running: Running) -> None:
+    def _remove(self, running: Running) -> None:
         with self._lock:
             self._running.remove(running)
+        running.spend(self._fair_share, running.left_s)
+
+    def _let_go(self, running: Running) -> None:
+        self._remove(running)
         self._stepper.forget_failures()
         self._on_room()
 

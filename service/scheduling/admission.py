@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from heapq import heappop, heappush
 
 from models.budget import point_of_quality
 from models.card import ModelCard
@@ -16,6 +17,11 @@ from service.scheduling.deadline import check_reachable
 from service.scheduling.load import lowered_quality
 from service.scheduling.memory import check_fits
 
+_MOST_PROMISED = 2.0
+"""How much refused work counts, over the longest backlog. Callers may never come again."""
+_SHARE_OF_FREE = 4.0
+"""How much of the backlog a key of weight 1 may have, over what is left free: alone, four fifths of it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
@@ -23,7 +29,9 @@ class Backlog:
 
     `seconds` is corrected by `pace`, the measured seconds for each predicted one. `finish_s` is how long decoding and
     encoding the last result of the order's model took. `image_bytes` is the size of the input images before the order,
-    at most `max_image_bytes`.
+    at most `max_image_bytes`. `promised_s` is refused work whose callers were told to come again and have not yet.
+    `own_s` are the seconds of it that the order's API key has, and `weight` is that of the
+    key, None on a server without keys. `num_keys` keys have work, the order's included.
     """
 
     seconds: float
@@ -32,6 +40,10 @@ class Backlog:
     pace: float = 1.0
     image_bytes: float = 0.0
     max_image_bytes: float = math.inf
+    promised_s: float = 0.0
+    own_s: float = 0.0
+    weight: float | None = None
+    num_keys: int = 1
 
 
 @dataclass(slots=True)
@@ -53,6 +65,23 @@ class Intake:
             yield
         finally:
             self.recorded += amount
+
+
+class Promises:
+    """Refused work that may come again, and when. Each caller is told a time at which there is room for all of it."""
+
+    def __init__(self) -> None:
+        self._promises: list[tuple[float, float]] = []  # a heap of times and predicted seconds
+
+    def add(self, at: float, seconds: float) -> None:
+        """A caller with so much work was told to come again at this time."""
+        heappush(self._promises, (at, seconds))
+
+    def seconds(self, now: float) -> float:
+        """The work that is expected to come again after `now`."""
+        while self._promises and self._promises[0][0] <= now:
+            heappop(self._promises)
+        return sum(seconds for _, seconds in self._promises)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +121,7 @@ def admit(order: Order, card: ModelCard, backlog: Backlog) -> Admission:
     _check_images(order, backlog)
     seconds = order_seconds(order.requests, card)
     _check_room(seconds * backlog.pace, backlog)
+    _check_share(seconds * backlog.pace, backlog)
     decode_s = sum(mesh_decode_seconds(request, card) for request in order.requests)
     return Admission(order, seconds, decode_s, order != wanted, latency_s, card.memory_of(order.requests[0]))
 
@@ -125,14 +155,37 @@ def _check_room(cost_s: float, backlog: Backlog) -> None:
     """Raise Overloaded if `cost_s` more would make the backlog too long.
 
     An idle server takes any order, however long, since waiting would not make it shorter. Callers are told to wait
-    until half of the room is free: those who come back together find room then, not one place that the first one takes.
+    until half of the room would be free, if all that was accepted, and all that was told to come again before, were
+    done. Those who come again are spread out so, and find room once the load falls.
     """
     excess_s = backlog.seconds + cost_s - backlog.max_seconds
     if backlog.seconds <= 0 or excess_s <= 0:
         return
-    retry_after_s = max(1, math.ceil(min(excess_s + backlog.max_seconds / 2, backlog.seconds)))
+    promised_s = min(backlog.promised_s, _MOST_PROMISED * backlog.max_seconds)
+    retry_after_s = max(1, math.ceil(min(excess_s + backlog.max_seconds / 2, backlog.seconds) + promised_s))
     raise Overloaded(
         f"the server has {backlog.seconds:.1f} s of work and this request would add {cost_s:.1f} s, more than the "
         f"{backlog.max_seconds:g} s it accepts; try again in {retry_after_s} s",
+        retry_after_s,
+    )
+
+
+def _check_share(cost_s: float, backlog: Backlog) -> None:
+    """Raise Overloaded if `cost_s` more would be too much of the backlog for one API key.
+
+    Each key may have as much as is left free, times its weight and a factor (dynamic thresholds, Choudhury and Hahne
+    1998, https://doi.org/10.1109/90.664262). So there is always room for a key that has nothing yet, and keys that ask
+    for more than there is have shares in proportion to their weights. A key that has nothing may have any order.
+    """
+    if backlog.weight is None or backlog.own_s <= 0:
+        return
+    most_s = _SHARE_OF_FREE * backlog.weight * max(0.0, backlog.max_seconds - backlog.seconds)
+    if backlog.own_s + cost_s <= most_s:
+        return
+    retry_after_s = max(1, math.ceil(backlog.own_s + cost_s - most_s + backlog.seconds / 2))
+    raise Overloaded(
+        f"this API key has {backlog.own_s:.1f} s of work here and this request would add {cost_s:.1f} s, more than the "
+        f"{most_s:.1f} s that one key may have while the server has {backlog.seconds:.1f} s; try again in "
+        f"{retry_after_s} s",
         retry_after_s,
     )

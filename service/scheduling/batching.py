@@ -1,6 +1,7 @@
 """Which requests share the next denoise step, so that light requests do not wait for dense ones."""
 
 import math
+from bisect import insort
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -8,19 +9,26 @@ from models.request import GenerationRequest, ImageEdit, ImageRequest
 from service.scheduling.cost import BlockSeconds
 
 _TOLERANCE = 1.1  # predictions may be off by this factor
+_LEAST_SAVING = 0.1
+"""How much less than alone a request must take in another's step to join it. It delays all others in that step."""
+_LIGHT = 0.25
+"""The most steps that a light request computes, over those of its schedule."""
+_LIGHT_SUFFIX, _EXACT_SUFFIX = " light", " exact"
+_MOST_EXACT = 2
+"""Exact requests run one after the other. While one does, the next one is encoded."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A started result. Candidates with one `batch_key` can share a step.
 
-    `virtual_time` is its share of the device time so far, and `weight` how much of it it gets, see `FairShare`.
+    `turn` says whose turn it is, the lowest first, and `weight` how much of the device it gets, see `FairShare`.
     `expected_runs` is the expected number of its rows that each block runs in the next step; `block_seconds` is what a
     block takes. Those that are not `is_high` keep out of the others' way.
     """
 
     batch_key: Hashable
-    virtual_time: float
+    turn: float
     expected_runs: Sequence[float]
     block_seconds: BlockSeconds
     weight: float = 1.0
@@ -64,18 +72,18 @@ def form_groups(
 ) -> list[list[int]]:
     """Group the candidates that share steps, as lists of indices. The first group goes next.
 
-    The request that has had the least device time leads a group. Others join it, the most similar in predicted time
-    first, while the step ends no later than the leader would in its share of the device: with n members of equal
-    weight, n times its time alone. So requests of similar sparsity go together. A light request may join a dense one's
-    step, since it would wait for that step anyway. A dense request joins a light one only where batching makes up for
-    it. Any prefix of a group is a valid group.
+    The request whose turn it is leads a group. Others join it, the most similar in predicted time first, while the step
+    ends no later than the leader would in its share of the device: with n members of equal weight, n times its time
+    alone. So requests of similar sparsity go together. A light request may join a dense one's step, since it would wait
+    for that step anyway. A dense request joins a light one only where batching makes up for it. Nobody joins where that
+    saves nothing, as with large images: it would only delay the leader. Any prefix of a group is a valid group.
 
     Those of high priority lead before all others if `high_first`, else after them. A step takes at most `most_growth`
     times as long as its leader's alone.
     """
     left = sorted(
         range(len(candidates)),
-        key=lambda index: (candidates[index].is_high != high_first, candidates[index].virtual_time),
+        key=lambda index: (candidates[index].is_high != high_first, candidates[index].turn),
     )
     seconds = {index: candidates[index].step_seconds for index in left}
     groups = []
@@ -86,7 +94,8 @@ def form_groups(
         for index in sorted(peers, key=lambda index: abs(seconds[index] - seconds[leader])):
             with_it = weight + candidates[index].weight
             most = min(_TOLERANCE * with_it / candidates[leader].weight, most_growth) * seconds[leader]
-            if step.seconds_with(candidates[index]) <= most:
+            longer = step.seconds_with(candidates[index])
+            if longer <= most and longer - step.seconds <= (1 - _LEAST_SAVING) * seconds[index]:
                 step.join(candidates[index])
                 group.append(index)
                 weight = with_it
@@ -96,35 +105,65 @@ def form_groups(
 
 
 class FairShare:
-    """Fair shares of the device, kept as virtual times.
+    """Whose turn it is: that of the request which would end first if all had fair shares of the device.
 
-    A step's seconds are split over its members in proportion to what each needs alone, and divided by its weight. A new
-    request starts at the virtual time of the last leader (self-clocked fair queueing, Golestani 1994,
-    https://doi.org/10.1109/INFCOM.1994.337677). So it gets nothing for the time before its arrival, later arrivals
-    cannot overtake it, and no request starves.
+    A virtual device serves all requests at once, each in proportion to its weight. The real one serves them in the
+    order in which the virtual one ends them (fair sojourn protocol, Friedman and Henderson 2003,
+    https://doi.org/10.1145/885651.781056). So light requests go first, and yet none ends later than with fair shares,
+    but for the step that runs when it arrives. Both devices do the same work: the predicted seconds of each request
+    alone. What steps save by being shared makes both of them faster.
     """
 
     def __init__(self) -> None:
-        self.at_start = 0.0
-        """The virtual time of a request that starts now."""
+        self._now = 0.0  # the seconds that a request of weight 1 has had, if it was always there
+        self._ends: list[tuple[float, float]] = []  # of those that the virtual device serves: when, and their weights
 
-    def after_step(self, members: Sequence[Candidate], seconds: float) -> list[float]:
-        """The members' virtual times after a step of `seconds`. `members` begins with the leader."""
-        needed = [member.step_seconds for member in members]
-        virtual_times = [
-            member.virtual_time + seconds * own / sum(needed) / member.weight
-            for member, own in zip(members, needed, strict=True)
-        ]
-        self.at_start = max(self.at_start, virtual_times[0])
-        return virtual_times
+    def join(self, seconds: float, weight: float) -> float:
+        """The `Candidate.turn` of a request that comes now and takes so many seconds alone."""
+        end = self._now + seconds / weight
+        insort(self._ends, (end, weight))
+        return end
+
+    def spend(self, seconds: float) -> None:
+        """Note that requests have had so much of the work that they joined with, or that they no longer need it."""
+        while self._ends and seconds > 0:
+            end, _ = self._ends[0]
+            weights = sum(weight for _, weight in self._ends)
+            needed = (end - self._now) * weights
+            if needed > seconds:
+                self._now += seconds / weights
+                return
+            self._now = end
+            seconds -= needed
+            del self._ends[0]
 
 
 def shape_of(request: GenerationRequest) -> str:
     """Requests of equal shape can share steps: they have one `batch_key`, but this needs no engine.
 
-    Exact ones share none, but they have a shape too, so that not too many of it run at a time.
+    Exact ones share none, and light ones share them with others too. They have shapes of their own, so that not too
+    many of one kind run at a time, and light ones find a place.
     """
-    return _size_of(request) + " exact" * request.wants_exact
+    if request.wants_exact:
+        # A mesh keeps its place while its field is decoded, and others take steps meanwhile.
+        return _size_of(request) + (_EXACT_SUFFIX if isinstance(request, ImageRequest) else " exact mesh")
+    is_light = request.num_computed_steps <= _LIGHT * request.num_steps
+    return _size_of(request) + _LIGHT_SUFFIX * is_light
+
+
+def most_at_once(shape: str, max_batch_size: int) -> int:
+    """How many requests of a shape may run at once. More exact ones would only wait for each other on the worker."""
+    return min(_MOST_EXACT, max_batch_size) if shape.endswith(_EXACT_SUFFIX) else max_batch_size
+
+
+def step_shape(shape: str) -> str:
+    """What requests that can share steps have in common: light ones share them with others."""
+    return shape.removesuffix(_LIGHT_SUFFIX)
+
+
+def is_light(shape: str) -> bool:
+    """Whether requests of this shape compute few of their steps."""
+    return shape.endswith(_LIGHT_SUFFIX)
 
 
 def _size_of(request: GenerationRequest) -> str:

@@ -64,12 +64,13 @@ class Load:
     """The work in the store, by model; models without jobs may be missing.
 
     `image_bytes` is the size of the input images of all queued and running jobs. `own_s` are the predicted seconds
-    that are left of the jobs of one API key, for which the load was asked.
+    that are left of the jobs of one API key, for which the load was asked, and `num_owners` is how many keys have any.
     """
 
     models: Mapping[str, ModelLoad] = field(default_factory=dict)
     image_bytes: int = 0
     own_s: float = 0.0
+    num_owners: int = 0
 
     def of(self, model: str) -> ModelLoad:
         return self.models.get(model, ModelLoad())

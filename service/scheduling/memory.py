@@ -37,7 +37,7 @@ class Decoding:
 
 @dataclass(frozen=True, slots=True)
 class InMemory:
-    """A started request. `shape` is that of `scheduling.batching.shape_of`; a done one only waits for its decoding."""
+    """A started request. `shape` is that of `batching.step_shape`; a done one only waits for its decoding."""
 
     shape: str
     memory: RequestMemory

@@ -37,7 +37,7 @@ class Precedence:
             self._owed_s = 0.0  # nobody waited for anybody
             high_first = True
         else:
-            high_first = not self.are_owed(min(others, key=lambda other: other.virtual_time).step_seconds)
+            high_first = not self.are_owed(min(others, key=lambda other: other.turn).step_seconds)
         most_growth = _MOST_GROWTH if now < self._hurry_ends else math.inf
         return form_groups(candidates, high_first=high_first, most_growth=most_growth)
 

@@ -145,3 +145,13 @@ def test_command_prints_a_key_once_and_its_entry(capsys: pytest.CaptureFixture[s
 def test_command_refuses_invalid_keys(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["new-key", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_weight_of_a_key_is_read_and_must_be_positive(write_json: Callable[[Any], Path]) -> None:
+    entry = {"id": "a", "sha256": sha256(b"secret").hexdigest(), "scopes": ["generate"]}
+    key = load_keys(write_json([{**entry, "weight": 2.5}]), None).identify("Bearer secret")
+    assert key is not None
+    assert key.weight == 2.5
+    for weight in (0, -1, "inf"):
+        with pytest.raises(BadConfiguration, match="weight"):
+            load_keys(write_json([{**entry, "weight": weight}]), None)

@@ -46,10 +46,10 @@ def dispatcher(make_dispatcher: Callable[[Settings], Dispatcher]) -> Iterator[Di
     assert dispatcher.worker.stop(20)
 
 
-def call(path: str = "/v1/images", owner: str = "maker") -> Request:
-    """An HTTP request, of which submission reads the path and the caller."""
+def call(path: str = "/v1/images", owner: str = "maker", weight: float = 1000.0) -> Request:
+    """An HTTP request, of which submission reads the path and the caller. A key of so much weight has the server."""
     scope: dict[str, Any] = {"type": "http", "path": path, "headers": [], "server": ("test", 80), "query_string": b""}
-    set_caller(scope, Caller("request-1", ApiKey(owner, frozenset({Scope.GENERATE}))))
+    set_caller(scope, Caller("request-1", ApiKey(owner, frozenset({Scope.GENERATE}), weight=weight)))
     return Request(scope)
 
 
@@ -145,9 +145,9 @@ async def test_calls_that_arrive_together_are_not_all_accepted(
     all_have_read = asyncio.Event()
     read = dispatcher.store.load
 
-    async def load() -> Load:
+    async def load(owner: str | None = None) -> Load:
         nonlocal num_reads
-        found = await read()
+        found = await read(owner)
         num_reads += 1
         if num_reads == num_calls:
             all_have_read.set()
@@ -201,3 +201,13 @@ async def test_load_lowers_quality_down_to_min_quality(submit_image: SubmitImage
     assert busy.requests[0].budget == QualityBudget(0.8)
     assert busy.quality_requested == 1.0
     assert busy.predicted_seconds == pytest.approx(4 * 0.5 * 0.55)
+
+
+async def test_one_key_can_not_fill_the_backlog_alone(submit_image: SubmitImage) -> None:
+    one = call(owner="one", weight=1.0)
+    jobs = [await submit_image(one, budget={"quality": 1.0}) for _ in range(3)]  # 2 s each, of 10 s
+    await submit_image(one, budget={"quality": 1.0})
+    with pytest.raises(Overloaded, match="this API key has"):
+        await submit_image(one, budget={"quality": 0.6})
+    other = await submit_image(call(owner="other", weight=1.0), budget={"quality": 1.0})
+    assert other.place < jobs[-1].place

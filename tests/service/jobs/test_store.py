@@ -490,7 +490,7 @@ async def test_load_is_that_of_each_model_and_of_one_key(bench: Any, make_job: M
     await bench.store.add(replace(make_job("b"), owner="other", predicted_seconds=0.2))
     await bench.store.add(replace(make_job("m"), owner="key", model="ball", requests=(MESH,)))
     models = {"drawn": ModelLoad(2, queued_s=0.3), "ball": ModelLoad(1, queued_s=2.0)}
-    assert await bench.store.load("key") == Load(models, image_bytes=256, own_s=2.1)
+    assert await bench.store.load("key") == Load(models, image_bytes=256, own_s=2.1, num_owners=2)
     assert (await bench.store.load("nobody")).own_s == (await bench.store.load()).own_s == 0.0
     for name in "abm":
         await bench.store.cancel(name)

@@ -136,15 +136,13 @@ def test_a_light_request_takes_steps_without_dense_ones(service: Any, engine: An
     engine.gate.set()
     for finished in waiting:
         finished.result(TIMEOUT_S)
-    # The light one needs 0.4 of the time, so it has five steps while the dense one has two, which it shares.
-    light_turns = [turn for turn, batch in enumerate(engine.batches) if 2 in batch]
-    num_dense = sum(1 in batch for batch in engine.batches[light_turns[0] : light_turns[-1]])
-    assert [2] in engine.batches
-    assert [1, 2] in engine.batches
-    assert num_dense == pytest.approx(8, abs=1)
+    # It would end first with fair shares of the device, so all of its steps come after the one that ran.
+    assert [turn for turn, batch in enumerate(engine.batches) if batch == [2]] == [*range(1, 21)]
 
 
-def test_images_with_a_deadline_get_twice_the_device(service: Any, engine: Any, make_job: MakeJob) -> None:
+def test_images_with_a_deadline_come_before_others_that_take_about_as_long(
+    service: Any, engine: Any, make_job: MakeJob
+) -> None:
     engine.gate.clear()
     exact = PresetBudget(Preset.EXACT)
     waiting = [service.submit(make_job("a", seeds=(1,), num_inference_steps=20, budget=exact))]
@@ -155,8 +153,7 @@ def test_images_with_a_deadline_get_twice_the_device(service: Any, engine: Any, 
     engine.gate.set()
     for finished in waiting:
         finished.result(TIMEOUT_S)
-    last = max(turn for turn, batch in enumerate(engine.batches) if batch == [2])
-    assert engine.batches[:last].count([1]) == pytest.approx(6, abs=1.5)
+    assert [turn for turn, batch in enumerate(engine.batches) if batch == [2]] == [*range(1, 13)]
 
 
 def test_high_priority_starts_and_steps_before_all_others(
@@ -170,7 +167,7 @@ def test_high_priority_starts_and_steps_before_all_others(
         service.submit(make_job(str(seed), seeds=(seed,), width=width, num_inference_steps=10))
         for seed, width in enumerate(shapes)
     ]
-    service.wait_until_taken(*"0123456")
+    service.wait_until_taken(*"012345")
     assert engine.stepping.wait(TIMEOUT_S)
     # When one of high priority comes
     waiting.append(service.submit(make_job("high", seeds=(9,), num_inference_steps=10, priority=Priority.HIGH)))

@@ -12,7 +12,7 @@ from models.request import Budget, ComputeBudget, ImageRequest, LatencyBudget, M
 from service.errors import DeadlineUnreachable, Overloaded
 from service.jobs.job import Job
 from service.order import Order, Output
-from service.scheduling.admission import Backlog, admit
+from service.scheduling.admission import Backlog, Promises, admit
 
 MakeOrder = Callable[..., Order]
 
@@ -176,3 +176,34 @@ def test_decoding_of_a_mesh_counts(mesh_card: MeshCard, make_mesh_job: Callable[
     with pytest.raises(DeadlineUnreachable, match="predicted to take 11"):
         admit(replace(order, requests=(hasty,)), card, backlog(0))
     admit(replace(order, requests=(replace(hasty, octree_resolution=64),)), card, backlog(0))
+
+
+def test_one_key_may_have_as_much_as_is_left_free_by_its_weight(make_order: MakeOrder, drawn_card: ImageCard) -> None:
+    order, busy = make_order(EXACT), replace(backlog(50), own_s=39.0, weight=1.0)  # four times the 10 s that are free
+    with pytest.raises(
+        Overloaded, match=r"has 39\.0 s of work here and this request would add 2\.0 s, more than the 40"
+    ):
+        admit(order, drawn_card, busy)
+    for allowed in (
+        replace(busy, own_s=37.0),
+        replace(busy, weight=2.0),
+        replace(busy, own_s=0.0),  # a key that has nothing may have any order
+        replace(busy, weight=None),  # a server without keys
+    ):
+        admit(order, drawn_card, allowed)
+
+
+def test_those_who_are_told_to_come_again_are_spread_out(make_order: MakeOrder, drawn_card: ImageCard) -> None:
+    full, waits = backlog(60), []
+    for promised_s in (0.0, 20.0, 500.0):
+        with pytest.raises(Overloaded) as caught:
+            admit(make_order(EXACT), drawn_card, replace(full, promised_s=promised_s))
+        waits.append(caught.value.retry_after_s)
+    assert waits == [32, 52, 152]  # at most twice the longest backlog more: callers may never come again
+
+
+def test_promises_count_until_their_time_has_come() -> None:
+    promises = Promises()
+    promises.add(10.0, 2.0)
+    promises.add(5.0, 1.0)
+    assert [promises.seconds(now) for now in (0.0, 5.0, 9.0, 10.0)] == [3.0, 2.0, 2.0, 0.0]

@@ -5,9 +5,9 @@ from service.scheduling.cost import BlockSeconds
 from service.scheduling.precedence import Precedence
 
 
-def candidate(*, is_high: bool = False, virtual_time: float = 0.0, seconds: float = 1.0, key: str = "a") -> Candidate:
+def candidate(*, is_high: bool = False, turn: float = 0.0, seconds: float = 1.0, key: str = "a") -> Candidate:
     weight = 256.0 if is_high else 1.0
-    return Candidate(key, virtual_time, [1.0], BlockSeconds(0.0, seconds), weight, is_high)
+    return Candidate(key, turn, [1.0], BlockSeconds(0.2 * seconds, 0.8 * seconds), weight, is_high)
 
 
 def leaders(precedence: Precedence, candidates: list[Candidate], num_steps: int, now: float = 0.0) -> list[int]:
@@ -21,7 +21,7 @@ def leaders(precedence: Precedence, candidates: list[Candidate], num_steps: int,
 
 
 def test_high_priority_leads_whatever_it_has_had() -> None:
-    rivals = [candidate(), candidate(is_high=True, virtual_time=100.0)]
+    rivals = [candidate(), candidate(is_high=True, turn=100.0)]
     assert leaders(Precedence(), rivals, 15) == [1] * 15
 
 
