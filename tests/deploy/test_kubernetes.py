@@ -8,8 +8,10 @@ from typing import Any
 
 import jsonschema
 import pytest
+import typer
 import yaml
 
+from service import cli
 from service.api import routes_operations
 from service.api.connections import SEND_S
 from service.settings import Settings, load_settings
@@ -162,6 +164,16 @@ def test_each_model_has_workers(overlay: str) -> None:
     for pod in workers_of(overlay):
         assert Path(environment(overlay, pod)["ELASTIC_MODELS"]).name == pod.labels[MODEL]
     assert sorted(pod.labels[MODEL] for pod in workers_of(overlay)) == sorted(served)
+
+
+def test_commands_are_those_of_the_command_line(overlay: str) -> None:
+    group = typer.main.get_command(cli.app)
+    assert isinstance(group, typer.core.TyperGroup)
+    for pod in pods_of(overlay):
+        if pod.is_ours:
+            program, name, *options = pod.container["command"]
+            assert program == "elastic-dit"
+            group.commands[name].make_context(name, options)
 
 
 def test_probes_ask_what_is_served(overlay: str) -> None:

@@ -1,6 +1,7 @@
 """What KEDA and Prometheus are asked in a cluster."""
 
 import importlib.util
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from service.metrics import ALL_SERIES
 from tests.fixtures.kubernetes import FOLDER, of_kind
 
 TRIGGERS: list[dict[str, Any]] = [
@@ -37,6 +39,14 @@ def test_rules_are_made_of_the_alerts() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.text() == module.OUT.read_text(), "run python deploy/k8s/prometheus_rule.py"
+
+
+def test_autoscalers_query_declared_metrics_by_their_labels() -> None:
+    labels = {series.name: set(series.labels) for series in ALL_SERIES}
+    assert len(QUERIES) == 3
+    for query in QUERIES:
+        for metric, matchers in re.findall(r"(elastic_\w+)(\{[^}]*\})?", query):
+            assert set(re.findall(r"(\w+)=", matchers)) <= labels[metric]
 
 
 def test_rules_and_queries_parse(promtool: str, tmp_path: Path) -> None:
