@@ -50,7 +50,7 @@ def start(engine: Any, now: list[float], monkeypatch: pytest.MonkeyPatch) -> Ite
 
         def start(**fields: Any) -> TestClient:
             settings = Settings(**{"api_keys": keys(*ENTRIES), "link_secret": SECRET, "link_ttl_s": TTL_S, **fields})
-            monkeypatch.setattr("service.app._store", lambda *_: store[0]) if store else None
+            monkeypatch.setattr("service.app.build_store", lambda *_: store[0]) if store else None
             dispatcher = build_dispatcher(settings, lambda: engine, clock=lambda: now[0])
             store.append(dispatcher.store)
             dispatcher.worker.start()
