@@ -216,7 +216,7 @@ class JobStore(Protocol):
         ...
 
     async def claim(self, fits: Fits) -> Claim | None:
-        """Set the first waiting job that `fits` running: by priority, then by deadline, then by arrival.
+        """Set the first waiting job that `fits` running, in the order of `Job.place`.
 
         A store that other processes share may answer None without a look at the queue. It calls `on_queued` when a look
         is worth it.

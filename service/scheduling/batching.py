@@ -22,7 +22,7 @@ _MOST_EXACT = 2
 class Candidate:
     """A started result. Candidates with one `batch_key` can share a step.
 
-    `turn` says whose turn it is, the lowest first, and `weight` how much of the device it gets, see `FairShare`.
+    The one with the lowest `turn` goes next, and `weight` is its share of the device, see `FairShare`.
     `expected_runs` is the expected number of its rows that each block runs in the next step; `block_seconds` is what a
     block takes. Those that are not `is_high` keep out of the others' way.
     """
@@ -105,7 +105,7 @@ def form_groups(
 
 
 class FairShare:
-    """Whose turn it is: that of the request which would end first if all had fair shares of the device.
+    """The order of turns: the request that would end first with fair shares of the device goes next.
 
     A virtual device serves all requests at once, each in proportion to its weight. The real one serves them in the
     order in which the virtual one ends them (fair sojourn protocol, Friedman and Henderson 2003,

@@ -1,4 +1,4 @@
-"""The workers that share a queue, the work that waits for them, and how many of them that work needs. Pure."""
+"""The workers that share a queue, the work that waits for them, and how many workers it needs. Pure."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -97,6 +97,6 @@ def seconds_before(model: str, load: Load, workers: Sequence[WorkerRecord]) -> f
 def wanted_workers(backlog_s: float, num_busy: int, target_s: float) -> int:
     """How many workers finish a backlog in `target_s`; never fewer than those that are busy.
 
-    Whoever scales workers down chooses which of them end, and does not spare a busy one.
+    Autoscalers choose themselves which workers end, and do not spare busy ones.
     """
     return max(math.ceil(backlog_s / target_s), num_busy)
