@@ -286,7 +286,7 @@ class JobStore(Protocol):
         ...
 
     async def load(self, owner: str | None = None) -> Load:
-        """The work that is left, and how much of it is that of `owner`. It takes no longer if there are more jobs."""
+        """The work that is left, and how much of it `owner` has. Its time does not depend on the number of jobs."""
         ...
 
     async def announce(self, record: WorkerRecord) -> None:
