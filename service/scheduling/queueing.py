@@ -3,8 +3,8 @@
 _PATIENCE = 20.0
 """After this many times its own predicted seconds, no job that arrives can overtake a job."""
 _PATIENCE_OF_KEY = 2.5
-"""As `_PATIENCE`, for the work of the job's API key, at an even share of the server. With 1, a key that has little waits
-long; with 3, keys of equal weights get 1.07 : 1 (docs/experiments.md)."""
+"""As `_PATIENCE`, for the work of the job's API key at an even share of the server. With 1, a key that has little waits
+long; with 3, keys of equal weights differ by 7 % (docs/experiments.md)."""
 _SHARE_OF_DEADLINE = 0.5
 """After this part of the time that its deadline allows, no job that arrives can overtake a job."""
 
