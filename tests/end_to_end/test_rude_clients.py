@@ -220,11 +220,11 @@ def test_job_of_a_client_that_hung_up_is_cancelled(
     before = metric(process.url, cancelled)
     in_the_body, waiting, streaming = (connect(process.url) for _ in range(3))
     in_the_body.sendall(whole("{" + LONG + "}")[:-20])
-    waiting.sendall(whole("{" + LONG + "}"))
-    streaming.sendall(whole('{"stream": true, ' + LONG + "}"))
+    streaming.sendall(whole('{"stream": true, ' + LONG + "}"))  # first: of equal requests, the earlier one goes on
     received = b""
     while b"event: job.progress" not in received:
         received += streaming.recv(4096)
+    waiting.sendall(whole("{" + LONG + "}"))
     for client in (in_the_body, waiting, streaming):
         hang_up(client)
     ask_nicely(process.url)
