@@ -171,6 +171,7 @@ async def test_stream_of_a_queued_job_tells_its_place_and_again_when_that_change
     monkeypatch.setattr("service.api.events.UPDATE_S", 0.001)
     store = bench.dispatcher.store
     await store.announce(worker("drawn", pace=0.5))
+    await bench.dispatcher.fleet.refresh()
     for name in ("first", "second", "a"):
         await store.add(make_job(name))
     stream = bench.stream(make_job("a"))
