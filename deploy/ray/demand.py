@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from redis.asyncio import Redis
 
-from service.jobs.redis import PREFIX, connect
+from service.jobs.redis_operations import PREFIX, connect
 
 ASKED_S = 60
 """How long a call counts, if no worker has the model before. Clients repeat it, as the answer's Retry-After says."""
