@@ -16,7 +16,7 @@ from models.card import ImageCard
 from models.curve import Preset
 from models.engine import Engine
 from models.memory import RequestMemory
-from models.request import PresetBudget
+from models.request import GenerationRequest, PresetBudget
 from models.state import DenoiseState
 from models.zoo import load_engine
 from service.app import build_dispatcher, create_app
@@ -41,8 +41,8 @@ class Watched:
         self._step, engine.step = engine.step, self.step  # type: ignore[method-assign]
         self._encode, engine.encode = engine.encode, self.encode  # type: ignore[method-assign]
 
-    def encode(self, *arguments: Any) -> Any:
-        encoded = self._encode(*arguments)
+    def encode(self, request: GenerationRequest, branches: Any = None) -> Any:
+        encoded = self._encode(request, branches)
         self.num_encoded += 1
         return encoded
 
