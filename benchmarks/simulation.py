@@ -1,8 +1,8 @@
 """How does the service's scheduling do under any load? A simulation with a clock of its own, without torch.
 
-`Server.serve` says what becomes of each call; tests and experiments ask it. What decides is the service's own code:
-admission, the order of the queue, places, turns, shared steps, points for deadlines. What is simulated is the device,
-whose steps take what the model's card predicts, times a random factor. Encoding, steps and decoding take turns on it.
+`Server.serve` says what becomes of each call; tests and experiments ask it. The service's own code decides: admission,
+the order of the queue, places, turns, shared steps, points for deadlines. Only the device is simulated. Its steps take
+what the model's card predicts, times a random factor, and encoding, steps and decoding take turns on it.
 """
 
 import heapq

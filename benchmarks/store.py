@@ -7,7 +7,7 @@ claimed, has 5 events of progress, and ends. No client follows it, and its resul
 - Saturated: each ended job is replaced by a new one, so the queue keeps its length, and workers do nothing else. Redis'
   own CPU time for each job does not depend on the other processes of the machine; jobs a second do.
 - Paced: 50 workers whose jobs take 1 s, and as many jobs, at random times, as keep a part of them busy. An attempt is
-  one call of the script that picks and claims a job, whatever it finds.
+  one call of the script that picks and claims a job, whether it finds one or not.
 - Alone: one worker, and nobody else calls Redis. These are the claim's own times, and those of the read that admission
   makes, as the client sees them: with the network, and with the sync of what is written.
 - Scripts: how long Redis works on each script, by its slow log, with 8 workers.

@@ -82,10 +82,10 @@ def load_model(
     background_remover: Path | None = None,
     options: LoadOptions = DEFAULTS,
 ) -> Callable[[Engine], None]:
-    """Load a model directory as `load_engine` does. Any thread may, while an engine is in use.
+    """Load a model directory as `load_engine` does. Any thread may call this while an engine is in use.
 
-    The function that is returned measures the model and adds it to an engine, in the thread that uses the engine. It
-    raises WeightsError if the model leaves no room.
+    The returned function measures the model and adds it to an engine, in the thread that uses the engine. It raises
+    WeightsError if the model leaves no room.
     """
     torch_device = find_device(device)
     if torch_device.type == "cuda":

@@ -134,7 +134,7 @@ class Settings(BaseSettings):
     max_backlog_s: float = Field(
         default=120.0,
         gt=0,
-        description="New requests are refused (503 overloaded) above these predicted seconds of accepted work.",
+        description="New requests are refused (503 overloaded) above these predicted seconds of work for each worker.",
     )
     target_backlog_s: float = Field(
         default=30.0,

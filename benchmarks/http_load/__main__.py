@@ -20,7 +20,7 @@ quality     similarity of the first results at saturation to the exact ones of t
             mean, the tenth percentile, and the share that is as good as its receipt promised
 load        arrivals do not wait for answers (open loop): Poisson at 0.5, 0.9 and 1.5 of the contender's own throughput
             at saturation. Deadlines count as met if the client has the answer in time, of those that are not refused
-bursts      at 0.9 on average, each of more work than the server accepts. Whoever is told to come back does so once
+bursts      at 0.9 on average, each of more work than the server accepts. Clients that are told to come back do so once
 one client  exact requests one after the other, each next to a call of the bare pipeline with its PNG file
 
 Figures are kept in records.jsonl in the folder `--out`, so an interrupted run goes on where it stopped. Linux only.

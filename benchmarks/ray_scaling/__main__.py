@@ -1,4 +1,4 @@
-"""Is any job lost while Ray scales the workers, and kills come on top?
+"""Is any job lost while Ray scales the workers and processes are killed?
 
 `python -m benchmarks.ray_scaling` starts a Redis, three nodes of Ray, and the application of deploy/ray on them, with
 the small FLUX. Clients ask for images over HTTP. The load rises, so that the workers go from one replica to three;

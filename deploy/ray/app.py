@@ -52,7 +52,7 @@ class ModelArguments(BaseModel):
 class Arguments(BaseModel):
     """`settings` are those of all processes; what is not in them is read from the ELASTIC_ variables of each node.
 
-    Without `models`, each of the setting's has one worker.
+    Without `models`, each model of the setting `models` has one worker.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -78,7 +78,7 @@ class Api:
         demand = Demand(self._settings.redis_url)
 
         async def note_demand(request: Request, error: ModelUnavailable) -> JSONResponse:
-            """Let the policy start a worker; the client asks again. A look at a model starts none."""
+            """Let the policy start a worker; the client asks again. A GET of a model starts none."""
             try:
                 if request.method == "POST":
                     await demand.ask([error.model] if error.model else dispatcher.fleet.absent)

@@ -7,7 +7,7 @@ from redis.asyncio import Redis
 from service.jobs.redis_operations import PREFIX, connect
 
 ASKED_S = 60
-"""How long a call counts, if no worker has the model before. Clients repeat it, as the answer's Retry-After says."""
+"""How long a call counts, unless a worker has the model earlier. Clients repeat it, as Retry-After says."""
 
 
 class Demand:

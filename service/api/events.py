@@ -85,7 +85,7 @@ async def _lines(
 
 
 async def _after_silence(queue: QueueWatch, silent_s: float) -> bytes | None:
-    """A new place of the queued job, without an id, since nothing has happened to it. Else, in time, a comment."""
+    """The new place of a queued job, without an id since it is not in the job's history. Else, in time, a comment."""
     if queue.is_queued and (place := await queue.change()):
         return _line(EventName.QUEUED, {"id": queue.job.id, **place})
     return format_sse_event(comment="still here") if silent_s >= KEEP_ALIVE_S else None

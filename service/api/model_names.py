@@ -13,7 +13,7 @@ Card = TypeVar("Card", bound=ModelCard)
 
 
 def named_card(name: str, fleet: Fleet, aliases: Mapping[str, str]) -> ModelCard:
-    """The card of the model `name`, or else that which the first pattern of `aliases` that fits stands for.
+    """The card of the model `name`, or else of the model that the first fitting pattern of `aliases` stands for.
 
     Raises UnknownModel, and ModelUnavailable if no worker holds the model any more.
     """

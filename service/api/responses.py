@@ -367,8 +367,8 @@ class ReadyBody(BaseModel):
     reason: str | None = Field(default=None, description="Why the server is unavailable.")
     models: dict[str, ReadyModel] = Field(
         default_factory=dict,
-        description="By id, the models that workers serve, those of the setting `models` of an API node, and those "
-        "that jobs wait for.",
+        description="By id, the models that workers serve or have served, those of the setting `models` of an API "
+        "node, and those that jobs wait for.",
     )
 
 

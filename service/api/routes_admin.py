@@ -45,7 +45,7 @@ async def load_model(model_id: str, model_changes: ModelChangesOfApp) -> AdminMo
 
 @router.post("/{model_id}/unload", summary="Unload a model", responses=error_responses(404, 503))
 async def unload_model(model_id: str, model_changes: ModelChangesOfApp) -> AdminModelBody:
-    """The worker takes no more jobs of the model. The call returns when those that it has have ended, and the memory
-    is free. Jobs that wait for the model stay in the queue."""
+    """The worker takes no more jobs of the model. The call returns when the model's running jobs have ended and its
+    memory is free. Jobs that wait for the model stay in the queue."""
     await model_changes.unload(model_id)
     return AdminModelBody(id=model_id, object="model", status=ModelStatus.AVAILABLE)

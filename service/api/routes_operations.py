@@ -26,7 +26,7 @@ async def check_health() -> HealthBody:
 
 @router.get(
     "/readyz",
-    summary="Whether the models are loaded, jobs and results can be stored and requests are accepted",
+    summary="Whether a worker serves some model, jobs and results can be stored and requests are accepted",
     response_model=ReadyBody,
     response_model_exclude_unset=True,
     responses={503: {"model": ReadyBody, "description": "Not ready, with the reason."}},

@@ -47,7 +47,7 @@ class Priority(StrEnum):
 
 _RANKS = {priority: rank for rank, priority in enumerate(Priority)}
 _DUE_IN_S = 60.0
-"""When a job is due that has neither a time for that, since an earlier version recorded it, nor a deadline."""
+"""When a job without `due_at` and deadline is due. Earlier versions recorded no `due_at`."""
 
 
 class FailureReason(StrEnum):

@@ -216,7 +216,7 @@ class JobStore(Protocol):
         ...
 
     async def claim(self, fits: Fits) -> Claim | None:
-        """Set the first waiting job that `fits` running: by priority, then by deadline, then by arrival.
+        """Set the first waiting job that `fits` running, in the order of `Job.place`.
 
         A store that other processes share may answer None without a look at the queue. It calls `on_queued` when a look
         is worth it.
@@ -286,7 +286,7 @@ class JobStore(Protocol):
         ...
 
     async def load(self, owner: str | None = None) -> Load:
-        """The work that is left, and how much of it is that of `owner`. It takes no longer if there are more jobs."""
+        """The work that is left, and how much of it `owner` has. Its time does not depend on the number of jobs."""
         ...
 
     async def announce(self, record: WorkerRecord) -> None:

@@ -87,7 +87,7 @@ class Fleet:
 
     def unavailable_kind(self, kind: str) -> ModelUnavailable:
         """Why there is no worker for any model of a kind."""
-        absent = f"those that are missing are {', '.join(self.absent)}" if self.absent else "there is no worker"
+        absent = f"models without a worker are {', '.join(self.absent)}" if self.absent else "there is no worker"
         return ModelUnavailable(f"no worker holds any {kind} model now: {absent}; try again later", "", RETRY_AFTER_S)
 
     @property

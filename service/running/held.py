@@ -167,7 +167,7 @@ class Running:
     def measure_pace(self, card: ModelCard, began: float, ended: float) -> None:
         """Note that a step of it began and ended then, by the performance counter.
 
-        Its pace is that of all its steps: it goes on without a break once it is its turn, but for light requests that
+        Its pace is that of all its steps: once it has its turn, it steps without breaks, except for light requests that
         come.
         """
         self.predicted_s += dense_step_seconds(self.request, card) * self.state.point.relative_step_seconds

@@ -18,9 +18,9 @@ from service.scheduling.load import lowered_quality
 from service.scheduling.memory import check_fits
 
 _MOST_PROMISED = 2.0
-"""How much refused work counts, over the longest backlog. Callers may never come again."""
+"""The most refused work that counts, over the longest backlog. Callers may never come again."""
 _SHARE_OF_FREE = 4.0
-"""How much of the backlog a key of weight 1 may have, over what is left free: alone, four fifths of it."""
+"""The most work that a key of weight 1 may have, over the free part of the backlog. Alone it can fill four fifths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,8 @@ class Backlog:
     `seconds` is corrected by `pace`, the measured seconds for each predicted one. `finish_s` is how long decoding and
     encoding the last result of the order's model took. `image_bytes` is the size of the input images before the order,
     at most `max_image_bytes`. `promised_s` is refused work whose callers were told to come again and have not yet.
-    `own_s` are the seconds of it that the order's API key has, and `weight` is that of the
-    key, None on a server without keys. `num_keys` keys have work, the order's included.
+    `own_s` are the seconds of the backlog that the order's API key has, and `weight` is that of the key, None on a
+    server without keys. `num_keys` keys have work, the order's included.
     """
 
     seconds: float
@@ -74,7 +74,7 @@ class Promises:
         self._promises: list[tuple[float, float]] = []  # a heap of times and predicted seconds
 
     def add(self, at: float, seconds: float) -> None:
-        """A caller with so much work was told to come again at this time."""
+        """A caller with so many predicted seconds of work was told to come again at this time."""
         heappush(self._promises, (at, seconds))
 
     def seconds(self, now: float) -> float:
@@ -155,8 +155,8 @@ def _check_room(cost_s: float, backlog: Backlog) -> None:
     """Raise Overloaded if `cost_s` more would make the backlog too long.
 
     An idle server takes any order, however long, since waiting would not make it shorter. Callers are told to wait
-    until half of the room would be free, if all that was accepted, and all that was told to come again before, were
-    done. Those who come again are spread out so, and find room once the load falls.
+    until half of the room would be free after all accepted work, and all work that was refused before. So they return
+    spread out, and find room once the load falls.
     """
     excess_s = backlog.seconds + cost_s - backlog.max_seconds
     if backlog.seconds <= 0 or excess_s <= 0:

@@ -10,9 +10,9 @@ from service.scheduling.cost import BlockSeconds
 
 _TOLERANCE = 1.1  # predictions may be off by this factor
 _LEAST_SAVING = 0.1
-"""How much less than alone a request must take in another's step to join it. It delays all others in that step."""
+"""How much time a request must save to join another's step, over its own step: it delays all others in that step."""
 _LIGHT = 0.25
-"""The most steps that a light request computes, over those of its schedule."""
+"""The largest share of its schedule's steps that a light request computes."""
 _LIGHT_SUFFIX, _EXACT_SUFFIX = " light", " exact"
 _MOST_EXACT = 2
 """Exact requests run one after the other. While one does, the next one is encoded."""
@@ -22,7 +22,7 @@ _MOST_EXACT = 2
 class Candidate:
     """A started result. Candidates with one `batch_key` can share a step.
 
-    `turn` says whose turn it is, the lowest first, and `weight` how much of the device it gets, see `FairShare`.
+    The one with the lowest `turn` goes next, and `weight` is its share of the device, see `FairShare`.
     `expected_runs` is the expected number of its rows that each block runs in the next step; `block_seconds` is what a
     block takes. Those that are not `is_high` keep out of the others' way.
     """
@@ -75,8 +75,8 @@ def form_groups(
     The request whose turn it is leads a group. Others join it, the most similar in predicted time first, while the step
     ends no later than the leader would in its share of the device: with n members of equal weight, n times its time
     alone. So requests of similar sparsity go together. A light request may join a dense one's step, since it would wait
-    for that step anyway. A dense request joins a light one only where batching makes up for it. Nobody joins where that
-    saves nothing, as with large images: it would only delay the leader. Any prefix of a group is a valid group.
+    for that step anyway. A dense request joins a light one only where batching makes up for it. No request joins where
+    that saves nothing, as with large images: it would only delay the leader. Any prefix of a group is a valid group.
 
     Those of high priority lead before all others if `high_first`, else after them. A step takes at most `most_growth`
     times as long as its leader's alone.
@@ -105,7 +105,7 @@ def form_groups(
 
 
 class FairShare:
-    """Whose turn it is: that of the request which would end first if all had fair shares of the device.
+    """The order of turns: the request that would end first with fair shares of the device goes next.
 
     A virtual device serves all requests at once, each in proportion to its weight. The real one serves them in the
     order in which the virtual one ends them (fair sojourn protocol, Friedman and Henderson 2003,
@@ -125,7 +125,7 @@ class FairShare:
         return end
 
     def spend(self, seconds: float) -> None:
-        """Note that requests have had so much of the work that they joined with, or that they no longer need it."""
+        """Note that so many seconds of the work that requests joined with are done, or no longer needed."""
         while self._ends and seconds > 0:
             end, _ = self._ends[0]
             weights = sum(weight for _, weight in self._ends)
@@ -141,8 +141,8 @@ class FairShare:
 def shape_of(request: GenerationRequest) -> str:
     """Requests of equal shape can share steps: they have one `batch_key`, but this needs no engine.
 
-    Exact ones share none, and light ones share them with others too. They have shapes of their own, so that not too
-    many of one kind run at a time, and light ones find a place.
+    Exact requests share no steps, and light ones share those of heavier ones too. Both have shapes of their own, which
+    bounds how many exact ones run at a time, and keeps places for light ones.
     """
     if request.wants_exact:
         # A mesh keeps its place while its field is decoded, and others take steps meanwhile.

@@ -8,7 +8,7 @@ from enum import StrEnum
 from models.card import ModelCard
 
 LEAST_JOB_S = 1.0
-"""A running job counts as so much work at least, until it has ended: what is left of it may be its file alone."""
+"""The least work that a running job counts as: it may have no steps left and still make its file."""
 
 
 class WorkerState(StrEnum):

@@ -1,12 +1,12 @@
-"""The order of the queue: light jobs before heavy ones, jobs of API keys that have little waiting before others'."""
+"""The order of the queue: light jobs come early, and so do jobs of API keys that have little other work."""
 
 _PATIENCE = 20.0
-"""How many times its own predicted seconds a job waits before all that arrive later come after it."""
+"""After this many times its own predicted seconds, no job that arrives can overtake a job."""
 _PATIENCE_OF_KEY = 2.5
-"""The same for the work of its API key, over the time that this takes at an even share of the server. With 1, a key
-that has little waits long; with 10, keys of weights 1 and 2 get 1:2.4 to 1:5 (docs/experiments.md)."""
+"""As `_PATIENCE`, for the work of the job's API key at an even share of the server. With 1, a key that has little waits
+long; with 3, keys of equal weights differ by 7 % (docs/experiments.md)."""
 _SHARE_OF_DEADLINE = 0.5
-"""After this part of the time that a deadline allows, nobody who arrives later comes first."""
+"""After this part of the time that its deadline allows, no job that arrives can overtake a job."""
 
 
 def due_at(
@@ -20,7 +20,7 @@ def due_at(
 ) -> float:
     """When a job of so many predicted `seconds` is due. Jobs of one priority are claimed in this order.
 
-    The wait that a job should bear is in proportion to its size. So light jobs overtake heavy ones, but only those that
+    Waits are in proportion to sizes. So light jobs overtake heavy ones, but only those that
     came a bounded time before.
 
     `own_s` are the predicted seconds of the jobs that its API key has, waiting and running. With fair shares among

@@ -26,24 +26,24 @@ def pace_of(model: str, workers: Sequence[WorkerRecord]) -> float | None:
 
 
 def backlog_s(model: str, load: Load, workers: Sequence[WorkerRecord]) -> float:
-    """Seconds of work in all jobs of `model`, at its workers' mean pace. One worker alone would take so long."""
+    """Seconds of work in all jobs of `model`, at its workers' mean pace. One worker alone would take this long."""
     return load.of(model).backlog_s * (pace_of(model, workers) or 1.0)
 
 
 def wanted_workers(model: str, load: Load, workers: Sequence[WorkerRecord], target_s: float) -> int:
     """How many workers finish the backlog of `model` in `target_s`; never fewer than those that are busy.
 
-    Kubernetes and Ray choose themselves which workers end when there are fewer, and do not spare busy ones.
+    Autoscalers choose themselves which workers end, and do not spare busy ones.
     """
     num_busy = sum(worker.state is WorkerState.BUSY for worker in workers if model in worker.cards)
     return max(math.ceil(backlog_s(model, load, workers) / target_s), num_busy)
 
 
 def place_of(model: str, job_s: float, position: int, load: Load, workers: Sequence[WorkerRecord]) -> QueuePlace:
-    """The place of a queued job of `job_s` predicted seconds that `position` jobs of its model come before.
+    """The place of a queued job: `position` jobs of its model come first, and it takes `job_s` predicted seconds.
 
-    Queued jobs of one model count as equally long. Of other models, which workers may serve too, the same share of the
-    queue counts as earlier. For the last job that is all of it.
+    Queued jobs of one model count as equally long. An equal share of other models' queues counts as earlier, since
+    workers may serve these too. For the last job that is all of them.
     """
     num_queued = max(load.of(model).num_queued, position + 1)
     shares = {name: (position + 1) / num_queued for name in load.models} | {model: position / num_queued}

@@ -79,7 +79,9 @@ def test_model_that_no_worker_holds_is_unavailable_under_all_its_names(drawn_car
         with pytest.raises(ModelUnavailable, match="no worker holds the model 'guided'"):
             card_of(name, fleet, ImageCard, ALIASES)
     assert card_of(None, fleet, ImageCard, {}).id == "drawn"  # the first that is there
-    with pytest.raises(ModelUnavailable, match="no worker holds any mesh model now: those that are missing are guided"):
+    with pytest.raises(
+        ModelUnavailable, match="no worker holds any mesh model now: models without a worker are guided"
+    ):
         card_of(None, fleet, MeshCard, {})
     with pytest.raises(ModelUnavailable, match="no worker holds any image model now: there is no worker"):
         card_of(None, fleet_of(), ImageCard, {})
