@@ -55,7 +55,7 @@ from benchmarks.table import TableRow, finish, show
 from models.zoo import load_engine
 from service.api.connections import ServerConfig
 from service.app import build_dispatcher, create_app
-from service.jobs.redis import PREFIX
+from service.jobs.redis_operations import PREFIX
 from service.server import DrainingServer
 from service.settings import Settings
 

@@ -23,11 +23,11 @@ from models.request import Budget, ImageRequest
 from models.rules.dense import DensePolicy
 from service.errors import DeadlineUnreachable, Overloaded
 from service.jobs.job import Job, Priority
-from service.jobs.store import Claim
+from service.jobs.store import Claim, JobKind
 from service.order import Order, Output
 from service.running.held import HeldJob, Running
 from service.running.publisher import Publisher
-from service.running.room import Newcomer, Room, WorkerLimits
+from service.running.room import Room, WorkerLimits
 from service.scheduling.admission import Backlog, Promises, admit
 from service.scheduling.batching import Candidate, FairShare, shape_of
 from service.scheduling.cost import block_seconds, order_seconds
@@ -271,13 +271,13 @@ class Server:
 
     def _start(self, room: Room) -> None:
         """Claim what there is room for, and encode it."""
-        full: set[tuple[str, bool]] = set()
+        full: set[JobKind] = set()
         for entry in [*self._queue]:
             job = entry[2]
-            kind = (self._shape_of(job), job.is_high)
+            kind = JobKind(job.model, self._shape_of(job), job.is_high, job.memory)
             if kind in full:
                 continue
-            if not room.has_place(Newcomer(job.model, *kind, job.memory), [], self._running):
+            if not room.has_place(kind, [], self._running):
                 full.add(kind)
                 if len(full) == 6:
                     return
@@ -288,7 +288,7 @@ class Server:
             self._run_device(self.card.encode_seconds)
             request = cast(ImageRequest, job.requests[0])
             state = State(request, request.point, len(self.card.blocks))
-            held = HeldJob(Claim(job, ""), kind[0], job.memory, [], [request.num_computed_steps], began=self.now)
+            held = HeldJob(Claim(job, ""), kind, [], [request.num_computed_steps], began=self.now)
             running = Running(held, 0, cast(Any, state), 0.0, 0.0, self.now, block_seconds(request, self.card))
             running.join(self._fair_share)
             if self.takes_turns:

@@ -36,8 +36,8 @@ from benchmarks.store_load import Tally, anything, fill, make_job, make_store, s
 from benchmarks.table import TableRow, finish, show
 from service.jobs import redis_scripts
 from service.jobs.job import JobStatus
-from service.jobs.redis import PREFIX
 from service.jobs.redis_claims import CLAIM
+from service.jobs.redis_operations import PREFIX
 from service.jobs.store import Ending
 
 _SCRIPTS = {"add": redis_scripts.ADD, "claim": CLAIM, "record": redis_scripts.RECORD, "end": redis_scripts.END}

@@ -15,8 +15,9 @@ from models.memory import ImageMemory, RequestMemory, Values
 from models.request import ImageRequest, QualityBudget
 from service.errors import StoreUnavailable
 from service.jobs.job import Job, JobStatus, Priority
-from service.jobs.redis import RedisStore, connect
+from service.jobs.redis import RedisStore
 from service.jobs.redis_claims import CLAIM
+from service.jobs.redis_operations import connect
 from service.jobs.redis_scripts import ADD
 from service.jobs.results import MemoryResults
 from service.jobs.shared_clock import SharedClock

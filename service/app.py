@@ -29,7 +29,8 @@ from service.api.routes_playground import add_playground
 from service.errors import BadConfiguration
 from service.jobs.job import JobSnapshot
 from service.jobs.memory import MemoryStore
-from service.jobs.redis import RedisStore, connect
+from service.jobs.redis import RedisStore
+from service.jobs.redis_operations import connect
 from service.jobs.results import MemoryResults, RedisResults, Results, VolumeResults
 from service.jobs.shared_clock import SharedClock
 from service.jobs.store import EVENTS_TTL_S, JobStore

@@ -12,7 +12,6 @@ from models.card import ImageCard, MeshCard, ModelCard
 from models.errors import InvalidRequest
 from models.mesh.cleanup import CleanMesh
 from models.request import LatencyBudget
-from models.zoo import load_engine
 from service.api.edits import checked_pictures, pictures_given
 from service.api.input_image import checked_image
 from service.api.parsing import parse_edit_body, parse_image_body, parse_mesh_body
@@ -20,6 +19,7 @@ from service.api.responses import ReceiptBody
 from service.api.schemas import EditBody, ImageBody, MeshBody
 from service.api.views import receipt_body
 from service.jobs.job import Receipt, StageSeconds
+from service.loading import load_models
 from service.order import Order
 from service.running.output import encode_output
 from service.scheduling.cost import mesh_decode_seconds
@@ -80,13 +80,7 @@ def generate_mesh(
 
 
 def _generate(directory: Path, settings: Settings, parse: Callable[[ModelCard], Order]) -> tuple[bytes, ReceiptBody]:
-    engine = load_engine(
-        [directory],
-        device=settings.device,
-        router_weights=settings.router_weights,
-        background_remover=settings.background_remover,
-        options=settings.load_options,
-    )
+    engine = load_models(settings, [directory])
     (card,) = engine.cards.values()
     order = parse(card)
     (request,) = order.requests

@@ -13,8 +13,8 @@ from models.curve import EXACT, FORECAST, Preset
 from models.report import Decision, GenerationSummary, StepReport
 from models.request import Budget, ComputeBudget, LatencyBudget, PresetBudget, QualityBudget
 from service.jobs.job import JobSnapshot, JobStatus
-from service.scheduling.fleet import Load, WorkerRecord, WorkerState, wanted_workers
-from service.scheduling.waiting import backlog_s, pace_of
+from service.scheduling.fleet import Load, WorkerRecord, WorkerState
+from service.scheduling.waiting import backlog_s, pace_of, wanted_workers
 
 Metric = TypeVar("Metric", Counter, Gauge, Histogram)
 
@@ -277,10 +277,10 @@ class Metrics:
             states = Tally(worker.state for worker in workers if model in worker.cards)
             for state in WorkerState:
                 self._of(WORKERS, model, state).set(states[state])
-            seconds, pace = backlog_s(model, load, workers), pace_of(model, workers)
+            pace, wanted = pace_of(model, workers), wanted_workers(model, load, workers, target_backlog_s)
             self._of(WAITING, model).set(load.of(model).num_queued)
-            self._of(BACKLOG, model).set(seconds)
-            self._of(WANTED_WORKERS, model).set(wanted_workers(seconds, states[WorkerState.BUSY], target_backlog_s))
+            self._of(BACKLOG, model).set(backlog_s(model, load, workers))
+            self._of(WANTED_WORKERS, model).set(wanted)
             self._of(PACE, model).set(math.nan if pace is None else pace)
 
     def exposition(self, running: Mapping[str, int]) -> bytes:

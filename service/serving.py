@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI
 
 from service.app import build_dispatcher
 from service.installation import INSTALLATION
+from service.loading import load_model, load_models
 from service.running.dispatcher import Dispatcher
 from service.running.model_changes import ModelChanges
 from service.server import check_address, serve
@@ -23,20 +23,13 @@ def run_server(settings: Settings, create: Callable[[Settings, Dispatcher, Model
         dispatcher = build_dispatcher(settings)
         serve(settings, create(settings, dispatcher, None), dispatcher)
         return
-    from models.zoo import load_engine, load_model, model_directories  # imports torch, so only where models run
-
-    options: dict[str, Any] = {
-        "device": settings.device,
-        "router_weights": settings.router_weights,
-        "background_remover": settings.background_remover,
-        "options": settings.load_options,
-    }
+    from models.zoo import model_directories  # imports torch, so only where models run
 
     def loadable() -> dict[str, Path]:
         return {path.name: path for path in (*directories, *model_directories(INSTALLATION / "checkpoints"))}
 
-    dispatcher = build_dispatcher(settings, lambda: load_engine(directories, **options))
-    changes = ModelChanges(dispatcher, loadable, partial(load_model, **options))
+    dispatcher = build_dispatcher(settings, partial(load_models, settings, directories))
+    changes = ModelChanges(dispatcher, loadable, partial(load_model, settings))
     web = create(settings, dispatcher, changes)  # before the models load, to report a bad configuration at once
     dispatcher.worker.start()
     serve(settings, web, dispatcher)

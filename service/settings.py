@@ -3,20 +3,17 @@
 Options take precedence over the environment, the environment over the file, and the file over the defaults.
 """
 
-import json
 import os
 import re
 from collections.abc import Mapping
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import ByteSize, Field, SecretStr, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
-    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -29,6 +26,7 @@ from service.errors import BadConfiguration
 from service.installation import INSTALLATION, find_model, shipped_remover
 from service.logging import LogFormat, LogLevel
 from service.rate_limits import parse_rate_limit
+from service.setting_texts import Pairs, SeveralOf, refusal
 
 # Escapes in its path would have to be compared with those of requests.
 _PUBLIC_URL = re.compile(r"https?://[^\s/?#@]+(/[\w.~-]+)*/?", re.ASCII)
@@ -49,19 +47,19 @@ class Settings(BaseSettings):
         description="This server's address as clients see it, for links, such as https://example.org/images; by "
         "default each request's own address. If it has a path, a proxy may remove it from requests or pass it on.",
     )
-    models: Annotated[tuple[Path, ...], NoDecode] = Field(
+    models: SeveralOf[Path] = Field(
         default=(Path("tiny-flux"), Path("tiny-qwen-image"), Path("tiny-hunyuan3d")),
         min_length=1,
         description="Model directories, or names in checkpoints/, separated by commas. The first image model and the "
         "first mesh model are the defaults. An API node expects workers to have them; by default it expects none.",
     )
-    model_aliases: Annotated[Mapping[str, str], NoDecode] = Field(
+    model_aliases: Pairs = Field(
         default_factory=dict,
         description="Other names of models, as pattern=model separated by commas, or as JSON: "
         "gpt-image-*=tiny-flux,dall-e-*=tiny-flux serves clients that ask for OpenAI's models. The first pattern that "
         "fits counts; a model's own name comes before all patterns. None by default.",
     )
-    loras: Annotated[Mapping[str, str], NoDecode] = Field(
+    loras: Pairs = Field(
         default_factory=dict,
         description="Low-rank adapters (LoRA) for image models, as name=file separated by commas, or as JSON; file@0.8 "
         "adds one at a scale of 0.8. The entry flux-dev+style in models then is flux-dev with the adapter style in its "
@@ -198,7 +196,7 @@ class Settings(BaseSettings):
         ge=1,
         description="The most decisions in a trace: images, times steps, guidance branches and blocks.",
     )
-    webhook_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+    webhook_hosts: SeveralOf[str] = Field(
         default=(),
         description="Hosts that a job's webhook_url may name, with any unusual port, separated by commas; none by "
         "default.",
@@ -239,17 +237,17 @@ class Settings(BaseSettings):
     send_timeout_s: float = Field(
         default=120.0, gt=0, description="Seconds after which a client that reads nothing of its answer is dropped."
     )
-    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+    cors_origins: SeveralOf[str] = Field(
         default=(),
         description="Origins whose pages may call this server, such as https://images.example, separated by commas; * "
         "allows all, none by default.",
     )
-    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+    allowed_hosts: SeveralOf[str] = Field(
         default=(),
         description="Names under which clients reach this server, besides localhost, separated by commas; * allows "
         "all. By default, a server with API keys allows all, and one without keys the names that no web page can have.",
     )
-    trusted_proxies: Annotated[tuple[str, ...], NoDecode] = Field(
+    trusted_proxies: SeveralOf[str] = Field(
         default=(),
         description="Addresses or networks of proxies, such as 10.0.0.0/8, separated by commas. Their X-Forwarded-For "
         "and X-Forwarded-Proto are believed; by default, nobody's are.",
@@ -304,25 +302,14 @@ class Settings(BaseSettings):
             ip_network(value)
         return values
 
-    @field_validator("model_aliases", "loras", mode="before")
-    @classmethod
-    def _split_pairs(cls, value: object, info: ValidationInfo) -> object:
-        if not isinstance(value, str) or value.lstrip().startswith("{"):
-            return json.loads(value) if isinstance(value, str) else value
-        pairs = [part.partition("=") for part in value.split(",") if part.strip()]
-        if wrong := next((name for name, equals, _ in pairs if not equals), None):
-            form = "name=file" if info.field_name == "loras" else "pattern=model"
-            raise _refusal(f"{info.field_name} has '{wrong.strip()}', which is not {form}")
-        return {name.strip(): meant.strip() for name, _, meant in pairs}
-
     @field_validator("loras")
     @classmethod
     def _check_loras(cls, value: Mapping[str, str], info: ValidationInfo) -> Mapping[str, str]:
         for name, place in value.items():
             if not re.fullmatch(r"[\w.-]+", name):
-                raise _refusal(f"loras has the name '{name}'; names may have letters, digits, '.', '_' and '-'")
+                raise refusal(f"loras has the name '{name}'; names may have letters, digits, '.', '_' and '-'")
             if not (lora := Lora.at(place)).file.is_file() and info.data.get("worker"):  # else it is not read
-                raise _refusal(f"loras {name}: there is no file '{lora.file}'")
+                raise refusal(f"loras {name}: there is no file '{lora.file}'")
         return value
 
     @field_validator("model_aliases")
@@ -331,7 +318,7 @@ class Settings(BaseSettings):
         names = [path.name for path in info.data.get("models", ())]  # a model's id is the name of its directory
         for pattern, model in value.items():
             if model not in names and info.data.get("worker"):  # else it depends on other processes
-                raise _refusal(f"model_aliases {pattern}={model} names none of the models: {', '.join(names)}")
+                raise refusal(f"model_aliases {pattern}={model} names none of the models: {', '.join(names)}")
         return value
 
     @property
@@ -348,21 +335,16 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
         if not self.worker and self.redis_url is None:
-            raise _refusal("a server without a worker needs redis_url, such as redis://localhost:6379/0, for its jobs")
+            raise refusal("a server without a worker needs redis_url, such as redis://localhost:6379/0, for its jobs")
         if self.compile and self.offload is Offload.LAYERS:
-            raise _refusal("compile can't be combined with offload 'layers'; leave one of them out")
+            raise refusal("compile can't be combined with offload 'layers'; leave one of them out")
         if self.compile and self.weights is Weights.FLOAT8:
-            raise _refusal("compile can't be combined with weights 'float8'; leave one of them out")
+            raise refusal("compile can't be combined with weights 'float8'; leave one of them out")
         if self.offload is Offload.LAYERS and self.device.startswith("cpu"):
-            raise _refusal(f"offload 'layers' needs a GPU, but device is '{self.device}'; leave offload out")
+            raise refusal(f"offload 'layers' needs a GPU, but device is '{self.device}'; leave offload out")
         if self.webhook_hosts and self.webhook_secret is None:
-            raise _refusal("webhook_hosts requires webhook_secret, which signs the calls")
+            raise refusal("webhook_hosts requires webhook_secret, which signs the calls")
         return self
-
-    @field_validator("models", "cors_origins", "webhook_hosts", "allowed_hosts", "trusted_proxies", mode="before")
-    @classmethod
-    def _split_at_commas(cls, value: object) -> object:
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @classmethod
     def settings_customise_sources(
@@ -374,11 +356,6 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
-
-
-def _refusal(message: str) -> PydanticCustomError:
-    """An error whose message names the setting itself."""
-    return PydanticCustomError("unsupported", "{message}", {"message": message})
 
 
 def load_settings(config: Path | None = None, **options: Any) -> Settings:

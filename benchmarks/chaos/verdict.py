@@ -18,7 +18,7 @@ from benchmarks.chaos.cluster import MAX_ATTEMPTS, Cluster
 from benchmarks.chaos.tasks import Kind
 from benchmarks.chaos.webhooks import WebhookHost
 from service.jobs.job import JobStatus
-from service.jobs.redis import PREFIX
+from service.jobs.redis_operations import PREFIX
 
 MAX_DIFFERENCE = 2
 """Of an image's colours, of 255. Batches of other sizes round differently."""

@@ -53,13 +53,14 @@ def _prove(options: argparse.Namespace, folder: Path) -> int:
     from benchmarks.ray_scaling.run import Findings, Plan, scale
     from benchmarks.table import finish, show
     from deploy.ray.app import Arguments, ModelArguments
-    from deploy.ray.worker import load_models
+    from service.loading import load_models
 
     runs: dict[str, Findings] = {}
     for least in options.least:
         plan = Plan("tiny-flux", BODY, least, 3, options.depth, options.target_s, KILLS[least])
         scaling = {"min_replicas": least, "max_replicas": 3, "upscale_delay_s": 0, "downscale_delay_s": 3}
-        model = ModelArguments(model=Path("tiny-flux"), autoscaling=scaling, target_backlog_s=options.target_s)
+        of_workers = {"target_backlog_s": options.target_s}
+        model = ModelArguments(model=Path("tiny-flux"), settings=of_workers, autoscaling=scaling)
         arguments = Arguments(models=[model], settings={"lease_s": 2, "grace_s": 20, "max_backlog_s": 1000})
         name = f"{least} -> 3 -> {least}"
         print(f"\n{name}", flush=True)

@@ -18,10 +18,11 @@ from redis.exceptions import RedisError
 
 from deploy.ray.demand import Demand
 from deploy.ray.policy import BacklogPolicy
-from deploy.ray.worker import LoadEngine, ModelWorker, load_models
+from deploy.ray.worker import LoadEngine, ModelWorker
 from service.api.errors import answer_error
 from service.app import build_dispatcher, create_app
 from service.errors import BadConfiguration, ModelUnavailable
+from service.loading import load_models
 from service.logging import configure_logging
 from service.settings import Settings, load_settings
 
@@ -46,7 +47,6 @@ class ModelArguments(BaseModel):
     settings: dict[str, Any] = Field(default_factory=dict)
     autoscaling: dict[str, Any] = Field(default_factory=dict)
     ray_actor_options: dict[str, Any] = Field(default_factory=dict)
-    target_backlog_s: float = Field(default=30.0, gt=0)
 
 
 class Arguments(BaseModel):
@@ -119,7 +119,7 @@ def _worker(arguments: ModelArguments, shared: dict[str, Any], load: LoadEngine)
     name = arguments.model.name
     policy = AutoscalingPolicy(
         policy_function=BacklogPolicy,
-        policy_kwargs={"model": name, "target_s": arguments.target_backlog_s, "settings": shared},
+        policy_kwargs={"model": name, "target_s": settings.target_backlog_s, "settings": shared},
     )
     deployment = serve.deployment(
         name=f"worker-{name}",

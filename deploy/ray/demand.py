@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from redis.asyncio import Redis
 
-from service.jobs.redis import PREFIX, connect
+from service.jobs.redis_operations import PREFIX, connect
 
 ASKED_S = 60
 """How long a call counts, unless a worker has the model earlier. Clients repeat it, as Retry-After says."""

@@ -5,7 +5,6 @@ import logging
 import math
 import time
 import weakref
-from statistics import fmean
 from threading import Thread
 from typing import Any
 
@@ -17,7 +16,7 @@ from service.app import build_store
 from service.errors import BadConfiguration, StoreUnavailable
 from service.jobs.store import JobStore
 from service.metrics import Metrics
-from service.scheduling.fleet import WorkerState, wanted_workers
+from service.scheduling.waiting import pace_of, wanted_workers
 from service.settings import load_settings
 
 logger = logging.getLogger(__name__)
@@ -77,8 +76,5 @@ async def _watch(reference: "weakref.ref[BacklogPolicy]", settings: dict[str, An
 async def wanted(store: JobStore, model: str, target_s: float, *, is_asked: bool = False) -> int:
     """How many workers the model's jobs need now. `is_asked`: a call found no worker, so one has to start."""
     load, workers = await store.load(), await store.workers()
-    able = [worker for worker in workers if model in worker.cards and worker.state is not WorkerState.DRAINING]
-    if not able:
-        return max(int(is_asked), wanted_workers(load.of(model).backlog_s, 0, target_s))
-    num_busy = sum(worker.state is WorkerState.BUSY for worker in able)
-    return wanted_workers(load.of(model).backlog_s * fmean(worker.pace for worker in able), num_busy, target_s)
+    has_none = pace_of(model, workers) is None
+    return max(int(is_asked and has_none), wanted_workers(model, load, workers, target_s))

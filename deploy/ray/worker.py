@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from service.app import build_dispatcher
 from service.errors import Broken
+from service.loading import load_models
 from service.logging import configure_logging
 from service.settings import Settings, load_settings
 
@@ -15,18 +16,6 @@ if TYPE_CHECKING:  # torch is imported where a model is loaded: not in Serve's c
     from models.engine import Engine
 
 LoadEngine = Callable[[Settings], "Engine"]
-
-
-def load_models(settings: Settings) -> "Engine":
-    from models.zoo import load_engine
-
-    return load_engine(
-        settings.model_directories,
-        device=settings.device,
-        router_weights=settings.router_weights,
-        background_remover=settings.background_remover,
-        options=settings.load_options,
-    )
 
 
 class ModelWorker:

@@ -81,7 +81,7 @@ async def _accepted(job: Job, dispatcher: Dispatcher, links: Links) -> JSONRespo
         "Preference-Applied": "respond-async",
     }
     snapshot = await dispatcher.store.get(job.id)
-    body = job_body(snapshot, links, await queue_place(snapshot, dispatcher.store))
+    body = job_body(snapshot, links, await queue_place(snapshot, dispatcher.store, dispatcher.fleet))
     return JSONResponse(body.model_dump(mode="json", exclude_unset=True), 202, headers)
 
 

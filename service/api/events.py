@@ -58,7 +58,7 @@ async def _lines(
     response_format: ResponseFormat | None,
     cancels: bool,
 ) -> AsyncIterator[bytes]:
-    is_over, queue, told_at = False, QueueWatch(job, dispatcher.store), time.monotonic()
+    is_over, queue, told_at = False, QueueWatch(job, dispatcher.store, dispatcher.fleet), time.monotonic()
     try:
         async for event in _until_drained(
             job, dispatcher, after, lambda: UPDATE_S if queue.is_queued else KEEP_ALIVE_S

@@ -8,6 +8,7 @@ from typing import Any
 from service.errors import StoreUnavailable
 from service.jobs.job import Job, JobSnapshot, JobStatus
 from service.jobs.store import JobStore
+from service.running.fleet import Fleet
 from service.scheduling.fleet import Load, WorkerRecord
 from service.scheduling.waiting import QueuePlace, place_of
 
@@ -15,19 +16,19 @@ UPDATE_S = 2.0
 """How often a stream looks whether the place of its job has changed."""
 
 
-async def queue_places(snapshots: Sequence[JobSnapshot], store: JobStore) -> list[QueuePlace | None]:
+async def queue_places(snapshots: Sequence[JobSnapshot], store: JobStore, fleet: Fleet) -> list[QueuePlace | None]:
     """The place of each job; None unless it is queued. Raises StoreUnavailable."""
     queued = [snapshot.job for snapshot in snapshots if snapshot.state.status is JobStatus.QUEUED]
     positions = {job.id: await store.position(job.id) for job in queued}
     if all(position is None for position in positions.values()):
         return [None] * len(snapshots)
-    load, workers = await store.load(), await store.workers()
-    return [_place(snapshot.job, positions.get(snapshot.job.id), load, workers) for snapshot in snapshots]
+    load = await store.load()
+    return [_place(snapshot.job, positions.get(snapshot.job.id), load, fleet.workers) for snapshot in snapshots]
 
 
-async def queue_place(snapshot: JobSnapshot, store: JobStore) -> QueuePlace | None:
+async def queue_place(snapshot: JobSnapshot, store: JobStore, fleet: Fleet) -> QueuePlace | None:
     """The place of one job; None unless it is queued. Raises StoreUnavailable."""
-    return (await queue_places([snapshot], store))[0]
+    return (await queue_places([snapshot], store, fleet))[0]
 
 
 def _place(job: Job, position: int | None, load: Load, workers: Sequence[WorkerRecord]) -> QueuePlace | None:
@@ -40,6 +41,7 @@ class QueueWatch:
 
     job: Job
     store: JobStore
+    fleet: Fleet
     is_queued: bool = True
     _position: int | None = None
 
@@ -54,9 +56,11 @@ class QueueWatch:
             position = await self.store.position(self.job.id)
             self.is_queued = position is not None
             if position is not None and position != self._position:
-                load, workers = await self.store.load(), await self.store.workers()
+                load = await self.store.load()
                 self._position = position
-                return queue_fields(place_of(self.job.model, self.job.predicted_seconds, position, load, workers))
+                return queue_fields(
+                    place_of(self.job.model, self.job.predicted_seconds, position, load, self.fleet.workers)
+                )
         return {}
 
 

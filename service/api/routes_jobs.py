@@ -66,7 +66,7 @@ async def list_jobs(
     owner = None if all_keys else caller.owner
     found = await store.jobs(owner, limit=limit + 1, before=after)
     page = found[:limit]
-    return job_list(page, await queue_places(page, store), links, has_more=len(found) > limit)
+    return job_list(page, await queue_places(page, store, dispatcher.fleet), links, has_more=len(found) > limit)
 
 
 @router.get(
@@ -79,7 +79,7 @@ async def list_jobs(
 )
 async def show_job(job_id: str, caller: CallerOfRequest, dispatcher: DispatcherOfApp, links: LinksOfRequest) -> JobBody:
     snapshot = await _own_job(job_id, caller, dispatcher.store)
-    return job_body(snapshot, links, await queue_place(snapshot, dispatcher.store))
+    return job_body(snapshot, links, await queue_place(snapshot, dispatcher.store, dispatcher.fleet))
 
 
 @router.get(

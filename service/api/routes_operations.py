@@ -55,8 +55,8 @@ async def check_readiness(dispatcher: DispatcherOfApp) -> ReadyBody | JSONRespon
 )
 async def show_metrics(dispatcher: DispatcherOfApp, settings: SettingsOfApp) -> Response:
     with suppress(StoreUnavailable):  # the store counts its own errors; the gauges keep their values
-        load, workers = await dispatcher.store.load(), await dispatcher.store.workers()
-        dispatcher.metrics.observe_queue(load, workers, target_backlog_s=settings.target_backlog_s)
+        load, target_s = await dispatcher.store.load(), settings.target_backlog_s
+        dispatcher.metrics.observe_queue(load, dispatcher.fleet.workers, target_backlog_s=target_s)
     return Response(dispatcher.metrics.exposition(dispatcher.num_running()), media_type=CONTENT_TYPE_LATEST)
 
 

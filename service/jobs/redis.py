@@ -8,10 +8,6 @@ from contextlib import suppress
 from typing import Any
 
 from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialBackoff
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from service.errors import IdempotencyKeyReused, JobNotFinished, JobNotFound, JobUnreadable, StoreUnavailable
 from service.jobs import redis_scripts
@@ -19,7 +15,7 @@ from service.jobs.job import Failure, FailureReason, FinishedJob, Job, JobSnapsh
 from service.jobs.redis_adoption import Adoption
 from service.jobs.redis_claims import Claimed, Claims
 from service.jobs.redis_messages import Messages
-from service.jobs.redis_operations import CHECK_LIMIT_S, LIMIT_S, RESULTS_LIMIT_S, RedisOperations
+from service.jobs.redis_operations import CHECK_LIMIT_S, LIMIT_S, PREFIX, RESULTS_LIMIT_S, RedisOperations
 from service.jobs.redis_records import (
     KindEntry,
     dump_failure,
@@ -52,21 +48,6 @@ from service.order import pictures_of
 from service.scheduling.fleet import Load, WorkerRecord
 
 logger = logging.getLogger(__name__)
-
-PREFIX = "elastic:"
-
-
-def connect(url: str) -> Redis:
-    """A client with short timeouts that retries briefly when its connection is lost."""
-    return Redis.from_url(
-        url,
-        socket_timeout=3,
-        socket_connect_timeout=2,
-        health_check_interval=15,
-        max_connections=200,
-        retry=Retry(ExponentialBackoff(cap=0.2, base=0.02), 2),
-        retry_on_error=[RedisConnectionError, RedisTimeoutError],
-    )
 
 
 class RedisStore:
@@ -335,14 +316,19 @@ class RedisStore:
         return jobs
 
     async def jobs(self, owner: str | None, *, limit: int, before: str | None = None) -> list[JobSnapshot]:
-        async with self._operation("jobs"):
-            found = await self._run(self._jobs, owner or "", limit, before or "")
-        if found is None:
-            raise JobNotFound(f"there is no job '{before}'")
-        jobs = []
-        for job_id, fields in found:
-            with suppress(JobNotFound, JobUnreadable, StoreUnavailable):
-                jobs.append(load_snapshot(job_id.decode(), dict(zip(fields[::2], fields[1::2], strict=True))))
+        jobs: list[JobSnapshot] = []
+        while len(jobs) < limit:  # again, for those that are left out
+            most = limit - len(jobs)
+            async with self._operation("jobs"):
+                found = await self._run(self._jobs, owner or "", most, before or "")
+            if found is None:
+                raise JobNotFound(f"there is no job '{before}'")
+            for job_id, fields in found:
+                before = job_id.decode()
+                with suppress(JobNotFound, JobUnreadable, StoreUnavailable):
+                    jobs.append(load_snapshot(before, dict(zip(fields[::2], fields[1::2], strict=True))))
+            if len(found) < most:
+                break
         return jobs
 
     async def position(self, job_id: str) -> int | None:

@@ -1,15 +1,21 @@
-"""Operations on Redis: each takes a bounded time, and fails as StoreUnavailable."""
+"""The client of Redis, and operations: each takes a bounded time, and fails as StoreUnavailable."""
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from service.errors import StoreUnavailable
 
+PREFIX = "elastic:"
+"""All keys of the service begin with it."""
 LIMIT_S = 5.0
 """How long an operation may take. It has few commands, with little data; a busy machine may be slow."""
 RESULTS_LIMIT_S = 30.0
@@ -17,6 +23,19 @@ RESULTS_LIMIT_S = 30.0
 CHECK_LIMIT_S = 1.5
 """How long a check may take. Probes of readiness give up soon."""
 _SILENCE_S = 1.0
+
+
+def connect(url: str) -> Redis:
+    """A client with short timeouts that retries briefly when its connection is lost."""
+    return Redis.from_url(
+        url,
+        socket_timeout=3,
+        socket_connect_timeout=2,
+        health_check_interval=15,
+        max_connections=200,
+        retry=Retry(ExponentialBackoff(cap=0.2, base=0.02), 2),
+        retry_on_error=[RedisConnectionError, RedisTimeoutError],
+    )
 
 
 class RedisOperations:

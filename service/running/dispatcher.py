@@ -300,9 +300,12 @@ class Dispatcher:
     async def _claim_one(self) -> bool:
         async with self.claiming:
             claim = await self.store.claim(self.worker.fits())
-            if claim is not None:
-                self.worker.take(claim)
-            return claim is not None
+            if claim is None:
+                return False
+            if not self.worker.held():
+                self._has_news_of_own.set()  # idle until now: others must not count it as one that can end
+            self.worker.take(claim)
+            return True
 
     def _may_claim(self) -> bool:
         # Results that wait to be stored are in memory, so they count as running.

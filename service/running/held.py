@@ -12,7 +12,7 @@ from models.memory import RequestMemory
 from models.mesh.surface import FieldSamples
 from models.request import GenerationRequest
 from service.jobs.job import Job, Priority
-from service.jobs.store import Claim, Progress
+from service.jobs.store import Claim, JobKind, Progress
 from service.scheduling.batching import Candidate, FairShare
 from service.scheduling.cost import BlockSeconds, dense_step_seconds, grid_bytes
 
@@ -42,12 +42,11 @@ class HeldJob:
     `branches` are what they share, once one of them is encoded.
 
     `num_steps` has the number of computed steps of each request, as things stand; `steps_done` is their sum so far.
-    `memory` is what each request takes of the device.
+    The memory in `kind` is what this worker's device needs for each request.
     """
 
     claim: Claim
-    shape: str
-    memory: RequestMemory
+    kind: JobKind
     unstarted: list[int]
     num_steps: list[int]
     prepared: dict[int, Future[GenerationRequest]] = field(default_factory=dict)
@@ -59,6 +58,14 @@ class HeldJob:
     @property
     def job(self) -> Job:
         return self.claim.job
+
+    @property
+    def shape(self) -> str:
+        return self.kind.shape
+
+    @property
+    def memory(self) -> RequestMemory:
+        return self.kind.memory
 
     @property
     def has_begun(self) -> bool:

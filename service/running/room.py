@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from models.card import ModelCard
 from models.memory import ModelMemory, RequestMemory
+from service.jobs.store import JobKind
 from service.running.held import HeldJob, Running
 from service.running.publisher import Publisher
 from service.scheduling.batching import is_light, most_at_once, step_shape
@@ -30,16 +31,6 @@ class WorkerLimits:
     max_decode_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Newcomer:
-    """A request that may start: its model and its shape, whether it is of high priority, what memory it takes."""
-
-    model: str
-    shape: str
-    is_high: bool
-    memory: RequestMemory
-
-
 class Room:
     """Used under the worker's lock, which protects what is passed in. `cards` are those of all loaded models."""
 
@@ -52,7 +43,7 @@ class Room:
         """Whether this worker's device could run such a request alone."""
         return memory.alone <= self._memory.room
 
-    def has_place(self, new: Newcomer, waiting: Sequence[HeldJob], running: Sequence[Running]) -> bool:
+    def has_place(self, new: JobKind, waiting: Sequence[HeldJob], running: Sequence[Running]) -> bool:
         """Whether the limits of numbers allow one more, if one of each of `waiting` had started.
 
         One of high priority does not wait for others to end: they leave room for it, and it does not count them among
@@ -72,7 +63,7 @@ class Room:
                 most -= most // _SHARE_FOR_LIGHT
         return num_held + self._publisher.num_unfinished >= most
 
-    def has_memory(self, new: Newcomer, waiting: Sequence[HeldJob], running: Sequence[Running]) -> bool:
+    def has_memory(self, new: JobKind, waiting: Sequence[HeldJob], running: Sequence[Running]) -> bool:
         """Whether the device's memory allows one more. One of high priority may step without others of its shape."""
         entries = [*(InMemory(step_shape(held.shape), held.memory) for held in waiting), *map(_entry, running)]
         max_batch_size = 1 if new.is_high else self.max_batch_size(new.model)

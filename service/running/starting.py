@@ -9,15 +9,11 @@ from typing import TYPE_CHECKING
 from models.errors import DeviceLost
 from models.request import GenerationRequest
 from service.jobs.store import Claim
-from service.metrics import Metrics
-from service.running.device_use import DeviceUse
 from service.running.encoder import Encoder
 from service.running.held import EncodedRequest, HeldJob, Running
+from service.running.parts import WorkerParts
 from service.running.preparer import Preparer
-from service.running.publisher import Publisher
-from service.scheduling.batching import FairShare
 from service.scheduling.cost import block_seconds
-from service.scheduling.precedence import Precedence
 
 if TYPE_CHECKING:  # models.engine brings torch, which the API side never loads
     from models.engine import Engine
@@ -33,32 +29,22 @@ class Starter:
 
     def __init__(
         self,
-        metrics: Metrics,
-        publisher: Publisher,
-        fair_share: FairShare,
-        precedence: Precedence,
-        device: DeviceUse,
+        parts: WorkerParts,
         *,
         classes: Callable[[], set[bool]],
         claim_place: Callable[[HeldJob, int], bool],
         add: Callable[[Running], None],
         is_held: Callable[[Claim], bool],
         on_ready: Callable[[], None],
-        clock: Callable[[], float],
     ) -> None:
-        self._metrics = metrics
-        self._publisher = publisher
-        self._fair_share = fair_share
-        self._precedence = precedence
-        self._device = device
+        self._parts = parts
         self._classes = classes
         self._claim_place = claim_place
         self._add = add
         self._is_held = is_held
         self._on_ready = on_ready
-        self._clock = clock
         self._preparer = Preparer(on_ready)
-        self._encoder = Encoder(metrics, device, is_held)
+        self._encoder = Encoder(parts.metrics, parts.device, is_held)
         self._lock = RLock()  # one thread at a time begins; a preparation that ends at once goes on in the same call
         self._is_closed = False
 
@@ -117,32 +103,32 @@ class Starter:
         if held.encoding or held.branches is not None or not engine.encodes_on_device(job.model):
             return True
         needed_s = engine.cards[job.model].encode_seconds
-        if not job.is_high and len(self._classes()) == 2 and not self._precedence.are_owed(needed_s):
+        if not job.is_high and len(self._classes()) == 2 and not self._parts.precedence.are_owed(needed_s):
             return False
-        self._precedence.spend(job.is_high, needed_s)
+        self._parts.precedence.spend(job.is_high, needed_s)
         return True
 
     def _start(self, engine: "Engine", held: HeldJob, index: int, encoding: EncodedRequest) -> None:
         job, request = held.job, held.job.requests[index]
         began = time.perf_counter()
         try:
-            state = self._device.call(lambda: engine.start(request, encoded=encoding.encoded))
+            state = self._parts.device.call(lambda: engine.start(request, encoded=encoding.encoded))
         except Exception as error:
             self._fail(held.claim, error)
             return
         now = time.perf_counter()
         encode_s = encoding.seconds + now - began
-        self._metrics.observe_stage(job.model, "encode", encode_s)
+        self._parts.metrics.observe_stage(job.model, "encode", encode_s)
         running = Running(
             held=held,
             index=index,
             state=state,
-            queue_s=max(0.0, self._clock() - job.created_at - encode_s),  # clocks agree only roughly
+            queue_s=max(0.0, self._parts.clock() - job.created_at - encode_s),  # clocks agree only roughly
             encode_s=encode_s,
             denoise_began=now,
             block_seconds=block_seconds(request, engine.cards[job.model]),
         )
-        running.join(self._fair_share)
+        running.join(self._parts.fair_share)
         self._add(running)
         held.encoding.pop(index)
         held.prepared.pop(index, None)
@@ -153,4 +139,4 @@ class Starter:
         """End a job because of `error`. Nobody's job fails because the device is lost."""
         if isinstance(error, DeviceLost):
             raise error
-        self._publisher.fail(claim, error)
+        self._parts.publisher.fail(claim, error)

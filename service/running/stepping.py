@@ -8,14 +8,11 @@ from typing import TYPE_CHECKING
 from models.errors import DeviceLost, OutOfDeviceMemory
 from models.report import StepReport
 from service.jobs.store import Report
-from service.metrics import Metrics
-from service.running.device_use import DeviceUse
 from service.running.held import Running, preview_steps
-from service.running.publisher import PendingPreview, Publisher
-from service.running.room import Room
-from service.scheduling.batching import Candidate, FairShare
+from service.running.parts import WorkerParts
+from service.running.publisher import PendingPreview
+from service.scheduling.batching import Candidate
 from service.scheduling.deadline import point_for
-from service.scheduling.precedence import Precedence
 
 if TYPE_CHECKING:  # models.engine brings torch, which the API side never loads
     from models.engine import Engine
@@ -31,28 +28,16 @@ class Stepper:
 
     def __init__(
         self,
-        metrics: Metrics,
-        publisher: Publisher,
-        fair_share: FairShare,
-        precedence: Precedence,
-        device: DeviceUse,
-        room: Room,
+        parts: WorkerParts,
         *,
         report: Callable[[Report], None],
         let_go: Callable[[Running], None],
         on_preview: Callable[[], None],
-        clock: Callable[[], float],
     ) -> None:
-        self._metrics = metrics
-        self._publisher = publisher
-        self._fair_share = fair_share
-        self._precedence = precedence
-        self._device = device
-        self._room = room
+        self._parts = parts
         self._report = report
         self._let_go = let_go
         self._on_preview = on_preview
-        self._clock = clock
         self._most_together: dict[Hashable, int] = {}  # by batch key
 
     def step(self, engine: "Engine", batch: Sequence[Running], running_now: Sequence[Running]) -> None:
@@ -65,16 +50,16 @@ class Stepper:
         expected, states = [running.as_candidate() for running in batch], [running.state for running in batch]
         try:
             if len(batch) == 1:
-                report = self._device.call(lambda: engine.step(states))
+                report = self._parts.device.call(lambda: engine.step(states))
             else:
-                with self._device.shared():
+                with self._parts.device.shared():
                     report = engine.step(states)
         except DeviceLost:
             raise
         except Exception as error:
             if len(batch) == 1:
                 self._let_go(batch[0])
-                self._publisher.fail(batch[0].claim, error)
+                self._parts.publisher.fail(batch[0].claim, error)
                 return
             logger.warning("a step of %d requests failed; its halves step alone now", len(batch), exc_info=error)
             if isinstance(error, OutOfDeviceMemory):
@@ -103,8 +88,8 @@ class Stepper:
         running_now: Sequence[Running],
     ) -> None:
         """Tell what a step has done, and make the previews that are due after it."""
-        self._metrics.observe_step(batch[0].job.model, report)
-        self._metrics.observe_memory({**engine.memory_bytes(), **self._room.kinds(running_now)})
+        self._parts.metrics.observe_step(batch[0].job.model, report)
+        self._parts.metrics.observe_memory({**engine.memory_bytes(), **self._parts.room.kinds(running_now)})
         self._account(engine, batch, expected, report)
         for held in dict.fromkeys(running.held for running in batch):
             states = [running.state for running in running_now if running.held is held]
@@ -117,10 +102,10 @@ class Stepper:
     ) -> None:
         """Charge a step to its requests."""
         now = time.perf_counter()
-        self._precedence.spend(expected[0].is_high, report.seconds)
+        self._parts.precedence.spend(expected[0].is_high, report.seconds)
         for running, candidate in zip(batch, expected, strict=True):
             running.measure_pace(engine.cards[running.job.model], now - report.seconds, now)
-            running.spend(self._fair_share, candidate.step_seconds)
+            running.spend(self._parts.fair_share, candidate.step_seconds)
             running.batch_size_sum += report.batch_size
             running.held.steps_done += 1
             running.held.num_steps[running.index] = running.state.num_computed_steps
@@ -134,8 +119,8 @@ class Stepper:
             running.request,
             engine.cards[job.model],
             time_left_s=job.deadline_at
-            - self._clock()
-            - self._publisher.finish_seconds(job.model)
+            - self._parts.clock()
+            - self._parts.publisher.finish_seconds(job.model)
             - job.decode_seconds,
             steps_left=state.num_steps - state.step_index,
             num_computed=len(state.computed),
@@ -148,9 +133,9 @@ class Stepper:
         due = preview_steps(running.job.num_previews, state.num_computed_steps)[running.num_previews :]
         for step in due:
             if step <= len(state.computed) and not state.is_done:
-                if not self._room.for_preview(running, running_now):
+                if not self._parts.room.for_preview(running, running_now):
                     return  # it is made after a later step, or never
                 decode, number = engine.preview(state), running.num_previews
                 preview = PendingPreview(running.claim, running.index, number, decode, running.memory.preview)
-                self._publisher.preview(preview, on_preview=self._on_preview)
+                self._parts.publisher.preview(preview, on_preview=self._on_preview)
                 running.num_previews += 1

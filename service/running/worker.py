@@ -1,35 +1,34 @@
-"""The loop that runs claimed jobs: start, step, decode a mesh's field, publish. One thread has the device."""
+"""The loop that runs claimed jobs: start, step, decode, publish. One thread has the device."""
 
 import logging
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from functools import partial
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING
 
 from models.card import ModelCard
-from models.errors import DeviceLost, OutOfDeviceMemory
-from models.mesh.surface import FieldSamples
+from models.errors import DeviceLost
 from service.jobs.job import JobStatus
 from service.jobs.store import Claim, Ending, Fit, Fits, JobKind, Report
 from service.metrics import Metrics
+from service.running.decoding import Decoder
 from service.running.device_use import DeviceUse
 from service.running.engine_changes import EngineChanges
-from service.running.held import DECODE_TURN_S, HeldJob, Running
-from service.running.publisher import Decoded, Denoised, Publisher
-from service.running.room import Newcomer, Room, WorkerLimits
+from service.running.held import HeldJob, Running
+from service.running.parts import WorkerParts
+from service.running.publisher import Publisher
+from service.running.room import Room, WorkerLimits
 from service.running.starting import Starter
 from service.running.stepping import Stepper
-from service.scheduling.batching import FairShare, shape_of
+from service.scheduling.batching import FairShare
 from service.scheduling.fleet import WorkerRecord, WorkerState
 from service.scheduling.pace import Pace
 from service.scheduling.precedence import Precedence
 
 if TYPE_CHECKING:  # models.engine brings torch, which the API side never loads
     from models.engine import Engine
-    from models.state import DenoiseState
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +69,13 @@ class Worker:
         self._wake = Event()
         self._device = DeviceUse()
         self._device_lost: DeviceLost | None = None
+        self._loaded: Future[None] = Future()
+        self._thread = Thread(target=self._run, name="worker", daemon=True)
+        self._is_stopping = False
+        self._changes = EngineChanges()
+        self._lock = Lock()  # protects the attributes that several threads use: `_held` and `_running`
+        self._held: dict[str, HeldJob] = {}
+        self._running: list[Running] = []
         self._publisher = Publisher(
             metrics,
             self._tell,
@@ -79,40 +85,26 @@ class Worker:
             clock=clock,
         )
         self._room = Room(limits, self._publisher)
-        self._loaded: Future[None] = Future()
-        self._thread = Thread(target=self._run, name="worker", daemon=True)
-        self._is_stopping = False
-        self._changes = EngineChanges()
-        self._lock = Lock()  # protects the attributes that several threads use: `_held` and `_running`
-        self._held: dict[str, HeldJob] = {}
-        self._running: list[Running] = []
-        self._fair_share = FairShare()
-        self._precedence = Precedence()
+        self._fair_share, self._precedence = FairShare(), Precedence()
+        parts = WorkerParts(
+            metrics=metrics,
+            publisher=self._publisher,
+            room=self._room,
+            device=self._device,
+            fair_share=self._fair_share,
+            precedence=self._precedence,
+            clock=clock,
+        )
         self._starter = Starter(
-            metrics,
-            self._publisher,
-            self._fair_share,
-            self._precedence,
-            self._device,
+            parts,
             classes=self._classes,
             claim_place=self._claim_place,
             add=self._add,
             is_held=self.is_held,
             on_ready=self._wake.set,
-            clock=clock,
         )
-        self._stepper = Stepper(
-            metrics,
-            self._publisher,
-            self._fair_share,
-            self._precedence,
-            self._device,
-            self._room,
-            report=self._tell,
-            let_go=self._let_go,
-            on_preview=self._look_for_room,
-            clock=clock,
-        )
+        self._stepper = Stepper(parts, report=self._tell, let_go=self._let_go, on_preview=self._look_for_room)
+        self._decoder = Decoder(parts, let_go=self._let_go, on_artifact=self._look_for_room)
 
     def start(self) -> None:
         """Load the engine and start the thread. Raises the errors of loading."""
@@ -170,12 +162,11 @@ class Worker:
         def fits(kind: JobKind) -> Fit:
             if kind.model not in self.cards or not self._room.is_large_enough(kind.memory):
                 return Fit.NO
-            new = Newcomer(kind.model, kind.shape, kind.is_high, kind.memory)
             with self._lock:
                 waiting = [held for held in self._held.values() for _ in held.unstarted]
-                if not self._room.has_place(new, waiting, self._running):
+                if not self._room.has_place(kind, waiting, self._running):
                     return Fit.NO
-                return Fit.NOW if self._room.has_memory(new, waiting, self._running) else Fit.WAITS
+                return Fit.NOW if self._room.has_memory(kind, waiting, self._running) else Fit.WAITS
 
         return fits
 
@@ -191,8 +182,7 @@ class Worker:
         job = claim.job
         held = HeldJob(
             claim,
-            shape_of(job.requests[0]),
-            self._room.cards[job.model].memory_of(job.requests[0]),
+            replace(JobKind.of(job), memory=self._room.cards[job.model].memory_of(job.requests[0])),
             unstarted=list(range(len(job.requests))),
             num_steps=[request.num_computed_steps for request in job.requests],
         )
@@ -271,7 +261,7 @@ class Worker:
             raise self._device_lost
         self._drop_unwanted()
         self._changes.make(engine, self._device, on_change=self._take_cards)
-        self._decode_done(engine)
+        self._decoder.begin(engine, self._running)
         with self._lock:
             jobs = list(self._held.values())
         self._starter.start_what_fits(engine, jobs)
@@ -282,7 +272,7 @@ class Worker:
             elif batch[0].decoding is None:
                 self._stepper.step(engine, batch, self._running)
             else:
-                self._decode(engine, batch[0], batch[0].decoding)
+                self._decoder.take_turn(engine, batch[0], batch[0].decoding)
         else:
             self._metrics.observe_groups(self.cards, [])
             self._metrics.observe_memory({**engine.memory_bytes(), **self._room.kinds(self._running)})
@@ -300,9 +290,8 @@ class Worker:
     def _claim_place(self, held: HeldJob, index: int) -> bool:
         """Whether a request can start now. It then no longer waits."""
         with self._lock:
-            new = Newcomer(held.job.model, held.shape, held.job.is_high, held.memory)
-            has_place = self._room.has_place(new, [], self._running)
-            has_room = has_place and self._room.has_memory(new, [], self._running)
+            has_place = self._room.has_place(held.kind, [], self._running)
+            has_room = has_place and self._room.has_memory(held.kind, [], self._running)
             if has_room and index in held.unstarted:
                 held.unstarted.remove(index)
             return has_room
@@ -329,60 +318,6 @@ class Worker:
         batch = self._room.cut([ready[index] for index in groups[0]], self._running)
         return batch[: self._stepper.most_together(batch[0].state.batch_key)] if batch else []
 
-    def _decode_done(self, engine: "Engine") -> None:
-        """Begin the decoding of requests that took their last step. The publisher does what takes no turns."""
-        for running in [running for running in self._running if running.state.is_done and running.decoding is None]:
-            running.denoise_ended = running.denoise_ended or time.perf_counter()
-            decoding = engine.decode_in_turns(running.state)
-            if decoding is not None:
-                if self._room.for_grid(running, self._running):
-                    running.decoding = decoding
-            elif self._room.for_decoding(running, self._running):
-                self._publish(running, partial(engine.finish, running.state))
-            else:
-                return  # those behind it wait as well, so that it gets its turn
-
-    def _decode(self, engine: "Engine", running: Running, decoding: Generator[None, None, FieldSamples]) -> None:
-        """Give a mesh its turn."""
-        candidate, began = running.as_candidate(), time.perf_counter()
-        try:
-            with self._device.shared():
-                while time.perf_counter() - began < DECODE_TURN_S:
-                    next(decoding)
-        except StopIteration as end:
-            samples: FieldSamples = end.value
-            self._publish(running, lambda: samples)
-        except DeviceLost:
-            raise
-        except OutOfDeviceMemory as error:
-            logger.warning("%s; it is decoded at once", error)
-            running.decoding = None  # it begins again, and takes its memory then
-            self._publish(running, partial(_whole_field, engine, running.state))
-        except Exception as error:
-            self._let_go(running)
-            self._publisher.fail(running.claim, error)
-        seconds = time.perf_counter() - began
-        self._precedence.spend(candidate.is_high, seconds)
-        running.spend(self._fair_share, seconds)
-
-    def _publish(self, running: Running, decode: Callable[[], Decoded]) -> None:
-        """Hand a request to the publisher."""
-        assert running.denoise_ended is not None
-        denoised = Denoised(
-            claim=running.claim,
-            index=running.index,
-            decode=decode,
-            summary=running.state.summary(),
-            queue_s=running.queue_s,
-            encode_s=running.encode_s,
-            denoise_s=running.denoise_ended - running.denoise_began,
-            field_s=time.perf_counter() - running.denoise_ended,
-            batch_size_mean=running.batch_size_sum / len(running.state.computed),
-            memory=replace(running.memory, decode=0, grid=0) if running.decoding else running.memory,
-        )
-        self._publisher.publish(denoised, on_artifact=self._look_for_room)
-        self._let_go(running)
-
     def _remove(self, running: Running) -> None:
         with self._lock:
             self._running.remove(running)
@@ -406,15 +341,3 @@ class Worker:
         self._report(report)
         if isinstance(report, Ending):
             self.drop(report.claim.job.id, is_finished=report.status is JobStatus.SUCCEEDED)
-
-
-def _whole_field(engine: "Engine", state: "DenoiseState") -> FieldSamples:
-    """The decoding of a mesh from its beginning, in one turn."""
-    decoding = engine.decode_in_turns(state)
-    assert decoding is not None
-    while True:
-        try:
-            next(decoding)
-        except StopIteration as end:
-            field: FieldSamples = end.value
-            return field

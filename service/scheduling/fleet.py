@@ -1,4 +1,4 @@
-"""The workers that share a queue, the work that waits for them, and how many workers it needs. Pure."""
+"""The workers that share a queue, and the work that waits for them. Pure."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -92,11 +92,3 @@ def seconds_before(model: str, load: Load, workers: Sequence[WorkerRecord]) -> f
         for worker in of_model
     ]
     return sum(seconds) / len(seconds)
-
-
-def wanted_workers(backlog_s: float, num_busy: int, target_s: float) -> int:
-    """How many workers finish a backlog in `target_s`; never fewer than those that are busy.
-
-    Autoscalers choose themselves which workers end, and do not spare busy ones.
-    """
-    return max(math.ceil(backlog_s / target_s), num_busy)

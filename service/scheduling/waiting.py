@@ -1,5 +1,6 @@
-"""How long queued jobs wait: the backlog of a model, and the place and the end of one job. Pure."""
+"""How long queued jobs wait: the backlog of a model, the workers that it needs, the place and end of a job. Pure."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -27,6 +28,15 @@ def pace_of(model: str, workers: Sequence[WorkerRecord]) -> float | None:
 def backlog_s(model: str, load: Load, workers: Sequence[WorkerRecord]) -> float:
     """Seconds of work in all jobs of `model`, at its workers' mean pace. One worker alone would take this long."""
     return load.of(model).backlog_s * (pace_of(model, workers) or 1.0)
+
+
+def wanted_workers(model: str, load: Load, workers: Sequence[WorkerRecord], target_s: float) -> int:
+    """How many workers finish the backlog of `model` in `target_s`; never fewer than those that are busy.
+
+    Autoscalers choose themselves which workers end, and do not spare busy ones.
+    """
+    num_busy = sum(worker.state is WorkerState.BUSY for worker in workers if model in worker.cards)
+    return max(math.ceil(backlog_s(model, load, workers) / target_s), num_busy)
 
 
 def place_of(model: str, job_s: float, position: int, load: Load, workers: Sequence[WorkerRecord]) -> QueuePlace:

@@ -44,7 +44,7 @@ def load_slow_engine(settings: Settings) -> "Engine":
 
 def main() -> None:
     scaling = {"min_replicas": 0, "max_replicas": 3, "upscale_delay_s": 0, "downscale_delay_s": 3}
-    model = ModelArguments(model=Path("drawn"), autoscaling=scaling, target_backlog_s=TARGET_S)
+    model = ModelArguments(model=Path("drawn"), autoscaling=scaling, settings={"target_backlog_s": TARGET_S})
     # No node has room for this one.
     lost = ModelArguments(model=Path("nowhere"), ray_actor_options={"resources": {"nowhere": 1}})
     arguments = Arguments(models=[model, lost], settings={"lease_s": 2, "grace_s": 10, "max_running": 1})

@@ -65,6 +65,7 @@ def test_openapi_has_our_errors_and_only_what_works(client: TestClient) -> None:
         "/v1/images/generations",
         "/v1/images/edits",
         "/v1/meshes",
+        "/v1/jobs",
         "/v1/jobs/{job_id}",
         "/v1/jobs/{job_id}/events",
         "/v1/jobs/{job_id}/content",

@@ -20,7 +20,6 @@ from service.jobs.job import Failure, FailureReason, Job, JobStatus, Receipt, St
 from service.jobs.store import Claim, Ending, Fit, Preview, Progress
 from service.running.dispatcher import Dispatcher
 from service.settings import Settings
-from tests.fixtures.workers import worker
 
 pytestmark = pytest.mark.anyio
 
@@ -170,18 +169,17 @@ async def test_stream_of_a_queued_job_tells_its_place_and_again_when_that_change
 ) -> None:
     monkeypatch.setattr("service.api.events.UPDATE_S", 0.001)
     store = bench.dispatcher.store
-    await store.announce(worker("drawn", pace=0.5))
     for name in ("first", "second", "a"):
         await store.add(make_job(name))
     stream = bench.stream(make_job("a"))
     async with asyncio.timeout(20):
         event_id, name, data = parsed(await anext(stream))
         assert (event_id, name) == ("1-0", "job.queued")
-        assert data == {"type": "job.queued", "id": "a", "position": 2, "eta_s": 3.0}  # three jobs of 2 s, at this pace
+        assert data == {"type": "job.queued", "id": "a", "position": 2, "eta_s": 6.0}  # three jobs of 2 s
         await store.cancel("second")
         update = parsed(await anext(stream))
         # Without an id, so that Last-Event-ID stays that of the last event in the job's history.
-        assert update == (None, "job.queued", {"type": "job.queued", "id": "a", "position": 1, "eta_s": 2.0})
+        assert update == (None, "job.queued", {"type": "job.queued", "id": "a", "position": 1, "eta_s": 4.0})
         # A client that connects again is told the place too, and no event twice.
         resumed = parsed(await anext(bench.stream(make_job("a"), after="1-0")))
         assert resumed == update

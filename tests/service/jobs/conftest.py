@@ -11,7 +11,8 @@ import pytest
 
 from benchmarks.processes import RedisServer
 from service.jobs.memory import MemoryStore
-from service.jobs.redis import RedisStore, connect
+from service.jobs.redis import RedisStore
+from service.jobs.redis_operations import connect
 from service.jobs.results import MemoryResults, RedisResults, Results, VolumeResults
 from service.jobs.shared_clock import SharedClock
 from service.jobs.store import JobStore

@@ -17,7 +17,8 @@ from models.card import ImageCard
 from models.request import ImageEdit, ImageRequest
 from service.errors import JobUnreadable, StoreUnavailable
 from service.jobs.job import FailureReason, Job, JobSnapshot, JobState, JobStatus
-from service.jobs.redis import RedisStore, connect
+from service.jobs.redis import RedisStore
+from service.jobs.redis_operations import connect
 from service.jobs.redis_records import RECORD_VERSION
 from service.jobs.results import RedisResults
 from service.jobs.shared_clock import SharedClock
@@ -185,6 +186,13 @@ async def test_queued_job_that_cannot_be_read_fails_alone(break_record: Any, sha
         await ended(shared.store, "broken")
     assert [live.job.id for live in await shared.store.live_jobs()] == ["whole"]
     assert shared.errors == ["read"]
+
+
+async def test_page_of_jobs_is_full_although_one_cannot_be_read(shared: Shared, make_job: MakeJob) -> None:
+    for name in ("oldest", "broken", "newest"):
+        await shared.store.add(make_job(name))
+    await break_json(shared)
+    assert [found.job.id for found in await shared.store.jobs(None, limit=2)] == ["newest", "oldest"]
 
 
 @pytest.mark.parametrize("break_record", [break_kind, break_model])

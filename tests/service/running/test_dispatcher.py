@@ -25,6 +25,7 @@ from service.running.dispatcher import Dispatcher, Timing
 from service.running.inbox import Inbox
 from service.running.room import WorkerLimits
 from service.running.worker import Worker
+from service.scheduling.fleet import WorkerState
 from service.settings import Settings
 
 StartService = Callable[[Settings], Any]
@@ -152,6 +153,24 @@ async def test_only_jobs_that_the_worker_has_room_for_are_claimed(build: Build, 
         assert (await store.load()).of("drawn").num_queued == 1
         engine.gate.set()
         assert await status_at_end(store, "b") is JobStatus.SUCCEEDED
+
+
+@pytest.mark.anyio
+async def test_worker_is_announced_as_busy_with_its_first_job(build: Build, engine: Any, make_job: MakeJob) -> None:
+    store = FragileStore()
+    dispatcher = build(store, lease_s=100 * TIMEOUT_S)  # which is how rarely it says so otherwise
+    engine.gate.clear()
+
+    async def wait_for(state: WorkerState) -> None:
+        async with asyncio.timeout(TIMEOUT_S):
+            while [record.state for record in await store.workers()] != [state]:
+                await asyncio.sleep(0.001)
+
+    async with dispatcher.running():
+        await wait_for(WorkerState.IDLE)
+        await store.add(make_job("a"))
+        await wait_for(WorkerState.BUSY)
+        engine.gate.set()
 
 
 @pytest.mark.anyio

@@ -19,6 +19,17 @@ from tests.fixtures.generation import edit_of
 EXACT = PresetBudget(Preset.EXACT)
 
 
+@pytest.fixture
+def drawn_card(drawn_card: ImageCard) -> ImageCard:
+    """One whose steps take time in proportion to their work."""
+    return replace(drawn_card, fixed_share=0.0)
+
+
+@pytest.fixture
+def guided_card(guided_card: ImageCard) -> ImageCard:
+    return replace(guided_card, fixed_share=0.0)
+
+
 @pytest.mark.parametrize(
     ("fields", "seconds"),
     [

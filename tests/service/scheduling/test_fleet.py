@@ -1,14 +1,11 @@
 import math
 from dataclasses import replace
 
-import pytest
-
 from service.scheduling.fleet import (
     Load,
     ModelLoad,
     WorkerState,
     seconds_before,
-    wanted_workers,
 )
 from tests.fixtures.workers import worker
 
@@ -37,10 +34,3 @@ def test_a_model_without_a_worker_is_never_reached() -> None:
 
 def test_a_running_job_counts_until_it_has_ended() -> None:
     assert ModelLoad(num_running=3, running_s=0.2, queued_s=5.0).backlog_s == 8.0
-
-
-@pytest.mark.parametrize(
-    ("backlog_s", "num_busy", "wanted"), [(0.0, 0, 0), (0.1, 0, 1), (20.0, 0, 2), (20.1, 0, 3), (5.0, 4, 4)]
-)
-def test_wanted_workers(backlog_s: float, num_busy: int, wanted: int) -> None:
-    assert wanted_workers(backlog_s, num_busy, target_s=10.0) == wanted

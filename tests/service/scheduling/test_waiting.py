@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.scheduling.fleet import Load, ModelLoad, WorkerState, seconds_before
-from service.scheduling.waiting import QueuePlace, backlog_s, pace_of, place_of
+from service.scheduling.waiting import QueuePlace, backlog_s, pace_of, place_of, wanted_workers
 from tests.fixtures.workers import worker
 
 LOAD = Load({"a": ModelLoad(4, 1, queued_s=40.0, running_s=6.0), "b": ModelLoad(2, 0, queued_s=8.0)})
@@ -58,3 +58,12 @@ def test_a_backlog_is_what_one_worker_would_take_at_the_mean_pace() -> None:
     assert backlog_s("a", LOAD, workers) == 46.0
     assert pace_of("a", workers) == pytest.approx(1.0)
     assert (backlog_s("b", LOAD, []), pace_of("b", [])) == (8.0, None)
+
+
+@pytest.mark.parametrize(
+    ("queued_s", "num_busy", "wanted"), [(0.0, 0, 0), (0.1, 0, 1), (20.0, 0, 2), (20.1, 0, 3), (5.0, 4, 4)]
+)
+def test_workers_are_wanted_for_the_backlog_and_busy_ones_stay(queued_s: float, num_busy: int, wanted: int) -> None:
+    workers = [worker("a", state=WorkerState.BUSY)] * num_busy
+    workers += [worker("a", state=WorkerState.DRAINING), worker("b", state=WorkerState.BUSY)]
+    assert wanted_workers("a", Load({"a": ModelLoad(queued_s=queued_s)}), workers, 10.0) == wanted
