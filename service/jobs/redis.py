@@ -19,7 +19,7 @@ from service.jobs.job import Failure, FailureReason, FinishedJob, Job, JobSnapsh
 from service.jobs.redis_adoption import Adoption
 from service.jobs.redis_claims import Claimed, Claims
 from service.jobs.redis_messages import Messages
-from service.jobs.redis_operations import CHECK_LIMIT_S, LIMIT_S, RESULTS_LIMIT_S, RedisOperations
+from service.jobs.redis_operations import CHECK_LIMIT_S, LIMIT_S, MOST_AT_ONCE, RESULTS_LIMIT_S, RedisOperations
 from service.jobs.redis_records import (
     KindEntry,
     dump_failure,
@@ -63,7 +63,7 @@ def connect(url: str) -> Redis:
         socket_timeout=3,
         socket_connect_timeout=2,
         health_check_interval=15,
-        max_connections=200,
+        max_connections=2 * MOST_AT_ONCE + 10,  # for jobs and for results, and one that listens
         retry=Retry(ExponentialBackoff(cap=0.2, base=0.02), 2),
         retry_on_error=[RedisConnectionError, RedisTimeoutError],
     )
