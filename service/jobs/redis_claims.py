@@ -11,14 +11,12 @@ from typing import Any
 
 from service.jobs.redis_records import KindEntry, load_kind, model_of
 from service.jobs.redis_scripts import COMMON
-from service.jobs.store import Fit, Fits, JobKind
+from service.jobs.store import MOST_KINDS, Fit, Fits, JobKind
 
 _POLL_S = 8.0
 """Messages can be lost, so an idle worker looks at the queues at this interval."""
 _POLL_WAITING_S = 1.0
 """How often a worker looks while jobs wait that do not fit. It is not woken for others of their class then."""
-_MOST_KINDS = 1000
-"""How many kinds a claim judges beside those that it knows. With more of them, the earliest jobs count."""
 
 
 # ARGV: worker, lease, its ms, time, JSON of `models`, those it has or nothing, and of `fits`, which says of each kind
@@ -157,7 +155,7 @@ class Claims:
 
             if not self._is_worth_a_look(fit_of):
                 return None
-            if len(self._known) > _MOST_KINDS:
+            if len(self._known) > MOST_KINDS:
                 self._known.clear()
             self._waiting, self._looks_at, self.num_looks = [], 0.0, self.num_looks + 1
             lease, num_judged = uuid.uuid4().hex, 0
@@ -174,7 +172,7 @@ class Claims:
                     pairs = dict(zip(fields[::2], fields[1::2], strict=True))
                     return Claimed(job_id.decode(), lease, None if entry is None else entry.kind, pairs)
                 self._learn(unknown)
-                if not unknown or num_judged >= _MOST_KINDS:
+                if not unknown or num_judged >= MOST_KINDS:
                     self._sleep([name.decode() for name in waiting])
                     return None
                 num_judged += len(unknown) // 2

@@ -16,13 +16,12 @@ from benchmarks.processes import RedisServer
 from models.card import ImageCard
 from models.request import ImageEdit, ImageRequest
 from service.errors import JobUnreadable, StoreUnavailable
-from service.jobs import redis_claims
 from service.jobs.job import FailureReason, Job, JobSnapshot, JobState, JobStatus
 from service.jobs.redis import RedisStore, connect
 from service.jobs.redis_records import RECORD_VERSION
 from service.jobs.results import RedisResults
 from service.jobs.shared_clock import SharedClock
-from service.jobs.store import Claim, Ending, EventName, Fit, Idempotency, JobKind, ended, follow
+from service.jobs.store import Claim, Ending, EventName, Fit, Idempotency, ended, follow
 from service.scheduling.fleet import Load, ModelLoad, WorkerRecord, WorkerState
 from tests.fixtures.job_records import FAILURE, MESH, RECEIPT, dump, play, restore, scenario_jobs
 
@@ -422,25 +421,6 @@ async def full(shared: Shared) -> AsyncIterator[Callable[[int], Awaitable[None]]
 
     yield limit
     await limit(0)
-
-
-async def test_claim_among_very_many_kinds_judges_a_bounded_number(
-    shared: Shared, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(redis_claims, "_MOST_KINDS", 128)
-    # More calls at once than Redis has connections for
-    await asyncio.gather(*(shared.store.add(make_job(f"job{index}", width=64 + index)) for index in range(600)))
-    assert shared.errors == []
-    asked = []
-
-    def none_fits(kind: JobKind) -> Fit:
-        asked.append(kind)
-        return Fit.NO
-
-    assert await shared.store.claim(none_fits) is None
-    assert 128 <= len(asked) <= 2 * 128
-    # Then it does not look again before one of them fits
-    assert await shared.claim_if_any() is not None
 
 
 async def test_full_redis_takes_no_new_work_and_loses_none(
