@@ -7,7 +7,8 @@ from typing import TypeVar
 from models.card import ModelCard
 from models.errors import InvalidRequest, UnknownModel
 from service.api.validation import shown
-from service.running.fleet import Fleet
+from service.errors import ModelUnavailable
+from service.running.fleet import RETRY_AFTER_S, Fleet
 
 Card = TypeVar("Card", bound=ModelCard)
 
@@ -21,6 +22,8 @@ def named_card(name: str, fleet: Fleet, aliases: Mapping[str, str]) -> ModelCard
     if name in served or name in fleet.absent:
         return fleet.card(name)
     meant = next((model for pattern, model in aliases.items() if fnmatchcase(name, pattern)), None)
+    if meant is None and not served:  # nobody can say which models there will be; a label has no name of a client's
+        raise ModelUnavailable(f"no worker holds {shown(name)}, or any other model; try again later", "", RETRY_AFTER_S)
     if meant is None:
         raise UnknownModel(
             f"there is no model {shown(name)}; loaded: {', '.join(served)}; the setting model_aliases can let a name "

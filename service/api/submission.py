@@ -62,6 +62,7 @@ async def submit(
             raise
         with (
             dispatcher.work_intake.recording(job.predicted_seconds),
+            dispatcher.intakes_of_keys[caller.owner].recording(job.predicted_seconds),
             dispatcher.image_intake.recording(input_image_bytes(job.requests)),
         ):
             recorded = await dispatcher.store.add(job, idempotency)
@@ -78,22 +79,25 @@ async def _backlog(
     order: Order, card: ModelCard, dispatcher: Dispatcher, caller: Caller, max_seconds: float, settings: Settings
 ) -> Backlog:
     """The work before `order`: what is in the store, and what this process was adding while that was read."""
-    work, images, pace = dispatcher.work_intake, dispatcher.image_intake, dispatcher.fleet.pace(card.id)
-    recorded_s, recorded_bytes = work.recorded, images.recorded
+    work, images, own = dispatcher.work_intake, dispatcher.image_intake, dispatcher.intakes_of_keys[caller.owner]
+    recorded_s, recorded_bytes, own_recorded_s = work.recorded, images.recorded, own.recorded
     load = await dispatcher.store.load(caller.owner)
     seconds = dispatcher.fleet.seconds_before(card.id, load)
     if math.isinf(seconds):  # the last worker has gone since the card was found
         raise dispatcher.fleet.unavailable(card.id)
     all_s = sum(of_model.seconds for of_model in load.models.values())
+    recorded_own_s = load.own_s / all_s * seconds if all_s else 0.0
+    pace = dispatcher.fleet.pace(card.id)
+    rate = pace / dispatcher.fleet.num_workers(card.id)
     return Backlog(
-        seconds=seconds + (work.admitted - recorded_s) * pace / dispatcher.fleet.num_workers(card.id),
+        seconds=seconds + (work.admitted - recorded_s) * rate,
         max_seconds=max_seconds,
         finish_s=dispatcher.fleet.finish_seconds(card.id),
         pace=pace,
         image_bytes=load.image_bytes + images.admitted - recorded_bytes,
         max_image_bytes=settings.max_input_image_bytes,
         promised_s=dispatcher.promises.seconds(dispatcher.store.clock()),
-        own_s=0.0 if caller.key is None or not all_s else load.own_s / all_s * seconds,
+        own_s=0.0 if caller.key is None else recorded_own_s + (own.admitted - own_recorded_s) * rate,
         weight=None if caller.key is None else caller.key.weight,
         num_keys=load.num_owners + (not load.own_s),
     )

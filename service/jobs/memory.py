@@ -11,6 +11,7 @@ from service.errors import IdempotencyKeyReused, JobNotFinished, JobNotFound
 from service.jobs.job import Failure, FinishedJob, Job, JobSnapshot, JobState, JobStatus
 from service.jobs.results import Results
 from service.jobs.store import (
+    MOST_KINDS,
     WEBHOOK_HELD_S,
     Changes,
     Claim,
@@ -132,7 +133,7 @@ class MemoryStore:
         return FinishedJob(job, state, await self._results.get(state.content))
 
     async def claim(self, fits: Fits) -> Claim | None:
-        for kind, queue in sorted(self._queues.items(), key=lambda item: item[1][0]):
+        for kind, queue in sorted(self._queues.items(), key=lambda item: item[1][0])[:MOST_KINDS]:
             match fits(kind):
                 case Fit.NOW:
                     return self._claim(self._records[queue[0][1]])
@@ -253,8 +254,9 @@ class MemoryStore:
                 raise JobNotFound(f"there is no job '{before}'")
             newest_first = dropwhile(lambda job_id: job_id != before, newest_first)
             next(newest_first)
-        snapshots = (self._records[job_id].snapshot for job_id in newest_first)
-        return list(islice((found for found in snapshots if owner is None or found.job.owner == owner), limit))
+        records = (self._records[job_id] for job_id in newest_first)
+        own = (record.snapshot for record in records if owner is None or record.job.owner == owner)
+        return list(islice(own, limit))
 
     async def position(self, job_id: str) -> int | None:
         record = self._records.get(job_id)

@@ -337,7 +337,8 @@ class RedisStore:
         return position
 
     async def load(self, owner: str | None = None) -> Load:
-        async with self._operation("load"), self._redis.pipeline() as reading:
+        # No transaction: a full Redis refuses even to read in one.
+        async with self._operation("load"), self._redis.pipeline(transaction=False) as reading:
             reading.hgetall(self._key("load"))
             reading.hget(self._key("owners"), owner or "")
             reading.hlen(self._key("owners"))

@@ -11,13 +11,12 @@ from typing import Any
 
 from service.jobs.redis_records import KindEntry, load_kind, model_of
 from service.jobs.redis_scripts import COMMON
-from service.jobs.store import Fit, Fits, JobKind
+from service.jobs.store import MOST_KINDS, Fit, Fits, JobKind
 
 _POLL_S = 8.0
 """Messages can be lost, so an idle worker looks at the queues at this interval."""
 _POLL_WAITING_S = 1.0
 """How often a worker looks while jobs wait that do not fit. It is not woken for others of their class then."""
-_MOST_KINDS = 1000
 
 
 # ARGV: worker, lease, its ms, time, JSON of `models`, those it has or nothing, and of `fits`, which says of each kind
@@ -156,13 +155,15 @@ class Claims:
 
             if not self._is_worth_a_look(fit_of):
                 return None
-            if len(self._known) > _MOST_KINDS:
+            if len(self._known) > MOST_KINDS:
                 self._known.clear()
             self._waiting, self._looks_at, self.num_looks = [], 0.0, self.num_looks + 1
-            lease = uuid.uuid4().hex
+            lease, num_judged = uuid.uuid4().hex, 0
+            verdicts: dict[str, str] = {}
             while True:
                 self._is_woken = False  # here, since it may be woken again before the answer arrives
-                verdicts = {name: fit_of(name).value for name in self._known if self._may_have(name)}
+                new = (name for name in self._known if name not in verdicts and self._may_have(name))
+                verdicts.update((name, fit_of(name).value) for name in new)
                 question = json.dumps({"models": self.models, "fits": verdicts})
                 arguments = [self._worker_id, lease, self._lease_ms, started_at, question]
                 job_id, kind, fields, waiting, unknown = await self._claim(keys=[self._prefix], args=arguments)
@@ -170,10 +171,11 @@ class Claims:
                     entry = self._known.get(kind.decode())
                     pairs = dict(zip(fields[::2], fields[1::2], strict=True))
                     return Claimed(job_id.decode(), lease, None if entry is None else entry.kind, pairs)
-                if not unknown:
+                self._learn(unknown)
+                if not unknown or num_judged >= MOST_KINDS:
                     self._sleep([name.decode() for name in waiting])
                     return None
-                self._learn(unknown)
+                num_judged += len(unknown) // 2
 
     def _is_worth_a_look(self, fit_of: Callable[[str], Fit]) -> bool:
         if self._is_woken or time.monotonic() >= self._looks_at:

@@ -23,6 +23,8 @@ RESULTS_LIMIT_S = 30.0
 CHECK_LIMIT_S = 1.5
 """How long a check may take. Probes of readiness give up soon."""
 _SILENCE_S = 1.0
+MOST_AT_ONCE = 100
+"""Operations beyond these wait, since each takes a connection, and a client of Redis has only so many."""
 
 
 def connect(url: str) -> Redis:
@@ -32,7 +34,7 @@ def connect(url: str) -> Redis:
         socket_timeout=3,
         socket_connect_timeout=2,
         health_check_interval=15,
-        max_connections=200,
+        max_connections=2 * MOST_AT_ONCE + 10,  # for jobs and for results, and one that listens
         retry=Retry(ExponentialBackoff(cap=0.2, base=0.02), 2),
         retry_on_error=[RedisConnectionError, RedisTimeoutError],
     )
@@ -41,12 +43,14 @@ def connect(url: str) -> Redis:
 class RedisOperations:
     """`on_error` is called with the name of every operation that fails.
 
-    A Redis that let an operation wait in vain is not asked again for a second: the calls meanwhile fail at once.
+    At most MOST_AT_ONCE run at a time. A Redis that let an operation wait in vain is not asked again for a second: the
+    calls meanwhile fail at once.
     """
 
     def __init__(self, on_error: Callable[[str], None]) -> None:
         self._on_error = on_error
         self._silent_until = 0.0
+        self._connections = asyncio.Semaphore(MOST_AT_ONCE)
 
     @asynccontextmanager
     async def __call__(self, name: str, limit_s: float = LIMIT_S) -> AsyncIterator[None]:
@@ -54,7 +58,7 @@ class RedisOperations:
         try:
             if time.monotonic() < self._silent_until:
                 raise ConnectionError("Redis did not answer a moment ago")
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout(limit_s), self._connections:
                 yield
         except ResponseError as error:  # it answers, but refuses: it is full, or a replica
             self._on_error(name)

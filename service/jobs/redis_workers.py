@@ -98,7 +98,9 @@ class Workers:
                     self._read[name] = self._load(load_card, data)
         cards = {name: card for name, card in self._read.items() if card is not None}
         return [
-            entry.record({model: cards[name] for model, name in entry.cards.items() if name in cards})
+            entry.record(
+                {model: cards[name] for model, name in entry.cards.items() if name in cards and cards[name].id == model}
+            )
             for entry in entries
         ]
 

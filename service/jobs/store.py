@@ -29,6 +29,8 @@ END_ALONE = "0-1"
 """The id of a job's end once its events have been deleted; no other event has it."""
 EVENTS_TTL_S = 300.0
 """How long the events of an ended job are kept. Their previews may have megabytes, and nobody counts these."""
+MOST_KINDS = 1000
+"""About how many kinds of waiting jobs a claim judges. With more of them, those of the earliest jobs."""
 WEBHOOK_HELD_S = 60.0
 """How long a webhook that was taken is kept from others."""
 
@@ -217,6 +219,8 @@ class JobStore(Protocol):
 
     async def claim(self, fits: Fits) -> Claim | None:
         """Set the first waiting job that `fits` running, in the order of `Job.place`.
+
+        `fits` is asked once for each kind, of about the MOST_KINDS earliest.
 
         A store that other processes share may answer None without a look at the queue. It calls `on_queued` when a look
         is worth it.

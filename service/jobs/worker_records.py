@@ -6,9 +6,10 @@ Workers of two versions share a Redis. Readers ignore fields that they do not kn
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from math import inf
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from models.card import ImageCard, MeshCard, ModelCard, PictureSizes
 from models.curve import point_entry, point_of
@@ -21,19 +22,23 @@ _TYPES: Mapping[str, tuple[TypeAdapter[Any], TypeAdapter[Any]]] = {
 }
 for _, _memory in _TYPES.values():
     _memory.rebuild(_types_namespace={"PictureSizes": PictureSizes})
+_Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerEntry:
-    """What is written of a `WorkerRecord`. `cards` has the names under which the cards are kept, by model."""
+    """What is written of a `WorkerRecord`. `cards` has the names under which the cards are kept, by model.
+
+    Promises to clients are computed with these numbers, so all of them must be possible.
+    """
 
     id: str
     version: str
     device: str
     state: WorkerState
     cards: Mapping[str, str]
-    pace: float = 1.0
-    finish_s: Mapping[str, float] = field(default_factory=dict)
+    pace: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    finish_s: Mapping[str, _Seconds] = field(default_factory=dict)
     num_held: int = 0
     max_running: int = 0
 
@@ -76,6 +81,8 @@ def load_card(data: bytes) -> ModelCard:
         memory = memory_type.validate_python(fields["memory"])
         curve = tuple(point_of(point) for point in fields["curve"])
         card: ModelCard = card_type.validate_python({**fields, "memory": memory, "curve": curve})
+        if not (card.curve and 0 < card.dense_step_seconds < inf and 0 <= card.encode_seconds < inf):
+            raise ValueError("no curve, or impossible seconds")
     except Exception as error:  # a card may break in any way that a reader can fail
         raise ValueError(f"the card can't be read: {error!r}") from error
     return card

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -73,6 +73,8 @@ class Dispatcher:
         self._num_calls = 0
         self._has_news_of_own = asyncio.Event()
         self.work_intake, self.image_intake = Intake(), Intake()
+        self.intakes_of_keys: defaultdict[str | None, Intake] = defaultdict(Intake)
+        """What each API key is part of `work_intake` with."""
         self.promises = Promises()
         self.has_drained = asyncio.Event()
         self._has_broken_loop = False

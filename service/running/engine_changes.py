@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple
 
 from models.errors import DeviceLost
@@ -34,8 +35,7 @@ class EngineChanges:
 
         Raises DeviceLost.
         """
-        while not self._asked.empty():
-            asked = self._asked.get()
+        while (asked := self._next()) is not None:
             try:
                 with device.alone():
                     asked.make(engine)
@@ -49,5 +49,13 @@ class EngineChanges:
 
     def refuse(self) -> None:
         """Fail those that were asked for: the worker has ended."""
-        while not self._asked.empty():
-            self._asked.get().done.set_exception(Draining("the worker has ended", retry_after_s=1))
+        while (asked := self._next()) is not None:
+            asked.done.set_exception(Draining("the worker has ended", retry_after_s=1))
+
+    def _next(self) -> _Change | None:
+        """The next change whose caller still waits for it. Two threads may refuse at once."""
+        with suppress(Empty):
+            while True:
+                if (asked := self._asked.get_nowait()).done.set_running_or_notify_cancel():
+                    return asked
+        return None

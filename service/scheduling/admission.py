@@ -72,16 +72,20 @@ class Promises:
 
     def __init__(self) -> None:
         self._promises: list[tuple[float, float]] = []  # a heap of times and predicted seconds
+        self._sum = 0.0  # of all seconds: an overloaded server has many thousands
 
     def add(self, at: float, seconds: float) -> None:
         """A caller with so many predicted seconds of work was told to come again at this time."""
         heappush(self._promises, (at, seconds))
+        self._sum += seconds
 
     def seconds(self, now: float) -> float:
         """The work that is expected to come again after `now`."""
         while self._promises and self._promises[0][0] <= now:
-            heappop(self._promises)
-        return sum(seconds for _, seconds in self._promises)
+            self._sum -= heappop(self._promises)[1]
+        if not self._promises:
+            self._sum = 0.0  # without the errors of rounding
+        return self._sum
 
 
 @dataclass(frozen=True, slots=True)

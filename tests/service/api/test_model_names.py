@@ -87,6 +87,9 @@ def test_model_that_no_worker_holds_is_unavailable_under_all_its_names(drawn_car
         card_of(None, fleet_of(), ImageCard, {})
     with pytest.raises(UnknownModel):
         card_of("x", fleet, ImageCard, ALIASES)
+    with pytest.raises(ModelUnavailable, match="no worker holds 'x', or any other model") as unavailable:
+        card_of("x", fleet_of(), ImageCard, {})
+    assert unavailable.value.model == ""  # else clients could make labels of metrics
 
 
 def test_server_with_aliases_answers_the_models_own_id(start_client: Callable[..., TestClient]) -> None:

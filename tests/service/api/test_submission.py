@@ -137,8 +137,13 @@ async def test_key_that_no_store_could_hold_is_refused(key: str, submit_image: S
         await submit_image(headers=GenerationHeaders(idempotency_key=key))
 
 
+@pytest.mark.parametrize(("weight", "num_accepted"), [(1000.0, 5), (1.0, 4)], ids=["server", "key"])
 async def test_calls_that_arrive_together_are_not_all_accepted(
-    dispatcher: Dispatcher, submit_image: SubmitImage, monkeypatch: pytest.MonkeyPatch
+    dispatcher: Dispatcher,
+    submit_image: SubmitImage,
+    monkeypatch: pytest.MonkeyPatch,
+    weight: float,
+    num_accepted: int,
 ) -> None:
     """Each call of a burst reads the backlog before the others are recorded, as with Redis."""
     num_calls, num_reads = 20, 0
@@ -155,13 +160,16 @@ async def test_calls_that_arrive_together_are_not_all_accepted(
         return found
 
     monkeypatch.setattr(dispatcher.store, "load", load)
-    calls = [submit_image(budget={"quality": 1.0}) for _ in range(num_calls)]  # 2 s each
+    calls = [submit_image(call(weight=weight), budget={"quality": 1.0}) for _ in range(num_calls)]  # 2 s each
     answers = await asyncio.gather(*calls, return_exceptions=True)
-    assert sum(isinstance(answer, Job) for answer in answers) == 5
-    assert sum(isinstance(answer, Overloaded) for answer in answers) == 15
-    assert (await read()).of("drawn").seconds == 10.0
-    with pytest.raises(Overloaded, match=r"has 10\.0 s of work"):
-        await submit_image(budget={"quality": 1.0})
+    jobs = [answer for answer in answers if isinstance(answer, Job)]
+    assert len(jobs) == num_accepted
+    assert sum(isinstance(answer, Overloaded) for answer in answers) == num_calls - num_accepted
+    assert (await read()).of("drawn").seconds == 2.0 * num_accepted
+    patience = {round(job.due_at - job.created_at, 3) for job in jobs}
+    assert len(patience) == num_accepted  # each one counts those before it
+    with pytest.raises(Overloaded, match=rf"has {2 * num_accepted}\.0 s of work"):
+        await submit_image(call(weight=weight), budget={"quality": 1.0})
 
 
 async def test_overloaded_server_records_nothing(dispatcher: Dispatcher, submit_image: SubmitImage) -> None:

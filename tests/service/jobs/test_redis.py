@@ -447,7 +447,8 @@ async def test_full_redis_takes_no_new_work_and_loses_none(
         with pytest.raises(StoreUnavailable, match=r"maxmemory'$"):
             await refused
     assert shared.errors == ["check", "add", "put_results"]
-    # Jobs stay with their workers, and those without a result end
+    # Its backlog can be read, and jobs stay with their workers, and those without a result end
+    assert (await shared.store.load()).of("drawn").num_running == 2
     assert await shared.store.renew([first, second]) == set()
     assert (await shared.store.recover()).requeued == ()
     await shared.store.release(second)
@@ -493,7 +494,7 @@ async def test_record_of_a_worker_that_cannot_be_read_is_passed_over(
     share: Share, drawn_card: ImageCard, caplog: pytest.LogCaptureFixture
 ) -> None:
     readers, announced = await share(), []
-    for _ in range(4):
+    for _ in range(8):
         server = await share()
         record = WorkerRecord(server.store.worker_id, "1", "cpu", WorkerState.IDLE, {"drawn": drawn_card})
         await server.store.announce(record)
@@ -501,16 +502,25 @@ async def test_record_of_a_worker_that_cannot_be_read_is_passed_over(
         announced.append(record)
     key = f"{readers.prefix}worker_records"
     entries = [json.loads(await readers.redis.hget(key, record.id)) for record in announced]
-    # Given records of a newer version, a broken one, and one whose card can't be read
+    # Given records of a newer version, broken ones, and some whose cards can't be read
     await readers.redis.hset(key, announced[0].id, json.dumps({**entries[0], "speed": 3}))
     await readers.redis.hset(key, announced[1].id, json.dumps({**entries[1], "state": "dreaming"}))
     await readers.redis.hset(key, announced[2].id, b"{")
     await readers.redis.set(f"{readers.prefix}card:other", b'{"modality": "video"}')
     await readers.redis.hset(key, announced[3].id, json.dumps({**entries[3], "cards": {"drawn": "other"}}))
+    await readers.redis.hset(key, announced[4].id, json.dumps({**entries[4], "pace": math.nan}))
+    await readers.redis.hset(key, announced[5].id, json.dumps({**entries[5], "finish_s": {"drawn": -1.0}}))
+    card = json.loads(await readers.redis.get(f"{readers.prefix}card:{entries[6]['cards']['drawn']}"))
+    await readers.redis.set(f"{readers.prefix}card:slow", json.dumps({**card, "dense_step_seconds": math.inf}))
+    await readers.redis.hset(key, announced[6].id, json.dumps({**entries[6], "cards": {"drawn": "slow"}}))
+    await readers.redis.hset(
+        key, announced[7].id, json.dumps({**entries[7], "cards": {"x": entries[7]["cards"]["drawn"]}})
+    )
     for _ in range(2):
         found = {record.id: record for record in await readers.store.workers()}
-    assert found == {announced[0].id: announced[0], announced[3].id: replace(announced[3], cards={})}
-    assert len(caplog.records) == 3  # one line for each
+    without_cards = {record.id: replace(record, cards={}) for record in (announced[3], *announced[6:])}
+    assert found == {announced[0].id: announced[0], **without_cards}
+    assert len(caplog.records) == 6  # one line for each that can't be read
     # And all are forgotten when their leases have ended
     await readers.redis.zadd(f"{readers.prefix}workers", {record.id: 1 for record in announced})
     assert await readers.store.workers() == []

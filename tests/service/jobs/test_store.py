@@ -14,6 +14,7 @@ from models.report import Decision, GenerationSummary, MeshReport, StepDecision
 from models.request import ComputeBudget, ImageEdit, MeshRequest
 from models.rules.router import RouterPolicy
 from service.errors import IdempotencyKeyReused, JobNotFinished, JobNotFound, ResultExpired
+from service.jobs import memory, redis_claims
 from service.jobs.job import (
     Failure,
     FailureReason,
@@ -170,6 +171,21 @@ async def test_claim_passes_over_what_does_not_fit(bench: Any, make_job: MakeJob
     await bench.store.add(make_job("high", priority=Priority.HIGH))
     await bench.store.add(make_job("other high", priority=Priority.HIGH))
     assert (await bench.store.claim(lambda kind: Fit.NOW if kind.is_high else Fit.NO)).job.id == "high"
+
+
+async def test_claim_judges_a_bounded_number_of_kinds(
+    bench: Any, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (memory, redis_claims):
+        monkeypatch.setattr(module, "MOST_KINDS", 128)
+    jobs = [replace(make_job(f"a{number}", width=64 + number), created_at=float(number)) for number in range(300)]
+    await asyncio.gather(*map(bench.store.add, jobs))  # more at once than Redis gets connections
+    asked: list[JobKind] = []
+    for _ in range(2):
+        assert await bench.store.claim(only("none", asked)) is None
+    assert 128 <= len(asked) <= 2 * 2 * 128
+    # The first ones are claimed as soon as they fit
+    assert (await bench.store.claim(anything)).job.id in {job.id for job in jobs[:128]}
 
 
 async def test_kind_that_waits_for_memory_holds_up_those_behind_it(bench: Any, make_job: MakeJob) -> None:
