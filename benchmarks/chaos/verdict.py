@@ -28,13 +28,17 @@ _ID = r"job_\w+|[0-9a-f]{16,}|\d+"
 _LEASES_END_S = 60.0  # many times a lease, for a loaded machine
 _WEBHOOKS_END_S = 150.0  # a webhook that a dead server had taken is withheld from the others for a minute
 
-# What Redis may hold of ended jobs, by the key after its prefix: whether it must have a time to live.
+# What Redis may hold once all jobs have ended, by the key after its prefix: whether it must have a time to live.
 _KEYS: Mapping[str, bool] = {
     r"job:job_\w+": True,
     r"job:job_\w+:events": True,
     r"key:.*": True,
     r"check": True,
-    r"workers": False,
+    r"claim:\w+": True,
+    r"card:\w+": True,
+    r"jobs(:.*)?": False,
+    r"expiring": False,
+    r"workers|worker_records|idle:.*": False,
     r"webhooks": False,
 }
 
