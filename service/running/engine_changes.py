@@ -4,6 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from queue import Empty, SimpleQueue
+from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
 from models.errors import DeviceLost
@@ -24,10 +25,17 @@ class EngineChanges:
 
     def __init__(self) -> None:
         self._asked: SimpleQueue[_Change] = SimpleQueue()
+        self._lock = Lock()  # so that nothing is asked for after `refuse`
+        self._is_over = False
 
     def ask(self, change: "Callable[[Engine], None]") -> Future[None]:
         """Let `change` add or remove models. The future has what it raises."""
-        self._asked.put(asked := _Change(change, Future()))
+        asked = _Change(change, Future())
+        with self._lock:
+            if self._is_over:
+                asked.done.set_exception(_refusal())
+            else:
+                self._asked.put(asked)
         return asked.done
 
     def make(self, engine: "Engine", device: DeviceUse, *, on_change: "Callable[[Engine], None]") -> None:
@@ -48,14 +56,20 @@ class EngineChanges:
                 asked.done.set_result(None)
 
     def refuse(self) -> None:
-        """Fail those that were asked for: the worker has ended."""
+        """Fail those that were asked for and all later ones: the worker has ended."""
+        with self._lock:
+            self._is_over = True
         while (asked := self._next()) is not None:
-            asked.done.set_exception(Draining("the worker has ended", retry_after_s=1))
+            asked.done.set_exception(_refusal())
 
     def _next(self) -> _Change | None:
-        """The next change whose caller still waits for it. Two threads may refuse at once."""
+        """The next change whose caller still waits for it."""
         with suppress(Empty):
             while True:
                 if (asked := self._asked.get_nowait()).done.set_running_or_notify_cancel():
                     return asked
         return None
+
+
+def _refusal() -> Draining:
+    return Draining("the worker has ended", retry_after_s=1)

@@ -148,8 +148,6 @@ class Worker:
         """Let `change` add or remove models of the engine, between two turns. The future has what it raises."""
         done = self._changes.ask(change)
         self._wake.set()
-        if not self.is_alive:
-            self._changes.refuse()
         return done
 
     def fits(self) -> Fits:
