@@ -55,6 +55,7 @@ def load_engine(
     directory, its router folder or the remover is missing parts or malformed, and if the weights take more memory than
     there is. A GPU becomes the current device of the calling thread, which is to use the engine.
     """
+    _use(device)
     if options.compiles:
         check_compiler(device)
     if background_remover is not None:
@@ -87,9 +88,7 @@ def load_model(
     The returned function measures the model and adds it to an engine, in the thread that uses the engine. It raises
     WeightsError if the model leaves no room.
     """
-    torch_device = find_device(device)
-    if torch_device.type == "cuda":
-        torch.cuda.set_device(torch_device)
+    torch_device = _use(device)
     folder = router_weights / directory.name
     if not folder.is_dir():
         logger.warning("%s has no router folder %s, so exact is its only budget", directory.name, folder)
@@ -118,6 +117,14 @@ def load_model(
         logger.info("loaded %s on %s in %s, weights: %s", directory.name, device, dtype, options.weights)
 
     return add_to
+
+
+def _use(device: str) -> torch.device:
+    """Make a GPU the current device of this thread. Raises DeviceError if there is none of that name."""
+    found = find_device(device)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    return found
 
 
 def _compute_dtype(weights: Weights, device: str) -> torch.dtype:

@@ -178,6 +178,7 @@ def test_caches_save_work_and_forget_between_prompts(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_command_measures_once_and_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -127,6 +127,7 @@ def test_number_of_replicas_stays_while_redis_is_silent(
     wait_until(lambda: policy(context()) == (KEPT, {}))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.redis
 def test_no_job_is_lost_while_workers_scale_and_nodes_replicas_and_the_controller_are_killed(

@@ -5,12 +5,14 @@ that read pictures beside the noise, edits, the times that `load_engine` measure
 field of a mesh is noise on its coarse grid, and empty beyond that.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -235,7 +237,9 @@ def _store_zeros(layer: Float8Linear, weight: Tensor, device: str | torch.device
 
 
 class _Card:
-    """The part of a card that the engine reads: `start` gives points."""
+    """The part of a card that the engine reads: `start` gives points, and nothing limits the memory."""
+
+    memory = SimpleNamespace(room=math.inf)
 
     @staticmethod
     def curve_for(request: GenerationRequest) -> Sequence[CurvePoint]:
