@@ -71,7 +71,11 @@ def test_exact_is_the_stock_pipelines_image(server: str) -> None:
     assert np.abs(ours.astype(int) - np.asarray(stock)).max() <= 1
 
 
-@pytest.mark.parametrize("budget", [{"preset": "exact"}, {"preset": "fast"}], ids=["exact", "fast"])
+@pytest.mark.parametrize(
+    "budget",
+    [pytest.param({"preset": "exact"}, marks=pytest.mark.long), {"preset": "fast"}],
+    ids=["exact", "fast"],
+)
 def test_negative_prompt_keeps_its_subject_out_of_the_image(server: str, budget: dict[str, str]) -> None:
     """The prompt leaves the background open; the trained judge reads it."""
     judge = load_judge(SHIPPED_JUDGE)

@@ -94,6 +94,7 @@ def test_background_is_removed_from_opaque_images(server: str, solid: Solid, ima
     assert volume_iou(Mesh(mesh.vertices, mesh.faces), solid) > 0.75
 
 
+@pytest.mark.long
 def test_background_that_is_not_plain_is_removed_too(server: str, solid: Solid, image: bytes) -> None:
     on_gravel = Image.fromarray(gravel())
     cut_out = Image.open(BytesIO(image)).resize((240, 240))

@@ -62,6 +62,7 @@ def inductor_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest
 
 
 @needs_compiler
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_graphs_for_each_width_serve_all_blocks_and_sizes() -> None:
     # Given streams in which sizes are equal that need not be
