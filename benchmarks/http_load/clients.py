@@ -18,7 +18,7 @@ _REFUSED = (429, 503)
 NO_ANSWER = 0
 """The status of a call whose connection broke."""
 _KEPT = ("quality_applied", "degraded", "deadline_met")
-"""What is kept of a receipt."""
+"""The fields of a receipt that are kept."""
 
 
 @dataclass(frozen=True, slots=True)
