@@ -1,4 +1,4 @@
-"""What is measured, in turns of the contenders. Figures are kept as they come, so that a run can go on later."""
+"""The measurements, in turns of the contenders. Each figure is kept at once, so that a run can go on later."""
 
 import io
 import multiprocessing

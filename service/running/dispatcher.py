@@ -313,7 +313,8 @@ class Dispatcher:
         # Results that wait to be stored are in memory, so they count as running.
         has_room = self._reports.why_stuck is None and len(self._inbox.unstored) < self.worker.limits.max_running
         # Other servers claim the jobs that a draining server leaves in a shared queue.
-        return has_room and self.worker.is_alive and (self._drain is None or not self.store.is_shared)
+        can_claim = self.worker.is_alive and (self._drain is None or not self.store.is_shared)
+        return has_room and can_claim and not self.worker.is_full
 
     async def _keep_leases(self) -> None:
         """Renew the leases of this worker, and drop the jobs whose lease is lost."""

@@ -19,7 +19,7 @@ from service.errors import Draining, StoreUnavailable
 from service.jobs.job import FailureReason, Job, JobSnapshot, JobStatus
 from service.jobs.memory import MemoryStore
 from service.jobs.results import MemoryResults, Results, VolumeResults
-from service.jobs.store import Ending, EventName, Fit, Preview, Progress, ended
+from service.jobs.store import Claim, Ending, EventName, Fit, Fits, Preview, Progress, ended
 from service.metrics import Metrics
 from service.running.dispatcher import Dispatcher, Timing
 from service.running.inbox import Inbox
@@ -35,7 +35,10 @@ TIMEOUT_S = 60
 
 
 class FragileStore(MemoryStore):
-    """A store that cannot be reached while `is_away`. `num_refused` counts the calls that failed."""
+    """A store that cannot be reached while `is_away`.
+
+    `num_refused` counts the calls that failed, `num_claims` the attempts to claim a job.
+    """
 
     def __init__(self, results: Results | None = None, **options: Any) -> None:
         results = results or MemoryResults(ttl_s=60.0, max_bytes=1_000_000, clock=time.time)
@@ -43,6 +46,11 @@ class FragileStore(MemoryStore):
         super().__init__(results, **{**rules, **options})
         self.is_away = False
         self.num_refused = 0
+        self.num_claims = 0
+
+    async def claim(self, fits: Fits) -> Claim | None:
+        self.num_claims += 1
+        return await super().claim(fits)
 
     def _check(self) -> None:
         if self.is_away:
@@ -151,6 +159,10 @@ async def test_only_jobs_that_the_worker_has_room_for_are_claimed(build: Build, 
         await until(lambda: held_ids(dispatcher) == {"a"})
         assert dispatcher.num_running() == {"drawn": 1}
         assert (await store.load()).of("drawn").num_queued == 1
+        num_claims = store.num_claims
+        for _ in range(3):  # polls pass: a full worker does not ask the store
+            await asyncio.sleep(0.02)
+        assert store.num_claims == num_claims
         engine.gate.set()
         assert await status_at_end(store, "b") is JobStatus.SUCCEEDED
 
