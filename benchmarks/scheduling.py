@@ -55,7 +55,7 @@ _FAR = 1e6
 class TurnTakingWorker(Worker):
     """Those that waited longest for a step go first, with all that can share it."""
 
-    def _next_batch(self) -> Sequence[Running]:
+    def _next_batch(self, engine: Engine) -> Sequence[Running]:
         ready = self._ready()
         for running in ready:
             if running.turn < _FAR:  # it has just come

@@ -31,7 +31,7 @@ from service.running.room import Room, WorkerLimits
 from service.scheduling.admission import Backlog, Promises, admit
 from service.scheduling.batching import Candidate, FairShare, shape_of
 from service.scheduling.cost import block_seconds, order_seconds
-from service.scheduling.deadline import point_for
+from service.scheduling.deadline import point_for, seconds_for_steps, slack_s
 from service.scheduling.memory import Decoding
 from service.scheduling.pace import Pace
 from service.scheduling.precedence import Precedence
@@ -307,6 +307,9 @@ class Server:
         return seconds
 
     def _step(self) -> None:
+        for running in self._running:
+            if running.job.deadline_at is not None:
+                running.slack_s = slack_s(running.request, self.card, pace=1.0, **self._left(running))
         candidates = [running.as_candidate() for running in self._running]
         group = self._turn_taking(candidates) if self.takes_turns else self._precedence.groups(candidates, self.now)[0]
         group = group[: _LIMITS.max_batch_size]
@@ -343,14 +346,18 @@ class Server:
     def _keep_deadline(self, running: Running) -> None:
         if running.job.deadline_at is not None:
             state = cast(State, running.state)
-            state.point = point_for(
-                running.request,
-                self.card,
-                time_left_s=running.job.deadline_at - self.now - self._finish_s,
-                steps_left=state.num_steps - state.step_index,
-                num_computed=state.computed,
-                pace=running.pace,
-            )
+            state.point = point_for(running.request, self.card, pace=running.pace, **self._left(running))
+
+    def _left(self, running: Running) -> dict[str, Any]:
+        job, state = running.job, cast(State, running.state)
+        assert job.deadline_at is not None
+        return {
+            "time_left_s": seconds_for_steps(
+                running.request, self.card, left_s=job.deadline_at - self.now, finish_s=self._finish_s
+            ),
+            "steps_left": state.num_steps - state.step_index,
+            "num_computed": state.computed,
+        }
 
 
 def request_of(budget: Budget, *, side: int = 64, card: ImageCard = CARD) -> ImageRequest:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -219,7 +220,7 @@ def _card(
     if options.compiles:
         family.compile_blocks(_requests_to_compile_for(family, card))
     peaks = PeakMeter(family.device)
-    alone_s, pair_s = (_dense_step_seconds(family, card, batch_size, peaks) for batch_size in (1, 2))
+    alone_s, pair_s = _dense_step_seconds(family, card, peaks)
     encode_s, picture_s, decode_s = _encode_and_decode_seconds(family, card, peaks)
     card = replace(
         card,
@@ -290,15 +291,24 @@ def fixed_share(alone_s: float, pair_s: float) -> float:
     return min(max(2 - pair_s / alone_s, 0.0), 1.0)
 
 
-def _dense_step_seconds(family: Family, card: ModelCard, batch_size: int, peaks: PeakMeter) -> float:
-    """Seconds of one dense step at the card's defaults: the fastest of at most four, the first of which warms up."""
-    request = replace(family.example_request(card), num_inference_steps=4)
+def _dense_step_seconds(family: Family, card: ModelCard, peaks: PeakMeter) -> tuple[float, float]:
+    """Seconds of one dense step of one request and of two, at the card's defaults.
+
+    The first step of each warms up. Of the others the fastest one counts, and the median of what a second request makes
+    of it. The two take turns, so that both have the same share of a machine that does other work too: a wrong share
+    would keep requests from sharing steps for as long as the server lives.
+    """
+    request = replace(family.example_request(card), num_inference_steps=5)
     engine = Engine({card.id: family}, {})
-    states = [family.start(request, (EXACT,), EXACT) for _ in range(batch_size)]
-    for state in states:
-        state.exact_tolerance = None  # so that they share their calls
-    with peaks.measuring():
-        return min(engine.step(states).seconds for _ in range(states[0].num_steps))
+    groups = [[family.start(request, (EXACT,), EXACT) for _ in range(size)] for size in (1, 2)]
+    for states in groups:
+        for state in states:
+            state.exact_tolerance = None  # so that they share their calls
+        with peaks.measuring():
+            engine.step(states)
+    turns = [[engine.step(states).seconds for states in groups] for _ in range(groups[0][0].num_steps - 1)]
+    alone_s = min(alone for alone, _ in turns)
+    return alone_s, alone_s * statistics.median(pair / alone for alone, pair in turns)
 
 
 def _encode_and_decode_seconds(family: Family, card: ModelCard, peaks: PeakMeter) -> tuple[float, float, float]:

@@ -152,6 +152,11 @@ class Job:
         return float(_RANKS[self.priority] * 2**44 + round(due * 1000))
 
     @property
+    def is_urgent(self) -> bool:
+        """Whether its prompt is encoded, and its file made, before those of others."""
+        return self.is_high or self.deadline_at is not None
+
+    @property
     def is_high(self) -> bool:
         return self.priority is Priority.HIGH
 

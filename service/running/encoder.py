@@ -36,7 +36,7 @@ class Encoder:
     def encode(self, engine: "Engine", held: HeldJob, request: GenerationRequest) -> Future[EncodedRequest]:
         """What `request` of a job starts from; NotWanted, or what the engine raises. A job is encoded once."""
         job = held.job
-        return self._threads[job.model].submit(job.is_high, self._encode, engine, held, request)
+        return self._threads[job.model].submit(job.is_urgent, self._encode, engine, held, request)
 
     def _encode(self, engine: "Engine", held: HeldJob, request: GenerationRequest) -> EncodedRequest:
         if self._is_closed or not self._is_wanted(held.claim):

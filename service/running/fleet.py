@@ -109,7 +109,7 @@ class Fleet:
         return max((worker.pace for worker in self._of(model)), default=1.0)
 
     def finish_seconds(self, model: str) -> float:
-        """How long decoding and encoding the model's last result took, at most; 0 before the first."""
+        """How long decoding and encoding takes lately at the model's default size, at most; 0 before the first."""
         return max((worker.finish_s.get(model, 0.0) for worker in self._of(model)), default=0.0)
 
     @property

@@ -1,5 +1,6 @@
 """What a worker holds: the jobs that it has taken, and their requests from start to decoded field."""
 
+import math
 import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future
@@ -101,7 +102,8 @@ class Running:
     first step began, when its last one ended. `turn` says when it is its turn, see `scheduling.batching.FairShare`, and
     `left_s` how much is left of the predicted seconds that this follows from. `batch_size_sum` adds up the batch sizes
     of its computed steps, `predicted_s` their predicted seconds. `pace` is how much longer they took, including the
-    steps of other requests between them. `num_previews` is how many previews were made.
+    steps of other requests between them. Its deadline allows others to have the device for `slack_s` seconds before its
+    next step. `num_previews` is how many previews were made.
     """
 
     held: HeldJob
@@ -116,6 +118,7 @@ class Running:
     batch_size_sum: int = 0
     predicted_s: float = 0.0
     pace: float = 1.0
+    slack_s: float = math.inf
     num_previews: int = 0
     steps_began: float | None = None
     denoise_ended: float | None = None
@@ -179,7 +182,8 @@ class Running:
             # Its turn is shared with nobody.
             return Candidate(self, self.turn, [1.0], BlockSeconds(0.0, DECODE_TURN_S), self.weight, self.job.is_high)
         runs = self.state.expected_runs
-        return Candidate(self.state.batch_key, self.turn, runs, self.block_seconds, self.weight, self.job.is_high)
+        key, is_high = self.state.batch_key, self.job.is_high
+        return Candidate(key, self.turn, runs, self.block_seconds, self.weight, is_high, self.slack_s)
 
 
 def preview_steps(num_previews: int, num_steps: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""A thread that makes calls one after the other, those of high priority first."""
+"""A thread that makes calls one after the other, urgent ones first."""
 
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -10,11 +10,11 @@ from typing import TypeVar, TypeVarTuple
 Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
 
-_HIGH, _OTHER, _LAST = range(3)
+_URGENT, _OTHER, _LAST = range(3)
 
 
 class PriorityThread:
-    """Of one priority, calls are made in the order of `submit`. It starts with the first call."""
+    """Urgent calls, and the others, are made in the order of `submit`. It starts with the first call."""
 
     def __init__(self, name: str) -> None:
         self._calls: PriorityQueue[tuple[int, int, Callable[[], None]]] = PriorityQueue()
@@ -22,7 +22,9 @@ class PriorityThread:
         self._is_closed = False
         self._thread = Thread(target=self._run, name=name, daemon=True)
 
-    def submit(self, is_high: bool, function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Future[Result]:
+    def submit(
+        self, is_urgent: bool, function: Callable[[*Arguments], Result], *arguments: *Arguments
+    ) -> Future[Result]:
         """The result of `function`, or what it raises. The future is not to be cancelled."""
         future: Future[Result] = Future()
 
@@ -35,7 +37,7 @@ class PriorityThread:
             else:
                 future.set_result(result)
 
-        self._put(_HIGH if is_high else _OTHER, call)
+        self._put(_URGENT if is_urgent else _OTHER, call)
         if self._thread.ident is None:
             self._thread.start()
         return future

@@ -30,9 +30,13 @@ from service.running.device_use import DeviceUse
 from service.running.output import encode_output
 from service.running.priority_thread import PriorityThread
 from service.running.sandbox import NotWanted, Sandbox
+from service.scheduling.cost import relative_size
 from service.scheduling.memory import Decoding, try_smaller
 
 logger = logging.getLogger(__name__)
+
+_FALL = 0.2
+"""How fast `Publisher.finish_seconds` falls: the share of the difference, with each result."""
 
 Decoded = NDArray[np.uint8] | CleanMesh | FieldSamples
 """Pixels, a mesh, or a field, which still has to become a mesh."""
@@ -126,7 +130,7 @@ class Publisher:
         """Decode and encode a result, then call `on_artifact` in some thread. The last result of a job ends the job."""
         claim, job = denoised.claim, denoised.claim.job
         self._metrics.observe_stage(job.model, "denoise", denoised.denoise_s)
-        artifact = self._threads[job.model].submit(job.is_high, self._make_artifact, denoised)
+        artifact = self._threads[job.model].submit(job.is_urgent, self._make_artifact, denoised)
         memory = denoised.memory
         self._note_use(_Use(artifact, job.model, memory.finished + memory.grid, memory.decode))
         artifact.add_done_callback(lambda _: on_artifact())
@@ -138,12 +142,12 @@ class Publisher:
             self._forget(claim.lease)
             # Queued behind the job's artifacts in the same thread, so it never blocks on them.
             encoded = [artifacts[index] for index in sorted(artifacts)]
-            self._threads[job.model].submit(job.is_high, self._succeed, claim, encoded)
+            self._threads[job.model].submit(job.is_urgent, self._succeed, claim, encoded)
 
     def preview(self, pending: PendingPreview, on_preview: Callable[[], None]) -> None:
         """Decode, encode and report a preview, unless the job ends first; then call `on_preview` in some thread."""
         job = pending.claim.job
-        made = self._threads[job.model].submit(job.is_high, self._make_preview, pending)
+        made = self._threads[job.model].submit(job.is_urgent, self._make_preview, pending)
         self._note_use(_Use(made, job.model, 0, pending.peak_bytes))
         made.add_done_callback(lambda _: on_preview())
 
@@ -165,9 +169,10 @@ class Publisher:
         return sum(not artifact.done() for artifact in self._unfinished)
 
     def finish_seconds(self, model: str) -> float:
-        """How long decoding and encoding the model's last result took; 0 before the first. Any thread may ask.
+        """How long decoding and encoding takes lately at the model's default size; 0 before the first result.
 
-        It is 0 for meshes, whose time is predicted from their resolution.
+        It follows a longer time at once, and shorter ones slowly. It is 0 for meshes, whose time is predicted from
+        their resolution. Any thread may ask.
         """
         return self._finish_s.get(model, 0.0)
 
@@ -226,7 +231,9 @@ class Publisher:
             total=total_s,
         )
         if not isinstance(result, MeshFile):
-            self._finish_s[job.model] = time.perf_counter() - began
+            finish_s = (time.perf_counter() - began) / relative_size(request, self.cards[job.model])
+            before_s = self.finish_seconds(job.model)
+            self._finish_s[job.model] = max(finish_s, before_s + _FALL * (finish_s - before_s))
         receipt = Receipt(
             denoised.summary,
             job.quality_requested,

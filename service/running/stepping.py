@@ -11,8 +11,9 @@ from service.jobs.store import Report
 from service.running.held import Running, preview_steps
 from service.running.parts import WorkerParts
 from service.running.publisher import PendingPreview
-from service.scheduling.batching import Candidate
-from service.scheduling.deadline import point_for
+from service.scheduling.batching import Candidate, group_seconds
+from service.scheduling.deadline import point_for, seconds_for_steps, slack_s
+from service.scheduling.pace import Pace
 
 if TYPE_CHECKING:  # models.engine brings torch, which the API side never loads
     from models.engine import Engine
@@ -39,6 +40,7 @@ class Stepper:
         self._let_go = let_go
         self._on_preview = on_preview
         self._most_together: dict[Hashable, int] = {}  # by batch key
+        self._pace = Pace()  # of steps alone
 
     def step(self, engine: "Engine", batch: Sequence[Running], running_now: Sequence[Running]) -> None:
         """Run one computed step of `batch`. If it fails, repeat it for each half, so that only the culprits fail.
@@ -71,6 +73,20 @@ class Stepper:
         for half in (batch[:middle], batch[middle:]):
             self.step(engine, half, running_now)
 
+    def note_slack(self, engine: "Engine", ready: Sequence[Running]) -> None:
+        """Note how long those with a deadline can wait for others."""
+        for running in ready:
+            if running.job.deadline_at is not None and running.decoding is None:
+                state = running.state
+                running.slack_s = slack_s(
+                    running.request,
+                    engine.cards[running.job.model],
+                    time_left_s=self._time_left(engine, running),
+                    steps_left=state.num_steps - state.step_index,
+                    num_computed=len(state.computed),
+                    pace=self._pace.ratio,
+                )
+
     def most_together(self, batch_key: Hashable) -> int | None:
         """How many requests may share a step, if more ran out of memory lately."""
         return self._most_together.get(batch_key)
@@ -102,6 +118,8 @@ class Stepper:
     ) -> None:
         """Charge a step to its requests."""
         now = time.perf_counter()
+        self._pace.begin(now - report.seconds)
+        self._pace.advance(group_seconds(expected), now)
         self._parts.precedence.spend(expected[0].is_high, report.seconds)
         for running, candidate in zip(batch, expected, strict=True):
             running.measure_pace(engine.cards[running.job.model], now - report.seconds, now)
@@ -118,15 +136,23 @@ class Stepper:
         point = point_for(
             running.request,
             engine.cards[job.model],
-            time_left_s=job.deadline_at
-            - self._parts.clock()
-            - self._parts.publisher.finish_seconds(job.model)
-            - job.decode_seconds,
+            time_left_s=self._time_left(engine, running),
             steps_left=state.num_steps - state.step_index,
             num_computed=len(state.computed),
             pace=running.pace,
         )
         state.move_to(point)
+
+    def _time_left(self, engine: "Engine", running: Running) -> float:
+        """Seconds until the last step of a job with a deadline must end."""
+        job = running.job
+        assert job.deadline_at is not None
+        return seconds_for_steps(
+            running.request,
+            engine.cards[job.model],
+            left_s=job.deadline_at - self._parts.clock() - job.decode_seconds,
+            finish_s=self._parts.publisher.finish_seconds(job.model),
+        )
 
     def _preview_if_due(self, engine: "Engine", running: Running, running_now: Sequence[Running]) -> None:
         state = running.state

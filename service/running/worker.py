@@ -214,7 +214,7 @@ class Worker:
             return {held.claim.lease for held in self._held.values() if held.has_begun}
 
     def finish_seconds(self, model: str) -> float:
-        """How long decoding and encoding the model's last result took; 0 before the first."""
+        """How long decoding and encoding takes lately at the model's default size; 0 before the first result."""
         return self._publisher.finish_seconds(model)
 
     def is_held(self, claim: Claim) -> bool:
@@ -264,7 +264,7 @@ class Worker:
             jobs = list(self._held.values())
         self._starter.start_what_fits(engine, jobs)
         if self._ready():
-            batch = self._next_batch()
+            batch = self._next_batch(engine)
             if not batch:
                 self._wake.wait()  # until a decoding has ended
             elif batch[0].decoding is None:
@@ -308,9 +308,10 @@ class Worker:
         """Those that can have a turn: all but those that wait until there is room for their grid."""
         return [running for running in self._running if running.decoding is not None or not running.state.is_done]
 
-    def _next_batch(self) -> Sequence[Running]:
+    def _next_batch(self, engine: "Engine") -> Sequence[Running]:
         """The requests that share the next step, or the one whose decoding has a turn. None while they lack memory."""
         ready = self._ready()
+        self._stepper.note_slack(engine, ready)
         groups = self._precedence.groups([running.as_candidate() for running in ready], time.perf_counter())
         self._metrics.observe_groups(self.cards, [ready[group[0]].job.model for group in groups])
         batch = self._room.cut([ready[index] for index in groups[0]], self._running)

@@ -28,10 +28,10 @@ class Backlog:
     """Work before an order: seconds for each worker, and the most that is accepted.
 
     `seconds` is corrected by `pace`, the measured seconds for each predicted one. `finish_s` is how long decoding and
-    encoding the last result of the order's model took. `image_bytes` is the size of the input images before the order,
-    at most `max_image_bytes`. `promised_s` is refused work whose callers were told to come again and have not yet.
-    `own_s` are the seconds of the backlog that the order's API key has, and `weight` is that of the key, None on a
-    server without keys. `num_keys` keys have work, the order's included.
+    encoding a result of the order's model takes lately, at the default size. `image_bytes` is the size of the input
+    images before the order, at most `max_image_bytes`. `promised_s` is refused work whose callers were told to come
+    again and have not yet. `own_s` are the seconds of the backlog that the order's API key has, and `weight` is that of
+    the key, None on a server without keys. `num_keys` keys have work, the order's included.
     """
 
     seconds: float
@@ -117,7 +117,12 @@ def admit(order: Order, card: ModelCard, backlog: Backlog) -> Admission:
     if isinstance(request.budget, LatencyBudget):
         latency_s = request.budget.latency_s
         check_reachable(
-            request, card, num_results=len(order.requests), backlog_s=backlog.seconds, finish_s=backlog.finish_s
+            request,
+            card,
+            num_results=len(order.requests),
+            backlog_s=backlog.seconds,
+            finish_s=backlog.finish_s,
+            pace=backlog.pace,
         )
     else:
         order = _lowered(order, card, backlog)

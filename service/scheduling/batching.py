@@ -22,7 +22,8 @@ _MOST_EXACT = 2
 class Candidate:
     """A started result. Candidates with one `batch_key` can share a step.
 
-    The one with the lowest `turn` goes next, and `weight` is its share of the device, see `FairShare`.
+    The one with the lowest `turn` goes next, and `weight` is its share of the device, see `FairShare`. Its deadline
+    allows others to have the device for `slack_s` seconds before its next step.
     `expected_runs` is the expected number of its rows that each block runs in the next step; `block_seconds` is what a
     block takes. Those that are not `is_high` keep out of the others' way.
     """
@@ -33,6 +34,7 @@ class Candidate:
     block_seconds: BlockSeconds
     weight: float = 1.0
     is_high: bool = False
+    slack_s: float = math.inf
 
     @property
     def step_seconds(self) -> float:
@@ -79,26 +81,57 @@ def form_groups(
     that saves nothing, as with large images: it would only delay the leader. Any prefix of a group is a valid group.
 
     Those of high priority lead before all others if `high_first`, else after them. A step takes at most `most_growth`
-    times as long as its leader's alone.
+    times as long as its leader's alone, and no longer than the slack of its members allows. One that has too little
+    slack to wait for the first group goes before it, but not before the class that leads.
     """
-    left = sorted(
+    seconds = [candidate.step_seconds for candidate in candidates]
+    order = sorted(
         range(len(candidates)),
         key=lambda index: (candidates[index].is_high != high_first, candidates[index].turn),
     )
-    seconds = {index: candidates[index].step_seconds for index in left}
-    groups = []
+    groups = _groups(candidates, seconds, order, most_growth)
+    if all(math.isinf(candidate.slack_s) for candidate in candidates):
+        return groups
+    first_s = group_seconds([candidates[index] for index in groups[0]])
+    is_high = candidates[groups[0][0]].is_high
+    hurried = [
+        index
+        for index in order
+        if candidates[index].slack_s < first_s and candidates[index].is_high == is_high and index not in groups[0]
+    ]
+    if not hurried:
+        return groups
+    leader = min(hurried, key=lambda index: candidates[index].slack_s)
+    return _groups(candidates, seconds, [leader, *(index for index in order if index != leader)], most_growth)
+
+
+def group_seconds(group: Sequence[Candidate]) -> float:
+    """Predicted seconds of a step that these share."""
+    step = _Step(group[0])
+    for other in group[1:]:
+        step.join(other)
+    return step.seconds
+
+
+def _groups(
+    candidates: Sequence[Candidate], seconds: Sequence[float], order: Sequence[int], most_growth: float
+) -> list[list[int]]:
+    """The groups, where requests lead in this order. `seconds` are those of their steps alone."""
+    left, groups = list(order), []
     while left:
         leader = left[0]
         step, group, weight = _Step(candidates[leader]), [leader], candidates[leader].weight
+        longest = min(most_growth * seconds[leader], seconds[leader] + candidates[leader].slack_s)
         peers = [index for index in left[1:] if candidates[index].batch_key == candidates[leader].batch_key]
         for index in sorted(peers, key=lambda index: abs(seconds[index] - seconds[leader])):
             with_it = weight + candidates[index].weight
-            most = min(_TOLERANCE * with_it / candidates[leader].weight, most_growth) * seconds[leader]
+            allowed = min(longest, seconds[index] + candidates[index].slack_s)
+            most = min(_TOLERANCE * with_it / candidates[leader].weight * seconds[leader], allowed)
             longer = step.seconds_with(candidates[index])
             if longer <= most and longer - step.seconds <= (1 - _LEAST_SAVING) * seconds[index]:
                 step.join(candidates[index])
                 group.append(index)
-                weight = with_it
+                weight, longest = with_it, allowed
         groups.append(group)
         left = [index for index in left if index not in group]
     return groups

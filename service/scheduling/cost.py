@@ -14,9 +14,8 @@ def predicted_seconds(request: GenerationRequest, card: ModelCard) -> float:
 
     `order_seconds` of it is the one prediction that admission counts. `scheduling.pace` corrects it by measured speed.
     """
-    image_s = card.decode_seconds * _relative_size(request, card) if isinstance(card, ImageCard) else 0.0
-    encode_s = encode_seconds(request, card)
-    return encode_s + denoise_seconds(request, card) + image_s + mesh_decode_seconds(request, card)
+    decode_s = finish_seconds(request, card) + mesh_decode_seconds(request, card)
+    return encode_seconds(request, card) + denoise_seconds(request, card) + decode_s
 
 
 def order_seconds(requests: Sequence[GenerationRequest], card: ModelCard) -> float:
@@ -27,7 +26,7 @@ def order_seconds(requests: Sequence[GenerationRequest], card: ModelCard) -> flo
 def encode_seconds(request: GenerationRequest, card: ModelCard) -> float:
     """Seconds to encode the prompt or the image of `request`, and the picture that it edits."""
     if isinstance(request, ImageRequest) and isinstance(card, ImageCard) and request.edit:
-        return card.encode_seconds + card.picture_seconds * _relative_size(request, card)
+        return card.encode_seconds + card.picture_seconds * relative_size(request, card)
     return card.encode_seconds
 
 
@@ -42,6 +41,16 @@ def denoise_seconds(request: GenerationRequest, card: ModelCard) -> float:
         curve, dense_steps = card.curve_for(request), request.budget.latency_s / step_s
         point = fastest_enough(curve, request.budget.min_quality, dense_steps, steps_left=num_steps)
     return point.num_computed_steps(num_steps, request.compute_cap) * point.relative_step_seconds * step_s
+
+
+def finish_seconds(request: GenerationRequest, card: ModelCard, measured_s: float = 0.0) -> float:
+    """Seconds to decode and encode an image; 0 for a mesh.
+
+    `measured_s` is how long it took lately at the model's default size, if that is more than when it was loaded.
+    """
+    if not isinstance(card, ImageCard):
+        return 0.0
+    return max(card.decode_seconds, measured_s) * relative_size(request, card)
 
 
 def mesh_decode_seconds(request: GenerationRequest, card: ModelCard) -> float:
@@ -88,7 +97,7 @@ def block_seconds(request: GenerationRequest, card: ModelCard) -> BlockSeconds:
     return BlockSeconds(num_calls * block_s * card.fixed_share, row_s)
 
 
-def _relative_size(request: GenerationRequest, card: ModelCard) -> float:
+def relative_size(request: GenerationRequest, card: ModelCard) -> float:
     """Pixels of the image relative to the default size; 1 for a mesh."""
     if isinstance(request, ImageRequest) and isinstance(card, ImageCard):
         return request.height * request.width / (card.default_height * card.default_width)

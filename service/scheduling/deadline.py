@@ -5,33 +5,67 @@ from models.card import ModelCard
 from models.curve import CurvePoint
 from models.request import GenerationRequest, LatencyBudget
 from service.errors import DeadlineUnreachable
-from service.scheduling.cost import dense_step_seconds, encode_seconds, mesh_decode_seconds
+from service.scheduling.cost import dense_step_seconds, encode_seconds, finish_seconds, mesh_decode_seconds
 
-# The share of the time left that is kept free, so that a slightly slow step does not break the promise.
 _RESERVE = 0.05
+"""The share of the time left that is kept free, so that a slightly slow step does not break the promise."""
+_RESERVE_OF_PROMISE = 0.1
+"""The same for the whole time, when the promise is made: others have the device while the request is encoded."""
+_DELIVERY_S = 0.05
+"""What the client waits beside the times that are predicted: until its call is queued, and for the answer."""
 
 
 def check_reachable(
-    request: GenerationRequest, card: ModelCard, *, num_results: int, backlog_s: float, finish_s: float
+    request: GenerationRequest,
+    card: ModelCard,
+    *,
+    num_results: int,
+    backlog_s: float,
+    finish_s: float,
+    pace: float = 1.0,
 ) -> None:
     """Raise DeadlineUnreachable if even the lowest quality allowed takes longer than the budget.
 
-    `backlog_s` is the work before this request, `finish_s` the time to encode and decode an image.
+    `backlog_s` is the work before this request. `finish_s` is the time that decoding and encoding an image took lately
+    at the model's default size. `pace` is measured over predicted time. What batches save is not counted: this request
+    may have to step alone.
     """
     assert isinstance(request.budget, LatencyBudget)
     floor = point_of_quality(request.budget.min_quality, card.curve_for(request))
     dense_s = num_results * request.num_steps * dense_step_seconds(request, card)
     # Prompts are encoded once for all results.
     encode_s = num_results * encode_seconds(request, card) - (num_results - 1) * card.encode_seconds
-    decode_s = finish_s + mesh_decode_seconds(request, card)
-    predicted_s = backlog_s + encode_s + dense_s * floor.relative_seconds + decode_s
-    if predicted_s > request.budget.latency_s:
+    own_s = encode_s + dense_s * floor.relative_seconds + mesh_decode_seconds(request, card)
+    own_s = max(1.0, pace) * own_s + finish_seconds(request, card, finish_s) + _DELIVERY_S
+    needed_s = (backlog_s + own_s) / (1 - _RESERVE_OF_PROMISE)
+    if needed_s > request.budget.latency_s:
         raise DeadlineUnreachable(
             f"latency_ms {request.budget.latency_s * 1000:g} can't be met: at the lowest quality allowed, "
-            f"{floor.quality:.2f}, this is predicted to take {predicted_s * 1000:.0f} ms, of which "
-            f"{backlog_s * 1000:.0f} are the work of earlier requests; allow more time, less quality or fewer "
-            "num_inference_steps"
+            f"{floor.quality:.2f}, this needs {needed_s * 1000:.0f} ms. {backlog_s * 1000:.0f} of them are the work of "
+            f"earlier requests, and {needed_s * _RESERVE_OF_PROMISE * 1000:.0f} are kept in reserve. Allow more time, "
+            "less quality or fewer num_inference_steps"
         )
+
+
+def seconds_for_steps(request: GenerationRequest, card: ModelCard, *, left_s: float, finish_s: float) -> float:
+    """Seconds until the last step must end, `left_s` before the deadline; `finish_s` is as in `check_reachable`.
+
+    The file of another request may have to be made first.
+    """
+    return left_s - 2 * finish_seconds(request, card, finish_s) - _DELIVERY_S
+
+
+def slack_s(
+    request: GenerationRequest, card: ModelCard, *, time_left_s: float, steps_left: int, num_computed: int, pace: float
+) -> float:
+    """How long others may have the device until the remaining steps no longer end in time, at the lowest quality.
+
+    `pace` is the measured over the predicted time of steps; the other arguments are those of `point_for`.
+    """
+    assert isinstance(request.budget, LatencyBudget)
+    floor = point_of_quality(request.budget.min_quality, card.curve_for(request))
+    dense_steps = floor.dense_steps_left(steps_left, num_computed)
+    return time_left_s * (1 - _RESERVE) - dense_steps * dense_step_seconds(request, card) * pace
 
 
 def point_for(

@@ -25,8 +25,8 @@ class WorkerRecord:
 
     `cards` are those of its models, by id; the times and bytes in them were measured on its `device`. `pace` is the
     measured seconds for each predicted one, see `scheduling.pace`. `finish_s` says, by model, how long decoding and
-    encoding the last result took; a model without a result yet is not in it. It holds `num_held` of at most
-    `max_running` requests.
+    encoding a result of the default size takes lately; a model without a result yet is not in it. It holds `num_held`
+    of at most `max_running` requests.
     """
 
     id: str

@@ -122,6 +122,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in DPMSolverMultistepScheduler
 @pytest.mark.parametrize("model", ["tiny_flux", "tiny_schnell", "tiny_qwen_image", "hunyuan3d"])
+@pytest.mark.long
 def test_solver_of_first_order_is_eulers(
     model: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +139,7 @@ def test_solver_of_first_order_is_eulers(
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.slow
+@pytest.mark.long
 def test_solvers_with_many_steps_give_what_many_steps_of_euler_give() -> None:
     subject = subject_of(FLUX)
     requests = subject.requests(1)
@@ -158,6 +160,7 @@ CACHES: dict[str, tuple[Callable[[Any, Any], Prepare], Any]] = {
 
 @pytest.mark.parametrize("name", [*CACHES])
 @pytest.mark.parametrize("model", ["tiny_flux", "tiny_qwen_image"])
+@pytest.mark.long
 def test_caches_save_work_and_forget_between_prompts(
     model: str, name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

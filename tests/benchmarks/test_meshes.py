@@ -101,6 +101,7 @@ def run(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_meshes_are_timed_judged_and_drawn(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,6 +125,7 @@ def test_meshes_are_timed_judged_and_drawn(
 
 @pytest.mark.parametrize("of", ["true", "model"])
 @pytest.mark.slow
+@pytest.mark.long
 def test_coarse_to_fine_is_timed_and_compared_with_the_dense_grid(
     of: str, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

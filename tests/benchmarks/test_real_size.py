@@ -91,6 +91,7 @@ def test_ways_differ_as_they_say(subject: Subject) -> None:
     assert not torch.equal(equal[0], mixed[0])
 
 
+@pytest.mark.long
 def test_savings_have_the_stated_shares(setting: Setting) -> None:
     for table in sections.savings(setting):
         rows = {str(row["name"]): row for row in table.rows}
@@ -101,6 +102,7 @@ def test_savings_have_the_stated_shares(setting: Setting) -> None:
             assert rows[f"routers {share}"]["compute_ratio"] == pytest.approx(share, abs=0.15)
 
 
+@pytest.mark.long
 def test_sections_without_a_gpu_say_what_they_can(setting: Setting) -> None:
     (flux, _), (flux_bytes, _), (flux_overlap, _) = (
         [*section(setting)] for section in (host, memory, sections.overlap)
@@ -110,6 +112,7 @@ def test_sections_without_a_gpu_say_what_they_can(setting: Setting) -> None:
     assert flux_overlap.rows[-1]["decodings"]
 
 
+@pytest.mark.long
 def test_meshes_have_all_stages(setting: Setting) -> None:
     (table,) = meshes(setting)
     assert len(table.rows) == 5

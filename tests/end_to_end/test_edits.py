@@ -138,6 +138,7 @@ def on_redis(redis_server: RedisServer, own_server: Callable[..., ForkedElasticD
 
 
 @pytest.mark.redis
+@pytest.mark.long
 def test_edits_over_redis_are_those_over_memory_and_leave_no_pictures_behind(
     server: str, on_redis: str, redis_server: RedisServer
 ) -> None:

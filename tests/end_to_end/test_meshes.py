@@ -114,6 +114,7 @@ def _png(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.long
 def test_hostile_images_leave_the_server_as_it_was(server: str, image: bytes, hostile_images: dict[str, bytes]) -> None:
     """Every fourth file; the model makes a mesh of each image that can be read."""
     before = opened(post(server, image)).volume
@@ -134,6 +135,7 @@ def test_hostile_images_leave_the_server_as_it_was(server: str, image: bytes, ho
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_command_line_makes_a_mesh_and_a_receipt(image: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(image)
     out, receipt = tmp_path / "a.stl", tmp_path / "a.json"

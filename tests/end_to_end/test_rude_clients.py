@@ -195,8 +195,9 @@ def test_two_gigabytes_are_not_read_to_their_end(
         ask_nicely(process.url)
         for num_bytes, answer in [future.result() for future in floods]:
             assert num_bytes < limit + DRAIN_BYTES + BUFFERS_BYTES
-            # A client that is still sending when the connection is closed may lose the answer.
-            assert answer == b"" or answer.startswith(b"HTTP/1.1 " + status), answer[:200]
+            # A client that is still sending when the connection is closed may lose the answer. On a busy machine, the
+            # time for a body may end before the most that is read of it.
+            assert answer == b"" or answer.split(b" ", 2)[1] in (status, b"408"), answer[:200]
 
 
 LONG = '"prompt": "a red circle", "size": "64x64", "num_inference_steps": 100, "n": 3, "budget": {"preset": "exact"}'
@@ -233,6 +234,7 @@ def test_job_of_a_client_that_hung_up_is_cancelled(
     assert metric(process.url, 'elastic_requests_waiting{model="tiny-flux"}') == 0
 
 
+@pytest.mark.long
 def test_stream_that_its_client_does_not_read_delays_nobody(process: ElasticDit) -> None:
     fields = '"partial_images": 3, "trace": true, "prompt": "a ring", "size": "256x256", "num_inference_steps": 6'
     body = '{"stream": true, ' + fields + "}"

@@ -157,6 +157,7 @@ def test_api_node_serves_what_workers_hold(start: Start) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_nothing_is_lost_or_made_twice_whatever_fails() -> None:
     outcome = run(10, seed=5, mean_s=1, num_faults=3, num_servers=1, num_workers=1)
     assert outcome.faults == []

@@ -29,11 +29,9 @@ def device_process() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-_LONG = pytest.mark.long
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(name, marks=_LONG if name == "qwen-image" else ()) for name in MODELS])
+@pytest.mark.long
+@pytest.mark.parametrize("name", MODELS)
 def test_model_keeps_its_budgets_at_published_size(name: str, device_process: ProcessPoolExecutor) -> None:
     measured, budget = device_process.submit(measure, name).result(), BUDGETS[name]
     assert not measured["faults"]

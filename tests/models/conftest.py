@@ -1,5 +1,7 @@
 """The tiny model of each kind, its routers, and the engines that serve it."""
 
+import pytest
+
 from tests.fixtures.engines import bfloat16_engine, engine, family, forecast_table, open_engine, plain_engine
 from tests.fixtures.generation import ask, bfloat16_stock, denoise, edited, guided, other_scale, stock, stock_result
 from tests.fixtures.kinds import directory, kind, model, streams_of
@@ -46,3 +48,15 @@ __all__ = [
     "tiny_schnell",
     "tiny_stream_hunyuan3d",
 ]
+
+_SIBLINGS = ("qwen_image_edit_2511", "hunyuan3d_plain")
+"""Kinds that share most of their code with another one."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave siblings to `make test`, but for their exactness and their own folders."""
+    for item in items:
+        call = getattr(item, "callspec", None)
+        kind = call.params.get("kind") if call else None
+        if kind in _SIBLINGS and item.path.name != "test_exact.py" and kind.rsplit("_", 1)[0] not in item.path.parts:
+            item.add_marker("long")

@@ -183,6 +183,7 @@ def test_calibration_of_blocks_measures_a_descending_curve(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_calibrated_forecasts_beat_fewer_steps(
     engine: Engine, requests: list[GenerationRequest], tmp_path: Path
 ) -> None:

@@ -88,6 +88,7 @@ def test_two_graphs_for_each_width_serve_all_blocks_and_sizes() -> None:
     assert compiler.take_new() == ()
 
 
+@pytest.mark.long
 def test_block_that_is_no_single_graph_runs_uncompiled_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
     blocks = blocks_of(Waiting)
     compiler, streams = BlockCompiler(blocks, call), streams_of(2, 6, 4)
@@ -103,6 +104,7 @@ def test_block_that_is_no_single_graph_runs_uncompiled_and_the_log_says_so(caplo
     assert compiler.take_new() == ()
 
 
+@pytest.mark.long
 def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))
     with pytest.raises(CompilerError, match=r"can't be compiled here.*C\+\+ compiler.*ELASTIC_COMPILE"):

@@ -15,11 +15,11 @@ def thread() -> Iterator[PriorityThread]:
     thread.close()
 
 
-def test_high_priority_comes_first_and_the_rest_in_order(thread: PriorityThread) -> None:
+def test_urgent_calls_come_first_and_the_rest_in_order(thread: PriorityThread) -> None:
     gate, made = Event(), list[int]()
     thread.submit(False, gate.wait, TIMEOUT_S)
-    for number, is_high in enumerate((False, True, False, True)):
-        thread.submit(is_high, made.append, number)
+    for number, is_urgent in enumerate((False, True, False, True)):
+        thread.submit(is_urgent, made.append, number)
     gate.set()
     thread.close()
     assert made == [1, 3, 0, 2]

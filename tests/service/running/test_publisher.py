@@ -1,5 +1,6 @@
 """The publisher with real images and threads, and a list in place of a dispatcher."""
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from io import BytesIO
@@ -11,9 +12,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from models.card import ImageCard
 from models.errors import DeviceLost, EmptySurface, GenerationError, InvalidRequest
 from models.file_formats import OutputFormat
 from models.report import GenerationSummary
+from models.request import ImageRequest
 from service.jobs.job import FailureReason, Job, JobStatus
 from service.jobs.store import Claim, Ending, Preview, Report
 from service.metrics import Metrics
@@ -38,6 +41,7 @@ class Bench:
     """A publisher, what it reported, and the leases that are no longer wanted."""
 
     summary: GenerationSummary
+    card: ImageCard
     now: float = 100.0
     reports: list[Report] = field(default_factory=list)
     unwanted: set[str] = field(default_factory=set)
@@ -52,6 +56,7 @@ class Bench:
             on_device_lost=self.losses.append,
             clock=lambda: self.now,
         )
+        self.publisher.cards = {self.card.id: self.card}
 
     def publish(self, claim: Claim, index: int, decode: Decode) -> Event:
         """Publish a denoised result; the event is set when it is encoded."""
@@ -79,8 +84,8 @@ class Bench:
 
 
 @pytest.fixture
-def bench(summary: GenerationSummary) -> Iterator[Bench]:
-    bench = Bench(summary)
+def bench(summary: GenerationSummary, drawn_card: ImageCard) -> Iterator[Bench]:
+    bench = Bench(summary, drawn_card)
     yield bench
     bench.publisher.close()
 
@@ -183,6 +188,26 @@ def test_unfinished_results_are_counted_until_they_are_encoded(bench: Bench, mak
     assert bench.publisher.num_unfinished == 0
     assert bench.publisher.finish_seconds("drawn") > 0.0
     assert bench.publisher.finish_seconds("other") == 0.0
+
+
+def test_finish_seconds_are_those_of_the_default_size_and_fall_slowly(bench: Bench, make_job: MakeJob) -> None:
+    def publish(seconds: float, name: str, side: int) -> float:
+        job = make_job(name)
+        request = job.requests[0]
+        assert isinstance(request, ImageRequest)
+        large = replace(job, requests=(replace(request, height=side, width=side),))
+
+        def decode() -> NDArray[np.uint8]:
+            time.sleep(seconds)
+            return grey(0)
+
+        assert bench.publish(Claim(large, name), 0, decode).wait(20)
+        return bench.publisher.finish_seconds("drawn")
+
+    side = bench.card.default_height
+    large_s, slow_s, fast_s = publish(0.4, "a", 2 * side), publish(0.4, "b", side), publish(0.0, "c", side)
+    assert 0.1 <= large_s < 0.4 <= slow_s  # the first has four times as many pixels
+    assert 0.8 * slow_s <= fast_s < slow_s
 
 
 def test_slow_decoding_of_one_model_does_not_delay_another(bench: Bench, make_job: MakeJob) -> None:

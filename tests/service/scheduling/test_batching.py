@@ -58,6 +58,33 @@ def test_leaders_have_the_first_turn_and_end_within_their_fair_share(candidates:
             assert predicted_seconds(members[:size]) <= 1.1 / share * predicted_seconds([leader]) * (1 + 1e-9)
 
 
+def late(candidate: Candidate, slack_s: float) -> Candidate:
+    return replace(candidate, slack_s=slack_s)
+
+
+def test_one_that_can_not_wait_for_the_first_group_goes_before_it() -> None:
+    first = candidate(1.0, call=0.5)  # takes 10 s
+    assert form_groups([first, late(candidate(0.5, turn=1.0, key="b"), 11.0)]) == [[0], [1]]
+    assert form_groups([first, late(candidate(0.5, turn=1.0, key="b"), 9.0)]) == [[1], [0]]
+    two = [late(candidate(0.5, turn=turn, key="b"), slack_s) for turn, slack_s in ((1.0, 9.0), (2.0, 3.0))]
+    assert form_groups([first, *two])[0] == [2]
+
+
+def test_one_that_can_not_wait_does_not_go_before_the_class_that_leads() -> None:
+    high = replace(candidate(1.0), is_high=True)
+    assert form_groups([late(candidate(0.5, turn=-1.0), 1.0), high])[0] == [1]
+    assert form_groups([late(candidate(0.5, turn=1.0), 1.0), high], high_first=False)[0] == [0]
+
+
+def test_steps_are_shared_as_far_as_the_slack_of_the_members_allows() -> None:
+    alike = [candidate(1.0, turn=number, call=0.5) for number in range(4)]  # 10 s alone, 5 s more for each other
+    assert form_groups(alike) == [[0, 1, 2, 3]]
+    assert form_groups([late(alike[0], 6.0), *alike[1:]])[0] == [0, 1]
+    assert form_groups([late(alike[0], -1.0), *alike[1:]])[0] == [0]
+    assert form_groups([alike[0], alike[1], late(alike[2], 16.0), alike[3]])[0] == [0, 1, 2, 3]
+    assert form_groups([alike[0], late(alike[1], 11.0), *alike[2:]])[0] == [0, 1, 2]
+
+
 @pytest.mark.parametrize("call", [0.2, 0.5, 1.0])
 def test_alike_requests_share_all_their_steps(call: float) -> None:
     alike = [candidate(0.5, turn=number, call=call) for number in range(8)]

@@ -320,7 +320,7 @@ def test_defaults_are_those_of_the_stock_pipeline_where_there_is_no_manifest(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Times are measured at the default size, which takes seconds.
-    monkeypatch.setattr(models.zoo, "_dense_step_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(models.zoo, "_dense_step_seconds", lambda *_: (1.0, 1.0))
     monkeypatch.setattr(models.zoo, "_encode_and_decode_seconds", lambda *_: (1.0, 1.0, 1.0))
     card = load_engine([directory], device="cpu", router_weights=tmp_path).cards[MODEL]
     assert isinstance(card, ImageCard)
@@ -334,7 +334,7 @@ def test_defaults_are_those_of_the_stock_pipeline_where_there_is_no_manifest(
 def test_guidance_scale_of_zero_in_the_manifest_is_not_the_default(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models.zoo, "_dense_step_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(models.zoo, "_dense_step_seconds", lambda *_: (1.0, 1.0))
     monkeypatch.setattr(models.zoo, "_encode_and_decode_seconds", lambda *_: (1.0, 1.0, 1.0))
     (tmp_path / MODEL).mkdir()
     defaults = '{"num_inference_steps": 8, "guidance_scale": 0}'
