@@ -102,8 +102,8 @@ class Running:
     first step began, when its last one ended. `turn` says when it is its turn, see `scheduling.batching.FairShare`, and
     `left_s` how much is left of the predicted seconds that this follows from. `batch_size_sum` adds up the batch sizes
     of its computed steps, `predicted_s` their predicted seconds. `pace` is how much longer they took, including the
-    steps of other requests between them. Its deadline allows others to have the device for `slack_s` seconds before its
-    next step. `num_previews` is how many previews were made.
+    steps of other requests between them. Its deadline allows others to have the device for `slack_s` predicted seconds
+    before its next step. `num_previews` is how many previews were made.
     """
 
     held: HeldJob

@@ -84,7 +84,7 @@ class Stepper:
                     time_left_s=self._time_left(engine, running),
                     steps_left=state.num_steps - state.step_index,
                     num_computed=len(state.computed),
-                    pace=self._pace.ratio,
+                    pace=self._pace.ratio or 1.0,  # a clock may stand still for a step
                 )
 
     def most_together(self, batch_key: Hashable) -> int | None:

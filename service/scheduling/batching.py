@@ -23,7 +23,7 @@ class Candidate:
     """A started result. Candidates with one `batch_key` can share a step.
 
     The one with the lowest `turn` goes next, and `weight` is its share of the device, see `FairShare`. Its deadline
-    allows others to have the device for `slack_s` seconds before its next step.
+    allows others to have the device for `slack_s` predicted seconds before its next step.
     `expected_runs` is the expected number of its rows that each block runs in the next step; `block_seconds` is what a
     block takes. Those that are not `is_high` keep out of the others' way.
     """

@@ -58,14 +58,14 @@ def seconds_for_steps(request: GenerationRequest, card: ModelCard, *, left_s: fl
 def slack_s(
     request: GenerationRequest, card: ModelCard, *, time_left_s: float, steps_left: int, num_computed: int, pace: float
 ) -> float:
-    """How long others may have the device until the remaining steps no longer end in time, at the lowest quality.
+    """Predicted seconds that others may have until the remaining steps no longer end in time, at the lowest quality.
 
     `pace` is the measured over the predicted time of steps; the other arguments are those of `point_for`.
     """
     assert isinstance(request.budget, LatencyBudget)
     floor = point_of_quality(request.budget.min_quality, card.curve_for(request))
     dense_steps = floor.dense_steps_left(steps_left, num_computed)
-    return time_left_s * (1 - _RESERVE) - dense_steps * dense_step_seconds(request, card) * pace
+    return time_left_s * (1 - _RESERVE) / pace - dense_steps * dense_step_seconds(request, card)
 
 
 def point_for(

@@ -1,3 +1,4 @@
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from threading import Event
@@ -154,6 +155,23 @@ def test_images_with_a_deadline_come_before_others_that_take_about_as_long(
     for finished in waiting:
         finished.result(TIMEOUT_S)
     assert [turn for turn, batch in enumerate(engine.batches) if batch == [2]] == [*range(1, 13)]
+
+
+@pytest.mark.parametrize(("left_s", "turns"), [(1e9, [*range(4, 44)]), (0.0, [*range(1, 41)])])
+def test_one_that_would_miss_its_deadline_by_waiting_comes_before_lighter_ones(
+    left_s: float, turns: list[int], service: Any, engine: Any, make_job: MakeJob
+) -> None:
+    engine.gate.clear()
+    exact = PresetBudget(Preset.EXACT)
+    waiting = [service.submit(make_job("light", seeds=(1,), num_inference_steps=4, budget=exact))]
+    assert engine.stepping.wait(TIMEOUT_S)
+    heavy = make_job("heavy", seeds=(2,), width=128, num_inference_steps=40, budget=LatencyBudget(1e9))
+    waiting.append(service.submit(replace(heavy, deadline_at=time.time() + left_s)))
+    service.wait_until_taken("light", "heavy")
+    engine.gate.set()
+    for finished in waiting:
+        finished.result(TIMEOUT_S)
+    assert [turn for turn, batch in enumerate(engine.batches) if batch == [2]] == turns
 
 
 def test_high_priority_starts_and_steps_before_all_others(
