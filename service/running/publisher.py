@@ -230,8 +230,9 @@ class Publisher:
             decode=decode_s,
             total=total_s,
         )
-        if not isinstance(result, MeshFile):
-            finish_s = (time.perf_counter() - began) / relative_size(request, self.cards[job.model])
+        card = self.cards.get(job.model)  # None if the model was unloaded, once this job was cancelled
+        if card is not None and not isinstance(result, MeshFile):
+            finish_s = (time.perf_counter() - began) / relative_size(request, card)
             before_s = self.finish_seconds(job.model)
             self._finish_s[job.model] = max(finish_s, before_s + _FALL * (finish_s - before_s))
         receipt = Receipt(

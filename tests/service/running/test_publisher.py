@@ -210,6 +210,12 @@ def test_finish_seconds_are_those_of_the_default_size_and_fall_slowly(bench: Ben
     assert 0.8 * slow_s <= fast_s < slow_s
 
 
+def test_result_of_a_model_that_was_just_unloaded_is_made(bench: Bench, make_job: MakeJob) -> None:
+    bench.publisher.cards = {}
+    assert bench.publish(Claim(make_job("a"), "lease"), 0, lambda: grey(0)).wait(20)
+    assert bench.only_ending().status is JobStatus.SUCCEEDED
+
+
 def test_slow_decoding_of_one_model_does_not_delay_another(bench: Bench, make_job: MakeJob) -> None:
     gate = Event()
 
