@@ -9,9 +9,9 @@ ungrouped    ours without scheduling: all requests that can share a step do, and
 ours         elastic-dit serve
 
 Each server runs with one thread on one core, and the clients on another one. The mix was chosen beforehand: exact 10 %,
-high 20 %, none 40 %, fast 20 %, draft 10 %; 80 % tiny-flux at 128x128, 10 % at 256x256, 10 % tiny-qwen-image; a tenth
-has a deadline in place of its budget, of 0.4 to 4 times the time of the bare pipeline. `lock` and `batching` know
-neither budgets nor deadlines: they compute all steps.
+high 20 %, none 40 %, fast 20 %, draft 10 %; 80 % tiny-flux at 128x128, 10 % at 256x256, 10 % tiny-qwen-image; a tenth,
+or `--deadlines` tenths, have a deadline in place of a budget, of 0.4 to 4 times the time of the bare pipeline. `lock`
+and `batching` know neither budgets nor deadlines: they compute all steps.
 
 saturation  16 clients make the first requests of the mix, each the next one when it has its answer (closed loop), and
             then exact ones alone. Requests over the seconds from the first call to the last answer; the median over
@@ -69,6 +69,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--levels", type=float, nargs="*", default=[*LEVELS], help="rates over that at saturation")
     parser.add_argument("--seconds", type=float, help="in which requests arrive at the others")
     parser.add_argument("--our-seconds", type=float, help="in which requests arrive at ours")
+    parser.add_argument(
+        "--deadlines", type=int, help="of ten requests that arrive, so many have a deadline; 1 if not given"
+    )
     parser.add_argument("--quick", action="store_true", help="a few requests of each, to see that it works")
     parser.add_argument("--out", type=Path, default=Path("runs/http_load"), help="folder of the figures and logs")
     parser.add_argument("--plot", type=Path, help="draw throughput and latency into this file; needs the extra 'peers'")
@@ -78,7 +81,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def sizes_of(arguments: argparse.Namespace) -> Sizes:
     sizes = _QUICK if arguments.quick else _FULL
-    given = {"seconds": arguments.seconds, "our_seconds": arguments.our_seconds}
+    given = {
+        "seconds": arguments.seconds,
+        "our_seconds": arguments.our_seconds,
+        "num_deadlines": arguments.deadlines,
+    }
     return Sizes(**(asdict(sizes) | {name: value for name, value in given.items() if value is not None}))
 
 

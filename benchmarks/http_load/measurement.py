@@ -22,6 +22,7 @@ from benchmarks.http_load.contenders import BATCHING, FEWER_STEPS, LOCK, OURS, S
 from benchmarks.http_load.mix import (
     KINDS,
     MODELS,
+    NUM_DEADLINES,
     SMALL,
     Kind,
     Task,
@@ -59,7 +60,8 @@ Figures = dict[str, Any]
 class Sizes:
     """How much is measured: numbers of requests, and seconds in which requests arrive.
 
-    `our_seconds` are those for our server, whose deadlines and refusals are counted.
+    `our_seconds` are those for our server, whose deadlines and refusals are counted. Of ten requests that arrive,
+    `num_deadlines` have a deadline.
     """
 
     num_mixed: int
@@ -70,6 +72,7 @@ class Sizes:
     num_samples: int
     seconds: float
     our_seconds: float
+    num_deadlines: int = NUM_DEADLINES
 
 
 class Measurement:
@@ -172,8 +175,8 @@ class Measurement:
             self._records.add(full, figures)
         return figures
 
-    def _mixed(self, count: int) -> list[Task]:
-        return mixed_tasks(self._prompts, count, _SEED)
+    def _mixed(self, count: int, num_deadlines: int = NUM_DEADLINES) -> list[Task]:
+        return mixed_tasks(self._prompts, count, _SEED, num_deadlines)
 
     def _warm_up(self, url: str) -> None:
         tasks = without_deadlines(self._mixed(20))
@@ -224,7 +227,7 @@ class Measurement:
             times = burst_arrivals(rate, seconds, max(1, round(rate / level * _BURST * self.max_backlog_s)))
         else:
             times = poisson_arrivals(rate, seconds, _SEED)
-        tasks = self._mixed(len(times))
+        tasks = self._mixed(len(times), self._sizes.num_deadlines)
         calls = [Call(task.number, task.body(self.bare_seconds), at) for task, at in zip(tasks, times, strict=True)]
         answers = self._clients.submit(call_at_times, self._url(name), calls).result()
         entries = []

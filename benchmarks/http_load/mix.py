@@ -16,7 +16,7 @@ _DECK = 10
 """Among so many requests in a row, all shares are exact, so that short runs have the mix too."""
 _BUDGETS: Mapping[str, int] = {"exact": 1, "high": 2, "default": 4, "fast": 2, "draft": 1}
 """How many requests of a deck have a budget. The default one, a quality of 0.9, is not written in the body."""
-_NUM_WITH_DEADLINE = 1
+NUM_DEADLINES = 1
 """How many requests of a deck have a deadline in place of their budget."""
 _TIGHT, _COMFORTABLE = 0.4, 4.0
 """The least and the most that a deadline allows, over the time of the bare pipeline for this size."""
@@ -69,13 +69,18 @@ class Task:
         return body if self.budget == "default" else body | {"budget": {"preset": self.budget}}
 
 
-def mixed_tasks(prompts: Mapping[str, Sequence[str]], count: int, seed: int) -> list[Task]:
-    """The first `count` tasks of the mix. `prompts` are those of each model, which are used in turn."""
+def mixed_tasks(
+    prompts: Mapping[str, Sequence[str]], count: int, seed: int, num_deadlines: int = NUM_DEADLINES
+) -> list[Task]:
+    """The first `count` tasks of the mix. `prompts` are those of each model, which are used in turn.
+
+    Of each ten, `num_deadlines` have a deadline in place of their budget.
+    """
     rng = random.Random(seed)
     tasks: list[Task] = []
     while len(tasks) < count:
         kinds, budgets = _shuffled(_KINDS, rng), _shuffled(_BUDGETS, rng)
-        for place in rng.sample(range(_DECK), _NUM_WITH_DEADLINE):
+        for place in rng.sample(range(_DECK), num_deadlines):
             budgets[place] = DEADLINE
         for kind, budget in zip(kinds, budgets, strict=True):
             allowance = math.exp(rng.uniform(math.log(_TIGHT), math.log(_COMFORTABLE)))

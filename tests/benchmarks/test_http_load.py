@@ -43,6 +43,7 @@ def test_every_ten_requests_have_the_shares_of_the_mix() -> None:
         assert sum(task.kind == SMALL for task in deck) == 8
         assert {task.kind for task in deck} == {*KINDS}
         assert sum(task.allowance is not None for task in deck) == 1
+    assert sum(task.allowance is not None for task in mixed_tasks(PROMPTS, 10, seed=3, num_deadlines=4)) == 4
     budgets = Counter(task.budget for task in without_deadlines(tasks))
     assert budgets["default"] >= 20
     assert 15 <= budgets["high"] + budgets["fast"] <= 20
