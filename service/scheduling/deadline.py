@@ -13,6 +13,9 @@ _RESERVE_OF_PROMISE = 0.1
 """The same for the whole time, when the promise is made: others have the device while the request is encoded."""
 _DELIVERY_S = 0.05
 """What the client waits beside the times that are predicted: until its call is queued, and for the answer."""
+_MARGIN = 0.02
+"""The share of the whole time that is left after the last step for what takes longer than predicted. What `_RESERVE`
+leaves shrinks with the time left."""
 
 
 def check_reachable(
@@ -52,7 +55,8 @@ def seconds_for_steps(request: GenerationRequest, card: ModelCard, *, left_s: fl
 
     The file of another request may have to be made first.
     """
-    return left_s - 2 * finish_seconds(request, card, finish_s) - _DELIVERY_S
+    assert isinstance(request.budget, LatencyBudget)
+    return left_s - 2 * finish_seconds(request, card, finish_s) - _DELIVERY_S - _MARGIN * request.budget.latency_s
 
 
 def slack_s(

@@ -11,7 +11,7 @@ from models.curve import Preset
 from models.request import ImageEdit, ImageRequest, LatencyBudget
 from service.errors import DeadlineUnreachable
 from service.scheduling.cost import predicted_seconds
-from service.scheduling.deadline import check_reachable, point_for, slack_s
+from service.scheduling.deadline import check_reachable, point_for, seconds_for_steps, slack_s
 from service.scheduling.load import lowered_quality
 
 MakeRequest = Callable[..., ImageRequest]
@@ -98,6 +98,14 @@ def test_slack_is_what_the_remaining_steps_leave_at_the_floor(
         request, drawn_card, time_left_s=time_left_s, steps_left=steps_left, num_computed=4 - steps_left, pace=pace
     )
     assert left == pytest.approx(expected_s)
+
+
+@pytest.mark.parametrize(("finish_s", "side", "expected_s"), [(0.0, 64, 2.75), (0.2, 64, 2.35), (0.2, 128, 1.15)])
+def test_last_step_ends_in_time_for_two_files_and_the_answer(
+    finish_s: float, side: int, expected_s: float, make_request: MakeRequest, drawn_card: ImageCard
+) -> None:
+    request = make_request(budget=LatencyBudget(10.0), width=side, height=side)
+    assert seconds_for_steps(request, drawn_card, left_s=3.0, finish_s=finish_s) == pytest.approx(expected_s)
 
 
 # It needs 0.92 s, 0.05 s for the answer, and a tenth in reserve.
