@@ -294,9 +294,9 @@ def fixed_share(alone_s: float, pair_s: float) -> float:
 def _dense_step_seconds(family: Family, card: ModelCard, peaks: PeakMeter) -> tuple[float, float]:
     """Seconds of one dense step of one request and of two, at the card's defaults.
 
-    The first step of each warms up. Of the others the fastest one counts, and the median of what a second request makes
-    of it. The two take turns, so that both have the same share of a machine that does other work too: a wrong share
-    would keep requests from sharing steps for as long as the server lives.
+    The first step of each warms up. The time of one is that of its fastest step. The time of two follows from it by the
+    median ratio. One and two take turns, since another program may slow the machine for a while: a wrong ratio would
+    keep requests from sharing steps for as long as the server lives.
     """
     request = replace(family.example_request(card), num_inference_steps=5)
     engine = Engine({card.id: family}, {})

@@ -10,9 +10,9 @@ from service.scheduling.cost import dense_step_seconds, encode_seconds, finish_s
 _RESERVE = 0.05
 """The share of the time left that is kept free, so that a slightly slow step does not break the promise."""
 _RESERVE_OF_PROMISE = 0.1
-"""The same for the whole time, when the promise is made: others have the device while the request is encoded."""
+"""The share of the whole time that is kept free at admission, since others have the device during encoding."""
 _DELIVERY_S = 0.05
-"""What the client waits beside the times that are predicted: until its call is queued, and for the answer."""
+"""Seconds from the call to the queued job, and from the file to the client. They are not measured."""
 _MARGIN = 0.02
 """The share of the whole time that is left after the last step for what takes longer than predicted. What `_RESERVE`
 leaves shrinks with the time left."""
