@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from io import BytesIO
 from threading import Event
 from typing import Any
@@ -208,6 +209,22 @@ def test_finish_seconds_are_those_of_the_default_size_and_fall_slowly(bench: Ben
     large_s, slow_s, fast_s = publish(0.4, "a", 2 * side), publish(0.4, "b", side), publish(0.0, "c", side)
     assert 0.1 <= large_s < 0.4 <= slow_s  # the first has four times as many pixels
     assert 0.8 * slow_s <= fast_s < slow_s
+
+
+def test_results_with_a_deadline_are_made_before_others(bench: Bench, make_job: MakeJob) -> None:
+    gate, made = Event(), list[str]()
+
+    def decode(name: str) -> NDArray[np.uint8]:
+        assert gate.wait(20)
+        made.append(name)
+        return grey(0)
+
+    for name, deadline_at in (("running", None), ("other", None), ("urgent", 200.0)):
+        job = replace(make_job(name), deadline_at=deadline_at)
+        bench.publish(Claim(job, name), 0, partial(decode, name))
+    gate.set()
+    bench.publisher.close()
+    assert made == ["running", "urgent", "other"]
 
 
 def test_result_of_a_model_that_was_just_unloaded_is_made(bench: Bench, make_job: MakeJob) -> None:

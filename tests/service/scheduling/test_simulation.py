@@ -90,11 +90,12 @@ def test_admitted_deadlines_are_met_and_others_are_refused_at_once(
 
 
 @pytest.mark.parametrize("load", [0.5, 0.9])
-def test_tight_deadlines_are_met_too(load: float, at_load: Callable[..., list[Arrival]]) -> None:
-    """Down to what the lowest quality takes on an idle server, as in `benchmarks.http_load`."""
-    exact_s = 1.5
-    tight = [request_of(LatencyBudget(exact_s * 10 ** (n / 10), min_quality=0.8)) for n in range(-4, 7)]
-    outcomes = Server(max_backlog_s=30).serve(at_load(load, 2000, [EXACT, HIGH, HIGH, BALANCED, FAST, *tight[::2]]))
+def test_tight_deadlines_are_met_too(load: float) -> None:
+    """The mix of `benchmarks.http_load`, with deadlines down to what the lowest quality takes on an idle server."""
+    tight = [request_of(LatencyBudget(1.5 * 10 ** (n / 20), min_quality=0.8)) for n in range(-8, 13)]
+    others = [EXACT, HIGH, HIGH, BALANCED, BALANCED, BALANCED, FAST, FAST, DRAFT]
+    rate = load * capacity(others)
+    outcomes = Server(max_backlog_s=50).serve(poisson([*others * 5, *tight], rate, 3000 / rate, seed=1))
     promised = [outcome for outcome in outcomes if outcome.job and outcome.job.deadline_at is not None]
     assert len(promised) > 100
     assert mean(outcome.is_in_time for outcome in promised) >= 0.99
