@@ -167,7 +167,7 @@ class Bench:
             await store.load("key0")
             loads.append(time.perf_counter() - began)
             began = time.perf_counter()
-            await store.position(job.id)
+            await store.positions([job.id])
             positions.append(time.perf_counter() - began)
         await store.close()
         return {

@@ -19,7 +19,7 @@ UPDATE_S = 2.0
 async def queue_places(snapshots: Sequence[JobSnapshot], store: JobStore, fleet: Fleet) -> list[QueuePlace | None]:
     """The place of each job; None unless it is queued. Raises StoreUnavailable."""
     queued = [snapshot.job for snapshot in snapshots if snapshot.state.status is JobStatus.QUEUED]
-    positions = {job.id: await store.position(job.id) for job in queued}
+    positions = dict(zip((job.id for job in queued), await store.positions([job.id for job in queued]), strict=True))
     if all(position is None for position in positions.values()):
         return [None] * len(snapshots)
     load = await store.load()
@@ -53,7 +53,7 @@ class QueueWatch:
     async def change(self) -> dict[str, Any]:
         """These fields if the position is another than the last one told, else none."""
         with suppress(StoreUnavailable):
-            position = await self.store.position(self.job.id)
+            (position,) = await self.store.positions([self.job.id])
             self.is_queued = position is not None
             if position is not None and position != self._position:
                 load = await self.store.load()

@@ -258,7 +258,10 @@ class MemoryStore:
         own = (record.snapshot for record in records if owner is None or record.job.owner == owner)
         return list(islice(own, limit))
 
-    async def position(self, job_id: str) -> int | None:
+    async def positions(self, job_ids: Sequence[str]) -> list[int | None]:
+        return [self._position(job_id) for job_id in job_ids]
+
+    def _position(self, job_id: str) -> int | None:
         record = self._records.get(job_id)
         if record is None or record.state.status is not JobStatus.QUEUED:
             return None

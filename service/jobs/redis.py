@@ -331,10 +331,13 @@ class RedisStore:
                 break
         return jobs
 
-    async def position(self, job_id: str) -> int | None:
-        async with self._operation("position"):
-            position: int | None = await self._run(self._position, job_id)
-        return position
+    async def positions(self, job_ids: Sequence[str]) -> list[int | None]:
+        # One message with a call for each job: a call for all of them would hold up others.
+        async with self._operation("positions"), self._redis.pipeline(transaction=False) as reading:
+            for job_id in job_ids:
+                await self._position(keys=[self._prefix], args=[job_id], client=reading)
+            positions: list[int | None] = await reading.execute()
+        return positions
 
     async def load(self, owner: str | None = None) -> Load:
         # No transaction: a full Redis refuses even to read in one.

@@ -285,8 +285,8 @@ class JobStore(Protocol):
         """
         ...
 
-    async def position(self, job_id: str) -> int | None:
-        """How many queued jobs of the same model are claimed before this one; None unless it is queued."""
+    async def positions(self, job_ids: Sequence[str]) -> list[int | None]:
+        """How many queued jobs of the same model are claimed before each of these; None unless it is queued."""
         ...
 
     async def load(self, owner: str | None = None) -> Load:

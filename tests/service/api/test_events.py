@@ -199,12 +199,12 @@ async def test_stream_of_a_queued_job_tells_its_place_and_again_when_that_change
 async def test_stream_of_a_queued_job_goes_on_while_its_place_is_unknown(
     bench: Bench, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def lost(job_id: str) -> int | None:
+    async def lost(job_ids: list[str]) -> list[int | None]:
         raise StoreUnavailable("Redis can't be reached")
 
     monkeypatch.setattr("service.api.events.UPDATE_S", 0.001)
     monkeypatch.setattr("service.api.events.KEEP_ALIVE_S", 0.001)
-    monkeypatch.setattr(bench.dispatcher.store, "position", lost)
+    monkeypatch.setattr(bench.dispatcher.store, "positions", lost)
     await bench.dispatcher.store.add(make_job("a"))
     stream = bench.stream(make_job("a"))
     assert parsed(await anext(stream))[2] == {"type": "job.queued", "id": "a"}

@@ -301,7 +301,7 @@ async def test_job_of_a_newer_version_is_left_to_newer_processes(shared: Shared,
     assert await shared.store.claim(lambda _: Fit.NOW) is None
     with pytest.raises(StoreUnavailable, match="newer"):  # which clients try again
         await shared.store.get("newer")
-    assert await shared.store.position("newer") == 0
+    assert await shared.store.positions(["newer"]) == [0]
 
 
 async def test_edits_are_left_to_versions_that_know_them(shared: Shared, make_job: MakeJob) -> None:

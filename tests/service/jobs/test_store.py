@@ -493,11 +493,12 @@ async def test_position_counts_the_jobs_of_the_model_that_come_before(bench: Any
     await bench.store.add(replace(make_job("m"), model="ball", requests=(MESH,)))
     await bench.store.add(replace(make_job("high", priority=Priority.HIGH), created_at=9.0))
     names = ("high", "a0", "a1", "a2", "a3", "m")
-    assert [await bench.store.position(name) for name in names] == [0, 1, 2, 3, 4, 0]
+    assert await bench.store.positions(names) == [0, 1, 2, 3, 4, 0]
     assert (await claim(bench)).job.id == "high"
     await bench.store.cancel("a1")
-    assert [await bench.store.position(name) for name in names] == [None, 0, None, 1, 2, 0]
-    assert await bench.store.position("unknown") is None
+    assert await bench.store.positions(names) == [None, 0, None, 1, 2, 0]
+    assert await bench.store.positions(["unknown"]) == [None]
+    assert await bench.store.positions([]) == []
 
 
 async def test_load_is_that_of_each_model_and_of_one_key(bench: Any, make_job: MakeJob) -> None:
