@@ -49,7 +49,7 @@ __all__ = [
     "tiny_stream_hunyuan3d",
 ]
 
-_SIBLINGS = ("qwen_image_edit_2511", "hunyuan3d_plain")
+_SIBLINGS = ("qwen_image_edit", "qwen_image_edit_2511", "hunyuan3d_plain")
 """Kinds that share most of their code with another one."""
 
 
@@ -58,5 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         call = getattr(item, "callspec", None)
         kind = call.params.get("kind") if call else None
-        if kind in _SIBLINGS and item.path.name != "test_exact.py" and kind.rsplit("_", 1)[0] not in item.path.parts:
+        if kind not in _SIBLINGS or item.path.name == "test_exact.py":
+            continue
+        if not {kind, kind.rsplit("_", 1)[0]} & {*item.path.parts}:
             item.add_marker("long")
