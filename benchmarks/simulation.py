@@ -33,7 +33,7 @@ from service.scheduling.batching import Candidate, FairShare, shape_of
 from service.scheduling.cost import block_seconds, order_seconds
 from service.scheduling.deadline import point_for, seconds_for_steps, slack_s
 from service.scheduling.memory import Decoding
-from service.scheduling.pace import Pace
+from service.scheduling.pace import Pace, Peak
 from service.scheduling.precedence import Precedence
 from service.scheduling.queueing import due_at
 
@@ -182,7 +182,9 @@ class Server:
     _precedence: Precedence = field(default_factory=Precedence)
     _promises: Promises = field(default_factory=Promises)
     _finish_s: float = 0.0
+    _longest_step: Peak = field(default_factory=lambda: Peak(0.02))
     _total_s: float = 0.0
+    _urgent_s: float = 0.0
 
     def serve(self, arrivals: Iterable[Arrival]) -> list[Outcome]:
         """What becomes of each call. Refused ones are repeated when their answer said, at most `num_retries` times."""
@@ -210,6 +212,8 @@ class Server:
         backlog = Backlog(
             seconds=self._total_s * pace,
             max_seconds=self.max_backlog_s,
+            urgent_seconds=self._urgent_s * max(1.0, pace)
+            + 2 * max(self._longest_step.seconds, self.card.dense_step_seconds),
             finish_s=self._finish_s,
             pace=pace,
             promised_s=self._promises.seconds(at),
@@ -236,7 +240,7 @@ class Server:
         job = Job(
             id=str(number),
             model=self.card.id,
-            requests=(arrival.request,),
+            requests=admission.order.requests,
             output=Output(),
             priority=arrival.priority,
             quality_requested=None,
@@ -266,6 +270,7 @@ class Server:
         change = seconds - self._left_s.pop(job.id, 0.0)
         self._own_s[job.owner] += change
         self._total_s += change
+        self._urgent_s += change * job.is_urgent
         if seconds:
             self._left_s[job.id] = seconds
 
@@ -274,7 +279,7 @@ class Server:
         full: set[JobKind] = set()
         for entry in [*self._queue]:
             job = entry[2]
-            kind = JobKind(job.model, self._shape_of(job), job.is_high, job.memory)
+            kind = JobKind(job.model, self._shape_of(job), job.is_urgent, job.memory)
             if kind in full:
                 continue
             if not room.has_place(kind, [], self._running):
@@ -320,7 +325,8 @@ class Server:
         call, row = members[0].block_seconds
         began = self.now
         seconds = self._run_device(len(self.card.blocks) * (call + rows * row))
-        self._precedence.spend(members[0].is_high, seconds)
+        self._precedence.spend(members[0].is_high, seconds, has_deadline=batch[0].job.deadline_at is not None)
+        self._longest_step.observe(seconds)
         for running, member in zip(batch, members, strict=True):
             cast(State, running.state).step()
             running.measure_pace(self.card, began, self.now)
@@ -346,7 +352,13 @@ class Server:
     def _keep_deadline(self, running: Running) -> None:
         if running.job.deadline_at is not None:
             state = cast(State, running.state)
-            state.point = point_for(running.request, self.card, pace=running.pace, **self._left(running))
+            state.point = point_for(
+                running.request, self.card, pace=running.pace, best=self._best(running), **self._left(running)
+            )
+
+    def _best(self, running: Running) -> float:
+        others = any(other.job.deadline_at is not None for other in self._running if other.held is not running.held)
+        return running.request.point.quality if others else 1.0
 
     def _left(self, running: Running) -> dict[str, Any]:
         job, state = running.job, cast(State, running.state)

@@ -59,7 +59,8 @@ class BudgetBody(ClosedBody):
         default=None,
         gt=0,
         le=86_400_000,
-        description="The highest quality that is ready this many milliseconds after the request's arrival.",
+        description="The highest quality that is ready this many milliseconds after the request's arrival. Requests "
+        "with deadlines that run at once leave time for each other.",
     )
     min_quality: Number | None = Field(
         default=None,

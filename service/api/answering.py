@@ -38,7 +38,7 @@ async def answer(
     A client that disconnects while it waits cancels its job, unless it gave an idempotency key: with the key it can
     come back. Raises the error to answer if the job fails or is cancelled, and Draining if this server stops first.
     """
-    links = links_of(request, settings)
+    links, began_at = links_of(request, settings), dispatcher.store.clock()
     cancels = headers.idempotency_key is None
     if body.stream:
         return event_stream(job, dispatcher, links, response_format=body.response_format, cancels=cancels)
@@ -46,7 +46,11 @@ async def answer(
     ended_job = None if wait_s == 0 else await _ended_or_gone(job, request, dispatcher, wait_s)
     if ended_job is not None:
         raise_if_unsuccessful(ended_job)
-        return await _result(job, body.response_format or _default_format(body, settings), dispatcher, links)
+        result = await _result(job, body.response_format or _default_format(body, settings), dispatcher, links)
+        file_at = job.created_at + max(receipt.seconds.total for receipt in ended_job.state.receipts)
+        if file_at > began_at:  # else it is the job of an earlier call
+            dispatcher.delivery.observe(dispatcher.store.clock() - file_at)
+        return result
     if headers.is_async and not await request.is_disconnected():
         return await _accepted(job, dispatcher, links)
     if cancels:

@@ -91,9 +91,12 @@ async def _backlog(
     rate = pace / dispatcher.fleet.num_workers(card.id)
     return Backlog(
         seconds=seconds + (work.admitted - recorded_s) * rate,
+        urgent_seconds=dispatcher.fleet.urgent_seconds_before(card.id, load) + (work.admitted - recorded_s) * rate,
         max_seconds=max_seconds,
         finish_s=dispatcher.fleet.finish_seconds(card.id),
         pace=pace,
+        step_pace=dispatcher.fleet.step_pace(card.id),
+        delivery_s=dispatcher.delivery.seconds,
         image_bytes=load.image_bytes + images.admitted - recorded_bytes,
         max_image_bytes=settings.max_input_image_bytes,
         promised_s=dispatcher.promises.seconds(dispatcher.store.clock()),

@@ -153,7 +153,10 @@ class Job:
 
     @property
     def is_urgent(self) -> bool:
-        """Whether its prompt is encoded, and its file made, before those of others."""
+        """Whether it has high priority or a deadline.
+
+        Then it does not wait for others to end, and its prompt is encoded, and its file made, before theirs.
+        """
         return self.is_high or self.deadline_at is not None
 
     @property

@@ -276,6 +276,7 @@ class MemoryStore:
                 num_running=sums["running", model],
                 queued_s=sums["queued_us", model] / 1e6,
                 running_s=sums["running_us", model] / 1e6,
+                urgent_s=sums["urgent_us", model] / 1e6,
             )
             for what, model in sums
             if what in ("queued", "running") and model is not None
@@ -305,7 +306,7 @@ class MemoryStore:
 
     def _queue_again(self, record: _Record) -> None:
         if record.state.status is not JobStatus.QUEUED:
-            record.state = record.state.moved_to(JobStatus.QUEUED)
+            record.state = replace(record.state.moved_to(JobStatus.QUEUED), steps_done=0, num_steps=None)
         record.lease = None
         self._running.discard(record.job.id)
         insort(self._queues.setdefault(record.kind, []), record.entry)
@@ -349,6 +350,8 @@ class MemoryStore:
             record.counted[str(status), job.model] = 1
             record.counted[f"{status}_us", job.model] = microseconds
             record.counted["own_us", job.owner] = microseconds
+            if job.is_urgent:
+                record.counted["urgent_us", job.model] = microseconds
             record.counted["image_bytes", None] = input_image_bytes(job.requests)
         self._sums.update(record.counted)
 

@@ -38,7 +38,8 @@ _FAILURE = TypeAdapter(Failure)
 class KindEntry:
     """What is written of a `JobKind`, and the version of its jobs' records.
 
-    Entries without `is_high` or `memory` are of an earlier version.
+    `is_high` says whether it is urgent; earlier versions did not write it for jobs with a deadline. Entries without
+    `is_high` or `memory` are of an even earlier one.
     """
 
     model: str
@@ -59,7 +60,7 @@ class KindEntry:
     @classmethod
     def of(cls, job: Job) -> Self:
         kind = JobKind.of(job)
-        return cls(kind.model, kind.shape, version_of(job), kind.is_high, kind.memory)
+        return cls(kind.model, kind.shape, version_of(job), kind.is_urgent, kind.memory)
 
 
 _KIND = TypeAdapter(KindEntry)
@@ -151,6 +152,7 @@ def load_sums(sums: Mapping[bytes, bytes], own_us: bytes | None, num_owners: int
                 num_running=numbers.get(f"running:{model}", 0),
                 queued_s=numbers.get(f"queued_us:{model}", 0) / 1e6,
                 running_s=numbers.get(f"running_us:{model}", 0) / 1e6,
+                urgent_s=numbers.get(f"urgent_us:{model}", 0) / 1e6,
             )
             for model in models
         },

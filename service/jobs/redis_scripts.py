@@ -10,11 +10,12 @@ The keys, all after a prefix:
     kinds               hash    kind -> JSON of what a worker must know to say whether it has room, of those in `heads`
     leases              zset    id -> when the lease ends, in ms of Redis' clock, of running jobs
     counted             hash    id -> JSON of what the job adds to the sums, of queued and running jobs
-    load                hash    number, microseconds left and image bytes of queued and running jobs, by model
+    load                hash    number and microseconds left of queued and of running jobs, microseconds left of urgent
+                                ones, by model, and image bytes
     owners              hash    owner -> microseconds left of its queued and running jobs
     jobs, jobs:<owner>  zset    id -> arrival in microseconds: all jobs that have a record, and those of one owner
     expiring            zset    id and owner -> when its record is deleted, in ms, of ended jobs
-    idle:<class>        zset    worker -> since when it has nothing to claim, in ms, of a class: a model and a priority
+    idle:<class>        zset    worker -> since when it has nothing to claim, in ms, of a class
     claim:<worker>      string  lease and id of its latest claim, for a minute
     workers             zset    worker -> until when it counts as living, in ms
     worker_records      hash    worker -> JSON of its record, without the cards of its models
@@ -23,7 +24,7 @@ The keys, all after a prefix:
     webhooks            zset    id -> when to call its webhook next, in ms
     queue, live                 jobs that the version before queued, see `redis_adoption`
 
-A kind's name ends with its class: a digest of 16 characters, `h` for high priority or `n`, and the model.
+A kind's name is a digest of 16 characters and its class: `h` for urgent jobs or `n`, and the model.
 
 A full Redis refuses a script whose first write would take memory, and runs all others to their end. The scripts that
 keep, end or return jobs begin with a write that takes none.
@@ -52,6 +53,9 @@ end
 local function class_of(kind)
     return string.sub(kind, 17)
 end
+local function is_urgent(kind)
+    return string.sub(kind, 17, 17) == 'h'
+end
 
 -- The sums. An entry of `counted`: status, model, microseconds left, those of the whole job, image bytes, owner, kind.
 local function add(key, field, amount)
@@ -63,6 +67,7 @@ local function count(id, status, model, us, image_bytes, owner, kind)
     redis.call('HSET', prefix .. 'counted', id, cjson.encode({status, model, us, us, image_bytes, owner, kind}))
     add(prefix .. 'load', status .. ':' .. model, 1)
     add(prefix .. 'load', status .. '_us:' .. model, us)
+    if is_urgent(kind) then add(prefix .. 'load', 'urgent_us:' .. model, us) end
     add(prefix .. 'load', 'image_bytes', image_bytes)
     if owner ~= '' then add(prefix .. 'owners', owner, us) end
 end
@@ -83,6 +88,7 @@ local function recount(id, status, us)
             add(load, status .. '_us:' .. model, left)
         end
     end
+    if is_urgent(entry[7]) then add(load, 'urgent_us:' .. model, left - entry[3]) end
     if entry[6] ~= '' then add(prefix .. 'owners', entry[6], left - entry[3]) end
     if status then
         entry[1], entry[3] = status, left
@@ -286,7 +292,8 @@ redis.call('HINCRBY', prefix .. 'job:' .. ARGV[1], 'attempts', -1)
 
 # ARGV: most attempts. Returns the ids that it queued again, and the ids of jobs that were claimed too often, each with
 # the number of its attempts. Leases of jobs whose record is gone are deleted.
-# It also looks at some of the counted jobs: one that a process of the version before ended is counted no more.
+# It also looks at some of the counted jobs: one that a process of the version before ended is counted no more. If no
+# job is counted, all sums are 0, whatever a process of another version left in them.
 RECOVER = (
     COMMON
     + """
@@ -306,6 +313,7 @@ for _, id in ipairs(redis.call('HRANDFIELD', prefix .. 'counted', 10)) do
     local status = redis.call('HGET', prefix .. 'job:' .. id, 'status')
     if status ~= 'queued' and status ~= 'running' and not is_gone(id) then let_go(id) end
 end
+if redis.call('EXISTS', prefix .. 'counted') == 0 then redis.call('DEL', prefix .. 'load', prefix .. 'owners') end
 trim(100)
 return {requeued, given_up}
 """

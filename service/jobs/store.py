@@ -145,17 +145,18 @@ class Recovery:
 class JobKind:
     """What a worker needs to know of a job to say whether it has room for it. Jobs of one kind wait in one queue.
 
-    `shape` is that of `scheduling.batching.shape_of`; each of the job's requests takes `memory` of the device.
+    `shape` is that of `scheduling.batching.shape_of`; each of the job's requests takes `memory` of the device. Urgent
+    jobs, see `Job.is_urgent`, have places of their own.
     """
 
     model: str
     shape: str
-    is_high: bool
+    is_urgent: bool
     memory: RequestMemory
 
     @classmethod
     def of(cls, job: Job) -> Self:
-        return cls(job.model, shape_of(job.requests[0]), job.is_high, job.memory)
+        return cls(job.model, shape_of(job.requests[0]), job.is_urgent, job.memory)
 
 
 class Fit(Enum):

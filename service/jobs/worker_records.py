@@ -29,7 +29,8 @@ _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class WorkerEntry:
     """What is written of a `WorkerRecord`. `cards` has the names under which the cards are kept, by model.
 
-    Promises to clients are computed with these numbers, so all of them must be possible.
+    Promises to clients are computed with these numbers, so all of them must be possible. A worker of the version before
+    does not write `urgent_waits`: there they do wait.
     """
 
     id: str
@@ -41,12 +42,18 @@ class WorkerEntry:
     finish_s: Mapping[str, _Seconds] = field(default_factory=dict)
     num_held: int = 0
     max_running: int = 0
+    step_s: _Seconds = 0.0
+    step_pace: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    urgent_waits: bool = True
 
     def record(self, cards: Mapping[str, ModelCard]) -> WorkerRecord:
         """The record with these of its cards."""
         return WorkerRecord(
             *(self.id, self.version, self.device, self.state, cards),
             *(self.pace, self.finish_s, self.num_held, self.max_running),
+            step_s=self.step_s,
+            step_pace=self.step_pace,
+            urgent_waits=self.urgent_waits,
         )
 
 
@@ -58,6 +65,9 @@ def dump_worker(record: WorkerRecord, card_names: Mapping[str, str]) -> bytes:
         WorkerEntry(
             *(record.id, record.version, record.device, record.state, card_names),
             *(record.pace, record.finish_s, record.num_held, record.max_running),
+            step_s=record.step_s,
+            step_pace=record.step_pace,
+            urgent_waits=record.urgent_waits,
         )
     )
 

@@ -67,7 +67,7 @@ class Decoder:
             self._let_go(running)
             self._parts.publisher.fail(running.claim, error)
         seconds = time.perf_counter() - began
-        self._parts.precedence.spend(candidate.is_high, seconds)
+        self._parts.precedence.spend(candidate.is_high, seconds, has_deadline=running.job.deadline_at is not None)
         running.spend(self._parts.fair_share, seconds)
 
     def _publish(self, running: Running, decode: Callable[[], Decoded]) -> None:

@@ -24,6 +24,7 @@ from service.running.reports import RETRY_S, Reports
 from service.running.webhook_calls import WebhookCalls
 from service.scheduling.admission import Intake, Promises
 from service.scheduling.fleet import WorkerRecord
+from service.scheduling.pace import Peak
 
 if TYPE_CHECKING:  # brings what models are computed with, which an API node never loads
     from service.running.worker import Worker
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
 """Notifications can be lost, so the queue is also polled at this interval."""
+_FALL = 0.1
+"""How fast `Dispatcher.delivery` falls, see `Peak`."""
 LAST_STEP_S = 5.0
 """How long a shutdown waits, after the grace period, for a denoise step that is still running, and for other ends."""
 
@@ -76,6 +79,8 @@ class Dispatcher:
         self.intakes_of_keys: defaultdict[str | None, Intake] = defaultdict(Intake)
         """What each API key is part of `work_intake` with."""
         self.promises = Promises()
+        self.delivery = Peak(_FALL)
+        """From a finished file to the answer: little, unless this process is very busy."""
         self.has_drained = asyncio.Event()
         self._has_broken_loop = False
         self._inbox = inbox

@@ -9,7 +9,7 @@ from models.card import ModelCard
 from service.errors import ModelUnavailable
 from service.jobs.store import JobStore
 from service.scheduling.common_card import common_card
-from service.scheduling.fleet import Load, WorkerRecord, WorkerState, seconds_before
+from service.scheduling.fleet import Load, WorkerRecord, WorkerState, seconds_before, urgent_seconds_before
 
 logger = logging.getLogger(__name__)
 
@@ -104,9 +104,17 @@ class Fleet:
         """Seconds until a worker of `model` has done the work that is there now; infinite if no worker holds it."""
         return seconds_before(model, load, self.workers)
 
+    def urgent_seconds_before(self, model: str, load: Load) -> float:
+        """Seconds until a worker of `model` runs nothing that goes before a new job with a deadline, at most."""
+        return urgent_seconds_before(model, load, self.workers)
+
     def pace(self, model: str) -> float:
         """Measured seconds for each predicted one, of the slowest worker that may take a job of `model`."""
         return max((worker.pace for worker in self._of(model)), default=1.0)
+
+    def step_pace(self, model: str) -> float:
+        """As `pace`, for steps alone."""
+        return max((worker.step_pace for worker in self._of(model)), default=1.0)
 
     def finish_seconds(self, model: str) -> float:
         """How long decoding and encoding takes lately at the model's default size, at most; 0 before the first."""

@@ -180,7 +180,8 @@ class Running:
     def as_candidate(self) -> Candidate:
         if self.decoding is not None:
             # Its turn is shared with nobody.
-            return Candidate(self, self.turn, [1.0], BlockSeconds(0.0, DECODE_TURN_S), self.weight, self.job.is_high)
+            seconds = BlockSeconds(0.0, DECODE_TURN_S)
+            return Candidate(self, self.turn, [1.0], seconds, self.weight, self.job.is_high, self.slack_s)
         runs = self.state.expected_runs
         key, is_high = self.state.batch_key, self.job.is_high
         return Candidate(key, self.turn, runs, self.block_seconds, self.weight, is_high, self.slack_s)

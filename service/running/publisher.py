@@ -32,11 +32,12 @@ from service.running.priority_thread import PriorityThread
 from service.running.sandbox import NotWanted, Sandbox
 from service.scheduling.cost import relative_size
 from service.scheduling.memory import Decoding, try_smaller
+from service.scheduling.pace import Peak
 
 logger = logging.getLogger(__name__)
 
 _FALL = 0.2
-"""How fast `Publisher.finish_seconds` falls: the share of the difference, with each result."""
+"""How fast `Publisher.finish_seconds` falls, see `Peak`."""
 
 Decoded = NDArray[np.uint8] | CleanMesh | FieldSamples
 """Pixels, a mesh, or a field, which still has to become a mesh."""
@@ -122,7 +123,7 @@ class Publisher:
         self._sandboxes: defaultdict[str, Sandbox] = defaultdict(Sandbox)
         self._artifacts: dict[str, dict[int, _Encoded]] = {}  # lease -> index of the request -> artifact
         self._claims: dict[str, Claim] = {}
-        self._finish_s: dict[str, float] = {}
+        self._finish: defaultdict[str, Peak] = defaultdict(lambda: Peak(_FALL))
         self._unfinished: list[_Encoded] = []
         self._uses: list[_Use] = []
 
@@ -171,10 +172,9 @@ class Publisher:
     def finish_seconds(self, model: str) -> float:
         """How long decoding and encoding takes lately at the model's default size; 0 before the first result.
 
-        It follows a longer time at once, and shorter ones slowly. It is 0 for meshes, whose time is predicted from
-        their resolution. Any thread may ask.
+        It is 0 for meshes, whose time is predicted from their resolution. Any thread may ask.
         """
-        return self._finish_s.get(model, 0.0)
+        return self._finish[model].seconds
 
     def drop_unwanted(self) -> None:
         """Forget the artifacts of jobs that ended before their last result."""
@@ -232,9 +232,7 @@ class Publisher:
         )
         card = self.cards.get(job.model)  # None if the model was unloaded, once this job was cancelled
         if card is not None and not isinstance(result, MeshFile):
-            finish_s = (time.perf_counter() - began) / relative_size(request, card)
-            before_s = self.finish_seconds(job.model)
-            self._finish_s[job.model] = max(finish_s, before_s + _FALL * (finish_s - before_s))
+            self._finish[job.model].observe((time.perf_counter() - began) / relative_size(request, card))
         receipt = Receipt(
             denoised.summary,
             job.quality_requested,

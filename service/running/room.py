@@ -13,10 +13,10 @@ from service.scheduling.batching import is_light, most_at_once, step_shape
 from service.scheduling.cost import grid_bytes
 from service.scheduling.memory import DeviceMemory, InMemory
 
-_SHARE_FOR_HIGH = 8
-"""One in so many of the places for running requests is kept for those of high priority."""
+_SHARE_FOR_URGENT = 8
+"""One in so many of the places for running requests is kept for urgent ones, and as many for all others."""
 _SHARE_FOR_LIGHT = 4
-"""One in so many of the places is kept for light requests, and for those of high priority."""
+"""One in so many of the places is kept for light requests, and for urgent ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,27 +46,41 @@ class Room:
     def has_place(self, new: JobKind, waiting: Sequence[HeldJob], running: Sequence[Running]) -> bool:
         """Whether the limits of numbers allow one more, if one of each of `waiting` had started.
 
-        One of high priority does not wait for others to end: they leave room for it, and it does not count them among
-        those of its shape. Nor does a light one wait for others than light ones.
+        An urgent one does not wait for others to end: they leave room for it, and it does not count them among those of
+        its shape. Nor does a light one wait for others than light ones. Urgent ones leave room for others, too.
         """
         held = [*waiting, *(other.held for other in running)]
-        is_full = self.is_full(len(held), is_high=new.is_high, is_light=is_light(new.shape))
-        rivals = sum(other.shape == new.shape and (other.job.is_high or not new.is_high) for other in held)
-        return not is_full and rivals < most_at_once(new.shape, self.max_batch_size(new.model))
-
-    def is_full(self, num_held: int, *, is_high: bool, is_light: bool) -> bool:
-        """Whether the worker has no place for one more request beside those that wait or run, whatever its shape."""
-        most = self._limits.max_running
-        if not is_high:
-            most -= most // _SHARE_FOR_HIGH
-            if not is_light:
+        if self.is_full(len(held)):
+            return False
+        num_alike = sum(other.job.is_urgent is new.is_urgent for other in held)
+        kept = self._num_kept
+        most = self._limits.max_running - kept
+        if new.is_urgent:
+            has_place = num_alike < most
+        else:
+            if not is_light(new.shape):
                 most -= most // _SHARE_FOR_LIGHT
-        return num_held + self._publisher.num_unfinished >= most
+            has_place = num_alike < kept or len(held) + self._publisher.num_unfinished < most
+        rivals = sum(other.shape == new.shape and (other.job.is_urgent or not new.is_urgent) for other in held)
+        return has_place and rivals < most_at_once(new.shape, self.max_batch_size(new.model))
+
+    @property
+    def keeps_places(self) -> bool:
+        """Whether there are places enough to keep some for urgent requests."""
+        return self._num_kept > 0
+
+    @property
+    def _num_kept(self) -> int:
+        return self._limits.max_running // _SHARE_FOR_URGENT
+
+    def is_full(self, num_held: int) -> bool:
+        """Whether the worker has no place for one more request beside those that wait or run, whatever it is."""
+        return num_held + self._publisher.num_unfinished >= self._limits.max_running
 
     def has_memory(self, new: JobKind, waiting: Sequence[HeldJob], running: Sequence[Running]) -> bool:
-        """Whether the device's memory allows one more. One of high priority may step without others of its shape."""
+        """Whether the device's memory allows one more. An urgent one may step without others of its shape."""
         entries = [*(InMemory(step_shape(held.shape), held.memory) for held in waiting), *map(_entry, running)]
-        max_batch_size = 1 if new.is_high else self.max_batch_size(new.model)
+        max_batch_size = 1 if new.is_urgent else self.max_batch_size(new.model)
         return self._device(entries).can_start(InMemory(step_shape(new.shape), new.memory), max_batch_size)
 
     def max_batch_size(self, model: str) -> int:

@@ -13,12 +13,15 @@ from service.running.parts import WorkerParts
 from service.running.publisher import PendingPreview
 from service.scheduling.batching import Candidate, group_seconds
 from service.scheduling.deadline import point_for, seconds_for_steps, slack_s
-from service.scheduling.pace import Pace
+from service.scheduling.pace import Pace, Peak
 
 if TYPE_CHECKING:  # models.engine brings torch, which the API side never loads
     from models.engine import Engine
 
 logger = logging.getLogger(__name__)
+
+_FALL = 0.02
+"""How fast `Stepper.longest` falls, see `Peak`."""
 
 
 class Stepper:
@@ -40,7 +43,10 @@ class Stepper:
         self._let_go = let_go
         self._on_preview = on_preview
         self._most_together: dict[Hashable, int] = {}  # by batch key
-        self._pace = Pace()  # of steps alone
+        self.pace = Pace()
+        """Of steps alone."""
+        self.longest = Peak(_FALL)
+        """What a step takes lately, at most."""
 
     def step(self, engine: "Engine", batch: Sequence[Running], running_now: Sequence[Running]) -> None:
         """Run one computed step of `batch`. If it fails, repeat it for each half, so that only the culprits fail.
@@ -48,7 +54,7 @@ class Stepper:
         `running_now` are all running requests, from which the progress of their jobs follows. Raises DeviceLost.
         """
         for running in batch:
-            self._keep_deadline(engine, running)
+            self._keep_deadline(engine, running, running_now)
         expected, states = [running.as_candidate() for running in batch], [running.state for running in batch]
         try:
             if len(batch) == 1:
@@ -76,15 +82,19 @@ class Stepper:
     def note_slack(self, engine: "Engine", ready: Sequence[Running]) -> None:
         """Note how long those with a deadline can wait for others."""
         for running in ready:
-            if running.job.deadline_at is not None and running.decoding is None:
-                state = running.state
+            job, state = running.job, running.state
+            if job.deadline_at is None:
+                continue
+            if running.decoding is not None:
+                running.slack_s = job.deadline_at - self._parts.clock() - running.left_s
+            else:
                 running.slack_s = slack_s(
                     running.request,
-                    engine.cards[running.job.model],
+                    engine.cards[job.model],
                     time_left_s=self._time_left(engine, running),
                     steps_left=state.num_steps - state.step_index,
                     num_computed=len(state.computed),
-                    pace=self._pace.ratio or 1.0,  # a clock may stand still for a step
+                    pace=self.pace.ratio or 1.0,  # a clock may stand still for a step
                 )
 
     def most_together(self, batch_key: Hashable) -> int | None:
@@ -118,9 +128,12 @@ class Stepper:
     ) -> None:
         """Charge a step to its requests."""
         now = time.perf_counter()
-        self._pace.begin(now - report.seconds)
-        self._pace.advance(group_seconds(expected), now)
-        self._parts.precedence.spend(expected[0].is_high, report.seconds)
+        self.pace.begin(now - report.seconds)
+        self.pace.advance(group_seconds(expected), now)
+        self._parts.precedence.spend(
+            expected[0].is_high, report.seconds, has_deadline=batch[0].job.deadline_at is not None
+        )
+        self.longest.observe(report.seconds)
         for running, candidate in zip(batch, expected, strict=True):
             running.measure_pace(engine.cards[running.job.model], now - report.seconds, now)
             running.spend(self._parts.fair_share, candidate.step_seconds)
@@ -128,11 +141,15 @@ class Stepper:
             running.held.steps_done += 1
             running.held.num_steps[running.index] = running.state.num_computed_steps
 
-    def _keep_deadline(self, engine: "Engine", running: Running) -> None:
-        """For a job with a deadline, choose the curve point of the coming steps from the time that is left."""
+    def _keep_deadline(self, engine: "Engine", running: Running, running_now: Sequence[Running]) -> None:
+        """For a job with a deadline, choose the curve point of the coming steps from the time that is left.
+
+        Beside others with a deadline it gets no better than planned, so that these have their time.
+        """
         job, state = running.job, running.state
         if job.deadline_at is None:
             return
+        is_alone = all(other.job.deadline_at is None for other in running_now if other.held is not running.held)
         point = point_for(
             running.request,
             engine.cards[job.model],
@@ -140,6 +157,7 @@ class Stepper:
             steps_left=state.num_steps - state.step_index,
             num_computed=len(state.computed),
             pace=running.pace,
+            best=1.0 if is_alone else running.request.point.quality,
         )
         state.move_to(point)
 

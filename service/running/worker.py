@@ -1,6 +1,7 @@
 """The loop that runs claimed jobs: start, step, decode, publish. One thread has the device."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -31,6 +32,9 @@ if TYPE_CHECKING:  # models.engine brings torch, which the API side never loads
     from models.engine import Engine
 
 logger = logging.getLogger(__name__)
+
+_SHORT_OF_MEMORY_S = 60.0
+"""How long a worker counts as short of memory after a request had to wait for some."""
 
 
 class Worker:
@@ -76,6 +80,7 @@ class Worker:
         self._lock = Lock()  # protects the attributes that several threads use: `_held` and `_running`
         self._held: dict[str, HeldJob] = {}
         self._running: list[Running] = []
+        self._short_of_memory_until = -math.inf
         self._publisher = Publisher(
             metrics,
             self._tell,
@@ -138,6 +143,9 @@ class Worker:
             finish_s={model: seconds for model, seconds in finish_s.items() if seconds},
             num_held=sum(len(claim.job.requests) for claim in held),
             max_running=self.limits.max_running,
+            step_s=max([self._stepper.longest.seconds, *(card.dense_step_seconds for card in cards.values())]),
+            step_pace=self._stepper.pace.ratio or 1.0,  # a clock may stand still for a step
+            urgent_waits=not self._room.keeps_places or time.perf_counter() < self._short_of_memory_until,
         )
 
     def withhold(self, model: str) -> None:
@@ -164,7 +172,10 @@ class Worker:
                 waiting = [held for held in self._held.values() for _ in held.unstarted]
                 if not self._room.has_place(kind, waiting, self._running):
                     return Fit.NO
-                return Fit.NOW if self._room.has_memory(kind, waiting, self._running) else Fit.WAITS
+                if self._room.has_memory(kind, waiting, self._running):
+                    return Fit.NOW
+                self._short_of_memory_until = time.perf_counter() + _SHORT_OF_MEMORY_S
+                return Fit.WAITS
 
         return fits
 
@@ -173,7 +184,7 @@ class Worker:
         """Whether it holds as many requests as it may, so that no kind of job `fits`."""
         with self._lock:
             num_waiting = sum(len(held.unstarted) for held in self._held.values())
-            return self._room.is_full(num_waiting + len(self._running), is_high=True, is_light=True)
+            return self._room.is_full(num_waiting + len(self._running))
 
     def take(self, claim: Claim) -> None:
         """Run this job, which was claimed because it `fits`."""

@@ -13,7 +13,7 @@ from models.request import LatencyBudget, QualityBudget
 from service.errors import Overloaded
 from service.order import Order, input_image_bytes
 from service.scheduling.cost import mesh_decode_seconds, order_seconds
-from service.scheduling.deadline import check_reachable
+from service.scheduling.deadline import planned_point
 from service.scheduling.load import lowered_quality
 from service.scheduling.memory import check_fits
 
@@ -27,17 +27,22 @@ _SHARE_OF_FREE = 4.0
 class Backlog:
     """Work before an order: seconds for each worker, and the most that is accepted.
 
-    `seconds` is corrected by `pace`, the measured seconds for each predicted one. `finish_s` is how long decoding and
-    encoding a result of the order's model takes lately, at the default size. `image_bytes` is the size of the input
-    images before the order, at most `max_image_bytes`. `promised_s` is refused work whose callers were told to come
-    again and have not yet. `own_s` are the seconds of the backlog that the order's API key has, and `weight` is that of
-    the key, None on a server without keys. `num_keys` keys have work, the order's included.
+    `seconds` is corrected by `pace`, the measured seconds for each predicted one; `step_pace` is that of steps alone.
+    `urgent_seconds` is how much of them an order with a deadline waits for, at most. `finish_s` is how long decoding
+    and encoding a result of the order's model takes lately, at the default size, and `delivery_s` from the file to the
+    client. `image_bytes` is the size of the input images before the order, at most `max_image_bytes`. `promised_s` is
+    refused work whose callers were told to come again and have not yet. `own_s` are the seconds of the backlog that the
+    order's API key has, and `weight` is that of the key, None on a server without keys. `num_keys` keys have work, the
+    order's included.
     """
 
     seconds: float
     max_seconds: float
     finish_s: float
+    urgent_seconds: float = math.inf
     pace: float = 1.0
+    step_pace: float = 1.0
+    delivery_s: float = 0.0
     image_bytes: float = 0.0
     max_image_bytes: float = math.inf
     promised_s: float = 0.0
@@ -94,7 +99,7 @@ class Admission:
 
     `predicted_seconds` is not corrected by measured speed, since that may change until the order's turn.
     `decode_seconds` is the part of it that decoding a mesh takes. `latency_s` is the promised time from arrival to
-    result, None if the order has no deadline. `memory` is what each of its requests takes of the device.
+    file, None if the order has no deadline. `memory` is what each of its requests takes of the device.
     """
 
     order: Order
@@ -115,15 +120,18 @@ def admit(order: Order, card: ModelCard, backlog: Backlog) -> Admission:
     latency_s = None
     wanted = order
     if isinstance(request.budget, LatencyBudget):
-        latency_s = request.budget.latency_s
-        check_reachable(
+        latency_s = request.budget.latency_s - backlog.delivery_s
+        point = planned_point(
             request,
             card,
             num_results=len(order.requests),
-            backlog_s=backlog.seconds,
+            # If there is little work, urgent or not, there may be less than what is urgent at most.
+            backlog_s=min(backlog.seconds / min(1.0, backlog.pace), backlog.urgent_seconds),
             finish_s=backlog.finish_s,
-            pace=backlog.pace,
+            pace=backlog.step_pace,
+            delivery_s=backlog.delivery_s,
         )
+        order = wanted = replace(order, requests=tuple(replace(one, point=point) for one in order.requests))
     else:
         order = _lowered(order, card, backlog)
     check_fits(order.requests[0], card)

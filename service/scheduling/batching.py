@@ -70,7 +70,11 @@ class _Step:
 
 
 def form_groups(
-    candidates: Sequence[Candidate], *, high_first: bool = True, most_growth: float = math.inf
+    candidates: Sequence[Candidate],
+    *,
+    high_first: bool = True,
+    deadlines_first: bool = True,
+    most_growth: float = math.inf,
 ) -> list[list[int]]:
     """Group the candidates that share steps, as lists of indices. The first group goes next.
 
@@ -82,15 +86,20 @@ def form_groups(
 
     Those of high priority lead before all others if `high_first`, else after them. A step takes at most `most_growth`
     times as long as its leader's alone, and no longer than the slack of its members allows. One that has too little
-    slack to wait for the first group goes before it, but not before the class that leads.
+    slack to wait for the first group goes before it, but not before the class that leads. Without `deadlines_first`,
+    those with a deadline lead after those of their class without one.
     """
     seconds = [candidate.step_seconds for candidate in candidates]
     order = sorted(
         range(len(candidates)),
-        key=lambda index: (candidates[index].is_high != high_first, candidates[index].turn),
+        key=lambda index: (
+            candidates[index].is_high != high_first,
+            not deadlines_first and math.isfinite(candidates[index].slack_s),
+            candidates[index].turn,
+        ),
     )
     groups = _groups(candidates, seconds, order, most_growth)
-    if all(math.isinf(candidate.slack_s) for candidate in candidates):
+    if not deadlines_first or all(math.isinf(candidate.slack_s) for candidate in candidates):
         return groups
     first_s = group_seconds([candidates[index] for index in groups[0]])
     is_high = candidates[groups[0][0]].is_high

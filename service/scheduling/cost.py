@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from models.budget import fastest_enough
 from models.card import ImageCard, MeshCard, ModelCard
 from models.mesh import size
-from models.request import GenerationRequest, ImageRequest, LatencyBudget, MeshRequest
+from models.request import GenerationRequest, ImageRequest, MeshRequest
 
 
 def predicted_seconds(request: GenerationRequest, card: ModelCard) -> float:
@@ -33,13 +32,9 @@ def encode_seconds(request: GenerationRequest, card: ModelCard) -> float:
 def denoise_seconds(request: GenerationRequest, card: ModelCard) -> float:
     """Seconds to denoise `request` alone on this device.
 
-    Only computed steps take time. A request with a deadline is expected at the best point of the curve that meets it.
+    Only computed steps take time.
     """
-    step_s, num_steps = dense_step_seconds(request, card), request.num_steps
-    point = request.point
-    if isinstance(request.budget, LatencyBudget):
-        curve, dense_steps = card.curve_for(request), request.budget.latency_s / step_s
-        point = fastest_enough(curve, request.budget.min_quality, dense_steps, steps_left=num_steps)
+    step_s, num_steps, point = dense_step_seconds(request, card), request.num_steps, request.point
     return point.num_computed_steps(num_steps, request.compute_cap) * point.relative_step_seconds * step_s
 
 

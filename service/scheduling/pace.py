@@ -1,4 +1,4 @@
-"""Measured speed against predicted speed. The clock is passed in."""
+"""Measured times: of work against its prediction, and of what recurs. The clock is passed in."""
 
 from threading import Lock
 
@@ -38,3 +38,17 @@ class Pace:
         """Measured seconds for each predicted second; 1 before any work was done."""
         with self._lock:
             return self._busy_s / self._predicted_s if self._predicted_s > 0 else 1.0
+
+
+class Peak:
+    """What something takes lately, in seconds, at most.
+
+    It follows a longer time at once, and a shorter one by the share `fall` of the difference. Any thread may read it.
+    """
+
+    def __init__(self, fall: float) -> None:
+        self.seconds = 0.0
+        self._fall = fall
+
+    def observe(self, seconds: float) -> None:
+        self.seconds = max(seconds, self.seconds + self._fall * (seconds - self.seconds))

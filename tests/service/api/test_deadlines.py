@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from fastapi.testclient import TestClient
@@ -60,13 +60,22 @@ def test_unreachable_deadline_is_refused_with_the_prediction(client: TestClient)
     assert "1078 ms" in error["message"]  # four steps of 0.5 s at 0.46, the answer, and a tenth in reserve
 
 
-def test_deadline_counts_the_work_before_it(client: TestClient, engine: Any) -> None:
+@pytest.mark.parametrize(
+    ("budget", "before_ms"),
+    [({"preset": "exact"}, 1000), ({"latency_ms": 60_000}, 3000)],  # two steps; and the 2 s of an urgent job
+    ids=["others", "urgent"],
+)
+def test_deadline_counts_the_work_that_goes_before_it(
+    budget: dict[str, object], before_ms: int, client: TestClient, engine: Any
+) -> None:
     engine.gate.clear()
-    client.post("/v1/images", json={**PROMPT, "budget": {"preset": "exact"}}, headers=ASYNC)  # 2 s
+    for _ in range(3):
+        client.post("/v1/images", json={**PROMPT, "budget": {"preset": "exact"}}, headers=ASYNC)
+    client.post("/v1/images", json={**PROMPT, "budget": budget}, headers=ASYNC)
     response = client.post("/v1/images", json={**PROMPT, "budget": {"latency_ms": 2000}})
     engine.gate.set()
     assert response.json()["error"]["code"] == "deadline_unreachable"
-    assert "2000 of them are the work of earlier requests" in response.json()["error"]["message"]
+    assert f" {before_ms} of them are the work of earlier requests" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -116,3 +125,19 @@ def test_floor_of_the_default_budget_is_for_requests_that_name_none(
     client.get(f"/v1/jobs/{job_id}/events")
     receipt = client.get(f"/v1/jobs/{job_id}").json()["receipt"]
     assert (receipt["quality_applied"], receipt["degraded"]) == (quality, is_degraded)
+
+
+def test_deadline_leaves_the_time_that_answers_take_lately(client: TestClient, engine: Any) -> None:
+    dispatcher = cast(Any, client.app).state.dispatcher
+    client.post("/v1/images", json=PROMPT, headers={"Idempotency-Key": "a"})
+    took_s = dispatcher.delivery.seconds
+    assert 0 < took_s < 5
+    time.sleep(0.2)
+    client.post("/v1/images", json=PROMPT, headers={"Idempotency-Key": "a"})  # its file has been there for long
+    assert dispatcher.delivery.seconds == took_s
+    dispatcher.delivery.seconds = 0.9
+    response = client.post("/v1/images", json={**PROMPT, "budget": {"latency_ms": 2000}})
+    assert response.json()["error"]["code"] == "deadline_unreachable"
+    assert client.post("/v1/images", json={**PROMPT, "budget": {"latency_ms": 2400}}).status_code == 200
+    dispatcher.delivery.seconds = 0.0
+    assert client.post("/v1/images", json={**PROMPT, "budget": {"latency_ms": 2000}}).status_code == 200

@@ -167,10 +167,13 @@ async def test_claim_passes_over_what_does_not_fit(bench: Any, make_job: MakeJob
     claimed = await bench.store.claim(only("drawn 128x64", asked))
     assert claimed.job.id == "wide"
     assert (await bench.store.load()).of("drawn").num_queued == 70
-    # Room may be kept for high priority
+    # Room may be kept for urgent jobs
     await bench.store.add(make_job("high", priority=Priority.HIGH))
     await bench.store.add(make_job("other high", priority=Priority.HIGH))
-    assert (await bench.store.claim(lambda kind: Fit.NOW if kind.is_high else Fit.NO)).job.id == "high"
+    assert (await bench.store.claim(lambda kind: Fit.NOW if kind.is_urgent else Fit.NO)).job.id == "high"
+    await bench.store.add(replace(make_job("deadline"), deadline_at=1e9))
+    await bench.store.cancel("other high")
+    assert (await bench.store.claim(lambda kind: Fit.NOW if kind.is_urgent else Fit.NO)).job.id == "deadline"
 
 
 async def test_claim_judges_a_bounded_number_of_kinds(
@@ -514,6 +517,30 @@ async def test_load_is_that_of_each_model_and_of_one_key(bench: Any, make_job: M
     assert await bench.store.load("key") == Load()
 
 
+async def test_load_says_how_much_of_it_is_urgent(bench: Any, make_job: MakeJob) -> None:
+    async def urgent_s() -> float:
+        load = (await bench.store.load()).of("drawn")
+        assert load.seconds >= load.urgent_s
+        return load.urgent_s
+
+    await bench.store.add(replace(make_job("a"), predicted_seconds=4.0))
+    assert await urgent_s() == 0.0
+    await bench.store.add(replace(make_job("deadline"), predicted_seconds=1.0, deadline_at=1e9))
+    await bench.store.add(replace(make_job("high", priority=Priority.HIGH), predicted_seconds=2.0))
+    assert await urgent_s() == 3.0
+    claimed = await claim(bench)
+    assert claimed.job.id == "high"
+    await bench.store.record(Progress(claimed, 1, 4, 0.25, 1.5))
+    assert await urgent_s() == 2.5
+    await bench.store.release(claimed)
+    assert await urgent_s() == 3.0
+    await bench.store.cancel("deadline")
+    assert await urgent_s() == 2.0
+    await bench.store.end(Ending(await claim(bench), JobStatus.CANCELLED))
+    assert await urgent_s() == 0.0
+    assert (await bench.store.load()).of("drawn").seconds == 4.0
+
+
 async def test_worker_is_known_while_it_announces_itself(
     bench: Any, drawn_card: ImageCard, forecasting_card: ImageCard, mesh_card: MeshCard
 ) -> None:
@@ -524,6 +551,9 @@ async def test_worker_is_known_while_it_announces_itself(
         finish_s={"drawn": 0.5},
         num_held=3,
         max_running=16,
+        step_s=0.75,
+        step_pace=1.5,
+        urgent_waits=False,
     )
     assert await bench.store.workers() == []
     await bench.store.announce(record)

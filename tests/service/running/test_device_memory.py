@@ -146,6 +146,7 @@ def test_worker_leaves_jobs_that_are_too_large_and_lets_none_overtake_one_that_w
     worker = build_dispatcher(settings, lambda: cast(Engine, engine)).worker
     worker.start()
     fits = worker.fits()
+    assert not worker.record("w", is_leaving=False).urgent_waits
     # Then what never fits is passed over
     assert fits(JobKind("drawn", "drawn 64x64", False, RequestMemory(running=room + 2))) is Fit.NO
     assert fits(JobKind.of(job)) is Fit.NOW
@@ -154,6 +155,7 @@ def test_worker_leaves_jobs_that_are_too_large_and_lets_none_overtake_one_that_w
     worker.take(Claim(job, "lease"))
     assert fits(JobKind("drawn", "drawn 128x64", False, RequestMemory(running=room))) is Fit.WAITS
     assert fits(JobKind("drawn", "drawn 64x64", False, RequestMemory(running=10))) is Fit.NOW
+    assert worker.record("w", is_leaving=False).urgent_waits
     worker.drop("a")
     engine.gate.set()
     assert worker.stop(20)

@@ -81,7 +81,7 @@ def test_time_of_a_shared_device_is_charged_and_that_of_another_is_not(
 ) -> None:
     spent: list[float] = []
     precedence = service.dispatcher.worker._precedence
-    monkeypatch.setattr(precedence, "spend", lambda is_high, seconds: spent.append(seconds))
+    monkeypatch.setattr(precedence, "spend", lambda is_high, seconds, **_: spent.append(seconds))
     for is_shared in (True, False):
         monkeypatch.setattr(engine, "encodes_on_device", lambda model, is_shared=is_shared: is_shared)
         service.submit(make_job(f"job {is_shared}", seeds=(1, 2))).result(TIMEOUT_S)

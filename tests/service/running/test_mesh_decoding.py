@@ -51,6 +51,22 @@ def test_steps_of_others_go_on_while_a_mesh_is_decoded(
     assert receipt.seconds.decode > 0
 
 
+def test_mesh_that_would_miss_its_deadline_is_decoded_before_others_step(
+    service: Any, engine: Any, make_job: MakeJob, make_mesh_job: MakeJob
+) -> None:
+    now = time.time()
+    hurried = make_mesh_job("mesh", budget=LatencyBudget(1.0))
+    mesh = service.submit(replace(hurried, created_at=now, deadline_at=now))
+    assert engine.is_decoding.wait(TIMEOUT_S)
+    image = service.submit(make_job("image", num_inference_steps=1))
+    service.wait_until_taken("mesh", "image")
+    time.sleep(0.3)  # several turns
+    assert not image.done()
+    engine.field_gate.set()
+    assert mesh.result(TIMEOUT_S).state.status is JobStatus.SUCCEEDED
+    assert image.result(TIMEOUT_S).state.status is JobStatus.SUCCEEDED
+
+
 def test_cancelled_mesh_is_decoded_no_further(
     service: Any, engine: Any, make_job: MakeJob, make_mesh_job: MakeJob
 ) -> None:

@@ -174,6 +174,66 @@ def test_one_that_would_miss_its_deadline_by_waiting_comes_before_lighter_ones(
     assert [turn for turn, batch in enumerate(engine.batches) if batch == [2]] == turns
 
 
+def test_beside_others_with_a_deadline_none_is_better_than_planned(
+    service: Any, engine: Any, make_job: MakeJob
+) -> None:
+    def with_deadline(name: str, seed: int, num_steps: int) -> Job:
+        job = make_job(name, seeds=(seed,), num_inference_steps=num_steps, budget=LatencyBudget(1e9))
+        planned = replace(job.requests[0], point=engine.cards["drawn"].curve[-1])
+        return replace(job, requests=(planned,), deadline_at=time.time() + 1e9)
+
+    engine.gate.clear()
+    waiting = [service.submit(with_deadline("a", 1, 8))]
+    assert engine.stepping.wait(TIMEOUT_S)
+    waiting.append(service.submit(with_deadline("b", 2, 4)))
+    service.wait_until_taken("a", "b")
+    engine.gate.set()
+    for finished in waiting:
+        finished.result(TIMEOUT_S)
+    # The first one is exact in its first step, and after the other one has ended
+    qualities = [move.quality for move in engine.moves]
+    assert qualities[0] == qualities[-1] == 1.0
+    assert qualities.count(0.6) >= 8
+    assert len(qualities) == 12
+
+
+@pytest.mark.parametrize(
+    ("is_first_urgent", "taken", "left"), [(True, 7, ["u7"]), (False, 6, ["n6", "n7"])], ids=["urgent", "others"]
+)
+def test_urgent_requests_and_others_keep_places_for_each_other(
+    is_first_urgent: bool,
+    taken: int,
+    left: list[str],
+    start_service: StartService,
+    engine: Any,
+    make_job: MakeJob,
+) -> None:
+    service = start_service(Settings(max_batch_size=8, max_running=8))
+    engine.gate.clear()
+
+    def submit(name: str, *, is_urgent: bool) -> Any:
+        seed, budget = int(name[1:]), LatencyBudget(1e9) if is_urgent else PresetBudget(Preset.BALANCED)
+        job = make_job(name, seeds=(seed,), width=64 if seed % 2 else 128, budget=budget)
+        return service.submit(replace(job, deadline_at=1e12) if is_urgent else job)
+
+    letter = "u" if is_first_urgent else "n"
+    waiting = [submit(f"{letter}{number}", is_urgent=is_first_urgent) for number in range(8)]
+    service.wait_until_taken(*(f"{letter}{number}" for number in range(taken)))
+    waiting.append(submit("x9", is_urgent=not is_first_urgent))
+    service.wait_until_taken("x9")
+    worker = service.dispatcher.worker
+    assert {claim.job.id for claim in worker.held()}.isdisjoint(left)
+    assert not worker.record("w", is_leaving=False).urgent_waits
+    engine.gate.set()
+    for finished in waiting:
+        finished.result(TIMEOUT_S)
+
+
+def test_urgent_requests_wait_for_others_where_places_are_few(start_service: StartService) -> None:
+    service = start_service(Settings(max_running=7))
+    assert service.dispatcher.worker.record("w", is_leaving=False).urgent_waits
+
+
 def test_high_priority_starts_and_steps_before_all_others(
     start_service: StartService, engine: Any, make_job: MakeJob
 ) -> None:

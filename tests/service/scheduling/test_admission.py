@@ -44,6 +44,18 @@ def test_full_server_says_when_to_come_back(make_order: MakeOrder, drawn_card: I
     assert caught.value.retry_after_s == 35
 
 
+def test_deadline_waits_for_urgent_work_only(make_order: MakeOrder, drawn_card: ImageCard) -> None:
+    order = make_order(LatencyBudget(5.0))
+    with pytest.raises(DeadlineUnreachable, match="5000 of them are the work of earlier"):
+        admit(order, drawn_card, backlog(5.0))
+    with pytest.raises(DeadlineUnreachable, match="4000 of them are the work of earlier"):
+        admit(order, drawn_card, replace(backlog(5.0), urgent_seconds=4.0))
+    assert admit(order, drawn_card, replace(backlog(5.0), urgent_seconds=3.0)).latency_s == 5.0
+    assert admit(order, drawn_card, replace(backlog(0.0), urgent_seconds=9.0)).latency_s == 5.0  # nothing runs at all
+    with pytest.raises(Overloaded):
+        admit(order, drawn_card, replace(backlog(60.0), urgent_seconds=3.0))
+
+
 def test_idle_server_takes_any_order(make_order: MakeOrder, drawn_card: ImageCard) -> None:
     admission = admit(make_order(EXACT, steps=2000), drawn_card, backlog(0))
     assert admission.predicted_seconds == pytest.approx(1000)

@@ -76,6 +76,14 @@ def test_one_that_can_not_wait_does_not_go_before_the_class_that_leads() -> None
     assert form_groups([late(candidate(0.5, turn=1.0), 1.0), high], high_first=False)[0] == [0]
 
 
+def test_those_with_a_deadline_lead_last_if_others_are_owed_the_device() -> None:
+    hurried, patient = late(candidate(0.5, turn=0.0, key="b"), 0.0), candidate(1.0, turn=1.0, call=0.5)
+    assert form_groups([hurried, patient]) == [[0], [1]]
+    assert form_groups([hurried, patient], deadlines_first=False) == [[1], [0]]
+    high = replace(hurried, is_high=True)
+    assert form_groups([high, patient], deadlines_first=False) == [[0], [1]]
+
+
 def test_steps_are_shared_as_far_as_the_slack_of_the_members_allows() -> None:
     alike = [candidate(1.0, turn=number, call=0.5) for number in range(4)]  # 10 s alone, 5 s more for each other
     assert form_groups(alike) == [[0, 1, 2, 3]]

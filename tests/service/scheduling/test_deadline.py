@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ from models.curve import Preset
 from models.request import ImageEdit, ImageRequest, LatencyBudget
 from service.errors import DeadlineUnreachable
 from service.scheduling.cost import predicted_seconds
-from service.scheduling.deadline import check_reachable, point_for, seconds_for_steps, slack_s
+from service.scheduling.deadline import planned_point, point_for, seconds_for_steps, slack_s
 from service.scheduling.load import lowered_quality
 
 MakeRequest = Callable[..., ImageRequest]
@@ -31,14 +32,14 @@ def test_deadline_that_even_the_lowest_quality_misses_is_refused(
     make_request: MakeRequest,
     drawn_card: ImageCard,
 ) -> None:
-    check = partial(check_reachable, backlog_s=backlog_s, finish_s=finish_s, num_results=num_results)
+    check = partial(planned_point, backlog_s=backlog_s, finish_s=finish_s, num_results=num_results)
     with pytest.raises(DeadlineUnreachable, match="can't be met"):
         check(make_request(budget=LatencyBudget(latency_s)), drawn_card)
     check(make_request(budget=LatencyBudget(latency_s + 0.1)), drawn_card)
 
 
 def test_deadline_of_an_edit_is_judged_by_the_steps_it_takes(make_request: MakeRequest, drawn_card: ImageCard) -> None:
-    check = partial(check_reachable, card=drawn_card, num_results=1, backlog_s=0.0, finish_s=0.0)
+    check = partial(planned_point, card=drawn_card, num_results=1, backlog_s=0.0, finish_s=0.0)
     edit = ImageEdit((b"",), None, 0.5)
     check(make_request(budget=LatencyBudget(0.6), edit=edit))
     with pytest.raises(DeadlineUnreachable, match="needs 567 ms"):
@@ -47,7 +48,7 @@ def test_deadline_of_an_edit_is_judged_by_the_steps_it_takes(make_request: MakeR
 
 def test_floor_counts_when_a_deadline_is_judged(make_request: MakeRequest, drawn_card: ImageCard) -> None:
     with pytest.raises(DeadlineUnreachable, match=r"allowed, 0.90, .* 1478 ms"):
-        check_reachable(
+        planned_point(
             make_request(budget=LatencyBudget(1.2, min_quality=0.9)),
             drawn_card,
             num_results=1,
@@ -116,7 +117,7 @@ def test_slower_pace_than_predicted_counts_for_the_request_itself(
     request = make_request(budget=LatencyBudget(1.1))
     outcome: AbstractContextManager[object] = nullcontext() if is_admitted else pytest.raises(DeadlineUnreachable)
     with outcome:
-        check_reachable(request, drawn_card, num_results=1, backlog_s=0, finish_s=0, pace=pace)
+        planned_point(request, drawn_card, num_results=1, backlog_s=0, finish_s=0, pace=pace)
 
 
 # Draft computes two of eight steps, balanced four; each takes 0.5 s.
@@ -156,7 +157,7 @@ def test_deadline_leaves_as_many_steps_to_compute_as_there_is_time_for(
 def test_deadline_of_another_number_of_steps_is_judged_by_the_steps_it_computes(
     make_request: MakeRequest, forecasting_card: ImageCard
 ) -> None:
-    check = partial(check_reachable, num_results=1, backlog_s=0, finish_s=0)
+    check = partial(planned_point, num_results=1, backlog_s=0, finish_s=0)
     with pytest.raises(DeadlineUnreachable, match="needs 1722 ms"):
         check(make_request(card=forecasting_card, budget=LatencyBudget(1.4), num_inference_steps=40), forecasting_card)
     check(make_request(card=forecasting_card, budget=LatencyBudget(1.2)), forecasting_card)
@@ -177,9 +178,39 @@ def test_step_is_never_below_the_floor(data: st.DataObject, make_request: MakeRe
     assert point.quality >= min_quality
 
 
-def test_cost_of_a_deadline_is_what_it_will_take(make_request: MakeRequest, drawn_card: ImageCard) -> None:
-    assert predicted_seconds(make_request(budget=LatencyBudget(9.0)), drawn_card) == 2.0
-    assert predicted_seconds(make_request(budget=LatencyBudget(1.3)), drawn_card) == pytest.approx(1.28)
+# The floor of .6 takes 0.92 s; a tenth of the time and 0.05 s are kept. Of what is left, three tenths count.
+@pytest.mark.parametrize(
+    ("latency_s", "backlog_s", "num_results", "quality"),
+    [(1.1, 0.0, 1, 0.6), (1.9, 0.0, 1, 0.8), (9.0, 0.0, 1, 1.0), (9.0, 7.0, 1, 0.6), (3.9, 0.0, 2, 0.8)],
+)
+def test_plan_leaves_time_for_those_that_come_later(
+    latency_s: float,
+    backlog_s: float,
+    num_results: int,
+    quality: float,
+    make_request: MakeRequest,
+    drawn_card: ImageCard,
+) -> None:
+    request = make_request(budget=LatencyBudget(latency_s))
+    point = planned_point(request, drawn_card, num_results=num_results, backlog_s=backlog_s, finish_s=0.0)
+    assert point.quality == quality
+
+
+def test_plan_is_never_below_the_floor(make_request: MakeRequest, drawn_card: ImageCard) -> None:
+    request = make_request(budget=LatencyBudget(1.5, min_quality=0.8))
+    assert planned_point(request, drawn_card, num_results=1, backlog_s=0.0, finish_s=0.0).quality == 0.8
+
+
+def test_step_is_no_better_than_allowed(make_request: MakeRequest, drawn_card: ImageCard) -> None:
+    left = partial(point_for, make_request(budget=LatencyBudget(9.0)), drawn_card, time_left_s=9.0)
+    assert left(steps_left=4, num_computed=0, pace=1.0, best=0.95).quality == 0.9
+    assert left(steps_left=4, num_computed=0, pace=1.0).quality == 1.0
+
+
+def test_cost_of_a_deadline_is_that_of_its_plan(make_request: MakeRequest, drawn_card: ImageCard) -> None:
+    request = make_request(budget=LatencyBudget(9.0))
+    assert predicted_seconds(request, drawn_card) == 2.0
+    assert predicted_seconds(replace(request, point=drawn_card.curve[-1]), drawn_card) == pytest.approx(0.92)
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 500))

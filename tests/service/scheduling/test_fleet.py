@@ -6,6 +6,7 @@ from service.scheduling.fleet import (
     ModelLoad,
     WorkerState,
     seconds_before,
+    urgent_seconds_before,
 )
 from tests.fixtures.workers import worker
 
@@ -30,6 +31,25 @@ def test_each_worker_has_its_own_pace() -> None:
 def test_a_model_without_a_worker_is_never_reached() -> None:
     assert seconds_before("c", LOAD, [worker("a")]) == math.inf
     assert seconds_before("a", LOAD, [replace(worker("a"), state=WorkerState.DRAINING)]) == math.inf
+
+
+def test_a_deadline_waits_for_urgent_work_and_two_steps_only() -> None:
+    load = Load({"a": ModelLoad(9, 3, 90.0, 30.0, urgent_s=6.0), "b": ModelLoad(1, queued_s=5.0, urgent_s=5.0)})
+    slow = replace(worker("a"), step_s=2.0)
+    assert urgent_seconds_before("a", load, [worker("a")]) == 6.0
+    assert urgent_seconds_before("a", load, [slow]) == 6.0 + 2 * 2.0
+    assert urgent_seconds_before("a", load, [replace(worker("a", "b"), step_pace=2.0)]) == 2 * 11.0
+    assert urgent_seconds_before("a", load, [replace(worker("a", "b", pace=0.5), step_pace=0.9)]) == 11.0
+    # Any worker may take it, and may have taken more urgent work than others
+    assert urgent_seconds_before("a", load, [slow, worker("a")]) == 6.0 + 2 * 2.0
+    assert urgent_seconds_before("a", load, [worker("a")] * 4) == 3.0
+
+
+def test_all_work_counts_where_urgent_jobs_wait_for_others() -> None:
+    assert urgent_seconds_before("a", LOAD, [worker("a"), replace(worker("a"), urgent_waits=True)]) == math.inf
+    assert urgent_seconds_before("c", LOAD, [worker("a")]) == math.inf
+    leaving = replace(worker("a"), state=WorkerState.DRAINING, urgent_waits=True)
+    assert urgent_seconds_before("a", LOAD, [worker("a"), leaving]) < math.inf
 
 
 def test_a_running_job_counts_until_it_has_ended() -> None:

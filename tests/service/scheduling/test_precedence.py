@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from service.scheduling.batching import Candidate
@@ -40,6 +42,20 @@ def test_nothing_is_owed_to_those_who_did_not_wait() -> None:
     assert leaders(precedence, [candidate(), candidate(is_high=True)], 15) == [1] * 15
     leaders(precedence, [candidate()], 1)
     assert not precedence.are_owed(0.5)
+
+
+def test_those_without_a_deadline_get_a_twentieth_beside_those_that_have_one() -> None:
+    precedence = Precedence()
+    rivals = [candidate(turn=1.0, seconds=0.5), replace(candidate(key="b"), slack_s=0.0)]
+    led = []
+    for _ in range(2000):
+        led.append(precedence.groups(rivals, 0.0)[0][0])
+        precedence.spend(False, rivals[led[-1]].step_seconds, has_deadline=led[-1] == 1)
+    assert led.count(0) * 0.5 / led.count(1) == pytest.approx(0.05, rel=0.15)
+    assert led.index(0) == pytest.approx(10, abs=1)
+    # Nothing is owed to those who did not wait
+    precedence.groups(rivals[1:], 0.0)
+    assert precedence.groups(rivals, 0.0)[0] == [1]
 
 
 def test_steps_are_short_while_high_priority_comes() -> None:
