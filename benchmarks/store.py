@@ -5,7 +5,8 @@ lets workers claim them: real stores with connections of their own, which comput
 claimed, has 5 events of progress, and ends. No client follows it, and its result is not stored.
 
 - Saturated: each ended job is replaced by a new one, so the queue keeps its length, and workers do nothing else. Redis'
-  own CPU time for each job does not depend on the other processes of the machine; jobs a second do.
+  own CPU time for each job depends less on the other processes of the machine than jobs a second do. In the last row,
+  Redis begins to rewrite its append-only file (`rewrites`); before the other rows, it has ended that.
 - Paced: 50 workers whose jobs take 1 s, and as many jobs, at random times, as keep a part of them busy. An attempt is
   one call of the script that picks and claims a job, whether it finds one or not.
 - Alone: one worker, and nobody else calls Redis. These are the claim's own times, and those of the read that admission
@@ -80,6 +81,9 @@ def main() -> None:
                     for num_workers in arguments.workers:
                         saturated.append({"queued": num_queued, **bench.saturated(num_workers)})
                         show("saturated", saturated)
+                    if num_queued == arguments.queued[-1]:
+                        saturated.append({"queued": num_queued, **bench.saturated(50, rewrites=True)})
+                        show("saturated", saturated)
                     if num_queued == arguments.queued[0]:
                         bench.empty()
                         for pace in arguments.paces:
@@ -136,11 +140,15 @@ class Bench:
     def empty(self) -> None:
         self._redis.flushall()
 
-    def saturated(self, num_workers: int) -> TableRow:
+    def saturated(self, num_workers: int, *, rewrites: bool = False) -> TableRow:
+        while self._redis.info("persistence")["aof_rewrite_in_progress"]:
+            time.sleep(0.1)
         until = time.time() + _WARM_UP_S + self._seconds
         working = self._start_workers(num_workers, 0.0, until)
         time.sleep(_WARM_UP_S)
-        return {"workers": num_workers, **self._measure(working, until)}
+        if rewrites:
+            self._redis.bgrewriteaof()
+        return {"workers": num_workers, "rewrites": rewrites, **self._measure(working, until)}
 
     def paced(self, num_workers: int, pace: float) -> TableRow:
         until = time.time() + _WARM_UP_S + 2 * self._seconds
