@@ -146,7 +146,7 @@ class Bench:
         until = time.time() + _WARM_UP_S + self._seconds
         working = self._start_workers(num_workers, 0.0, until)
         time.sleep(_WARM_UP_S)
-        if rewrites:
+        if rewrites and not self._redis.info("persistence")["aof_rewrite_in_progress"]:
             self._redis.bgrewriteaof()
         return {"workers": num_workers, "rewrites": rewrites, **self._measure(working, until)}
 
