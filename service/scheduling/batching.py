@@ -103,14 +103,10 @@ def form_groups(
         return groups
     first_s = group_seconds([candidates[index] for index in groups[0]])
     is_high = candidates[groups[0][0]].is_high
-    hurried = [
-        index
-        for index in order
-        if candidates[index].slack_s < first_s and candidates[index].is_high == is_high and index not in groups[0]
-    ]
-    if not hurried:
+    of_class = [index for index in order if candidates[index].is_high == is_high]
+    leader = min(of_class, key=lambda index: candidates[index].slack_s)
+    if candidates[leader].slack_s >= first_s or leader in groups[0]:
         return groups
-    leader = min(hurried, key=lambda index: candidates[index].slack_s)
     return _groups(candidates, seconds, [leader, *(index for index in order if index != leader)], most_growth)
 
 

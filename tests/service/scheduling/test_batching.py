@@ -70,6 +70,11 @@ def test_one_that_can_not_wait_for_the_first_group_goes_before_it() -> None:
     assert form_groups([first, *two])[0] == [2]
 
 
+def test_one_that_is_later_than_others_that_can_not_wait_keeps_its_turn() -> None:
+    latest = late(candidate(1.0, call=0.5), -5.0)
+    assert form_groups([latest, late(candidate(0.5, turn=1.0, key="b"), 1.0)]) == [[0], [1]]
+
+
 def test_one_that_can_not_wait_does_not_go_before_the_class_that_leads() -> None:
     high = replace(candidate(1.0), is_high=True)
     assert form_groups([late(candidate(0.5, turn=-1.0), 1.0), high])[0] == [1]

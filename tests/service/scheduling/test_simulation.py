@@ -102,7 +102,7 @@ def test_tight_deadlines_are_met_too(load: float) -> None:
     assert mean(outcome.is_in_time for outcome in promised) >= 0.99
 
 
-@pytest.mark.parametrize("deadlines", [[2.0], [10.0, 30.0]])
+@pytest.mark.parametrize("deadlines", [[0.8], [2.0], [10.0, 30.0]])
 def test_more_deadlines_than_can_be_met_do_not_stop_the_others(deadlines: list[float]) -> None:
     asked = [request_of(LatencyBudget(latency_s, min_quality=0.8)) for latency_s in deadlines]
     rate = 3.0 * capacity([DRAFT])
