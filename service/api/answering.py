@@ -49,7 +49,7 @@ async def answer(
         result = await _result(job, body.response_format or _default_format(body, settings), dispatcher, links)
         file_at = job.created_at + max(receipt.seconds.total for receipt in ended_job.state.receipts)
         if file_at > began_at:  # else it is the job of an earlier call
-            dispatcher.delivery.observe(dispatcher.store.clock() - file_at)
+            dispatcher.note_delivery(dispatcher.store.clock() - file_at)
         return result
     if headers.is_async and not await request.is_disconnected():
         return await _accepted(job, dispatcher, links)

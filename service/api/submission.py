@@ -96,7 +96,7 @@ async def _backlog(
         finish_s=dispatcher.fleet.finish_seconds(card.id),
         pace=pace,
         step_pace=dispatcher.fleet.step_pace(card.id),
-        delivery_s=dispatcher.delivery.seconds,
+        delivery_s=dispatcher.delivery_s,
         image_bytes=load.image_bytes + images.admitted - recorded_bytes,
         max_image_bytes=settings.max_input_image_bytes,
         promised_s=dispatcher.promises.seconds(dispatcher.store.clock()),

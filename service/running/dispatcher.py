@@ -34,7 +34,9 @@ logger = logging.getLogger(__name__)
 POLL_S = 1.0
 """Notifications can be lost, so the queue is also polled at this interval."""
 _FALL = 0.1
-"""How fast `Dispatcher.delivery` falls, see `Peak`."""
+"""How fast `Dispatcher.delivery_s` falls, see `Peak`."""
+_DELIVERY_KEPT_S = 30.0
+"""For how long it counts. Else one slow answer could lead to refusals, and these leave no answer to measure."""
 LAST_STEP_S = 5.0
 """How long a shutdown waits, after the grace period, for a denoise step that is still running, and for other ends."""
 
@@ -79,8 +81,7 @@ class Dispatcher:
         self.intakes_of_keys: defaultdict[str | None, Intake] = defaultdict(Intake)
         """What each API key is part of `work_intake` with."""
         self.promises = Promises()
-        self.delivery = Peak(_FALL)
-        """From a finished file to the answer: little, unless this process is very busy."""
+        self._delivery, self._delivered_at = Peak(_FALL), -math.inf
         self.has_drained = asyncio.Event()
         self._has_broken_loop = False
         self._inbox = inbox
@@ -109,6 +110,19 @@ class Dispatcher:
     def is_broken(self) -> bool:
         """Whether one of its loops or the worker has failed. It drains then, or has drained."""
         return self._has_broken_loop or (self._worker is not None and self._worker.is_broken)
+
+    @property
+    def delivery_s(self) -> float:
+        """From a finished file to its answer lately, at most: little, unless this process is very busy."""
+        is_recent = time.monotonic() - self._delivered_at <= _DELIVERY_KEPT_S
+        return self._delivery.seconds if is_recent else 0.0
+
+    def note_delivery(self, seconds: float) -> None:
+        """An answer took so long after its file was finished."""
+        if not self.delivery_s:
+            self._delivery = Peak(_FALL)
+        self._delivery.observe(seconds)
+        self._delivered_at = time.monotonic()
 
     def _own_record(self) -> WorkerRecord | None:
         if self._worker is None:

@@ -125,7 +125,7 @@ def admit(order: Order, card: ModelCard, backlog: Backlog) -> Admission:
             request,
             card,
             num_results=len(order.requests),
-            # If there is little work, urgent or not, there may be less than what is urgent at most.
+            # All work together may be less than `urgent_seconds`, which allows for two long steps.
             backlog_s=min(backlog.seconds / min(1.0, backlog.pace), backlog.urgent_seconds),
             finish_s=backlog.finish_s,
             pace=backlog.step_pace,
